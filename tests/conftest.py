@@ -1,0 +1,118 @@
+"""Fixtures that start the real services the tests talk to: an S3 server, a Ray, an MLflow server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+# What would leak from the developer's shell into a test (and from one test's service into another's).
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MEDMAMBA_STORE", "AWS_PROFILE"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real images and parity vectors; they are not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED.name}/ with real images and parity vectors does not lie beside the project")
+    return SHARED
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def service(command: list[str], *, url: str, env: dict[str, str] | None = None, log: Path, wait_s: float = 60):
+    """Runs `command` in its own process group until the block ends; ready when `url` answers anything."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{command[:3]} did not come up at {url}:\n{log.read_text()[-3000:]}")
+            time.sleep(0.1)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2)
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server: `env` holds what boto3, pyarrow and MLflow read, `uri` an existing bucket."""
+
+    endpoint: str
+    env: dict[str, str]
+    uri: str
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[S3Server]:
+    """moto over HTTP with real IAM checks: a wrong key is refused, the right one may do everything on S3."""
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("moto") / "moto.log"
+    # Bucket, user, key and policy are made before authentication begins: the count is of those calls.
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    setup_calls = 4
+    with service(command, url=endpoint, env={"INITIAL_NO_AUTH_ACTION_COUNT": str(setup_calls)}, log=log):
+        import boto3
+
+        any_key = {"aws_access_key_id": "setup", "aws_secret_access_key": "setup", "region_name": "us-east-1"}
+        iam = boto3.client("iam", endpoint_url=endpoint, **any_key)
+        iam.create_user(UserName="tests")
+        policy = '{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:*","Resource":"*"}]}'
+        iam.put_user_policy(UserName="tests", PolicyName="s3", PolicyDocument=policy)
+        boto3.client("s3", endpoint_url=endpoint, **any_key).create_bucket(Bucket="medmamba-tests")
+        key = iam.create_access_key(UserName="tests")["AccessKey"]
+        env = {
+            "AWS_ENDPOINT_URL_S3": endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": key["AccessKeyId"],
+            "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"],
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        yield S3Server(endpoint, env, "s3://medmamba-tests")
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, request) -> str:
+    """A fresh prefix in the bucket, with the credentials in this process's environment."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return f"{s3_server.uri}/{abs(hash(request.node.nodeid))}"

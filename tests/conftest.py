@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,10 +87,8 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("moto") / "moto.log"
-    # Bucket, user, key and policy are made before authentication begins: the count is of those calls.
     command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    setup_calls = 4
-    with service(command, url=endpoint, env={"INITIAL_NO_AUTH_ACTION_COUNT": str(setup_calls)}, log=log):
+    with service(command, url=endpoint, log=log):
         import boto3
 
         any_key = {"aws_access_key_id": "setup", "aws_secret_access_key": "setup", "region_name": "us-east-1"}
@@ -99,6 +98,8 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
         iam.put_user_policy(UserName="tests", PolicyName="s3", PolicyDocument=policy)
         boto3.client("s3", endpoint_url=endpoint, **any_key).create_bucket(Bucket="medmamba-tests")
         key = iam.create_access_key(UserName="tests")["AccessKey"]
+        # From here on every call is authenticated: no further call is free.
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", data=b"0", method="POST"))
         env = {
             "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_REGION": "us-east-1",

@@ -99,7 +99,10 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
         boto3.client("s3", endpoint_url=endpoint, **any_key).create_bucket(Bucket="medmamba-tests")
         key = iam.create_access_key(UserName="tests")["AccessKey"]
         # From here on every call is authenticated: no further call is free.
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", data=b"0", method="POST"))
+        lock = urllib.request.Request(
+            f"{endpoint}/moto-api/reset-auth", data=b"0", headers={"Content-Type": "text/plain"}, method="POST"
+        )
+        urllib.request.urlopen(lock)
         env = {
             "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_REGION": "us-east-1",

@@ -1,0 +1,109 @@
+"""What decides the bytes of a dataset: the `data` part of a recipe."""
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Task = Literal["multiclass", "ordinal", "multilabel"]
+"""multiclass: one of several classes; ordinal: classes in order (grades); multilabel: any number of them."""
+
+
+def _plain_name(value: str, what: str) -> str:
+    if value in ("", ".", "..") or not all(c.isalnum() or c in "._-" for c in value):
+        raise ValueError(
+            f"{what} is {value!r}, but it becomes a folder of the store: use letters, digits, '.', '_', '-'"
+        )
+    return value
+
+
+class PhantomConfig(BaseModel):
+    """The synthetic ultrasound-like images: how many, how large, how hard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_patients: int = Field(default=300, ge=3)
+    """Patients to draw. A patient has one diagnosis; classes take turns, so every class gets a third."""
+    images_per_patient: int = Field(default=4, ge=1)
+    """Images of each patient; they share tissue and lesion but not position, gain or speckle."""
+    side: int = Field(default=64, ge=32, le=1024)
+    """Height and width of an image in pixels."""
+    speckle: float = Field(default=0.35, ge=0.0, le=1.0)
+    """Strength of the speckle: 0 is none, 1 is as grainy as fully developed ultrasound speckle."""
+    contrast: tuple[float, float] = (0.35, 0.7)
+    """Least and greatest darkening of a lesion against its surroundings, as fractions of brightness."""
+
+    @field_validator("contrast")
+    @classmethod
+    def _contrast_in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError(f"contrast is {value}, but it is a range within (0, 1]: give the smaller number first")
+        return value
+
+
+class DataConfig(BaseModel):
+    """Which images, with which labels, in which splits, cut into shards how. Everything here decides the bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dataset: str = "phantoms"
+    """A dataset of the catalogue (`medmamba datasets`), or a new name of your own together with `layout`."""
+    name: str = "default"
+    """Name of this conversion; its shards lie in the store under datasets/<dataset>/<name>."""
+    source: str = ""
+    """Where the image set lies: an .npz file, a folder, a .tar, or a CSV beside its images; local or s3://."""
+    layout: Literal["catalog", "npz", "folders", "csv", "phantoms"] = "catalog"
+    """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `csv` a table of files and labels."""
+    classes: tuple[str, ...] = ()
+    """Class names in the order of their indices; empty: the catalogue's, or the labels found, sorted."""
+    task: Literal["catalog", "multiclass", "ordinal", "multilabel"] = "catalog"
+    """What a label means; `catalog` is the catalogue's task, or multiclass for a set that is not in it."""
+    csv: str = ""
+    """Path of the CSV inside the source; empty: the catalogue's, or the only .csv there."""
+    image_column: str = ""
+    """CSV column with the image's path, relative to the CSV; empty: the catalogue's, or `file`."""
+    label_column: str = ""
+    """CSV column with the label (several separated by `|` if multilabel); empty: the catalogue's, or `label`."""
+    group_column: str = ""
+    """CSV column with the patient, or whatever must not stand in two splits; empty: the catalogue's, or none."""
+    split_column: str = ""
+    """CSV column saying train, val or test; empty: the catalogue's, or none, and splits are drawn."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the samples drawn for validation, where the set has no official split."""
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of the samples drawn for the test, where the set has no official split."""
+    seed: int = Field(default=0, ge=0)
+    """Draws the splits, the order within shards and the phantoms."""
+    salt: str = ""
+    """Mixed into the hashed keys, so that a key cannot be found by hashing a known file name."""
+    max_side: int | None = Field(default=None, ge=8)
+    """Shrink images whose longer side is above this many pixels; none keeps the coded pixels as they are."""
+    max_quarantine: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of undecodable images above which the step fails; up to it they are set aside and counted."""
+    samples_per_shard: int = Field(default=1000, ge=1)
+    """Images in one shard."""
+    phantoms: PhantomConfig = PhantomConfig()
+    """The synthetic images, used where `dataset` is phantoms."""
+
+    @field_validator("dataset", "name")
+    @classmethod
+    def _usable_as_folder(cls, value: str) -> str:
+        return _plain_name(value, "the name")
+
+    @field_validator("csv")
+    @classmethod
+    def _inside_the_source(cls, value: str) -> str:
+        if value.startswith("/") or ".." in PurePosixPath(value).parts:
+            raise ValueError(f"csv is {value!r}, but it is a path inside the source: give it relative to the source")
+        return value
+
+    @model_validator(mode="after")
+    def _room_for_training(self) -> "DataConfig":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leave nothing to train on: "
+                "their sum must stay below 1"
+            )
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes {self.classes} name one class twice: each name may stand once")
+        return self

@@ -1,0 +1,78 @@
+"""ModelConfig: what decides a model's tensors; the variants T, S, B of the paper and nano for CPUs and tests."""
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# (dims, depths) of the four stages. T, S, B are the released code's; the paper's table counts S and B deeper.
+VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "T": ((96, 192, 384, 768), (2, 2, 4, 2)),
+    "S": ((96, 192, 384, 768), (2, 2, 8, 2)),
+    "B": ((128, 256, 512, 1024), (2, 2, 12, 2)),
+    "nano": ((24, 48, 96, 192), (1, 1, 1, 1)),
+}
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class MedMambaConfig(BaseModel):
+    """MedMamba (arXiv 2403.03849): convolution and selective scan side by side in every block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["medmamba"] = "medmamba"
+    """Which network this is."""
+    variant: Literal["T", "S", "B", "nano"] = "nano"
+    """Size: T, S and B are the paper's (14, 19 and 40 million parameters), nano (0.5 million) is for CPUs."""
+    num_classes: int = Field(default=0, ge=0)
+    """Number of scores per image; 0 takes the number of classes of the dataset."""
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    """Chance that the last block's scan branch is left out for an image in training; grows linearly from 0."""
+    branches: Literal["both", "conv", "scan"] = "both"
+    """Which half of every block works; the other half passes its channels on unchanged (for ablations)."""
+    dims: tuple[PositiveInt, ...] = ()
+    """Channels of each stage instead of the variant's: even, each twice the one before."""
+    depths: tuple[PositiveInt, ...] = ()
+    """Number of blocks of each stage instead of the variant's."""
+    d_state: int = Field(default=16, ge=1)
+    """Number of states N of the selective scan per channel."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "MedMambaConfig":
+        dims, depths = self.resolved_dims, self.resolved_depths
+        if len(dims) != len(depths):
+            raise ValueError(f"dims {dims} and depths {depths}: one of each per stage is needed; give both or neither")
+        if dims[0] % 2:
+            raise ValueError(f"dims {dims}: a block splits its channels in two halves; make the first number even")
+        if any(wide != 2 * narrow for narrow, wide in pairwise(dims)):
+            raise ValueError(f"dims {dims}: patch merging doubles the channels; make each twice the one before")
+        return self
+
+    @property
+    def resolved_dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return self.dims or VARIANTS[self.variant][0]
+
+    @property
+    def resolved_depths(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return self.depths or VARIANTS[self.variant][1]
+
+
+class ConvNetConfig(BaseModel):
+    """A small residual convolutional network: the honest yardstick beside MedMamba."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["convnet"] = "convnet"
+    """Which network this is."""
+    num_classes: int = Field(default=0, ge=0)
+    """Number of scores per image; 0 takes the number of classes of the dataset."""
+    widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 128), min_length=1)
+    """Channels of each stage; every stage after the first halves height and width."""
+    blocks: int = Field(default=1, ge=1)
+    """Number of residual blocks per stage."""
+
+
+ModelConfig = Annotated[MedMambaConfig | ConvNetConfig, Field(discriminator="kind")]

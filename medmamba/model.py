@@ -1,0 +1,216 @@
+"""MedMamba (Yue and Li, arXiv 2403.03849), with upstream's parameter names, so that its checkpoints load here.
+
+    images -> stem (4x4 patches) -> 4 stages of SS-Conv-SSM blocks, patch merging between them -> mean -> head
+
+Shapes: B batch, H W space, C block channels, D = C inner channels of the scan branch, K = 4 directions, N states,
+R rank of dt. Between blocks tensors are channels-last, BHWC. What differs from upstream: nothing in the function;
+the four directions share one product for dt, B and C and one scan operator that works in pixel order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own habit)
+from torch import Tensor, nn
+
+from medmamba.config import ConvNetConfig, MedMambaConfig
+from medmamba.convnet import ConvNet
+from medmamba.ops.ss2d_scan import resolve_backend, scan
+
+NUM_DIRECTIONS = 4
+MIN_SIDE = 32  # below, the third patch merging has nothing left to merge
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # the step sizes that a fresh scan starts with
+
+
+def build_model(config: MedMambaConfig | ConvNetConfig, *, scan: str = "auto", device: str = "cpu") -> nn.Module:
+    """Returns the freshly initialised network on `device`: images (B,3,H,W) float -> scores (B, num_classes).
+
+    `scan` names the backend of the selective scan; `model.scan_backend` is the one that was resolved ("none" for a
+    network without a scan). ValueError: config.num_classes is 0, or the backend is unknown or cannot run on `device`.
+    """
+    if config.num_classes < 1:
+        raise ValueError("num_classes is 0: a network needs at least 1; give the number of classes of the dataset")
+    if isinstance(config, ConvNetConfig):
+        return ConvNet(config).to(device)
+    return MedMamba(config, scan_backend=resolve_backend(scan, torch.device(device).type)).to(device)
+
+
+class MedMamba(nn.Module):
+    """The whole network; forward: images (B,3,H,W) float, H and W >= 32 -> scores (B, num_classes)."""
+
+    def __init__(self, config: MedMambaConfig, *, scan_backend: str):
+        super().__init__()
+        self.config = config
+        self.scan_backend = scan_backend
+        dims, depths = config.resolved_dims, config.resolved_depths
+        last = max(sum(depths) - 1, 1)
+        drop_paths = iter([config.drop_path * block / last for block in range(sum(depths))])
+        self.patch_embed = PatchEmbed(dims[0])
+        self.layers = nn.ModuleList()
+        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            blocks = [SSConvSSM(dim, config, drop_path=next(drop_paths), backend=scan_backend) for _ in range(depth)]
+            self.layers.append(Stage(dim, blocks, merge=stage < len(dims) - 1))
+        self.head = nn.Linear(dims[-1], config.num_classes)
+        self.apply(_initialise)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Scores before softmax or sigmoid. ValueError: not three channels, or smaller than 32x32."""
+        if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3 or min(images_B3HW.shape[2:]) < MIN_SIDE:
+            raise ValueError(
+                f"images of shape {tuple(images_B3HW.shape)}: MedMamba takes (B, 3, H, W) with H and W >= {MIN_SIDE}; "
+                "enlarge smaller images (image_size) and repeat the channel of grey ones"
+            )
+        x_BHWC = self.patch_embed(images_B3HW)
+        for layer in self.layers:
+            x_BHWC = layer(x_BHWC)
+        return self.head(x_BHWC.mean((1, 2)))
+
+
+class PatchEmbed(nn.Module):
+    """Stem: one vector per 4x4 patch; rows and columns beyond the last whole patch are dropped."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, 4, stride=4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """(B,3,H,W) -> (B,H/4,W/4,C)."""
+        patches = self.proj(images_B3HW.contiguous(memory_format=torch.channels_last))
+        return self.norm(patches.permute(0, 2, 3, 1))
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, then patch merging (not after the last stage)."""
+
+    def __init__(self, dim: int, blocks: list[SSConvSSM], *, merge: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = PatchMerging(dim) if merge else None
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B,H,W,C) -> (B,H/2,W/2,2C), or unchanged in shape in the last stage."""
+        for block in self.blocks:
+            x_BHWC = block(x_BHWC)
+        return x_BHWC if self.downsample is None else self.downsample(x_BHWC)
+
+
+class PatchMerging(nn.Module):
+    """The four pixels of each 2x2 cell become one of twice the channels; an odd last row or column is dropped."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B,H,W,C) -> (B,H/2,W/2,2C)."""
+        height, width = x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2
+        cells = x_BHWC[:, : 2 * height, : 2 * width].unflatten(2, (width, 2)).unflatten(1, (height, 2))
+        # (B, h, row, w, column, C) -> (B, h, w, column, row, C): upstream's order (0,0), (1,0), (0,1), (1,1)
+        return self.reduction(self.norm(cells.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class SSConvSSM(nn.Module):
+    """The block: left half of the channels through convolutions, right half through the scan, shuffled, plus x."""
+
+    def __init__(self, dim: int, config: MedMambaConfig, *, drop_path: float, backend: str):
+        super().__init__()
+        half = dim // 2
+        self.drop_path = drop_path
+        self.conv33conv33conv11 = _conv_branch(half) if config.branches != "scan" else None
+        self.ln_1 = nn.LayerNorm(half) if config.branches != "conv" else None
+        self.self_attention = SS2D(half, config.d_state, backend) if config.branches != "conv" else None
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B,H,W,C) -> (B,H,W,C)."""
+        left, right = x_BHWC.chunk(2, dim=-1)
+        if self.conv33conv33conv11 is not None:
+            maps = left.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+            left = self.conv33conv33conv11(maps).permute(0, 2, 3, 1)
+        if self.self_attention is not None and self.ln_1 is not None:
+            right = drop_path(self.self_attention(self.ln_1(right)), self.drop_path if self.training else 0.0)
+        # The shuffle with two groups: channel j of left and of right become the neighbours 2j, 2j+1.
+        return torch.stack((left, right), dim=-1).flatten(-2) + x_BHWC
+
+
+def _conv_branch(half: int) -> nn.Sequential:
+    """Left branch; the positions in the Sequential are part of upstream's parameter names."""
+    return nn.Sequential(
+        nn.BatchNorm2d(half),
+        nn.Conv2d(half, half, 3, padding=1),
+        nn.BatchNorm2d(half),
+        nn.ReLU(),
+        nn.Conv2d(half, half, 3, padding=1),
+        nn.BatchNorm2d(half),
+        nn.ReLU(),
+        nn.Conv2d(half, half, 1),
+        nn.ReLU(),
+    )
+
+
+def drop_path(x_BHWC: Tensor, chance: float) -> Tensor:
+    """x with each sample zeroed with the given chance, and the others scaled up by 1/(1 - chance)."""
+    if chance == 0.0:
+        return x_BHWC
+    keep_B111 = x_BHWC.new_empty((len(x_BHWC), 1, 1, 1)).bernoulli_(1 - chance)
+    return x_BHWC * keep_B111.div_(1 - chance)
+
+
+class SS2D(nn.Module):
+    """Right branch: a gated selective scan over the map in four directions."""
+
+    def __init__(self, dim: int, d_state: int, backend: str):
+        super().__init__()
+        inner, rank, ways = 2 * dim, math.ceil(dim / 16), NUM_DIRECTIONS
+        self.backend = backend
+        self.split = (rank, d_state, d_state)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.x_proj_weight = nn.Parameter(torch.empty(ways, sum(self.split), inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(ways, inner, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(ways, inner))
+        self.A_logs = nn.Parameter(torch.empty(ways * inner, d_state))
+        self.Ds = nn.Parameter(torch.empty(ways * inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B,H,W,C/2) -> (B,H,W,C/2)."""
+        # Two products instead of one that is cut: each result is dense, as the convolution and the gate need it.
+        weight_x_DC, weight_z_DC = self.in_proj.weight.chunk(2)
+        z_BHWD = F.linear(x_BHWC, weight_z_DC)
+        maps_BDHW = self.conv2d(F.linear(x_BHWC, weight_x_DC).permute(0, 3, 1, 2))
+        u_BHWD = F.silu(maps_BDHW).permute(0, 2, 3, 1)
+        y_BHWD = self._scan(u_BHWD)
+        return self.out_proj(self.out_norm(y_BHWD) * F.silu(z_BHWD))
+
+    def _scan(self, u_BHWD: Tensor) -> Tensor:
+        # One product for the four directions on the pixels as they lie; only its small result is cut.
+        projected_BHWKF = F.linear(u_BHWD, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
+        dt_BHWKR, B_BHWKN, C_BHWKN = projected_BHWKF.split(self.split, dim=-1)
+        A_log_KDN = self.A_logs.unflatten(0, (NUM_DIRECTIONS, -1))
+        D_KD = self.Ds.unflatten(0, (NUM_DIRECTIONS, -1))
+        weights = (self.dt_projs_weight, self.dt_projs_bias, A_log_KDN, D_KD)
+        return scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, *weights, backend=self.backend)
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    """Upstream's initialisation, drawn from torch's global generator."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):  # also the depth-wise one: its fan-out is not divided by the groups
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, SS2D):
+        ways, inner, rank = module.dt_projs_weight.shape
+        nn.init.uniform_(module.x_proj_weight, -(inner**-0.5), inner**-0.5)
+        nn.init.uniform_(module.dt_projs_weight, -(rank**-0.5), rank**-0.5)
+        dt_KD = torch.empty(ways, inner).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)).exp().clamp(min=_DT_FLOOR)
+        module.dt_projs_bias.copy_(dt_KD + torch.log(-torch.expm1(-dt_KD)))  # the inverse of softplus
+        module.A_logs.copy_(torch.arange(1, module.A_logs.shape[1] + 1).log().expand_as(module.A_logs))
+        nn.init.ones_(module.Ds)

@@ -1,0 +1,1 @@
+"""Operators: each is a contract with a plain PyTorch definition and faster backends that equal it."""

@@ -1,0 +1,145 @@
+"""The network: published sizes, shapes, every parameter trained, drop-path, ablations."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from medmamba.config import ConvNetConfig, MedMambaConfig
+from medmamba.model import MIN_SIDE, build_model, drop_path
+
+TINY = MedMambaConfig(dims=(8, 16), depths=(1, 2), num_classes=3)
+
+
+def num_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_classes", "expected"),
+    [
+        ("T", 6, 14_457_222),
+        ("T", 1000, 15_221_608),
+        ("S", 6, 18_625_158),
+        ("S", 1000, 19_389_544),
+        ("B", 6, 39_864_838),
+        ("B", 1000, 40_883_688),
+        ("nano", 2, 496_502),
+    ],
+)
+def test_a_variant_has_exactly_the_published_number_of_parameters(variant, num_classes, expected):
+    with torch.device("meta"):
+        model = build_model(MedMambaConfig(variant=variant, num_classes=num_classes), device="meta")
+    assert num_parameters(model) == expected
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 33), (57, 57), (40, 33), (64, 36)])
+def test_any_height_and_width_from_32_on_give_scores_and_gradients(height, width):
+    torch.manual_seed(0)
+    model = build_model(MedMambaConfig(num_classes=2))
+    scores = model(torch.randn(2, 3, height, width))
+    assert scores.shape == (2, 2)
+    scores.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 31, 64), (1, 3, 64, 31), (1, 1, 64, 64), (3, 64, 64)], ids=lambda s: "x".join(map(str, s))
+)
+def test_images_too_small_or_not_of_three_channels_are_refused_with_the_rule(shape):
+    with pytest.raises(ValueError, match=f"H and W >= {MIN_SIDE}"):
+        build_model(MedMambaConfig(num_classes=2))(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        TINY.model_copy(update={"branches": "conv"}),
+        TINY.model_copy(update={"branches": "scan"}),
+        ConvNetConfig(num_classes=3, widths=(8, 16)),
+    ],
+    ids=["both", "conv", "scan", "convnet"],
+)
+def test_every_parameter_gets_a_gradient(config):
+    torch.manual_seed(0)
+    model = build_model(config)
+    torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize(("branches", "kept"), [("conv", slice(1, None, 2)), ("scan", slice(0, None, 2))])
+def test_the_branch_left_out_passes_its_half_on_unchanged(branches, kept):
+    block = build_model(TINY.model_copy(update={"branches": branches})).layers[0].blocks[0].eval()
+    x = torch.randn(2, 4, 4, 8)
+    half = x[..., 4:] if branches == "conv" else x[..., :4]
+    assert torch.equal((block(x) - x)[..., kept], (half + x[..., kept]) - x[..., kept])
+
+
+def test_drop_path_grows_linearly_over_depth_to_the_configs_value():
+    model = build_model(MedMambaConfig(dims=(8, 16, 32), depths=(1, 2, 2), num_classes=2, drop_path=0.2))
+    chances = [block.drop_path for layer in model.layers for block in layer.blocks]
+    assert chances == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(4000, 2, 2, 3), 0.25).flatten(1)
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert torch.equal(dropped.amin(1), dropped.amax(1))
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_evaluation_is_deterministic_and_training_drops_paths():
+    torch.manual_seed(0)
+    model, x = build_model(TINY.model_copy(update={"drop_path": 0.9})), torch.randn(8, 3, 32, 32)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_the_initialisation_is_upstreams():
+    torch.manual_seed(0)
+    model = build_model(MedMambaConfig(variant="nano", num_classes=4))
+    block = model.layers[3].blocks[0]
+    scan = block.self_attention
+    assert scan.in_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert scan.out_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.head.bias.abs().max() == 0
+    assert scan.conv2d.weight.std().item() == pytest.approx((2 / (9 * 192)) ** 0.5, rel=0.1)
+    assert block.conv33conv33conv11[1].weight.std().item() == pytest.approx((2 / (9 * 96)) ** 0.5, rel=0.05)
+    assert block.conv33conv33conv11[1].bias.abs().max() > 0
+    assert scan.x_proj_weight.abs().max().item() == pytest.approx(192**-0.5, rel=0.01)
+    assert scan.dt_projs_weight.abs().max().item() == pytest.approx(6**-0.5, rel=0.01)
+    assert torch.equal(scan.A_logs[7], torch.arange(1.0, 17.0).log())
+    assert (scan.Ds == 1).all()
+    dt = torch.nn.functional.softplus(scan.dt_projs_bias.double())
+    assert 0.9e-3 < dt.min() < 2e-3
+    assert 0.08 < dt.max() < 0.101
+
+
+def test_the_model_says_which_scan_backend_it_runs_on():
+    assert build_model(TINY, scan="reference").scan_backend == "reference"
+    assert build_model(TINY).scan_backend == "numba"
+    assert build_model(ConvNetConfig(num_classes=2)).scan_backend == "none"
+    with pytest.raises(ValueError, match="scan backend 'cuda-magic' does not exist; choose auto or one of"):
+        build_model(TINY, scan="cuda-magic")
+
+
+def test_a_network_without_classes_is_refused():
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        build_model(MedMambaConfig())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dims": (8, 16)}, "one of each per stage"),
+        ({"dims": (7, 14), "depths": (1, 1)}, "make the first number even"),
+        ({"dims": (8, 24), "depths": (1, 1)}, "make each twice the one before"),
+        ({"drop_path": 1.0}, "less than 1"),
+        ({"layers": 3}, "Extra inputs"),
+    ],
+)
+def test_a_config_that_makes_no_network_is_refused_with_the_rule(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        MedMambaConfig(**fields)

@@ -1,0 +1,134 @@
+"""Rows to splits: a group stands in one split only, classes are spread evenly, a seed decides the rest."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+
+class Labelled(Protocol):
+    """What splitting needs to know of a sample."""
+
+    @property
+    def labels(self) -> tuple[int, ...]: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+
+
+class LeakError(ValueError):
+    """One group stands in two splits: what is learnt of a patient would be tested on the same patient."""
+
+
+def assign_splits(
+    rows: Sequence[Labelled],
+    *,
+    num_classes: int,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    classes: Sequence[str] = (),
+) -> list[str]:
+    """The split of each row, "train", "val" or "test".
+
+    Given splits are kept as they are. Otherwise whole groups are dealt out, so that each split gets its share of
+    every class; a row without a group is a group of its own. `classes` are the names for messages.
+    LeakError if a given split tears a group apart; ValueError if only some rows have a split, or if a class would be
+    missing from a split.
+    """
+    without = sum(row.split is None for row in rows)
+    if 0 < without < len(rows):
+        raise ValueError(
+            f"{without} of {len(rows)} rows have no split: give each row train, val or test, or drop the split column"
+        )
+    if without == 0:
+        splits = [str(row.split) for row in rows]
+    else:
+        fractions = np.array([1 - val_fraction - test_fraction, val_fraction, test_fraction])
+        splits = _drawn(rows, num_classes, fractions, seed)
+    check_splits(rows, splits, num_classes=num_classes, classes=classes)
+    return splits
+
+
+def check_splits(
+    rows: Sequence[Labelled], splits: Sequence[str], *, num_classes: int, classes: Sequence[str] = ()
+) -> None:
+    """LeakError if a group stands in two splits, ValueError if a split lacks a class."""
+    homes: dict[str, str] = {}
+    present: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+    for row, split in zip(rows, splits, strict=True):
+        if split not in present:
+            raise ValueError(f"split {split!r} is unknown: a split is train, val or test")
+        if row.group is not None and homes.setdefault(row.group, split) != split:
+            raise LeakError(
+                f"group {row.group!r} stands in {homes[row.group]} and in {split}: a group belongs into one split, so "
+                "mend the split column, or leave it out to have splits drawn by group"
+            )
+        present[split].update(row.labels)
+    for split, counts in present.items():
+        for index in range(num_classes):
+            if not counts[index]:
+                name = classes[index] if index < len(classes) else str(index)
+                total = sum(other[index] for other in present.values())
+                raise ValueError(
+                    f"class {name!r} is missing from the {split} split (it has {total} samples in all): every split "
+                    "needs every class, so add groups of this class, raise the split's fraction, or drop the class"
+                )
+
+
+def _drawn(rows: Sequence[Labelled], num_classes: int, fractions: np.ndarray, seed: int) -> list[str]:
+    members: dict[tuple[bool, str], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        # Zero-padded so that the order of lone rows is that of the rows.
+        members[(True, row.group) if row.group is not None else (False, f"{index:012d}")].append(index)
+    groups = [members[key] for key in sorted(members)]
+    np.random.default_rng(seed).shuffle(groups)
+    # One column per class and one for all samples, so that rows without any label (multilabel) count too.
+    counts = np.zeros((len(groups), num_classes + 1))
+    for position, group in enumerate(groups):
+        for index in group:
+            counts[position, [*rows[index].labels, num_classes]] += 1
+    homes = _dealt(counts, fractions)
+    splits = [""] * len(rows)
+    for group, home in zip(groups, homes, strict=True):
+        for index in group:
+            splits[index] = SPLITS[home]
+    return splits
+
+
+def _dealt(counts_GC: np.ndarray, fractions: np.ndarray) -> list[int]:
+    """Index of the split for each group, such that the class counts of each split come close to its share."""
+    totals_C = np.maximum(counts_GC.sum(axis=0), 1)
+    want_SC = fractions[:, None] * totals_C
+    have_SC = np.zeros_like(want_SC)
+    homes = [-1] * len(counts_GC)
+
+    def place(group: int, split: int) -> None:
+        homes[group] = split
+        have_SC[split] += counts_GC[group]
+
+    # First every split gets one group of every class, rarest class first: shares alone leave small splits empty.
+    num_groups_C = (counts_GC > 0).sum(axis=0)[:-1]
+    for label in np.argsort(num_groups_C, kind="stable").tolist():
+        for split in np.argsort(fractions, kind="stable").tolist():
+            free = (
+                [g for g in np.flatnonzero(counts_GC[:, label]).tolist() if homes[g] < 0]
+                if not have_SC[split, label]
+                else []
+            )
+            if free:
+                place(min(free, key=lambda g: counts_GC[g, -1]), split)
+    # Then the weightiest groups first, each to where it lowers sum((have - want)^2 / want) the most.
+    weight_G = (counts_GC / totals_C).sum(axis=1)
+    for group in np.argsort(-weight_G, kind="stable"):
+        if homes[group] < 0:
+            added_C = counts_GC[group]
+            cost_S = ((2 * (have_SC - want_SC) + added_C) * added_C / want_SC).sum(axis=1)
+            place(int(group), int(np.argmin(cost_S)))
+    return homes

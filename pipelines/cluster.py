@@ -1,0 +1,302 @@
+"""Runs a command of `medmamba` on a Ray cluster, as a job of its Jobs API.
+
+Shipped are the three packages as they stand here and nothing of the folder around them, so that
+`python -m pipelines COMMAND...` on the cluster runs this very code. Keys stay where they are: the Jobs API shows a
+job's variables to everybody who may look at it, so the cluster's nodes hold their own credentials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+from pipelines.provenance import COMMIT_VARIABLE, PACKAGES, git_commit
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+# Where the services are, never who may use them.
+PASSED_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "MEDMAMBA_STORE",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+)
+PROGRAM = ("python", "-m", "pipelines")
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 8  # together below the 15 s in which a silent service has to be named
+LOST_AFTER_S = 120  # how long the logs may stay out of reach before the job is given up as lost from sight
+_SECRET_QUERY = re.compile(r"passw|secret|token|signature|credential|api_?key|access_?key", re.IGNORECASE)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+
+
+class ClusterError(ValueError):
+    """The cluster or what is to be sent to it is not as it has to be: value, rule, remedy."""
+
+
+def submit(
+    address: str,
+    command: Sequence[str],
+    *,
+    wait: bool = True,
+    environ: Mapping[str, str] | None = None,
+    program: Sequence[str] = PROGRAM,
+) -> int:
+    """Submits `program` with `command` to the Ray at `address`; returns the exit code.
+
+    With `wait` the job's output is printed while it runs, and its exit code returned (128 + n where signal n ended it,
+    1 where it never ran; 130 where the user stopped watching: the job itself goes on). Without, prints how to follow
+    and to stop it, and returns 0. Of the variables in `environ` (default: this process's) only `PASSED_VARIABLES`
+    travel. The token is found as Ray finds it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; RAY_AUTH_MODE
+    "disabled" sends none.
+
+    Raises ClusterError within 15 s where the address is no address or nobody answers there, where the token is missing
+    or wrong, and before anything is sent where a variable or an argument would carry a secret.
+    """
+    environ = os.environ if environ is None else environ
+    if not command:
+        raise ClusterError("no command: something has to run on the cluster; medmamba submit --address URL -- COMMAND…")
+    address = _checked_address(address)
+    _refuse_secrets({f"argument {number}": value for number, value in enumerate(command, start=1)})
+    variables = job_variables(environ)
+    headers = _auth_headers(environ)
+    _check_answers(address, headers)
+    with _quiet_ray():
+        return _run(_client(address, headers), address, [*program, *command], variables, wait=wait)
+
+
+def _run(
+    client: JobSubmissionClient, address: str, entrypoint: list[str], variables: dict[str, str], *, wait: bool
+) -> int:
+    job_id = _job_id(entrypoint)
+    with staged_packages() as folder:
+        client.submit_job(
+            entrypoint=shlex.join(entrypoint),
+            submission_id=job_id,
+            runtime_env={"working_dir": str(folder), "env_vars": variables},
+            metadata={"git_commit": variables[COMMIT_VARIABLE]},
+        )
+    how_to = (
+        f"  follow: ray job logs --follow --address {address} {job_id}\n"
+        f"  stop:   ray job stop --address {address} {job_id}"
+    )
+    print(f"job {job_id} submitted to {address}\n{how_to}", file=sys.stderr if wait else sys.stdout, flush=True)
+    if not wait:
+        return 0
+    try:
+        _follow(client, job_id)
+        return _exit_code(client, job_id)
+    except KeyboardInterrupt:
+        print(f"\nno longer watching job {job_id}; it goes on running\n{how_to}", file=sys.stderr)
+        return 130
+
+
+def job_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns what the job's environment gets beside the cluster's own: the allow-list, and the commit of the code.
+
+    Raises ClusterError where a value would show a secret, or where the store would lie in the job's throw-away folder.
+    """
+    passed = {name: environ[name] for name in PASSED_VARIABLES if environ.get(name)}
+    _refuse_secrets(passed)
+    store = passed.get("MEDMAMBA_STORE", "/")
+    if "://" not in store and not os.path.isabs(store):
+        raise ClusterError(
+            f"MEDMAMBA_STORE={store}: a relative folder would be made in the job's working folder, which Ray deletes; "
+            f"give s3://BUCKET/PREFIX, or an absolute path that every node shares"
+        )
+    # Ray refuses a driver whose own runtime environment names a variable that the job's names too, even with the same
+    # value; with this the driver's counts.
+    return {**passed, COMMIT_VARIABLE: git_commit(), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+
+
+@contextlib.contextmanager
+def staged_packages() -> Iterator[Path]:
+    """A temporary folder with a copy of the three packages: code and data files, no caches, nothing else."""
+    with tempfile.TemporaryDirectory(prefix="medmamba-submit-") as folder:
+        for name in PACKAGES:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None, f"package {name} is not installed"
+            assert spec.origin is not None, f"package {name} has no __init__"
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbi", "*.nbc", ".*", "tests")
+            shutil.copytree(Path(spec.origin).parent, Path(folder) / name, ignore=ignored)
+        yield Path(folder)
+
+
+def _checked_address(address: str) -> str:
+    """Returns the address without a trailing slash; raises ClusterError unless it is http(s)://HOST[:PORT]."""
+    try:
+        parts = urlsplit(address)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ClusterError(
+            f"--address {address}: the address of Ray's dashboard is needed, http://HOST:8265 or https://HOST "
+            f"(not the one that workers join at, and not ray://)"
+        )
+    _refuse_secrets({"--address": address})
+    return address.rstrip("/")
+
+
+def _refuse_secrets(values: Mapping[str, str]) -> None:
+    """Raises ClusterError, without repeating the value, where a URL among the values carries credentials."""
+    for name, value in values.items():
+        for url in _URL.findall(value):
+            try:
+                parts = urlsplit(url)
+                secret = "@" in parts.netloc or any(_SECRET_QUERY.search(key) for key, _ in parse_qsl(parts.query))
+            except ValueError:
+                secret = True
+            if secret:
+                raise ClusterError(
+                    f"{name} is a URL with a user, password or token in it: the Jobs API shows it to everybody; "
+                    f"leave it out of the URL and give the cluster's nodes the credentials (infra/README.md)"
+                )
+
+
+def _auth_headers(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the header that proves who we are, empty where there is no token or none is wanted."""
+    if environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return {}
+    token = environ.get("RAY_AUTH_TOKEN", "").strip()
+    path = environ.get("RAY_AUTH_TOKEN_PATH", "")
+    if not token:
+        file = Path(path) if path else Path.home() / ".ray" / "auth_token"
+        try:
+            token = file.read_text().strip()
+        except OSError as error:
+            if path:  # Ray itself aborts the process here
+                raise ClusterError(
+                    f"RAY_AUTH_TOKEN_PATH={path}: not readable ({error.strerror}); name a file with the cluster's token"
+                ) from None
+    if token and not (token.isascii() and token.isprintable()):
+        raise ClusterError("the token of RAY_AUTH_TOKEN or its file is not one line of plain text; copy it again")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _check_answers(address: str, headers: dict[str, str]) -> None:
+    """Raises ClusterError unless a Ray answers at the address and accepts the token. (Ray's client never times out.)"""
+    import requests
+
+    try:
+        answer = requests.get(f"{address}/api/version", headers=headers, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
+    except requests.RequestException as error:
+        reason = "no answer in time" if isinstance(error, requests.Timeout) else "cannot be reached"
+        raise ClusterError(
+            f"--address {address}: {reason}; the dashboard of a running Ray has to answer there: is the head up, the "
+            f"port right (8265 by default), the tunnel or port-forward open?"
+        ) from None
+    if answer.status_code in (401, 403):
+        problem = "its token is not the one given here" if headers else "it demands a token and none was found"
+        raise ClusterError(
+            f"--address {address}: refused ({answer.status_code}), {problem}; set RAY_AUTH_TOKEN, or "
+            f"RAY_AUTH_TOKEN_PATH to a file with it, to the token that the cluster was started with"
+        )
+    if answer.status_code != 200 or "ray_version" not in answer.text:
+        raise ClusterError(
+            f"--address {address}: something answers ({answer.status_code}) that is not Ray's dashboard; "
+            f"give the dashboard's address, http://HOST:8265 by default"
+        )
+
+
+def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
+    """A client of the Jobs API at this address, whatever RAY_ADDRESS says: Ray would let it override the argument."""
+    from ray.job_submission import JobSubmissionClient
+
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        return JobSubmissionClient(address, headers=dict(headers))
+    finally:
+        os.environ.update(hidden)
+
+
+def _follow(client: JobSubmissionClient, job_id: str) -> None:
+    """Prints the job's output until it has ended, across broken connections (each starts again from the first line)."""
+    printed = 0
+    lost_since: float | None = None
+    while True:
+        seen = 0
+        try:
+            for text in _tail(client, job_id):
+                lost_since = None
+                fresh = text[max(0, printed - seen) :]
+                seen += len(text)
+                printed += len(fresh)
+                print(fresh, end="", flush=True)
+            if client.get_job_status(job_id).is_terminal():
+                return
+        except Exception as error:  # of any kind: a proxy, the network, a head that restarts; the job may be fine
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > LOST_AFTER_S:
+                raise ClusterError(
+                    f"job {job_id}: out of reach for {LOST_AFTER_S} s ({type(error).__name__}: {error}); it may be "
+                    f"running: when the cluster answers again, see `ray job status {job_id}`"
+                ) from None
+        time.sleep(1)
+
+
+def _tail(client: JobSubmissionClient, job_id: str) -> Iterator[str]:
+    """The pieces of the job's output as they come; ends with the job."""
+    pieces = client.tail_job_logs(job_id)
+    with asyncio.Runner() as runner:
+        while (text := runner.run(_next(pieces))) is not None:
+            yield text
+
+
+async def _next(pieces: AsyncIterator[str]) -> str | None:
+    return await anext(pieces, None)
+
+
+def _exit_code(client: JobSubmissionClient, job_id: str) -> int:
+    """The exit code of the ended job, said aloud where it did not end by itself."""
+    details = client.get_job_info(job_id)
+    code = details.driver_exit_code
+    if details.status.value == "SUCCEEDED":
+        return 0
+    if code is None or details.status.value == "STOPPED":
+        print(f"job {job_id} {details.status.value.lower()}: {details.message or 'no reason given'}", file=sys.stderr)
+    if not code:  # stopped, or never started: whatever the shell around it said, it did not do its work
+        return 1
+    return code if code > 0 else 128 - code
+
+
+def _job_id(entrypoint: Sequence[str]) -> str:
+    # Named by us so that a list of jobs can be read; the random part because a repeated id is refused.
+    verb = next((word for word in entrypoint[len(PROGRAM) :] if re.fullmatch("[a-z]+", word)), "job")
+    return f"medmamba-{verb}-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Keeps Ray's notes on uploading and on web sockets out of the job's own output."""
+    import ray.job_submission  # noqa: F401  (sets the levels that are changed here)
+
+    names = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+    loggers = [logging.getLogger(f"ray.{name}") for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

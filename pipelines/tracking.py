@@ -1,0 +1,352 @@
+"""Runs in MLflow: every call that records what a step or a trial did (registry.py has the models).
+
+The driver opens a `Tracking`, makes the runs and keeps their ids in the steps' folders before the work begins;
+workers receive the picklable `Tracking` and log by run id. Nothing here touches MLflow's process-wide "active run".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import json
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from data_shards.store import Store, StoreKeyError
+
+RUN_FILE = "mlflow.json"
+EXPERIMENT = "medmamba"
+# MLflow's own defaults need 248 s to give up on a server that does not answer. Two tries of 6 s stay below 15 s; what
+# a person has set in the environment counts first.
+HTTP_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "6",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0.5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+ONE_HOST_SCHEMES = ("sqlite", "file", "")
+PARAM_CHARACTERS = 6000  # the most that MLflow keeps of one parameter
+BATCH_ENTRIES = 100  # parameters or tags in one call
+
+
+class TrackingError(ValueError):
+    """MLflow cannot do what was asked: says which address, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """One experiment of one MLflow. Picklable; usable in the driver and in every worker."""
+
+    uri: str
+    experiment_id: str
+
+    @property
+    def client(self) -> Any:
+        """The MlflowClient of this process; call it inside `errors()`."""
+        return _client(os.getpid(), self.uri)
+
+    @property
+    def is_one_host(self) -> bool:
+        """True where runs live in a file: workers on other machines could not reach it."""
+        return urlsplit(self.uri).scheme in ONE_HOST_SCHEMES
+
+    @property
+    def address(self) -> str:
+        """The uri without a password, for records and people."""
+        return public_address(self.uri)
+
+    def errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Turns what MLflow raises inside the block into a TrackingError."""
+        return _errors(self.uri, doing)
+
+    def step_run(
+        self,
+        out: Store,
+        *,
+        run: str,
+        step: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The run id of a step, in state RUNNING: the same id again when the step is resumed.
+
+        The id is kept in `out`/mlflow.json before any work; where the driver died before writing it, the run is
+        found by its tag. Raises TrackingError where the kept id is not known at this address.
+        """
+        kept = self._kept_run(out)
+        identity = {"medmamba.run": run, "medmamba.step": step, "medmamba.record": out.uri}
+        found = kept or self._find({"medmamba.record": out.uri})
+        run_id = self._begin(found, f"{run}/{step}", {**identity, **_parent(parent), **(tags or {})})
+        if kept is None:
+            content = {"run_id": run_id, "experiment_id": self.experiment_id, "tracking_uri": self.address}
+            out.put(RUN_FILE, json.dumps(content, indent=2).encode() + b"\n")
+        self.log_params(run_id, params or {})
+        return run_id
+
+    def trial_run(self, parent_id: str, trial_id: str, params: Mapping[str, Any] | None = None) -> str:
+        """The run id of a trial, nested under the sweep's run; found again by its tags after a restore."""
+        identity = {**_parent(parent_id), "medmamba.trial": trial_id}
+        run_id = self._begin(self._find(identity), f"trial {trial_id}", identity)
+        self.log_params(run_id, params or {})
+        return run_id
+
+    @contextlib.contextmanager
+    def running(self, out: Store, *, run: str, step: str, **details: Any) -> Iterator[str]:
+        """`step_run` for the length of a block: FINISHED after it, FAILED or KILLED where it raises."""
+        run_id = self.step_run(out, run=run, step=step, **details)
+        try:
+            yield run_id
+        except BaseException as error:
+            # What broke the step is what must be told, not that MLflow could not be told of it.
+            with contextlib.suppress(TrackingError):
+                self.finish(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+        self.finish(run_id)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Adds one point to each metric's curve; one call, whatever their number."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+        with self.errors("cannot log metrics"):
+            self.client.log_batch(run_id, metrics=points)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Logs nested mappings as dotted keys. Saying the same again is no error, saying another value is."""
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in dotted(params).items()]
+        with self.errors("cannot log parameters"):
+            for first in range(0, len(flat), BATCH_ENTRIES):
+                self.client.log_batch(run_id, params=flat[first : first + BATCH_ENTRIES])
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets or replaces tags of a run."""
+        from mlflow.entities import RunTag
+
+        with self.errors("cannot set tags"):
+            self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Ends a run as FINISHED, FAILED or KILLED."""
+        assert status in ("FINISHED", "FAILED", "KILLED"), status
+        with self.errors("cannot end the run"):
+            self.client.set_terminated(run_id, status)
+
+    def close_trials(self, parent_id: str, status: str = "KILLED") -> int:
+        """Ends the trials of a sweep that are still RUNNING (their process died); returns how many."""
+        with self.errors("cannot end the trials"):
+            where = f"{_where(_parent(parent_id))} and attributes.status = 'RUNNING'"
+            trials = self.client.search_runs([self.experiment_id], where, max_results=1000)
+        for trial in trials:
+            self.finish(trial.info.run_id, status)
+        return len(trials)
+
+    def _begin(self, found: str | None, name: str, tags: Mapping[str, str]) -> str:
+        with self.errors("cannot begin a run"):
+            if found is None:
+                return self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
+            self.client.update_run(found, status="RUNNING")
+            return found
+
+    def _find(self, tags: Mapping[str, str]) -> str | None:
+        with self.errors("cannot search runs"):
+            order = ["attributes.start_time ASC"]
+            runs = self.client.search_runs([self.experiment_id], _where(tags), max_results=1, order_by=order)
+        return runs[0].info.run_id if runs else None
+
+    def _kept_run(self, out: Store) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            kept = json.loads(out.get(RUN_FILE))
+        except StoreKeyError:
+            return None
+        with self.errors("cannot read a run"):
+            try:
+                if self.client.get_run(kept["run_id"]).info.lifecycle_stage == "active":
+                    return kept["run_id"]
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        raise TrackingError(
+            f"{out.uri}/{RUN_FILE} names run {kept['run_id']} of {kept['tracking_uri']}, which {self.address} does not "
+            "have: set MLFLOW_TRACKING_URI to the former, or delete that file to begin a new run"
+        )
+
+
+def open_tracking(store: Store, uri: str | None = None) -> Tracking:
+    """Connects to `uri`, MLFLOW_TRACKING_URI or, for a local store, to a SQLite file in it; makes the experiment.
+
+    To be called by the driver before any worker logs: several processes that open a fresh SQLite file at once break
+    each other's migrations. Artifacts lie under the store; only where a server meets a store in a local folder, which
+    it cannot read, they lie where the server keeps its own. Raises TrackingError within 15 s.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(store)
+    if not store.is_local and urlsplit(uri).scheme in ONE_HOST_SCHEMES:
+        raise TrackingError(
+            f"MLflow at {uri} serves one host, but the store {store.uri} serves many: start `mlflow server` and set "
+            "MLFLOW_TRACKING_URI to its address"
+        )
+    on_server = urlsplit(uri).scheme not in ONE_HOST_SCHEMES
+    _probe(uri)
+    # A server may serve several stores; runs of equal names in two of them must not meet.
+    name = EXPERIMENT if not on_server else f"{EXPERIMENT} {_host(store)}{store.uri}"
+    artifacts = None if on_server and store.is_local else f"{_as_uri(store)}/mlflow-artifacts"
+    with contextlib.nullcontext() if on_server else _alone(store), _errors(uri, "cannot open the experiment"):
+        return Tracking(uri, _experiment(_client(os.getpid(), uri), name, artifacts))
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def public_address(uri: str) -> str:
+    """`uri` without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def _probe(uri: str) -> None:
+    """Raises TrackingError within 5 s where nothing answers; importing MLflow alone takes seconds more."""
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    parts = urlsplit(public_address(uri))
+    try:
+        urllib.request.urlopen(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/health")), timeout=5).close()
+    except urllib.error.HTTPError:
+        return  # it answers; whether it is an MLflow that lets us in shows at the first call
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrackingError(_unreachable(uri, str(reason))) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _client(pid: int, uri: str) -> Any:
+    # MLflow reads the settings from the environment at each request; its migrations log at INFO.
+    for name, value in HTTP_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db_migrations"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name!r} has been deleted: bring it back with `mlflow experiments restore -x "
+            f"{found.experiment_id}`, or remove it for good with `mlflow gc`"
+        )
+    return found.experiment_id
+
+
+def _sqlite_uri(store: Store) -> str:
+    path = store.path("mlflow.db")
+    if path is None:
+        raise TrackingError(
+            f"the store {store.uri} is shared, and runs cannot be kept in a file beside it: start `mlflow server` and "
+            "set MLFLOW_TRACKING_URI to its address"
+        )
+    return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """One process at a time on this host: two that migrate a fresh SQLite file at once break it."""
+    import fcntl
+
+    path = store.path(".mlflow.lock")
+    assert path is not None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise TrackingError(
+            f"{store.uri} is no folder that MLflow's file can be written to ({error.strerror}): use another store"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _host(store: Store) -> str:
+    """The same folder name on two machines is two stores."""
+    return f"{socket.gethostname()}:" if store.is_local else ""
+
+
+def _as_uri(store: Store) -> str:
+    return Path(store.uri).as_uri() if store.is_local else store.uri
+
+
+def _parent(run_id: str | None) -> dict[str, str]:
+    return {} if run_id is None else {"mlflow.parentRunId": run_id}
+
+
+def _where(tags: Mapping[str, str]) -> str:
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+
+
+@contextlib.contextmanager
+def _errors(uri: str, doing: str) -> Iterator[None]:
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
+        told = " ".join(str(error).split()).replace(uri, public_address(uri))
+        if any(
+            sign in told for sign in ("Max retries exceeded", "timed out", "Connection refused", "RemoteDisconnected")
+        ):
+            raise TrackingError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error
+        raise TrackingError(f"MLflow at {public_address(uri)}: {doing}: {told[:400]}{_remedy(uri, told)}") from error
+
+
+def _unreachable(uri: str, reason: str) -> str:
+    return (
+        f"MLflow at {public_address(uri)} cannot be reached ({reason}): start it, or set MLFLOW_TRACKING_URI to where "
+        "it listens"
+    )
+
+
+def _remedy(uri: str, told: str) -> str:
+    """What to do, from what MLflow says: it tells kinds of failure apart only in its text."""
+    if any(sign in told for sign in ("401", "403", "not authenticated")):
+        return ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do this"
+    if "failed with error code 404" in told:
+        return ": MLFLOW_TRACKING_URI names a server that is not MLflow"
+    if urlsplit(uri).scheme == "sqlite" and ("sqlite3" in told or "OperationalError" in told):
+        return ": the file must be a writable SQLite database of this version of MLflow or an older one"
+    return ""

@@ -1,0 +1,208 @@
+"""Any source image -> uint8 pixels, grey or RGB, or a named reason why not; and the coded bytes that a shard keeps.
+
+Transparent pixels are laid over black. 16-bit grey maps its full range onto 8 bits, so images stay comparable.
+Orientation from EXIF is applied; colour profiles are ignored.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+# Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.
+MAX_PIXELS = 100_000_000
+_ORIENTATION = 0x0112
+# What Pillow raises on damaged files; the fault boundary is one image.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class UndecodableImage(ValueError):  # noqa: N818 - it says what the image is, not what we did
+    """This image gives no pixels; `reason` is short, for the quarantine."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode(data: bytes | np.ndarray, *, max_side: int | None = None) -> np.ndarray:
+    """Pixels, uint8 (H, W, 1) or (H, W, 3); shrunk so that no side exceeds `max_side`. Raises UndecodableImage."""
+    if isinstance(data, np.ndarray):
+        return _pixels(_shrunk(Image.fromarray(_plain(data)), max_side))
+    image = _opened(data)
+    try:
+        image = ImageOps.exif_transpose(image)
+        return _pixels(_shrunk(_grey_or_rgb(image), max_side))
+    except UndecodableImage:
+        raise
+    except _DAMAGE as error:
+        raise UndecodableImage(_short(error)) from error
+
+
+def stored_bytes(data: bytes | np.ndarray, *, max_side: int | None = None) -> tuple[bytes, str, tuple[int, int, int]]:
+    """What a shard keeps of an image: coded bytes without metadata, their ending ("png" or "jpg"), and (H, W, C).
+
+    8-bit grey and RGB keep their coded pixels as JPEG or PNG, with everything but the pixels cut out. All else, also
+    a turned or shrunk image, becomes a PNG. The bytes are decoded again before they are returned, and equal the
+    source's pixels. The same data gives the same bytes. Raises UndecodableImage.
+    """
+    pixels = decode(data, max_side=max_side)
+    if isinstance(data, bytes):
+        kept = _without_metadata(data, pixels.shape)
+        if kept is not None and np.array_equal(decode(kept[0]), pixels):
+            return *kept, pixels.shape
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    coded = buffer.getvalue()
+    assert np.array_equal(decode(coded), pixels), "a PNG gives back what was put in"
+    return coded, "png", pixels.shape
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
+        raise UndecodableImage(f"array of {array.dtype} {array.shape}, not uint8 (H, W) or (H, W, 3)")
+    return np.ascontiguousarray(array)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """An opened image of one frame whose size may be decoded."""
+    if not data:
+        raise UndecodableImage("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        frames = getattr(image, "n_frames", 1)
+    except Image.UnidentifiedImageError as error:
+        raise UndecodableImage("not an image of a known format") from error
+    except _DAMAGE as error:
+        raise UndecodableImage(_short(error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UndecodableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    # A camera's JPEG may carry a preview as a second picture (MPO); an animation or a stack is not one image.
+    if frames > 1 and image.format != "MPO":
+        raise UndecodableImage(f"{frames} frames in one file")
+    return image
+
+
+def _grey_or_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode.startswith("I"):
+        return _from_16_bits(np.asarray(image))
+    if image.mode == "F":
+        raise UndecodableImage("floating-point pixels")
+    if image.has_transparency_data:
+        image = image.convert("RGBA" if image.mode in ("P", "PA", "RGB", "RGBA", "RGBa") else "LA")
+        black = Image.new(image.mode, image.size, (*(0,) * (len(image.mode) - 1), 255))
+        image = Image.alpha_composite(black, image) if image.mode == "RGBA" else _over_black(image)
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+def _over_black(image: Image.Image) -> Image.Image:
+    grey, alpha = (np.asarray(band, np.float32) for band in image.split())
+    return Image.fromarray(np.rint(grey * alpha / 255).astype(np.uint8))
+
+
+def _from_16_bits(values: np.ndarray) -> Image.Image:
+    if values.min() < 0 or values.max() > 65535:
+        raise UndecodableImage(f"pixels from {values.min()} to {values.max()} are not 16-bit grey")
+    return Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+
+
+def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:
+    if max_side is None or max(image.size) <= max_side:
+        return image
+    scale = max_side / max(image.size)
+    return image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _without_metadata(data: bytes, shape: tuple[int, ...]) -> tuple[bytes, str] | None:
+    """The file cut down to its pixels; None if it must be coded anew (turned, shrunk, or of another kind)."""
+    image = _opened(data)
+    same_size = (image.height, image.width) == shape[:2]
+    if not same_size or image.mode not in ("L", "RGB") or image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    if image.format in ("JPEG", "MPO"):
+        return (cut, "jpg") if (cut := _bare_jpeg(data)) else None
+    # Byte 24 of a PNG is its bit depth: 16-bit RGB also opens as RGB.
+    if image.format == "PNG" and data[24] == 8 and "transparency" not in image.info:
+        return (cut, "png") if (cut := _bare_png(data)) else None
+    return None
+
+
+def _bare_png(data: bytes) -> bytes | None:
+    """Signature, IHDR, IDAT and IEND of a PNG; nothing after the end."""
+    kept, position = [data[:8]], 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, end = data[position + 4 : position + 8], position + 12 + length
+        if kind in (b"IHDR", b"IDAT", b"IEND"):
+            kept.append(data[position:end])
+        if kind == b"IEND":
+            return b"".join(kept)
+        position = end
+    return None
+
+
+def _bare_jpeg(data: bytes) -> bytes | None:
+    """A JPEG's tables and scans (ITU T.81, annex B), plus the two markers that say how colours are coded."""
+    kept, position = [data[:2]], 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        if marker == 0xD9:
+            return b"".join([*kept, data[position : position + 2]])
+        end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
+        if marker == 0xDA:
+            end = _end_of_scan(data, end)
+        if marker == 0xE0 and data[position + 4 : position + 9] == b"JFIF\0":
+            kept.append(b"\xff\xe0\x00\x10JFIF\0\x01\x01\x00\x00\x01\x00\x01\x00\x00")  # square pixels, no thumbnail
+        else:
+            adobe = marker == 0xEE and data[position + 4 : position + 9] == b"Adobe"
+            if adobe or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+                kept.append(data[position:end])
+        position = end
+    # Pillow also reads files whose end marker is lost.
+    return b"".join([*kept, b"\xff\xd9"]) if data[position:] in (b"", b"\xff\xd9") else None
+
+
+def _end_of_scan(data: bytes, position: int) -> int:
+    """Where the entropy-coded data from `position` ends: at the next marker that is neither stuffing nor a restart."""
+    while (position := data.find(b"\xff", position)) >= 0:
+        following = data[position + 1 : position + 2]
+        if following and following != b"\0" and not b"\xd0" <= following <= b"\xd7" and following != b"\xff":
+            return position
+        position += 1
+    return len(data)

@@ -1,0 +1,109 @@
+"""Synthetic ultrasound-like images in three classes: no lesion, smooth ellipse, spiculated mass.
+
+An image is a function of (seed, patient, image) alone. A patient has one diagnosis, one tissue and one lesion; each
+image is another view of it: another position, tilt, contrast, gain and speckle. Every image is set to a brightness
+drawn apart from its class, and lesions lie anywhere, so single pixels tell next to nothing; shape and edge tell all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .config import PhantomConfig
+
+CLASSES = ("no lesion", "smooth ellipse", "spiculated mass")
+
+
+def diagnosis(patient: int) -> int:
+    """Index of the patient's class; they take turns."""
+    return patient % len(CLASSES)
+
+
+def phantom(config: PhantomConfig, seed: int, patient: int, image: int) -> np.ndarray:
+    """One image, uint8 (side, side)."""
+    of_patient = np.random.default_rng([seed, patient])
+    of_image = np.random.default_rng([seed, patient, image + 1])
+    side = config.side
+    y, x = np.meshgrid(*(np.linspace(-1, 1, side),) * 2, indexing="ij")
+    echo = _tissue(of_patient, of_image, x, y)
+    echo *= _lesion(diagnosis(patient), of_patient, of_image, x, y, contrast=config.contrast)
+    # Tissue absorbs sound; the machine's depth gain makes up for it, never quite.
+    echo *= np.exp(-of_image.uniform(-0.35, 0.35) * y)
+    grain = _speckle(of_image, side)
+    echo *= (1 - config.speckle) + config.speckle * grain
+    return _displayed(echo, of_image)
+
+
+def _tissue(of_patient: np.random.Generator, of_image: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Echo strength of healthy tissue around 1: clouds of fat and gland, crossed by bright layers of fascia."""
+    shift_x, shift_y = of_image.uniform(-0.3, 0.3, 2)
+    clouds = np.zeros_like(x)
+    for _ in range(6):
+        angle, phase = of_patient.uniform(0, 2 * np.pi, 2)
+        wave = of_patient.uniform(1.0, 4.0)
+        clouds += np.sin(wave * (np.cos(angle) * (x + shift_x) + np.sin(angle) * (y + shift_y)) + phase)
+    layers = np.zeros_like(x)
+    for _ in range(of_patient.integers(2, 4)):
+        depth, tilt, bend = of_patient.uniform(-1, 1), of_patient.uniform(-0.25, 0.25), of_patient.uniform(-0.2, 0.2)
+        distance = y + shift_y - depth - tilt * x - bend * x**2
+        layers += of_patient.uniform(0.15, 0.4) * np.exp(-((distance / 0.05) ** 2))
+    return 1 + 0.12 * clouds + layers
+
+
+def _lesion(
+    label: int,
+    of_patient: np.random.Generator,
+    of_image: np.random.Generator,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    contrast: tuple[float, float],
+) -> np.ndarray:
+    """Factor on the echo: below 1 inside the lesion and in the shadow of a mass, above 1 behind an ellipse."""
+    size, stretch, tilt = of_patient.uniform(0.22, 0.42), of_patient.uniform(1.2, 1.7), of_patient.uniform(-0.4, 0.4)
+    num_spikes, spikes = of_patient.integers(7, 12), of_patient.uniform(0.6, 1.0, 12)
+    spike_phase = of_patient.uniform(0, 2 * np.pi)
+    centre_x, centre_y = of_image.uniform(-0.75, 0.75, 2)
+    tilt += of_image.uniform(-0.3, 0.3)
+    size *= of_image.uniform(0.9, 1.1)
+    depth = of_image.uniform(*contrast)
+    if label == 0:
+        return np.ones_like(x)
+    u = np.cos(tilt) * (x - centre_x) + np.sin(tilt) * (y - centre_y)
+    v = -np.sin(tilt) * (x - centre_x) + np.cos(tilt) * (y - centre_y)
+    below = y - centre_y
+    if label == 1:
+        # Wider than tall, of the same area as a circle of radius `size`, with a sharp rim.
+        radius = np.hypot(u / np.sqrt(stretch), v * np.sqrt(stretch))
+        inside = _step((size - radius) / 0.03)
+        behind = 0.35 * _step((size * 0.8 - np.abs(x - centre_x)) / 0.08) * _step((below - size * 0.5) / 0.08)
+        return (1 + behind * (1 - inside)) * (1 - depth * inside)
+    angle = np.arctan2(v, u) + spike_phase
+    spike = np.abs(np.cos(angle * num_spikes / 2)) ** 6
+    which = np.floor((angle / (2 * np.pi) % 1) * num_spikes + 0.5).astype(int) % num_spikes
+    rim = size * 0.72 * (1 + 1.5 * spike * spikes[which])
+    inside = _step((rim - np.hypot(u, v)) / 0.03)
+    behind = 0.45 * _step((size * 0.7 - np.abs(x - centre_x)) / 0.08) * _step((below - size * 0.4) / 0.08)
+    return (1 - behind * (1 - inside)) * (1 - depth * inside)
+
+
+def _step(value: np.ndarray) -> np.ndarray:
+    """From 0 to 1 around zero, without the overflow of exp."""
+    return 0.5 * (1 + np.tanh(value))
+
+
+def _speckle(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Amplitude of many scatterers' summed echoes, mean 1: grains a pixel or two high and wider than high."""
+    scatterers = rng.standard_normal((side, side)) + 1j * rng.standard_normal((side, side))
+    frequency = np.fft.fftfreq(side)
+    blur = np.exp(-2 * np.pi**2 * ((0.7 * frequency[:, None]) ** 2 + (1.1 * frequency[None, :]) ** 2))
+    amplitude = np.abs(np.fft.ifft2(np.fft.fft2(scatterers) * blur))
+    return amplitude / amplitude.mean()
+
+
+def _displayed(echo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The echo on the screen: compressed, then set to a mean and spread that have nothing to do with the class."""
+    shown = np.log1p(3 * np.maximum(echo, 0))
+    shown = (shown - shown.mean()) / max(float(shown.std()), 1e-6)
+    grey = rng.uniform(85, 140) + rng.uniform(26, 40) * shown
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)

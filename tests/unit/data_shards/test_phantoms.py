@@ -1,5 +1,7 @@
 """The phantoms: repeatable, visible, and told apart by shape rather than by pixel."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,7 +68,7 @@ def test_a_small_network_succeeds_within_a_hundred_steps(drawn):
     widths = (1, 16, 32, 64, 64)
     blocks = [
         nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
-        for a, b in zip(widths, widths[1:], strict=False)
+        for a, b in itertools.pairwise(widths)
     ]
     net = nn.Sequential(*blocks, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3))
     x, y = torch.tensor(images)[:, None] / 127.5 - 1, torch.tensor(labels)

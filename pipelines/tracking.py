@@ -16,7 +16,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ HTTP_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 ONE_HOST_SCHEMES = ("sqlite", "file", "")
+LOST = ("Max retries exceeded", "timed out", "Connection refused", "RemoteDisconnected")  # said of a server gone
 PARAM_CHARACTERS = 6000  # the most that MLflow keeps of one parameter
+BATCH_METRICS = 1000  # points in one call, MLflow's limit
 BATCH_ENTRIES = 100  # parameters or tags in one call
 
 
@@ -122,6 +124,21 @@ class Tracking:
         points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         with self.errors("cannot log metrics"):
             self.client.log_batch(run_id, metrics=points)
+
+    def log_epoch(self, run_id: str, metrics: Mapping[str, float], step_losses: Sequence[float]) -> None:
+        """One epoch of a training: `metrics` over epochs, and the loss of each of its optimiser steps over steps.
+
+        `metrics` holds "epoch" (1 for the first) and "step" (optimiser steps made so far).
+        """
+        from mlflow.entities import Metric
+
+        epoch, last = int(metrics["epoch"]), int(metrics["step"])
+        self.log_metrics(run_id, {k: v for k, v in metrics.items() if k not in ("epoch", "step")}, step=epoch)
+        now_ms, before = int(time.time() * 1000), last - len(step_losses)
+        points = [Metric("step_loss", loss, now_ms, before + i) for i, loss in enumerate(step_losses, 1)]
+        with self.errors("cannot log metrics"):
+            for first in range(0, len(points), BATCH_METRICS):
+                self.client.log_batch(run_id, metrics=points[first : first + BATCH_METRICS])
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Logs nested mappings as dotted keys. Saying the same again is no error, saying another value is."""

@@ -1,0 +1,81 @@
+"""The registered model: encoded images (or pixels) in, class probabilities out.
+
+MLflow stores this file as the model's code ("models from code"), beside the packages medmamba and data_shards and the
+two files of a checkpoint: no pickle anywhere, and nothing of pipelines, Ray or DeepSpeed is needed to predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+import numpy as np
+import pandas as pd
+from mlflow.pyfunc import PythonModel
+
+BATCH = 32  # images per forward pass; bounds memory and changes nothing else
+
+
+class MedMambaModel(PythonModel):
+    """A trained network with its preprocessing. `load_model(uri, model_config={"device": "cuda"})` moves it."""
+
+    def load_context(self, context: Any) -> None:
+        """Reads weights.safetensors and model.json from the artifacts."""
+        from medmamba.checkpoint import load_model
+
+        folder = Path(context.artifacts["weights"]).parent
+        self.device = (context.model_config or {}).get("device", "cpu")
+        self.model, _, self.card = load_model(folder, device=self.device)
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Probabilities, one row per image and one column per class.
+
+        `model_input`: a DataFrame with the column `image`, or the images themselves: each one the bytes of an image
+        file or uint8 pixels (H, W), (H, W, 1) or (H, W, 3); also one array (N, H, W) or (N, H, W, C) of equal sizes.
+        Raises ValueError, naming the row, for anything that is no image.
+        """
+        images = model_input["image"].tolist() if isinstance(model_input, pd.DataFrame) else list(model_input)
+        found = [self._scores(images[first : first + BATCH], first) for first in range(0, len(images), BATCH)]
+        scores_NC = np.concatenate(found) if found else np.empty((0, len(self.card["classes"])))
+        return pd.DataFrame(scores_NC.astype(np.float64), columns=self.card["classes"])
+
+    def _scores(self, images: Sequence[bytes | np.ndarray], first: int) -> np.ndarray:
+        import torch
+
+        from medmamba.loss import scores
+        from medmamba.preprocess import preprocess
+
+        pixels_BHWC = np.stack([self._pixels(image, first + i) for i, image in enumerate(images)])
+        with torch.inference_mode():
+            logits_BC = self.model(preprocess(torch.from_numpy(pixels_BHWC).to(self.device)))
+        return scores(logits_BC, self.card["task"]).cpu().numpy()
+
+    def _pixels(self, image: bytes | np.ndarray, row: int) -> np.ndarray:
+        """Uint8 (side, side, 3), by the path of the shards: decode, shrink as the data set was, resize."""
+        from data_shards.decode import decode
+        from medmamba.preprocess import resize_uint8
+
+        if isinstance(image, np.ndarray) and (
+            image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,))
+        ):
+            raise ValueError(
+                f"image {row} is an array {image.shape} of {image.dtype}: pass uint8 pixels (height, width) or "
+                "(height, width, 1 or 3), or the bytes of an image file"
+            )
+        if not isinstance(image, bytes | bytearray | np.ndarray):
+            raise ValueError(
+                f"image {row} is a {type(image).__name__}: pass the bytes of an image file or uint8 pixels"
+            )
+        try:
+            data = image if isinstance(image, np.ndarray) else bytes(image)
+            pixels_HWC = decode(data, max_side=self.card.get("max_side"))
+        except ValueError as error:
+            raise ValueError(f"image {row} cannot be decoded: {error}") from error
+        size = self.card["image_size"]
+        resized = resize_uint8(pixels_HWC, size if isinstance(size, int) else tuple(size))
+        return np.broadcast_to(resized, (*resized.shape[:2], 3))
+
+
+mlflow.models.set_model(MedMambaModel())

@@ -1,0 +1,176 @@
+"""Models in MLflow's registry: package a checkpoint, make a version once, move an alias, load what it points to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipelines.tracking import Tracking, TrackingError
+
+ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
+# What predicting needs, and no more: the serving environment has neither Ray nor DeepSpeed.
+NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model, with the tags that say what it is."""
+
+    model: str
+    number: int
+    tags: Mapping[str, str]
+    run_id: str
+
+    @property
+    def uri(self) -> str:
+        """What mlflow.pyfunc.load_model takes."""
+        return f"models:/{self.model}/{self.number}"
+
+
+def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
+    """Writes the MLflow model of a checkpoint (weights.safetensors, model.json) to the new folder `folder`.
+
+    Models from code: no pickle. The code that reads the checkpoint lies inside, so that the model loads where this
+    project is not installed. Signature: `image` (encoded bytes) -> one probability per class.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    import data_shards
+    import medmamba
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema([ColSpec(DataType.double, name) for name in classes]),
+    )
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        python_model=str(Path(__file__).with_name("pyfunc.py")),
+        artifacts={"weights": str(checkpoint / "weights.safetensors"), "card": str(checkpoint / "model.json")},
+        code_paths=[str(Path(package.__path__[0])) for package in (medmamba, data_shards)],
+        signature=signature,
+        model_config={"device": "cpu"},  # what a person may override when loading
+        pip_requirements=requirements(),
+    )
+
+
+def requirements() -> list[str]:
+    """The installed versions of what predicting needs; a local build's suffix (+cpu) is left out: no index has it."""
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED]
+
+
+def find_version(tracking: Tracking, model: str, tags: Mapping[str, str]) -> Version | None:
+    """The first version of `model` that carries all of `tags`, or None."""
+    return next((v for v in versions(tracking, model) if all(v.tags.get(k) == x for k, x in tags.items())), None)
+
+
+def versions(tracking: Tracking, model: str) -> list[Version]:
+    """All versions of `model`, oldest first; none where there is no such model."""
+    found: list[Version] = []
+    token = None
+    while True:
+        with tracking.errors(f"cannot list the versions of {model}"):
+            page = tracking.client.search_model_versions(f"name = '{model}'", max_results=200, page_token=token)
+        found += [_version(entry) for entry in page]
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda version: version.number)
+
+
+def create_version(tracking: Tracking, model: str, packaged: Path, run_id: str, tags: Mapping[str, str]) -> Version:
+    """Uploads a packaged model to its run's artifacts and makes a version of it; the tags come with it."""
+    from mlflow.exceptions import MlflowException
+
+    with tracking.errors(f"cannot register a version of {model}"):
+        with _patience():
+            tracking.client.log_artifacts(run_id, str(packaged), ARTIFACT)
+        try:
+            tracking.client.create_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+        return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=dict(tags)))
+
+
+def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
+    """Version `number` of `model`, or None where it does not exist."""
+    return next((version for version in versions(tracking, model) if version.number == number), None)
+
+
+def by_alias(tracking: Tracking, model: str, alias: str) -> Version | None:
+    """The version that `alias` points to, or None where the model or the alias does not exist."""
+    from mlflow.exceptions import MlflowException
+
+    with tracking.errors(f"cannot read the alias {alias} of {model}"):
+        try:
+            return _version(tracking.client.get_model_version_by_alias(model, alias))
+        except MlflowException as error:
+            # MLflow 3.17 says INVALID_PARAMETER_VALUE for a missing alias of an existing model.
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+
+def move_alias(tracking: Tracking, version: Version, alias: str) -> None:
+    """Points `alias` to `version`. MLflow has no compare-and-set: raises TrackingError where another writer won."""
+    with tracking.errors(f"cannot move the alias {alias}"):
+        tracking.client.set_registered_model_alias(version.model, alias, str(version.number))
+    now = by_alias(tracking, version.model, alias)
+    if now is None or now.number != version.number:
+        raise TrackingError(
+            f"the alias {alias} of {version.model} points to version {now.number if now else 'none'}, not to "
+            f"{version.number}: somebody else promoted at this moment; run the step again"
+        )
+
+
+def tag_version(tracking: Tracking, version: Version, tags: Mapping[str, str]) -> None:
+    """Sets or replaces tags of a version."""
+    with tracking.errors(f"cannot tag version {version.number} of {version.model}"):
+        for key, value in tags.items():
+            tracking.client.set_model_version_tag(version.model, str(version.number), key, value)
+
+
+def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
+    """Names of the registered models that have a version of this alias."""
+    with tracking.errors("cannot list the registered models"):
+        return sorted(model.name for model in tracking.client.search_registered_models() if alias in model.aliases)
+
+
+@contextlib.contextmanager
+def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iterator[Any]:
+    """The version as MLflow's pyfunc model, for the length of a block (its files lie in a temporary folder)."""
+    import mlflow.artifacts
+    import mlflow.pyfunc
+
+    with tempfile.TemporaryDirectory(prefix="medmamba-registered-") as folder:
+        with tracking.errors(f"cannot fetch {version.uri}"), _patience():
+            source = tracking.client.get_model_version_download_uri(version.model, str(version.number))
+            local = mlflow.artifacts.download_artifacts(source, dst_path=folder, tracking_uri=tracking.uri)
+        yield mlflow.pyfunc.load_model(local, model_config={"device": device})
+
+
+def _version(entry: Any) -> Version:
+    return Version(entry.name, int(entry.version), dict(entry.tags), entry.run_id)
+
+
+@contextlib.contextmanager
+def _patience(seconds: int = 120) -> Iterator[None]:
+    """A server that is there may take long over a large file: it answers when the object store has all of it."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = str(max(seconds, int(before or 0)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,116 @@
+"""The gate: a registered version that is not worse than the champion takes its place; the others are told why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_shards.store import Store, StoreKeyError
+from pipelines.flow import StepContext
+from pipelines.placement import Placement
+from pipelines.registry import Version, by_alias, by_number, move_alias, tag_version
+
+DECISION = "decision.json"
+
+
+class GateConfig(BaseModel):
+    """What a version must reach to be promoted (`recipe.gate`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    alias: str = Field("champion", pattern=r"^(?!latest$)(?!v\d+$)[A-Za-z0-9_-]+$")
+    """Alias that the promoted version gets; `latest` and `v1`, `v2`, ... are MLflow's own."""
+    metric: Literal["auc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"] = "auc"
+    """Test metric that is compared with the champion's on the same manifest."""
+    minimum: float = Field(0.0, ge=0, le=1)
+    """The metric must reach this also where there is no champion yet."""
+    force: bool = False
+    """Promote whatever the comparison says. It is recorded, in the step and on the version."""
+
+
+def run(config: GateConfig, placement: Placement, out: Store, context: StepContext, *, register: dict) -> dict:
+    """Decides, moves the alias on a yes, and returns the verdict ("yes" or "no") with its reason.
+
+    A "no" is a result, not an error: the command that asked exits with 3. The decision is written before the alias
+    moves, so that an interrupted step carries out what it had decided instead of comparing the new champion with
+    itself; where somebody moved the alias in between, it decides again.
+    """
+    tracking, model = context.tracking, register["model"]
+    with tracking.running(out, run=context.run, step="promote", params=config.model_dump()) as run_id:
+        candidate = by_number(tracking, model, register["version"])
+        if candidate is None:
+            raise ValueError(
+                f"version {register['version']} of {model} is not in MLflow at {tracking.address} any more: set "
+                "MLFLOW_TRACKING_URI to where it was registered, or delete the register step's folder"
+            )
+        champion = by_alias(tracking, model, config.alias)
+        decision = _kept(out, champion, candidate) or decide(config, candidate, champion)
+        out.put(DECISION, json.dumps(decision, indent=2).encode() + b"\n")
+        if decision["verdict"] == "yes":
+            if champion is None or champion.number != candidate.number:
+                move_alias(tracking, candidate, config.alias)
+            previous = "" if decision["previous"] is None else str(decision["previous"])
+            history = {"medmamba.promoted_over": previous, "medmamba.forced": str(decision["forced"]).lower()}
+            tag_version(tracking, candidate, history)
+        tag_version(tracking, candidate, {"medmamba.verdict": f"{decision['verdict']}: {decision['reason']}"})
+        tracking.set_tags(run_id, {"medmamba.verdict": decision["verdict"], "medmamba.reason": decision["reason"]})
+    digest = hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()
+    return {"digest": digest, **decision, "model": model, "mlflow_run": run_id}
+
+
+def decide(config: GateConfig, candidate: Version, champion: Version | None) -> dict[str, Any]:
+    """The verdict on `candidate` with its reason, as a JSON mapping; moves nothing."""
+    verdict, reason = _compare(config, candidate, champion)
+    forced = config.force and verdict == "no"
+    return {
+        "verdict": "yes" if forced else verdict,
+        "reason": f"forced, although {reason}" if forced else reason,
+        "forced": forced,
+        "alias": config.alias,
+        "version": candidate.number,
+        "previous": champion.number if champion and champion.number != candidate.number else None,
+        "metric": config.metric,
+    }
+
+
+def _compare(config: GateConfig, candidate: Version, champion: Version | None) -> tuple[Literal["yes", "no"], str]:
+    ours = _measured(candidate, config.metric)
+    if ours is None:
+        return "no", f"version {candidate.number} has no test {config.metric}"
+    said = f"test {config.metric} {ours:.4f} of version {candidate.number}"
+    if ours < config.minimum:
+        return "no", f"{said} is below the minimum of {config.minimum:g} (gate.minimum)"
+    if champion is None:
+        return "yes", f"{said}, and there is no {config.alias} yet"
+    if champion.number == candidate.number:
+        return "yes", f"version {candidate.number} is the {config.alias} already"
+    theirs, manifest = _measured(champion, config.metric), candidate.tags.get("medmamba.manifest")
+    if theirs is None or manifest is None or champion.tags.get("medmamba.manifest") != manifest:
+        return "no", (
+            f"the {config.alias}, version {champion.number}, was not evaluated on this manifest "
+            f"({(manifest or 'unknown')[:12]}), so the two cannot be compared; evaluate it there, or use --gate.force"
+        )
+    told = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
+    return ("yes", f"{said} is not below {told}") if ours >= theirs else ("no", f"{said} is below {told}")
+
+
+def _measured(version: Version, metric: str) -> float | None:
+    try:
+        value = float(version.tags[f"test_{metric}"])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _kept(out: Store, champion: Version | None, candidate: Version) -> dict[str, Any] | None:
+    """The decision of an interrupted run of this step, unless the alias has gone elsewhere since."""
+    try:
+        decision = json.loads(out.get(DECISION))
+    except StoreKeyError:
+        return None
+    now = champion.number if champion else None
+    return decision if now in (decision["previous"], candidate.number) else None

@@ -1,0 +1,33 @@
+"""How training images are altered: the `augment` part of a recipe. Does not import torch, as a recipe may not."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class AugmentConfig(BaseModel):
+    """Random changes that keep a label true. Every one is drawn anew for each image; 0 switches it off."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    hflip: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Probability of exchanging left and right. Set 0 where the side of the body matters."""
+    vflip: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Probability of exchanging top and bottom. Only where the image has no upright: histology, cells, skin."""
+    rot90: bool = False
+    """Turn by 0, 90, 180 or 270 degrees, each equally likely. Only where the image has no upright."""
+    translate: float = Field(default=0.1, ge=0.0, le=0.5)
+    """Shift by up to this fraction of the height and of the width."""
+    scale: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Enlarge or shrink by a factor of up to 1 + this."""
+    rotate: float = Field(default=10.0, ge=0.0, le=180.0)
+    """Turn by up to this many degrees either way."""
+    brightness: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Lighten or darken by up to this fraction of the range from black to white."""
+    contrast: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Stretch or squeeze the greys about the image's mean by a factor of up to 1 + this."""
+    erase: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Probability of painting over one rectangle (a fifth to two fifths of each side) with the image's mean."""
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether any change needs the image resampled."""
+        return bool(self.hflip or self.vflip or self.rot90 or self.translate or self.scale or self.rotate)

@@ -1,0 +1,110 @@
+"""Rows with their splits -> which shard holds which row, in which order. Pure: reads no image and writes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from data_shards.split import SPLITS
+
+if TYPE_CHECKING:
+    from data_shards.config import DataConfig
+    from data_shards.source import Row
+
+# What names a conversion, says where its source stands, or judges it, without changing a byte of it.
+_NOT_IN_THE_BYTES = {"name", "source", "max_quarantine"}
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row of the source under the names that the shards know it by."""
+
+    key: str
+    group: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard: its name (`train-00000`), its split and its rows in order."""
+
+    name: str
+    split: str
+    rows: tuple[PlannedRow, ...]
+
+
+def sample_key(dataset: str, salt: str, where: str, frame: int) -> str:
+    """20 hex digits that name a sample; without the salt they cannot be found from a guessed file name."""
+    return _hex(dataset, salt, where, frame)
+
+
+def group_key(dataset: str, salt: str, group: str) -> str:
+    """20 hex digits that name a group (patient, smear, ...) of a dataset."""
+    return _hex(dataset, salt, group)
+
+
+def config_digest(config: DataConfig) -> str:
+    """sha256 of every setting that decides the bytes, whatever the conversion is called and wherever its source is."""
+    return digest_of(config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES))
+
+
+def shard_digest(plan: ShardPlan, config: DataConfig) -> str:
+    """sha256 of all that one shard is made from, by which a resumed conversion knows a shard that it need not make.
+
+    The source's address is part of it: keys of two npz files are the same, their pixels are not.
+    """
+    rows = [(planned.key, planned.group, planned.row.labels) for planned in plan.rows]
+    return digest_of([config_digest(config), config.source, plan.name, plan.split, rows])
+
+
+def plan_shards(rows: Sequence[Row], splits: Sequence[str], config: DataConfig) -> list[ShardPlan]:
+    """The shards of a dataset, split by split, each shuffled from `config.seed` and cut into parts of equal size.
+
+    The order does not depend on that of the rows, and any prefix of a split's shards is a fair sample of it.
+    A row without a group is a group of its own.
+
+    Raises:
+        ValueError: two rows are the same image (path and frame).
+    """
+    planned: dict[str, list[PlannedRow]] = {split: [] for split in SPLITS}
+    seen: dict[str, Row] = {}
+    for row, split in zip(rows, splits, strict=True):
+        key = sample_key(config.dataset, config.salt, row.where, row.frame)
+        if key in seen:
+            raise ValueError(
+                f"{row.where!r} (frame {row.frame}) stands twice in the image set, with labels "
+                f"{seen[key].labels} and {row.labels}: each image may be listed once"
+            )
+        seen[key] = row
+        group = key if row.group is None else group_key(config.dataset, config.salt, row.group)
+        planned[split].append(PlannedRow(key, group, row))
+    return [shard for split in SPLITS for shard in _cut(split, _shuffled(planned[split], config.seed), config)]
+
+
+def _shuffled(rows: list[PlannedRow], seed: int) -> list[PlannedRow]:
+    # By hash rather than by a random generator: stable over library versions and blind to the rows' order.
+    return sorted(rows, key=lambda planned: _hex("order", seed, planned.key))
+
+
+def _cut(split: str, rows: list[PlannedRow], config: DataConfig) -> list[ShardPlan]:
+    num_shards = -(-len(rows) // config.samples_per_shard)
+    ends = [len(rows) * i // num_shards for i in range(num_shards + 1)] if num_shards else []
+    return [
+        ShardPlan(f"{split}-{i:05d}", split, tuple(rows[start:end]))
+        for i, (start, end) in enumerate(itertools.pairwise(ends))
+    ]
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a JSON value in its one canonical spelling."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hex(*parts: str | int) -> str:
+    # As JSON, so that ("a", "bc") and ("ab", "c") differ.
+    return digest_of(parts)[:20]

@@ -29,7 +29,7 @@ class MedMambaModel(PythonModel):
         self.device = (context.model_config or {}).get("device", "cpu")
         self.model, _, self.card = load_model(folder, device=self.device)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context, model_input, params=None):  # type hints would replace the signature
         """Probabilities, one row per image and one column per class.
 
         `model_input`: a DataFrame with the column `image`, or the images themselves: each one the bytes of an image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -45,20 +46,24 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
 
     import data_shards
     import medmamba
+    from medmamba.checkpoint import MODEL, WEIGHTS
 
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([ColSpec(DataType.double, name) for name in classes]),
     )
-    mlflow.pyfunc.save_model(
-        path=str(folder),
-        python_model=str(Path(__file__).with_name("pyfunc.py")),
-        artifacts={"weights": str(checkpoint / "weights.safetensors"), "card": str(checkpoint / "model.json")},
-        code_paths=[str(Path(package.__path__[0])) for package in (medmamba, data_shards)],
-        signature=signature,
-        model_config={"device": "cpu"},  # what a person may override when loading
-        pip_requirements=requirements(),
-    )
+    with warnings.catch_warnings():
+        # It would have an input example as well; the signature says it all, and an example would be run here.
+        warnings.simplefilter("ignore", UserWarning)
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"weights": str(checkpoint / WEIGHTS), "card": str(checkpoint / MODEL)},
+            code_paths=[package.__path__[0] for package in (medmamba, data_shards)],
+            signature=signature,
+            model_config={"device": "cpu"},  # what a person may override when loading
+            pip_requirements=requirements(),
+        )
 
 
 def requirements() -> list[str]:

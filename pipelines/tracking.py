@@ -28,11 +28,12 @@ RUN_FILE = "mlflow.json"
 EXPERIMENT = "medmamba"
 # MLflow's own defaults need 248 s to give up on a server that does not answer. Two tries of 6 s stay below 15 s; what
 # a person has set in the environment counts first.
-HTTP_SETTINGS = {
+SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "6",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0.5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 ONE_HOST_SCHEMES = ("sqlite", "file", "")
 LOST = ("Max retries exceeded", "timed out", "Connection refused", "RemoteDisconnected")  # said of a server gone
@@ -260,7 +261,7 @@ def _probe(uri: str) -> None:
 @functools.lru_cache(maxsize=8)
 def _client(pid: int, uri: str) -> Any:
     # MLflow reads the settings from the environment at each request; its migrations log at INFO.
-    for name, value in HTTP_SETTINGS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 

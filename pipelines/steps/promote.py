@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_shards.store import Store, StoreKeyError
 from pipelines.flow import StepContext
@@ -22,7 +23,7 @@ class GateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    alias: str = Field("champion", pattern=r"^(?!latest$)(?!v\d+$)[A-Za-z0-9_-]+$")
+    alias: str = Field("champion", pattern=r"^[A-Za-z0-9_-]+$", max_length=100)
     """Alias that the promoted version gets; `latest` and `v1`, `v2`, ... are MLflow's own."""
     metric: Literal["auc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"] = "auc"
     """Test metric that is compared with the champion's on the same manifest."""
@@ -30,6 +31,13 @@ class GateConfig(BaseModel):
     """The metric must reach this also where there is no champion yet."""
     force: bool = False
     """Promote whatever the comparison says. It is recorded, in the step and on the version."""
+
+    @field_validator("alias")
+    @classmethod
+    def _free(cls, alias: str) -> str:
+        if alias == "latest" or re.fullmatch(r"v\d+", alias):
+            raise ValueError(f"alias {alias!r} has a meaning of its own in MLflow; choose another")
+        return alias
 
 
 def run(config: GateConfig, placement: Placement, out: Store, context: StepContext, *, register: dict) -> dict:

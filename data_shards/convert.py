@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data_shards import catalog
+from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.manifest import (
     INDEX,
@@ -26,7 +26,7 @@ from data_shards.manifest import (
     open_dataset,
 )
 from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards
-from data_shards.shard import ShardPart, find_shard, write_shard
+from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
@@ -65,7 +65,8 @@ def convert(
         dataset = open_dataset(out)
         _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
         return _facts(dataset, made=0)
-    image_set = open_source(config)
+    _source.cache_clear()  # the images may have been mended since this process looked
+    image_set = _source(config)
     plans = _plans(image_set, config)
     out.put(SETTINGS, json.dumps(_settings(config), indent=1).encode())
     kept = {plan.name: part for plan in plans if (part := find_shard(plan, config, out))}
@@ -75,6 +76,7 @@ def convert(
     for part in run_tasks(write_one, tasks):
         parts[part.name] = part
         progress(len(parts), len(plans))
+    _remove_strays(plans, out)
     _commit([parts[plan.name] for plan in plans], plans, image_set, config, out)
     return _facts(open_dataset(out), made=len(tasks))
 
@@ -109,6 +111,14 @@ def _plans(image_set: ImageSet, config: DataConfig) -> list[ShardPlan]:
     return plan_shards(image_set.rows, splits, config)
 
 
+def _remove_strays(plans: Sequence[ShardPlan], out: Store) -> None:
+    """Deletes shards that an unfinished conversion of other settings left behind."""
+    planned = {key for plan in plans for key in (tar_key(plan.name), part_key(plan.name))}
+    for folder in ("shards/", "parts/"):
+        for key in set(out.list(folder)) - planned:
+            out.delete(key)
+
+
 def _commit(
     parts: Sequence[ShardPart], plans: Sequence[ShardPlan], image_set: ImageSet, config: DataConfig, out: Store
 ) -> None:
@@ -124,7 +134,7 @@ def _commit(
         dataset=config.dataset,
         task=image_set.task,
         classes=image_set.classes,
-        licence=catalog.card(config.dataset).licence if config.dataset in catalog.names() else "not stated",
+        licence=card(config.dataset).licence if config.dataset in names() else "not stated",
         config_sha256=config_digest(config),
         channels=3 if any(sample.channels == 3 for part in parts for sample in part.samples) else 1,
         splits=count_splits(table, image_set.classes),

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_sets import coded, npz_config, pixels
+
+from data_shards.config import DataConfig
+from data_shards.convert import convert, key_map, write_one
+from data_shards.manifest import MANIFEST, open_dataset
+from data_shards.store import open_store
+
+
+def contents(store, prefixes=("shards/", "samples.parquet", "manifest.json")) -> dict[str, bytes]:
+    return {key: store.get(key) for prefix in prefixes for key in store.list(prefix)}
+
+
+def test_all_samples_arrive_once_with_their_labels_and_pixels(tmp_path):
+    config = npz_config(tmp_path)
+    store = open_store(str(tmp_path / "out"))
+    facts = convert(config, store)
+    dataset = open_dataset(store, digest=facts["digest"])
+    arrays = np.load(config.source)
+    places = {key: where for key, where, _ in key_map(config)}
+    assert (facts["num_images"], facts["quarantine"], facts["made"], facts["kept"]) == (73, 0, facts["num_shards"], 0)
+    for split in ("train", "val", "test"):
+        index = dataset.index(split)
+        numbers = [int(places[key].rpartition("/")[2]) for key in index.key]
+        assert sorted(numbers) == list(range(len(arrays[f"{split}_labels"])))
+        assert np.array_equal(index.labels.argmax(1), arrays[f"{split}_labels"][numbers, 0])
+        assert set(index.labels.sum(1)) == {1}
+        assert facts["counts"][split] == dict(
+            zip(dataset.manifest.classes, np.bincount(arrays[f"{split}_labels"][:, 0]).tolist(), strict=True)
+        )
+
+
+def test_one_and_two_processes_write_the_same_bytes(tmp_path):
+    config = npz_config(tmp_path)
+    one, two = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
+    facts = convert(config, one)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        # Last submitted first handed over: the order of results must not matter either.
+        facts_two = convert(config, two, run_tasks=lambda run, tasks: list(pool.map(run, tasks))[::-1])
+    assert contents(one) == contents(two)
+    assert facts_two["digest"] == facts["digest"]
+
+
+def test_the_same_images_at_another_address_under_another_name_give_the_same_bytes(tmp_path):
+    one, two = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
+    convert(npz_config(tmp_path / "here"), one)
+    convert(npz_config(tmp_path / "there", name="again"), two)
+    assert contents(one) == contents(two)
+
+
+def test_a_second_run_makes_nothing(tmp_path):
+    config, store = npz_config(tmp_path), open_store(str(tmp_path / "out"))
+    first = convert(config, store)
+    os.rename(config.source, tmp_path / "moved.npz")  # it need not even look at the images
+    second = convert(config, store, run_tasks=lambda run, tasks: pytest.fail("made again"))
+    assert second == {**first, "made": 0, "kept": first["num_shards"]}
+
+
+def test_progress_counts_the_shards(tmp_path):
+    config, seen = npz_config(tmp_path), []
+    facts = convert(config, open_store(str(tmp_path / "out")), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, facts["num_shards"]) for done in range(facts["num_shards"] + 1)]
+
+
+def test_killed_halfway_and_run_again_it_keeps_what_is_finished_and_the_bytes_are_the_same(tmp_path):
+    config, whole, killed = npz_config(tmp_path), open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
+    convert(config, whole)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = (
+        "import sys, time; from data_shards.config import DataConfig; from data_shards import convert as c\n"
+        "from data_shards.store import open_store\n"
+        "slow = lambda run, tasks: ((time.sleep(0.1), run(task))[1] for task in tasks)\n"
+        "config = DataConfig.model_validate_json(open(sys.argv[1]).read())\n"
+        "c.convert(config, open_store(sys.argv[2]), run_tasks=slow)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "config.json"), killed.uri])
+    while len(list(killed.list("parts/"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert killed.head(MANIFEST) is None
+    facts = convert(config, killed)
+    assert facts["kept"] >= 3
+    assert facts["made"] >= 1
+    assert contents(killed) == contents(whole)
+
+
+def test_other_settings_under_the_same_name_are_an_error_that_names_each_of_them(tmp_path):
+    config, store = npz_config(tmp_path), open_store(str(tmp_path / "out"))
+    convert(config, store)
+    before = contents(store)
+    changed = config.model_copy(update={"samples_per_shard": 5, "salt": "secret"})
+    with pytest.raises(ValueError, match=r"data\.salt: '' -> '\w+'; data\.samples_per_shard: 8 -> 5.*--data\.name"):
+        convert(changed, store)
+    with pytest.raises(ValueError, match=r"data\.source"):
+        convert(config.model_copy(update={"source": "/elsewhere.npz"}), store)
+    assert contents(store) == before
+
+
+def test_the_salt_is_not_written_beside_the_keys_it_hides(tmp_path):
+    config, store = npz_config(tmp_path, salt="very secret salt"), open_store(str(tmp_path / "out"))
+    convert(config, store)
+    assert not any(b"very secret" in store.get(key) for key in store.list())
+
+
+def test_an_unfinished_conversion_of_other_settings_is_made_anew(tmp_path):
+    config, store, fresh = npz_config(tmp_path), open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
+
+    def stopped(run, tasks):
+        yield run(tasks[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(config.model_copy(update={"salt": "x"}), store, run_tasks=stopped)
+    store.put("shards/train-00099.tar", b"of finer shards than now")
+    facts = convert(config, store)
+    assert facts["kept"] == 0
+    assert facts["digest"] == convert(config, fresh)["digest"]
+    assert contents(store) == contents(fresh)
+
+
+def folder_config(folder: Path, *, bad: int, **changes) -> DataConfig:
+    for label, name in enumerate(("left", "right")):
+        (folder / name).mkdir(parents=True)
+        for i in range(30):
+            (folder / name / f"{i} (1).png").write_bytes(coded(pixels(100 * label + i)))
+    for i in range(bad):
+        (folder / "left" / f"{i} (1).png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    return DataConfig(dataset="own", layout="folders", source=str(folder), **changes)
+
+
+def test_too_many_undecodable_images_fail_and_nothing_says_the_dataset_is_whole(tmp_path):
+    config, store = folder_config(tmp_path / "set", bad=2), open_store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"2 of 60 images \(3\.3%\).*left/0 \(1\)\.png.*max-quarantine"):
+        convert(config, store)
+    assert store.head(MANIFEST) is None
+
+
+def test_few_undecodable_images_are_counted_and_the_finished_shards_are_kept_when_the_tolerance_is_raised(tmp_path):
+    config, store = folder_config(tmp_path / "set", bad=2), open_store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="max_quarantine"):
+        convert(config, store)
+    facts = convert(config.model_copy(update={"max_quarantine": 0.05}), store)
+    assert (facts["quarantine"], facts["num_images"], facts["made"]) == (2, 58, 0)
+    assert len(open_dataset(store).manifest.quarantine) == 2
+    with pytest.raises(ValueError, match="max_quarantine"):  # also when it is finished
+        convert(config, store)
+
+
+def test_grey_and_rgb_images_in_one_set_make_a_dataset_of_three_channels(tmp_path):
+    config, store = folder_config(tmp_path / "set", bad=0), open_store(str(tmp_path / "out"))
+    (tmp_path / "set" / "right" / "colour.png").write_bytes(coded(pixels(7, channels=3)))
+    convert(config, store)
+    assert open_dataset(store).manifest.channels == 3
+
+
+def test_a_shard_is_written_without_torch(tmp_path):
+    script = "import sys, data_shards.convert, data_shards.loader; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert write_one.__module__ == "data_shards.convert"  # a worker finds it by name
+
+
+def test_on_s3_the_bytes_are_those_of_a_folder(tmp_path, s3):
+    config, local, remote = npz_config(tmp_path), open_store(str(tmp_path / "out")), open_store(f"{s3}/sets/tiny")
+    facts = convert(config, local)
+    assert convert(config, remote)["digest"] == facts["digest"]
+    assert contents(local) == contents(remote)
+    assert re.fullmatch(r"[0-9a-f]{64}", facts["digest"])

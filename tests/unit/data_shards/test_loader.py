@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import weakref
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_sets import coded, npz_config, pixels
+
+from data_shards.convert import convert
+from data_shards.loader import batches, resized
+from data_shards.local_shard import ShardError, cache_folder
+from data_shards.manifest import Dataset, open_dataset
+from data_shards.store import open_store
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("loader")
+    convert(npz_config(folder), open_store(str(folder / "out")))
+    return str(folder / "out")
+
+
+@pytest.fixture
+def dataset(uri) -> Dataset:
+    return open_dataset(uri)
+
+
+def fingerprint(batch) -> str:
+    arrays = (batch.images, batch.labels, batch.index, batch.mask)
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+def global_batches(dataset, split, ranks, **options) -> list[list[str]]:
+    """Fingerprints of the micro-batches of every global batch, in their order in it."""
+    per_rank = [list(batches(dataset, split, rank=rank, ranks=ranks, **options)) for rank in range(ranks)]
+    assert len({len(found) for found in per_rank}) == 1
+    num_turns = options["batch"] // (options["micro"] * ranks)
+    num_batches = len(per_rank[0]) // num_turns
+    return [
+        [fingerprint(per_rank[rank][j * num_turns + turn]) for turn in range(num_turns) for rank in range(ranks)]
+        for j in range(num_batches)
+    ]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_global_batches_are_the_same_on_1_2_and_4_ranks_over_two_epochs(uri, train):
+    options = {"batch": 12, "micro": 3, "image_size": 16, "train": train, "seed": 5}
+    for epoch in (0, 1):
+        one, two, four = (
+            global_batches(open_dataset(uri), "train", ranks, epoch=epoch, **options) for ranks in (1, 2, 4)
+        )
+        assert one == two == four
+        assert len(one) == (4 if train else 5)
+
+
+def test_the_number_of_threads_changes_nothing(uri):
+    options = {"batch": 10, "image_size": 16, "train": True}
+    found = [[fingerprint(b) for b in batches(open_dataset(uri), "train", workers=w, **options)] for w in (0, 1, 3)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_training_epoch_holds_every_sample_at_most_once_and_drops_the_incomplete_batch(dataset):
+    found = list(batches(dataset, "train", batch=12, image_size=16, train=True))
+    positions = np.concatenate([batch.index for batch in found])
+    assert len(positions) == len(set(positions.tolist())) == 48
+    assert all(batch.mask.all() for batch in found)
+    assert [batch.consumed for batch in found] == [12, 24, 36, 48]
+
+
+def test_seed_and_epoch_decide_the_order(dataset):
+    def order(**options):
+        found = batches(dataset, "train", batch=25, image_size=16, train=True, **options)
+        return tuple(np.concatenate([batch.index for batch in found]).tolist())
+
+    assert len({order(), order(epoch=1), order(seed=1), order(seed=1, epoch=1)}) == 4
+    assert order(seed=1) == order(seed=1)
+
+
+def test_the_order_is_the_same_for_ever(dataset):
+    """A resume by a later version, on another machine, must go on in the same permutation."""
+    first = next(iter(batches(dataset, "train", batch=8, image_size=16, train=True, seed=3, epoch=2)))
+    draws = np.random.PCG64(np.random.SeedSequence([3, 2])).random_raw(50)
+    assert first.index.tolist() == np.argsort(draws, kind="stable")[:8].tolist() == [4, 19, 10, 46, 0, 44, 8, 5]
+
+
+def test_evaluation_holds_every_sample_exactly_once_and_pads_with_a_mask(dataset):
+    for ranks in (1, 2):
+        found = [
+            b
+            for r in range(ranks)
+            for b in batches(dataset, "test", batch=8, micro=4, rank=r, ranks=ranks, image_size=16, train=False)
+        ]
+        positions = np.concatenate([batch.index for batch in found])
+        mask = np.concatenate([batch.mask for batch in found])
+        assert sorted(positions[mask].tolist()) == list(range(14))
+        assert (positions[~mask] == -1).all()
+        assert len(positions) == 16
+        for batch in found:
+            assert not batch.images[~batch.mask].any()
+            assert not batch.labels[~batch.mask].any()
+            assert np.array_equal(batch.labels[batch.mask], dataset.index("test").labels[batch.index[batch.mask]])
+        assert max(batch.consumed for batch in found) == 14
+
+
+def test_a_batch_may_be_larger_than_the_split_in_evaluation(dataset):
+    (batch,) = batches(dataset, "val", batch=32, image_size=16, train=False)
+    assert batch.mask.tolist() == [True] * 9 + [False] * 23
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_at_any_batch_the_rest_is_bit_equal(uri, train, ranks):
+    options = {"batch": 12, "micro": 3, "image_size": 16, "train": train, "seed": 1, "epoch": 3, "ranks": ranks}
+    whole = list(batches(open_dataset(uri), "train", **options))
+    turns = 12 // (3 * ranks)
+    for done in range(0, len(whole) + 1, turns):
+        start = whole[done - 1].consumed if done else 0
+        rest = batches(open_dataset(uri), "train", start=start, **options)
+        assert len(rest) == len(whole) - done
+        assert [fingerprint(batch) for batch in rest] == [fingerprint(batch) for batch in whole[done:]]
+
+
+def test_what_was_skipped_is_not_decoded(dataset, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("data_shards.loader.resized", lambda *a: decoded.append(1) or np.zeros((16, 16, 1), np.uint8))
+    list(batches(dataset, "train", batch=10, image_size=16, train=True, start=40))
+    assert len(decoded) == 10
+
+
+def test_len_is_the_number_of_micro_batches_of_this_rank(dataset):
+    options = {"batch": 12, "micro": 3, "image_size": 16, "train": True}
+    assert len(batches(dataset, "train", **options)) == 16
+    assert len(batches(dataset, "train", rank=1, ranks=2, **options)) == 8
+    assert len(batches(dataset, "train", start=36, **options)) == 4
+
+
+def test_the_second_epoch_is_read_from_memory_and_the_cache_stays_within_its_bound(uri, dataset, monkeypatch):
+    from data_shards import loader
+
+    decoded = []
+    monkeypatch.setattr(loader, "resized", lambda *a: decoded.append(1) or resized(*a))
+    for epoch, number in ((0, 50), (1, 0)):
+        decoded.clear()
+        list(batches(dataset, "train", batch=25, image_size=16, train=True, epoch=epoch))
+        assert len(decoded) == number
+    small, whole = open_dataset(uri), []
+    for epoch, number in ((0, 50), (1, 30)):
+        decoded.clear()
+        options = {"batch": 25, "image_size": 16, "train": True, "epoch": epoch}
+        whole.append([fingerprint(b) for b in batches(small, "train", cache_bytes=20 * 16 * 16, **options)])
+        assert len(decoded) == number
+        assert whole[-1] == [fingerprint(b) for b in batches(dataset, "train", **options)]
+
+
+def test_a_dataset_that_is_dropped_frees_its_cache(uri):
+    dataset = open_dataset(uri)
+    list(batches(dataset, "train", batch=25, image_size=16, train=True))
+    gone = weakref.ref(dataset)
+    del dataset
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("size", [16, (20, 9)], ids=["square", "height x width"])
+def test_images_are_stretched_to_the_wanted_size_by_pils_bilinear_filter(dataset, size):
+    height, width = (size, size) if isinstance(size, int) else size
+    (batch,) = batches(dataset, "val", batch=9, image_size=size, train=False)
+    index = dataset.index("val")
+    for row, position in enumerate(batch.index):
+        tar = dataset.store.get(f"shards/{dataset.manifest.shards[index.shard[position]].name}.tar")
+        image = Image.open(io.BytesIO(tar[index.offset[position] :][: index.size[position]]))
+        expected = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        assert np.array_equal(batch.images[row, :, :, 0], expected)
+
+
+def test_grey_is_repeated_where_the_dataset_is_rgb():
+    found = resized(coded(pixels(1)), 12, 15, 3)
+    assert found.shape == (12, 15, 3)
+    assert all(np.array_equal(found[:, :, channel], pixels(1)) for channel in range(3))
+
+
+def test_a_flipped_byte_in_a_shard_is_an_error_that_names_it(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    convert(npz_config(tmp_path), store)
+    data = bytearray(store.get("shards/train-00002.tar"))
+    data[len(data) // 2] ^= 4
+    store.put("shards/train-00002.tar", bytes(data))
+    with pytest.raises(ShardError, match=r"shards/train-00002\.tar .* run the shard step again"):
+        list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True))
+    store.delete("manifest.json")  # the remedy the message gives
+    store.delete("shards/train-00002.tar")
+    assert convert(npz_config(tmp_path), store)["made"] == 1
+    assert len(list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True))) == 2
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
+def test_a_shard_that_is_not_whole_is_an_error(tmp_path, damage):
+    store = open_store(str(tmp_path / "out"))
+    convert(npz_config(tmp_path), store)
+    data = store.get("shards/val-00000.tar")
+    store.delete("shards/val-00000.tar")
+    if damage != "missing":
+        store.put("shards/val-00000.tar", data[: 0 if damage == "empty" else -512])
+    with pytest.raises(ShardError, match=r"shards/val-00000\.tar"):
+        list(batches(open_dataset(store), "val", batch=3, image_size=16, train=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 51}, "holds 50 samples, but a training batch takes 51.*at most 50"),
+        ({"batch": 10, "micro": 3}, "10 samples cannot be cut evenly into 1 ranks x micro-batches of 3.*multiple of 3"),
+        ({"batch": 10, "ranks": 4}, "cannot be cut evenly into 4 ranks.*multiple of 4"),
+        ({"batch": 10, "start": 5}, "start is 5.*multiple of 10 up to 50"),
+        ({"batch": 10, "start": 60}, "start is 60"),
+        ({"batch": 10, "rank": 2, "ranks": 2}, "rank is 2"),
+        ({"batch": 0}, "at least 1"),
+    ],
+    ids=str,
+)
+def test_impossible_wishes_are_refused_before_the_first_batch(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        batches(dataset, "train", image_size=16, train=True, **options)
+
+
+def test_from_s3_the_batches_are_those_of_a_folder_and_a_damaged_copy_is_not_believed(
+    tmp_path, s3, monkeypatch, uri, dataset
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote = open_store(f"{s3}/tiny")
+    for key in dataset.store.list():
+        remote.put(key, dataset.store.get(key))
+    options = {"batch": 25, "image_size": 16, "train": True}
+    expected = [fingerprint(batch) for batch in batches(dataset, "train", **options)]
+    for _ in range(2):
+        assert [fingerprint(batch) for batch in batches(open_dataset(remote), "train", **options)] == expected
+    copies = sorted(cache_folder().iterdir())
+    assert len(copies) == sum(shard.name.startswith("train") for shard in dataset.manifest.shards)
+    copies[0].write_bytes(copies[0].read_bytes()[:-1] + b"x")
+    assert [fingerprint(batch) for batch in batches(open_dataset(remote), "train", **options)] == expected

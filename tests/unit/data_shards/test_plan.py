@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from tiny_sets import in_memory_set
+
+from data_shards.config import DataConfig
+from data_shards.plan import config_digest, plan_shards, sample_key, shard_digest
+from data_shards.source import Row
+
+CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", samples_per_shard=4)
+
+
+def rows_and_splits(num: int = 30):
+    rows = in_memory_set(num).rows
+    return rows, ["train" if i % 3 else ("val" if i % 2 else "test") for i in range(num)]
+
+
+def test_every_row_stands_in_exactly_one_shard_of_its_split():
+    rows, splits = rows_and_splits()
+    plans = plan_shards(rows, splits, CONFIG)
+    planned = [(planned.row, plan.split) for plan in plans for planned in plan.rows]
+    assert Counter(planned) == Counter(zip(rows, splits, strict=True))
+    assert [plan.name for plan in plans if plan.split == "train"] == [f"train-{i:05d}" for i in range(5)]
+
+
+def test_the_plan_does_not_depend_on_the_order_of_the_rows():
+    rows, splits = rows_and_splits()
+    assert plan_shards(rows, splits, CONFIG) == plan_shards(rows[::-1], splits[::-1], CONFIG)
+
+
+def test_shards_of_a_split_differ_by_at_most_one_sample():
+    rows, _ = rows_and_splits(21)
+    sizes = [len(plan.rows) for plan in plan_shards(rows, ["train"] * 21, CONFIG)]
+    assert max(sizes) <= 4
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_seed_decides_the_order():
+    rows, splits = rows_and_splits()
+    other = CONFIG.model_copy(update={"seed": 1})
+    assert plan_shards(rows, splits, CONFIG) != plan_shards(rows, splits, other)
+
+
+def test_a_prefix_of_shards_is_a_mixture_of_the_rows():
+    rows = [Row(where=f"{i:04d}", frame=0, labels=(i // 500,), split=None, group=None) for i in range(1000)]
+    first = plan_shards(rows, ["train"] * 1000, CONFIG.model_copy(update={"samples_per_shard": 200}))[0]
+    assert 70 < sum(planned.row.labels[0] for planned in first.rows) < 130
+
+
+def test_keys_are_20_hex_digits_of_dataset_salt_path_and_frame():
+    keys = {
+        sample_key(*parts)
+        for parts in [("d", "", "a", 0), ("e", "", "a", 0), ("d", "s", "a", 0), ("d", "", "b", 0), ("d", "", "a", 1)]
+    }
+    assert len(keys) == 5
+    assert all(re.fullmatch("[0-9a-f]{20}", key) for key in keys)
+    assert sample_key("ab", "c", "x", 0) != sample_key("a", "bc", "x", 0)
+
+
+def test_a_row_without_a_group_is_a_group_of_its_own():
+    rows = [Row(where=w, frame=0, labels=(0,), split=None, group=g) for w, g in [("a", None), ("b", "g"), ("c", "g")]]
+    (plan,) = plan_shards(rows, ["train"] * 3, CONFIG)
+    groups = {planned.row.where: planned.group for planned in plan.rows}
+    assert groups["b"] == groups["c"] != groups["a"]
+
+
+def test_one_image_listed_twice_is_an_error_that_names_it():
+    row = in_memory_set(1).rows[0]
+    with pytest.raises(ValueError, match=re.escape(f"{row.where!r} (frame 0) stands twice")):
+        plan_shards([row, row], ["train", "val"], CONFIG)
+
+
+def test_the_digest_of_the_settings_ignores_name_source_and_tolerance_only():
+    same = CONFIG.model_copy(update={"name": "other", "source": "/elsewhere", "max_quarantine": 0.5})
+    assert config_digest(same) == config_digest(CONFIG)
+    for change in ({"salt": "x"}, {"samples_per_shard": 5}, {"max_side": 100}, {"seed": 3}, {"dataset": "y"}):
+        assert config_digest(CONFIG.model_copy(update=change)) != config_digest(CONFIG)
+
+
+def test_a_shard_of_another_source_is_another_shard():
+    rows, splits = rows_and_splits()
+    plan = plan_shards(rows, splits, CONFIG)[0]
+    assert shard_digest(plan, CONFIG) != shard_digest(plan, CONFIG.model_copy(update={"source": "/elsewhere"}))

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_sets import coded, in_memory_set, pixels
+
+from data_shards.config import DataConfig
+from data_shards.plan import plan_shards
+from data_shards.shard import find_shard, part_key, read_samples, tar_key, write_shard
+from data_shards.store import open_store
+
+CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", samples_per_shard=100)
+
+
+@pytest.fixture
+def written(tmp_path):
+    images, store = in_memory_set(), open_store(str(tmp_path))
+    (plan,) = plan_shards(images.rows, ["train"] * len(images.rows), CONFIG)
+    part = write_shard(plan, images, CONFIG, store)
+    return images, store, plan, part, store.get(tar_key(plan.name))
+
+
+def test_offset_and_size_of_each_sample_cut_its_image_out_of_the_tar(written):
+    images, _, plan, part, tar = written
+    for planned, sample in zip(plan.rows, part.samples, strict=True):
+        image = np.asarray(Image.open(io.BytesIO(tar[sample.offset : sample.offset + sample.size])))
+        assert image.shape[:2] == (sample.height, sample.width)
+        assert (1 if image.ndim == 2 else image.shape[2]) == sample.channels
+        original = images.images[planned.row.where]
+        if isinstance(original, bytes):
+            original = np.asarray(Image.open(io.BytesIO(original)))
+        assert np.array_equal(image, original)
+
+
+def test_a_stock_webdataset_reads_the_shard(written):
+    import webdataset
+
+    _, store, plan, _, _ = written
+    found = list(webdataset.WebDataset(str(store.path(tar_key(plan.name))), shardshuffle=False).decode("pil"))
+    assert [sample["__key__"] for sample in found] == [planned.key for planned in plan.rows]
+    for sample, planned in zip(found, plan.rows, strict=True):
+        assert sample["cls"] == planned.row.labels[0]
+        assert sample["json"] == {
+            "key": planned.key,
+            "labels": list(planned.row.labels),
+            "group": planned.group,
+            "split": "train",
+        }
+        assert "png" in sample or "jpg" in sample
+
+
+def test_the_bytes_are_those_of_webdatasets_own_writer(written):
+    from webdataset.writer import TarWriter
+
+    _, _, _, _, tar = written
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, mtime=0, user="", group="", mode=0o444) as writer:
+        for sample in read_samples(tar):
+            facts = {name: sample[name] for name in ("group", "key", "labels", "split")}
+            writer.write(
+                {
+                    "__key__": sample["key"],
+                    sample["member"]: sample["image"],
+                    "cls": str(sample["labels"][0]).encode(),
+                    "json": json.dumps(facts, separators=(",", ":")).encode(),
+                }
+            )
+    assert buffer.getvalue() == tar
+
+
+def test_nothing_of_the_sources_names_is_in_the_shard_or_its_part(written):
+    _, store, plan, _, tar = written
+    for text in (tar, store.get(part_key(plan.name))):
+        assert not any(word in text for word in (b"folder", b"image (", b"patient", b"somewhere"))
+
+
+def test_the_part_tells_size_and_digest_of_the_tar(written):
+    *_, part, tar = written
+    assert (part.bytes, part.sha256) == (len(tar), hashlib.sha256(tar).hexdigest())
+
+
+def test_a_finished_shard_is_found_and_one_of_another_plan_or_size_is_not(written):
+    _, store, plan, part, tar = written
+    assert find_shard(plan, CONFIG, store) == part
+    assert find_shard(plan, CONFIG.model_copy(update={"max_side": 10}), store) is None
+    store.put(tar_key(plan.name), tar[:-1])
+    assert find_shard(plan, CONFIG, store) is None
+    store.put(tar_key(plan.name), tar)
+    store.put(part_key(plan.name), b'{"name": "train-0')
+    assert find_shard(plan, CONFIG, store) is None
+
+
+def test_an_undecodable_image_goes_into_quarantine_with_its_reason_and_the_others_stay(tmp_path):
+    images, store = in_memory_set(), open_store(str(tmp_path))
+    bad = images.rows[4].where
+    images.images[bad] = coded(pixels(4))[:40]
+    (plan,) = plan_shards(images.rows, ["train"] * len(images.rows), CONFIG)
+    part = write_shard(plan, images, CONFIG, store)
+    (entry,) = part.quarantine
+    assert entry.key == next(planned.key for planned in plan.rows if planned.row.where == bad)
+    assert entry.reason
+    assert len(part.samples) == len(images.rows) - 1
+    assert len(list(read_samples(store.get(tar_key(plan.name))))) == len(images.rows) - 1
+
+
+def test_a_multilabel_shard_has_lists_of_labels_and_no_single_class(tmp_path):
+    images, store = in_memory_set(3), open_store(str(tmp_path))
+    images.task = "multilabel"
+    labels = [(0, 1), (), (1,)]
+    images.rows = [type(row)(row.where, 0, label, None, None) for row, label in zip(images.rows, labels, strict=True)]
+    (plan,) = plan_shards(images.rows, ["test"] * 3, CONFIG)
+    write_shard(plan, images, CONFIG, store)
+    tar = store.get(tar_key(plan.name))
+    assert b".cls" not in tar
+    assert sorted(tuple(sample["labels"]) for sample in read_samples(tar)) == sorted(labels)

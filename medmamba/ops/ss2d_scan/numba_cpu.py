@@ -62,65 +62,57 @@ def _padded(
     return inputs, [F.pad(weight, (0, 0, 0, channels)), F.pad(bias, (0, channels)), a, F.pad(skip, (0, channels))]
 
 
-@torch.library.custom_op("medmamba::ss2d_scan_numba", mutates_args=(), device_types="cpu")
-def _forward(
-    u: Tensor, dt: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor, a: Tensor, skip: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
+# Plain registration: torch.library.custom_op imports torch._dynamo at the first call, 1.4 s in every process.
+_INPUTS = "Tensor u, Tensor dt, Tensor b, Tensor c, Tensor weight, Tensor bias, Tensor a, Tensor skip"
+torch.library.define("medmamba::ss2d_scan_numba", f"({_INPUTS}, bool keep) -> (Tensor, Tensor)")
+torch.library.define(
+    "medmamba::ss2d_scan_numba_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 8)})"
+)
+_forward = torch.ops.medmamba.ss2d_scan_numba.default
+_backward = torch.ops.medmamba.ss2d_scan_numba_backward.default
+
+
+@torch.library.impl("medmamba::ss2d_scan_numba", "cpu")
+def _run_forward(u, dt, b, c, weight, bias, a, skip, keep):
     """(y_BHWD, the states at each chunk's start, empty unless `keep`)."""
-    y = torch.empty(u.shape)
-    kept = torch.empty(_kept_size(u, a) if keep else 0)
-    images, height, width, channels = u.shape
-    splits = _splits(images, channels)
-    arguments = (splits, (height, width), *_arrays(u, dt, b, c, weight, bias, a, skip), keep, _flat(y), kept.numpy())
-    _spread(images * splits, lambda tasks: kernels.forward(tasks, *arguments))
+    y, kept = torch.empty(u.shape), torch.empty(_kept_size(u, a) if keep else 0)
+    splits = _splits(u)
+    arguments = (splits, *_arrays(u, dt, b, c, weight, bias, a, skip), keep, _flat(y), _flat(kept))
+    _spread(len(u) * splits, lambda tasks: kernels.forward(tasks, *arguments))
     return y, kept
 
 
-@_forward.register_fake
-def _(u, dt, b, c, weight, bias, a, skip, keep):
-    return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(_kept_size(u, a) if keep else 0)
+@torch.library.register_fake("medmamba::ss2d_scan_numba")
+def _fake_forward(u, dt, b, c, weight, bias, a, skip, keep):
+    return u.new_empty(u.shape), u.new_empty(_kept_size(u, a) if keep else 0)
 
 
-@torch.library.custom_op("medmamba::ss2d_scan_numba_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    dy: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    a: Tensor,
-    skip: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.impl("medmamba::ss2d_scan_numba_backward", "cpu")
+def _run_backward(dy, u, dt, b, c, weight, bias, a, skip, kept):
     """The gradients of the eight inputs, in their order and shapes."""
     images, height, width, channels = u.shape
     (ways, _, rank), states = weight.shape, a.shape[2]
-    splits, slots = _splits(images, channels), min(images, _SLOTS)
+    splits, slots = _splits(u), min(images, _SLOTS)
     du = torch.empty(u.shape)
-    small = [torch.empty(splits, images, height * width, ways, size) for size in (rank, states, states)]
+    small = [torch.empty(splits, images, height, width, ways, size) for size in (rank, states, states)]
     of_weight, of_a = torch.zeros(slots, ways, rank, channels), torch.zeros(slots, ways, states, channels)
     of_bias, of_skip = torch.zeros(slots, ways, channels), torch.zeros(slots, ways, channels)
-    gradients = (_flat(du), *(x.numpy() for x in small), _flat(of_weight), _flat(of_bias), _flat(of_a), _flat(of_skip))
-    inputs = _arrays(u, dt, b, c, weight, bias, a, skip)
-    arguments = (slots, splits, (height, width), _flat(dy), *inputs, kept.numpy(), gradients)
+    gradients = tuple(_flat(x) for x in (du, *small, of_weight, of_bias, of_a, of_skip))
+    shape, strides, *inputs = _arrays(u, dt, b, c, weight, bias, a, skip)
+    arguments = (slots, splits, shape, strides, _flat(dy), *inputs, _flat(kept), gradients)
     _spread(slots * splits, lambda tasks: kernels.backward(tasks, *arguments))
-    ddt, db, dc = (x.sum(0).unflatten(1, (height, width)) for x in small)
-    parameters = (of_weight.sum(0).mT.contiguous(), of_bias.sum(0), of_a.sum(0).mT.contiguous(), of_skip.sum(0))
-    return du, ddt, db, dc, *parameters
+    of_inputs = (x.squeeze(0) if splits == 1 else x.sum(0) for x in small)
+    of_parameters = (of_weight.sum(0).mT.contiguous(), of_bias.sum(0), of_a.sum(0).mT.contiguous(), of_skip.sum(0))
+    return du, *of_inputs, *of_parameters
 
 
-@_backward.register_fake
-def _(dy, u, dt, b, c, weight, bias, a, skip, kept):
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, b, c, weight, bias, a, skip)
-    )
+@torch.library.register_fake("medmamba::ss2d_scan_numba_backward")
+def _fake_backward(dy, u, dt, b, c, weight, bias, a, skip, kept):
+    return tuple(x.new_empty(x.shape) for x in (u, dt, b, c, weight, bias, a, skip))
 
 
 def _remember(ctx, inputs, output) -> None:
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*inputs[:-1], output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -128,13 +120,19 @@ def _differentiate(ctx, dy, _):
     return (*_backward(dy, *ctx.saved_tensors), None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+torch.library.register_autograd("medmamba::ss2d_scan_numba", _differentiate, setup_context=_remember)
 
 
 def _arrays(u, dt, b, c, weight, bias, a, skip):
-    """The inputs as the kernels read them: pixels in one dimension, channels last, exponents to the base 2."""
-    small = (x.flatten(1, 2).numpy() for x in (dt, b, c))
-    return _flat(u), *small, _flat(weight.mT), _flat(bias), _flat(a.mT * kernels.LOG2_E), _flat(skip)
+    """(shape, strides, the eight inputs as flat arrays) as the kernels read them; exponents are to the base 2."""
+    small = [x if x.stride(-1) == 1 and x.stride(1) == x.stride(2) * x.shape[2] else x.contiguous() for x in (dt, b, c)]
+    strides = tuple((x.stride(0), x.stride(2), x.stride(3)) for x in small)
+    # The views of one product are read where they lie, each from its first to its last element.
+    spans = [1 + sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True)) for x in small]
+    views = [x.detach().as_strided((span,), (1,)).numpy() for x, span in zip(small, spans, strict=True)]
+    shape = (*u.shape, weight.shape[2], a.shape[2])
+    parameters = (_flat(weight.mT), _flat(bias), _flat(a.mT * kernels.LOG2_E), _flat(skip))
+    return shape, strides, _flat(u), *views, *parameters
 
 
 def _flat(x: Tensor):
@@ -147,9 +145,9 @@ def _kept_size(u: Tensor, a: Tensor) -> int:
     return images * a.shape[0] * chunks * channels * a.shape[2]
 
 
-def _splits(images: int, channels: int) -> int:
+def _splits(u: Tensor) -> int:
     """Ranges of channels per image: a function of the shapes alone, so that sums are taken in one order."""
-    return max(1, min(channels // kernels.WIDTH, _TASKS // images))
+    return max(1, min(u.shape[3] // kernels.WIDTH, _TASKS // len(u)))
 
 
 def _spread(num_tasks: int, run: Callable[[tuple[int, int]], None]) -> None:

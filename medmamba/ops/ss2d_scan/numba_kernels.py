@@ -7,7 +7,7 @@ are gathered once into scratch, then for every block four states n at a time sta
 The backward pass reads the states at each chunk's start from the forward pass and computes the others again.
 
 This one file holds types and kernels because numba's cache on disk notices changes only in a kernel's own file.
-Arrays are flat float32 in pixel order unless said otherwise. Suffix _s: scratch of one chunk.
+Arrays are flat float32 in pixel order unless said otherwise. Suffix _s (and s): scratch of one chunk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 WIDTH = 8  # channels per block
 GROUP = 4  # states per pass over a chunk
-CHUNK = 32  # positions between two stored states; 16 and 64 are slower: see the length of the scratch arrays
+CHUNK = 32  # positions between two stored states; at 16 to 32 the scratch fits into a core's nearest cache
 LOG2_E = 1.4426950408889634
 
 _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
@@ -214,50 +214,60 @@ def sigmoid(x):
     return _where_negative(x, small, splat(_ONE)) / (splat(_ONE) + small)
 
 
-@njit(forceinline=True)
-def _scratch():
-    """One block of a chunk, and of the position before it."""
-    return np.empty((CHUNK + 1) * WIDTH, np.float32)
+# Rows of the scratch array s: lanes per position of one block and chunk, one row longer for the position before.
+_ROW = (CHUNK + 1) * WIDTH
+_DELTA, _FED, _Y, _LIFTED, _G, _TO_DELTA, _TO_U, _H, _DECAY = (_ROW * row for row in (0, 1, 2, 3, 4, 5, 6, 7, 11))
+_ROWS_FORWARD, _ROWS_BACKWARD = 3 * _ROW, 15 * _ROW
 
 
 @njit(forceinline=True)
-def _gather(image, k, start, count, height, width, dt, b, c, pixels_s, dt_s, b_s, c_s):
+def _gather(image, k, start, count, size, states, dt, b, c, strides, pixels_s, dt_s, bc_s):
     """Reads dt, B, C of `count` positions of direction k from `start` on, and where their pixels lie."""
+    height, width = size
+    rank = dt_s.size // CHUNK
     for i in range(count):
         position = start + i if k < 2 else height * width - 1 - start - i
         pixel = position if k % 2 == 0 else (position % height) * width + position // height
         pixels_s[i] = pixel
-        for r in range(dt.shape[3]):
-            dt_s[i * dt.shape[3] + r] = dt[image, pixel, k, r]
-        for n in range(b.shape[3]):
-            b_s[i * b.shape[3] + n] = b[image, pixel, k, n]
-            c_s[i * b.shape[3] + n] = c[image, pixel, k, n]
+        of_dt = image * strides[0][0] + pixel * strides[0][1] + k * strides[0][2]
+        of_b = image * strides[1][0] + pixel * strides[1][1] + k * strides[1][2]
+        of_c = image * strides[2][0] + pixel * strides[2][1] + k * strides[2][2]
+        for r in range(rank):
+            dt_s[i * rank + r] = dt[of_dt + r]
+        for n in range(states):
+            bc_s[2 * (i * states + n)] = b[of_b + n]
+            bc_s[2 * (i * states + n) + 1] = c[of_c + n]
 
 
 @njit(forceinline=True)
-def _lift(i, k, d, num_channels, rank, dt_s, weight, bias):
+def _lift(i, k, d, channels, dt_s, weight, bias):
     """dt_weight · dt + dt_bias of block d at the chunk's position i; weight is (K, R, D)."""
-    lifted = load(bias, k * num_channels + d)
+    rank = dt_s.size // CHUNK
+    lifted = load(bias, k * channels + d)
     for r in range(rank):
-        lifted = fma(splat(dt_s[i * rank + r]), load(weight, (k * rank + r) * num_channels + d), lifted)
+        lifted = fma(splat(dt_s[i * rank + r]), load(weight, (k * rank + r) * channels + d), lifted)
     return lifted
 
 
+@njit(forceinline=True)
+def _step(delta, fed, a, h, bc_s, j):
+    """The next state: h ← 2^(delta·a)·h + B·fed."""
+    return fma(exp2(delta * a), h, fed * splat(bc_s[j]))
+
+
 @njit(nogil=True, cache=True)
-def forward(tasks, splits, size, u, dt, b, c, weight, bias, a, skip, keep, y, kept):
+def forward(tasks, splits, shape, strides, u, dt, b, c, weight, bias, a, skip, keep, y, kept):
     """Writes y for the tasks [tasks[0], tasks[1]); a task is one image and one of `splits` ranges of blocks.
 
-    size = (height, width). dt, b, c: (B, L, K, R or N). weight (K,R,D), bias and skip (K,D), a = A·log2(e) (K,N,D).
+    shape = (images, height, width, channels, rank, states); strides = ((image, pixel, direction) of dt, of b, of c).
+    weight (K,R,D), bias and skip (K,D), a = A·log2(e) (K,N,D).
     `keep`: also write the states at each chunk's start to kept (B, K, chunks, blocks, N, WIDTH).
     """
-    height, width = size
-    length, rank, states = height * width, dt.shape[3], b.shape[3]
-    channels = u.size // (dt.shape[0] * length)
+    _, height, width, channels, rank, states = shape
+    size, length = (height, width), height * width
     blocks, chunks = channels // WIDTH, (length + CHUNK - 1) // CHUNK
-    pixels_s = np.empty(CHUNK, np.int64)
-    dt_s = np.empty(CHUNK * rank, np.float32)
-    b_s, c_s = np.empty(CHUNK * states, np.float32), np.empty(CHUNK * states, np.float32)
-    delta_s, in_s, y_s = _scratch(), _scratch(), _scratch()
+    pixels_s, dt_s = np.empty(CHUNK, np.int64), np.empty(CHUNK * rank, np.float32)
+    bc_s, s = np.empty(CHUNK * states * 2, np.float32), np.empty(_ROWS_FORWARD, np.float32)
     h = np.empty(blocks * states * WIDTH, np.float32)
     for task in range(tasks[0], tasks[1]):
         image, split = task // splits, task % splits
@@ -266,7 +276,7 @@ def forward(tasks, splits, size, u, dt, b, c, weight, bias, a, skip, keep, y, ke
             for chunk in range(chunks):
                 start = chunk * CHUNK
                 count = min(CHUNK, length - start)
-                _gather(image, k, start, count, height, width, dt, b, c, pixels_s, dt_s, b_s, c_s)
+                _gather(image, k, start, count, size, states, dt, b, c, strides, pixels_s, dt_s, bc_s)
                 for block in range(split * blocks // splits, (split + 1) * blocks // splits):
                     d, here = block * WIDTH, block * states * WIDTH
                     if keep:
@@ -274,27 +284,26 @@ def forward(tasks, splits, size, u, dt, b, c, weight, bias, a, skip, keep, y, ke
                         for n in range(states):
                             store(kept, there + here + n * WIDTH, load(h, here + n * WIDTH))
                     for i in range(count):
-                        delta = softplus(_lift(i, k, d, channels, rank, dt_s, weight, bias))
+                        delta = softplus(_lift(i, k, d, channels, dt_s, weight, bias))
                         value = load(u, (image * length + pixels_s[i]) * channels + d)
-                        store(delta_s, i * WIDTH, delta)
-                        store(in_s, i * WIDTH, delta * value)
-                        store(y_s, i * WIDTH, load(skip, k * channels + d) * value)
+                        store(s, _DELTA + i * WIDTH, delta)
+                        store(s, _FED + i * WIDTH, delta * value)
+                        store(s, _Y + i * WIDTH, load(skip, k * channels + d) * value)
                     for n in range(0, states, GROUP):
-                        at = (k * states + n) * channels + d
+                        at, of = (k * states + n) * channels + d, here + n * WIDTH
                         a0, a1 = load(a, at), load(a, at + channels)
                         a2, a3 = load(a, at + 2 * channels), load(a, at + 3 * channels)
-                        of = here + n * WIDTH
                         h0, h1 = load(h, of), load(h, of + WIDTH)
                         h2, h3 = load(h, of + 2 * WIDTH), load(h, of + 3 * WIDTH)
                         for i in range(count):
-                            delta, fed, j = load(delta_s, i * WIDTH), load(in_s, i * WIDTH), i * states + n
-                            h0 = fma(exp2(delta * a0), h0, fed * splat(b_s[j]))
-                            h1 = fma(exp2(delta * a1), h1, fed * splat(b_s[j + 1]))
-                            h2 = fma(exp2(delta * a2), h2, fed * splat(b_s[j + 2]))
-                            h3 = fma(exp2(delta * a3), h3, fed * splat(b_s[j + 3]))
-                            sum01 = fma(splat(c_s[j]), h0, splat(c_s[j + 1]) * h1)
-                            sum23 = fma(splat(c_s[j + 2]), h2, splat(c_s[j + 3]) * h3)
-                            store(y_s, i * WIDTH, load(y_s, i * WIDTH) + (sum01 + sum23))
+                            delta, fed, j = load(s, _DELTA + i * WIDTH), load(s, _FED + i * WIDTH), 2 * (i * states + n)
+                            h0 = _step(delta, fed, a0, h0, bc_s, j)
+                            h1 = _step(delta, fed, a1, h1, bc_s, j + 2)
+                            h2 = _step(delta, fed, a2, h2, bc_s, j + 4)
+                            h3 = _step(delta, fed, a3, h3, bc_s, j + 6)
+                            sum01 = fma(splat(bc_s[j + 1]), h0, splat(bc_s[j + 3]) * h1)
+                            sum23 = fma(splat(bc_s[j + 5]), h2, splat(bc_s[j + 7]) * h3)
+                            store(s, _Y + i * WIDTH, load(s, _Y + i * WIDTH) + (sum01 + sum23))
                         store(h, of, h0)
                         store(h, of + WIDTH, h1)
                         store(h, of + 2 * WIDTH, h2)
@@ -302,57 +311,81 @@ def forward(tasks, splits, size, u, dt, b, c, weight, bias, a, skip, keep, y, ke
                     for i in range(count):
                         at = (image * length + pixels_s[i]) * channels + d
                         before = load(y, at) if k > 0 else splat(_ZERO)
-                        store(y, at, before + load(y_s, i * WIDTH))
+                        store(y, at, before + load(s, _Y + i * WIDTH))
 
 
 @njit(forceinline=True)
-def _recompute(count, n, states, a, h, delta_s, in_s, b_s, h_s, decay_s):
-    """The states of one n after every position of the chunk (behind the one before it), and their decays."""
-    store(h_s, 0, h)
+def _prepare(image, k, d, count, length, channels, dt_s, pixels_s, weight, bias, u, dy, s):
+    """Fills the scratch that all states of a block share."""
     for i in range(count):
-        decay = exp2(load(delta_s, i * WIDTH) * a)
-        h = fma(decay, h, load(in_s, i * WIDTH) * splat(b_s[i * states + n]))
-        store(decay_s, i * WIDTH, decay)
-        store(h_s, (i + 1) * WIDTH, h)
+        lifted = _lift(i, k, d, channels, dt_s, weight, bias)
+        delta = softplus(lifted)
+        at = (image * length + pixels_s[i]) * channels + d
+        store(s, _LIFTED + i * WIDTH, lifted)
+        store(s, _DELTA + i * WIDTH, delta)
+        store(s, _FED + i * WIDTH, delta * load(u, at))
+        store(s, _G + i * WIDTH, load(dy, at))
+        store(s, _TO_DELTA + i * WIDTH, splat(_ZERO))
+        store(s, _TO_U + i * WIDTH, splat(_ZERO))
 
 
 @njit(forceinline=True)
-def _reverse(i, j, g, fed, delta, a, dh, da, to_delta, to_u, h_s, decay_s, b_s, c_s, db_s, dc_s):
-    """One position backwards for one state; j = where this position and state lie in b_s (lanes in db_s, dc_s).
+def _recompute(count, n, states, a0, a1, a2, a3, kept, of, bc_s, s):
+    """The states n to n+3 after every position of the chunk (behind those before it), and their decays."""
+    h0, h1, h2, h3 = load(kept, of), load(kept, of + WIDTH), load(kept, of + 2 * WIDTH), load(kept, of + 3 * WIDTH)
+    store(s, _H, h0)
+    store(s, _H + _ROW, h1)
+    store(s, _H + 2 * _ROW, h2)
+    store(s, _H + 3 * _ROW, h3)
+    for i in range(count):
+        at, j = i * WIDTH, 2 * (i * states + n)
+        delta, fed = load(s, _DELTA + at), load(s, _FED + at)
+        decay0, decay1, decay2, decay3 = exp2(delta * a0), exp2(delta * a1), exp2(delta * a2), exp2(delta * a3)
+        h0 = fma(decay0, h0, fed * splat(bc_s[j]))
+        h1 = fma(decay1, h1, fed * splat(bc_s[j + 2]))
+        h2 = fma(decay2, h2, fed * splat(bc_s[j + 4]))
+        h3 = fma(decay3, h3, fed * splat(bc_s[j + 6]))
+        store(s, _DECAY + at, decay0)
+        store(s, _DECAY + _ROW + at, decay1)
+        store(s, _DECAY + 2 * _ROW + at, decay2)
+        store(s, _DECAY + 3 * _ROW + at, decay3)
+        store(s, _H + WIDTH + at, h0)
+        store(s, _H + _ROW + WIDTH + at, h1)
+        store(s, _H + 2 * _ROW + WIDTH + at, h2)
+        store(s, _H + 3 * _ROW + WIDTH + at, h3)
+
+
+@njit(forceinline=True)
+def _reverse(row, at, j, g, fed, delta, a, dh, da, to_delta, to_u, s, bc_s, dbc_s):
+    """One position (at = i·WIDTH) backwards for the state in scratch row `row`; j: where its B lies in bc_s.
 
     Returns dh for the position before, da, and the sums over n of dh·decay·h·a and dh·B with this n added.
     """
-    store(dc_s, j * WIDTH, fma(g, load(h_s, (i + 1) * WIDTH), load(dc_s, j * WIDTH)))
-    dh = fma(g, splat(c_s[j]), dh)
-    store(db_s, j * WIDTH, fma(dh, fed, load(db_s, j * WIDTH)))
-    to_u = fma(dh, splat(b_s[j]), to_u)
-    dh = dh * load(decay_s, i * WIDTH)
-    through = dh * load(h_s, i * WIDTH)
+    store(dbc_s, (j + 1) * WIDTH, fma(g, load(s, _H + row + WIDTH + at), load(dbc_s, (j + 1) * WIDTH)))
+    dh = fma(g, splat(bc_s[j + 1]), dh)
+    store(dbc_s, j * WIDTH, fma(dh, fed, load(dbc_s, j * WIDTH)))
+    to_u = fma(dh, splat(bc_s[j]), to_u)
+    dh = dh * load(s, _DECAY + row + at)
+    through = dh * load(s, _H + row + at)
     return dh, fma(through, delta, da), fma(through, a, to_delta), to_u
 
 
 @njit(nogil=True, cache=True)
-def backward(tasks, slots, splits, size, dy, u, dt, b, c, weight, bias, a, skip, kept, gradients):
+def backward(tasks, slots, splits, shape, strides, dy, u, dt, b, c, weight, bias, a, skip, kept, gradients):
     """Writes the gradients of the tasks [tasks[0], tasks[1]); a task is one slot and one of `splits` ranges of blocks.
 
     A slot is every `slots`-th image; parameters' gradients are summed within a slot only, and those of dt, b, c
     within a split only, so the result does not depend on who runs which task. Inputs as in `forward`;
-    gradients = (du like u; dt (splits,B,L,K,R), b and c (splits,B,L,K,N); weight (slots,K,R,D), bias (slots,K,D),
-    A itself (slots,K,N,D), skip (slots,K,D)), the last four filled with zeros.
+    gradients = (u; dt (splits,B,L,K,R), b and c (splits,B,L,K,N); weight (slots,K,R,D), bias (slots,K,D), A itself
+    (slots,K,N,D), skip (slots,K,D)), the last four filled with zeros.
     """
     du, ddt, db, dc, dweight, dbias, da, dskip = gradients
-    height, width = size
-    length, rank, states, images = height * width, dt.shape[3], b.shape[3], dt.shape[0]
-    channels = u.size // (images * length)
+    images, height, width, channels, rank, states = shape
+    size, length = (height, width), height * width
     blocks, chunks = channels // WIDTH, (length + CHUNK - 1) // CHUNK
-    pixels_s = np.empty(CHUNK, np.int64)
-    dt_s = np.empty(CHUNK * rank, np.float32)
-    b_s, c_s = np.empty(CHUNK * states, np.float32), np.empty(CHUNK * states, np.float32)
-    lifted_s, delta_s, in_s, to_delta_s, to_u_s = _scratch(), _scratch(), _scratch(), _scratch(), _scratch()
-    h0_s, h1_s, h2_s, h3_s = _scratch(), _scratch(), _scratch(), _scratch()
-    decay0_s, decay1_s, decay2_s, decay3_s = _scratch(), _scratch(), _scratch(), _scratch()
-    ddt_s = np.empty(CHUNK * rank * WIDTH, np.float32)
-    db_s, dc_s = np.empty(CHUNK * states * WIDTH, np.float32), np.empty(CHUNK * states * WIDTH, np.float32)
+    pixels_s, dt_s = np.empty(CHUNK, np.int64), np.empty(CHUNK * rank, np.float32)
+    bc_s, s = np.empty(CHUNK * states * 2, np.float32), np.empty(_ROWS_BACKWARD, np.float32)
+    ddt_s, dbc_s = np.empty(CHUNK * rank * WIDTH, np.float32), np.empty(CHUNK * states * 2 * WIDTH, np.float32)
     dh = np.empty(blocks * states * WIDTH, np.float32)
     for task in range(tasks[0], tasks[1]):
         slot, split = task // splits, task % splits
@@ -362,57 +395,41 @@ def backward(tasks, slots, splits, size, dy, u, dt, b, c, weight, bias, a, skip,
                 for chunk in range(chunks - 1, -1, -1):
                     start = chunk * CHUNK
                     count = min(CHUNK, length - start)
-                    _gather(image, k, start, count, height, width, dt, b, c, pixels_s, dt_s, b_s, c_s)
-                    ddt_s[:] = 0
-                    db_s[:] = 0
-                    dc_s[:] = 0
+                    _gather(image, k, start, count, size, states, dt, b, c, strides, pixels_s, dt_s, bc_s)
+                    ddt_s[: count * rank * WIDTH] = 0
+                    dbc_s[: count * states * 2 * WIDTH] = 0
                     for block in range(split * blocks // splits, (split + 1) * blocks // splits):
                         d, here = block * WIDTH, block * states * WIDTH
                         there = ((image * 4 + k) * chunks + chunk) * channels * states + here
-                        for i in range(count):
-                            lifted = _lift(i, k, d, channels, rank, dt_s, weight, bias)
-                            delta = softplus(lifted)
-                            store(lifted_s, i * WIDTH, lifted)
-                            store(delta_s, i * WIDTH, delta)
-                            value = load(u, (image * length + pixels_s[i]) * channels + d)
-                            store(in_s, i * WIDTH, delta * value)
-                            store(to_delta_s, i * WIDTH, splat(_ZERO))
-                            store(to_u_s, i * WIDTH, splat(_ZERO))
+                        _prepare(image, k, d, count, length, channels, dt_s, pixels_s, weight, bias, u, dy, s)
                         for n in range(0, states, GROUP):
-                            at, of = (k * states + n) * channels + d, there + n * WIDTH
+                            at, of = (k * states + n) * channels + d, here + n * WIDTH
                             a0, a1 = load(a, at), load(a, at + channels)
                             a2, a3 = load(a, at + 2 * channels), load(a, at + 3 * channels)
-                            _recompute(count, n, states, a0, load(kept, of), delta_s, in_s, b_s, h0_s, decay0_s)
-                            of += WIDTH
-                            _recompute(count, n + 1, states, a1, load(kept, of), delta_s, in_s, b_s, h1_s, decay1_s)
-                            of += WIDTH
-                            _recompute(count, n + 2, states, a2, load(kept, of), delta_s, in_s, b_s, h2_s, decay2_s)
-                            of += WIDTH
-                            _recompute(count, n + 3, states, a3, load(kept, of), delta_s, in_s, b_s, h3_s, decay3_s)
-                            of = here + n * WIDTH
+                            _recompute(count, n, states, a0, a1, a2, a3, kept, there + n * WIDTH, bc_s, s)
                             dh0, dh1 = load(dh, of), load(dh, of + WIDTH)
                             dh2, dh3 = load(dh, of + 2 * WIDTH), load(dh, of + 3 * WIDTH)
                             at += slot * 4 * states * channels
                             da0, da1 = load(da, at), load(da, at + channels)
                             da2, da3 = load(da, at + 2 * channels), load(da, at + 3 * channels)
                             for i in range(count - 1, -1, -1):
-                                g = load(dy, (image * length + pixels_s[i]) * channels + d)
-                                delta, fed, j = load(delta_s, i * WIDTH), load(in_s, i * WIDTH), i * states + n
-                                s, t = load(to_delta_s, i * WIDTH), load(to_u_s, i * WIDTH)
-                                dh0, da0, s, t = _reverse(
-                                    i, j, g, fed, delta, a0, dh0, da0, s, t, h0_s, decay0_s, b_s, c_s, db_s, dc_s
+                                i8, j = i * WIDTH, 2 * (i * states + n)
+                                g, delta, fed = load(s, _G + i8), load(s, _DELTA + i8), load(s, _FED + i8)
+                                td, tu = load(s, _TO_DELTA + i8), load(s, _TO_U + i8)
+                                dh0, da0, td, tu = _reverse(
+                                    0, i8, j, g, fed, delta, a0, dh0, da0, td, tu, s, bc_s, dbc_s
                                 )
-                                dh1, da1, s, t = _reverse(
-                                    i, j + 1, g, fed, delta, a1, dh1, da1, s, t, h1_s, decay1_s, b_s, c_s, db_s, dc_s
+                                dh1, da1, td, tu = _reverse(
+                                    _ROW, i8, j + 2, g, fed, delta, a1, dh1, da1, td, tu, s, bc_s, dbc_s
                                 )
-                                dh2, da2, s, t = _reverse(
-                                    i, j + 2, g, fed, delta, a2, dh2, da2, s, t, h2_s, decay2_s, b_s, c_s, db_s, dc_s
+                                dh2, da2, td, tu = _reverse(
+                                    2 * _ROW, i8, j + 4, g, fed, delta, a2, dh2, da2, td, tu, s, bc_s, dbc_s
                                 )
-                                dh3, da3, s, t = _reverse(
-                                    i, j + 3, g, fed, delta, a3, dh3, da3, s, t, h3_s, decay3_s, b_s, c_s, db_s, dc_s
+                                dh3, da3, td, tu = _reverse(
+                                    3 * _ROW, i8, j + 6, g, fed, delta, a3, dh3, da3, td, tu, s, bc_s, dbc_s
                                 )
-                                store(to_delta_s, i * WIDTH, s)
-                                store(to_u_s, i * WIDTH, t)
+                                store(s, _TO_DELTA + i8, td)
+                                store(s, _TO_U + i8, tu)
                             store(dh, of, dh0)
                             store(dh, of + WIDTH, dh1)
                             store(dh, of + 2 * WIDTH, dh2)
@@ -425,27 +442,26 @@ def backward(tasks, slots, splits, size, dy, u, dt, b, c, weight, bias, a, skip,
                         dbias_here, dskip_here = load(dbias, at), load(dskip, at)
                         for i in range(count):
                             at_pixel = (image * length + pixels_s[i]) * channels + d
-                            g, value = load(dy, at_pixel), load(u, at_pixel)
-                            to_u = load(to_u_s, i * WIDTH)
-                            to_delta = fma(load(to_delta_s, i * WIDTH), splat(_LN_2), value * to_u)
-                            dlifted = to_delta * sigmoid(load(lifted_s, i * WIDTH))
+                            g, value, tu = load(s, _G + i * WIDTH), load(u, at_pixel), load(s, _TO_U + i * WIDTH)
+                            td = fma(load(s, _TO_DELTA + i * WIDTH), splat(_LN_2), value * tu)
+                            dlifted = td * sigmoid(load(s, _LIFTED + i * WIDTH))
                             dbias_here = dbias_here + dlifted
                             dskip_here = fma(g, value, dskip_here)
                             before = load(du, at_pixel) if k > 0 else splat(_ZERO)
-                            slope = fma(load(delta_s, i * WIDTH), to_u, load(skip, k * channels + d) * g)
+                            slope = fma(load(s, _DELTA + i * WIDTH), tu, load(skip, k * channels + d) * g)
                             store(du, at_pixel, before + slope)
                             for r in range(rank):
                                 of, row = (i * rank + r) * WIDTH, (k * rank + r) * channels + d
                                 store(ddt_s, of, fma(dlifted, load(weight, row), load(ddt_s, of)))
                                 row += slot * 4 * rank * channels
-                                slope = splat(dt_s[i * rank + r])
-                                store(dweight, row, fma(dlifted, slope, load(dweight, row)))
+                                store(dweight, row, fma(dlifted, splat(dt_s[i * rank + r]), load(dweight, row)))
                         store(dbias, at, dbias_here)
                         store(dskip, at, dskip_here)
                     for i in range(count):
+                        row = ((split * images + image) * length + pixels_s[i]) * 4 + k
                         for r in range(rank):
-                            ddt[split, image, pixels_s[i], k, r] = total(load(ddt_s, (i * rank + r) * WIDTH))
+                            ddt[row * rank + r] = total(load(ddt_s, (i * rank + r) * WIDTH))
                         for n in range(states):
-                            j = i * states + n
-                            db[split, image, pixels_s[i], k, n] = total(load(db_s, j * WIDTH))
-                            dc[split, image, pixels_s[i], k, n] = total(load(dc_s, j * WIDTH))
+                            j = 2 * (i * states + n)
+                            db[row * states + n] = total(load(dbc_s, j * WIDTH))
+                            dc[row * states + n] = total(load(dbc_s, (j + 1) * WIDTH))

@@ -53,6 +53,10 @@ class Store(ABC):
         """The object's size in bytes; None if it is missing."""
 
     @abstractmethod
+    def tag(self, key: str) -> str:
+        """A short text that changes when the object is replaced; StoreKeyError if it is missing."""
+
+    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[str]:
         """All keys that begin with `prefix`, sorted."""
 
@@ -174,6 +178,11 @@ class FileStore(Store):
         with self._errors(f"cannot read {key}"):
             return path.stat().st_size if path.is_file() else None
 
+    def tag(self, key: str) -> str:
+        with self._errors(f"cannot read {key}", key=key):
+            stat = (self.folder / _checked(key)).stat()
+            return f"{stat.st_size}-{stat.st_mtime_ns}"
+
     def list(self, prefix: str = "") -> Iterator[str]:
         # Only the folder that the prefix leads into can hold matching keys.
         top = self.folder / prefix.rpartition("/")[0]
@@ -275,6 +284,10 @@ class S3Store(Store):
                 if _code(error) in ("404", "NoSuchKey", "NotFound"):
                     return None
                 raise
+
+    def tag(self, key: str) -> str:
+        with self._errors(f"cannot read {key}", key=key):
+            return self._client().head_object(Bucket=self.bucket, Key=self._full(key))["ETag"]
 
     def list(self, prefix: str = "") -> Iterator[str]:
         root = f"{self.prefix}/" if self.prefix else ""

@@ -64,8 +64,9 @@ def card(name: str) -> DatasetCard:
     """The card of a dataset. Raises ValueError, listing the names, for one that is not in the catalogue."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
-            f"dataset {name!r} is not in the catalogue{f' (did you mean {close[0]!r}?)' if close else ''}: choose one of "
+            f"dataset {name!r} is not in the catalogue{hint}: choose one of "
             f"{', '.join(names())}, or give --data.layout for a set of your own"
         )
     return DatasetCard(name=name, **tomllib.loads((resources.files(__name__) / f"{name}.toml").read_text("utf-8")))

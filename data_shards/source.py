@@ -1,0 +1,98 @@
+"""An image set as rows: where an image lies, its labels, and, where known, its split and group.
+
+`open_source` reads only names and labels; pixels and coded bytes come one row at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_shards import catalog, phantoms
+from data_shards.config import DataConfig, PhantomConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image. `where` is its path inside the set; `labels` are class indices; unknown split and group are None."""
+
+    where: str
+    frame: int
+    labels: tuple[int, ...]
+    split: str | None
+    group: str | None
+
+
+class ImageSet(Protocol):
+    """What a source gives: its rows in an order that depends on the set alone, and the image of each."""
+
+    classes: tuple[str, ...]
+    task: str
+    rows: list[Row]
+
+    def read(self, row: Row) -> bytes | np.ndarray:
+        """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C)."""
+        ...
+
+
+def open_source(config: DataConfig) -> ImageSet:
+    """The image set that `config` describes.
+
+    Raises ValueError with the value, the rule and a remedy: unknown dataset, no such source, an empty class folder, a
+    table without a column, a row without its file, a label out of range, a damaged file.
+    """
+    config = resolved(config)
+    if config.layout == "phantoms":
+        return PhantomSet(config.phantoms, config.seed)
+    if not config.source:
+        address = catalog.card(config.dataset).source if config.dataset in catalog.names() else ""
+        raise ValueError(
+            f"dataset {config.dataset!r} needs its files: {f'get them ({address}) and ' if address else ''}"
+            "say where they lie with --data.source"
+        )
+    if config.layout == "npz":
+        from data_shards.source_npz import NpzSet
+
+        return NpzSet(config)
+    from data_shards.source_files import open_csv, open_folders
+
+    return open_csv(config) if config.layout == "csv" else open_folders(config)
+
+
+def resolved(config: DataConfig) -> DataConfig:
+    """The config with everything that it leaves to the catalogue filled in.
+
+    Raises ValueError for a dataset that is neither in the catalogue nor given a layout.
+    """
+    if config.dataset not in catalog.names() and config.layout not in ("catalog", "phantoms"):
+        return config.model_copy(update={"task": "multiclass"} if config.task == "catalog" else {})
+    card = catalog.card(config.dataset)
+    update: dict[str, Any] = {
+        field: getattr(card, field) for field in ("layout", "task") if getattr(config, field) == "catalog"
+    }
+    columns = ("csv", "image_column", "label_column", "group_column", "split_column") if card.layout == "csv" else ()
+    update |= {field: getattr(card, field) for field in ("classes", *columns) if not getattr(config, field)}
+    config = config.model_copy(update=update)
+    if config.layout == "phantoms" and config.classes != phantoms.CLASSES:
+        raise ValueError(f"classes are {config.classes}, but phantoms are {phantoms.CLASSES}: leave --data.classes out")
+    return config
+
+
+class PhantomSet:
+    """The synthetic images; a patient is a group."""
+
+    def __init__(self, config: PhantomConfig, seed: int):
+        self._config, self._seed = config, seed
+        self.classes: tuple[str, ...] = phantoms.CLASSES
+        self.task: str = "multiclass"
+        self.rows = [
+            Row(f"patient{patient:05d}", image, (phantoms.diagnosis(patient),), None, f"patient{patient:05d}")
+            for patient in range(config.num_patients)
+            for image in range(config.images_per_patient)
+        ]
+
+    def read(self, row: Row) -> np.ndarray:
+        """uint8 (side, side)."""
+        return phantoms.phantom(self._config, self._seed, int(row.where.removeprefix("patient")), row.frame)

@@ -1,0 +1,225 @@
+"""The scan: its definition against a loop over single pixels, and every backend against its definition."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from medmamba.ops.ss2d_scan import backends, resolve_backend, scan
+
+NAMES = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
+# (batch, height, width, channels, rank, states): L = 1, less and more than a chunk, not square, channels and states
+# that fill no block, few and many images.
+SHAPES = [
+    (1, 1, 1, 8, 1, 16),
+    (2, 1, 2, 24, 1, 16),
+    (3, 7, 7, 16, 2, 16),
+    (1, 9, 7, 40, 3, 16),
+    (2, 4, 9, 24, 1, 16),
+    (2, 14, 14, 8, 1, 4),
+    (2, 5, 3, 13, 2, 7),
+    (33, 3, 2, 8, 1, 16),
+    (1, 28, 28, 8, 1, 16),
+]
+BACKENDS = [name for name in backends() if name != "reference"]
+
+
+def inputs(shape, *, dtype=torch.float32, seed=0):
+    """Asymmetric in every axis and direction; step sizes from 1e-4 to 10."""
+    batch, height, width, channels, rank, states = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    u = normal(batch, height, width, channels)
+    projected = normal(batch, height, width, 4, rank + 2 * states)  # cut into views, as the model does
+    dt, b, c = projected.to(dtype).split((rank, states, states), dim=-1)
+    a_log = torch.arange(1, states + 1).log() + 0.3 * normal(4, channels, states)
+    rest = (normal(4, channels, rank), 3 * normal(4, channels) - 2, a_log, normal(4, channels))
+    return [x.to(dtype).detach().requires_grad_() for x in (u, dt, b, c, *rest)]
+
+
+def by_single_pixels(u, dt, b, c, dt_weight, dt_bias, a_log, skip):
+    """The equation with loops, in float64: what the definition itself is held to."""
+    images, height, width, channels = u.shape
+    rows = [(i, j) for i in range(height) for j in range(width)]
+    columns = [(i, j) for j in range(width) for i in range(height)]
+    y = np.zeros(u.shape)
+    for k, order in enumerate((rows, columns, rows[::-1], columns[::-1])):
+        for image in range(images):
+            h = np.zeros((channels, b.shape[-1]))
+            for i, j in order:
+                here = (image, i, j)
+                delta = np.log1p(np.exp(dt_weight[k] @ dt[(*here, k)] + dt_bias[k]))
+                decay = np.exp(-delta[:, None] * np.exp(a_log[k]))
+                h = decay * h + (delta * u[here])[:, None] * b[(*here, k)]
+                y[here] += h @ c[(*here, k)] + skip[k] * u[here]
+    return y
+
+
+def outputs(tensors, backend, *, weight=None):
+    """y and the gradient of every input for a random weighting of y."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    y = scan(*leaves, backend=backend)
+    if weight is None:
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(weight.to(y.dtype))
+    return {"y": y.detach()} | {f"grad of {n}": x.grad for n, x in zip(NAMES, leaves, strict=True)}
+
+
+def worst(found, expected):
+    """The largest error of each tensor, relative to that tensor's largest value."""
+    return {
+        n: ((found[n].double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for n, e in expected.items()
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8, 2, 4), (1, 4, 1, 3, 1, 2), (2, 7, 6, 16, 1, 16)], ids=str)
+def test_the_scan_equals_the_equation_pixel_by_pixel(shape, backend):
+    tensors = inputs(shape, dtype=torch.float64)
+    expected = by_single_pixels(*(x.detach().numpy() for x in tensors))
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    y = scan(*(x.detach().to(dtype) for x in tensors), backend=backend)
+    assert (
+        np.abs(y.double().numpy() - expected).max()
+        <= (1e-12 if dtype == torch.float64 else 1e-5) * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize(
+    "way", range(4), ids=["row-major", "column-major", "row-major reversed", "column-major reversed"]
+)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_direction_passes_a_pixel_on_to_those_after_it_in_its_own_order_only(backend, way):
+    """One bright pixel, B and C of one direction alone: y is bright exactly where that direction has still to go."""
+    height, width = 3, 4
+    u, dt, b, c, dt_weight, dt_bias, a_log, skip = (x.detach() for x in inputs((1, height, width, 8, 1, 4)))
+    only = torch.zeros(4, 1).index_fill_(0, torch.tensor(way), 1.0)
+    u = torch.zeros_like(u)
+    u[0, 1, 2] = 1
+    y = scan(
+        u, dt, only.expand_as(b).contiguous(), torch.ones_like(c), dt_weight, dt_bias, a_log, 0 * skip, backend=backend
+    )
+    position = torch.arange(height * width).view(height, width)
+    if way % 2:
+        position = torch.arange(height * width).view(width, height).T
+    reached = position <= position[1, 2] if way >= 2 else position >= position[1, 2]
+    assert torch.equal((y[0] > 0).all(-1), reached)
+    assert torch.equal((y[0] != 0).any(-1), reached)
+
+
+def test_the_definitions_gradients_are_those_of_finite_differences():
+    tensors = inputs((1, 2, 3, 2, 1, 2), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: scan(*x, backend="reference"), tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_backend_equals_the_definition_in_float64_forward_and_backward(shape, backend):
+    tensors = inputs(shape)
+    expected = outputs([x.double() for x in tensors], "reference")
+    errors = worst(outputs(tensors, backend), expected)
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bias", "a_shift"), [(-12.0, 0.0), (12.0, 0.0), (60.0, 0.0), (-2.0, 6.0), (-30.0, -6.0)])
+def test_extreme_steps_and_decays_stay_exact_and_finite(bias, a_shift, backend):
+    tensors = inputs((2, 6, 7, 16, 1, 16))
+    with torch.no_grad():
+        tensors[5].fill_(bias)
+        tensors[6].add_(a_shift)
+    expected = outputs([x.double() for x in tensors], "reference")
+    found = outputs(tensors, backend)
+    assert all(torch.isfinite(value).all() for value in found.values())
+    # Where every state decays within a step the gradients through the decay are only rounding: nothing to compare.
+    errors = {n: e for n, e in worst(found, expected).items() if expected[n].abs().max() > 1e-20}
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype, backend):
+    tensors = [
+        x.detach().to(dtype) if n in ("u", "dt", "B", "C") else x
+        for n, x in zip(NAMES, inputs((2, 5, 6, 16, 1, 16)), strict=True)
+    ]
+    found = outputs(tensors, backend)
+    assert found["y"].dtype == found["grad of u"].dtype == dtype
+    assert found["grad of A_log"].dtype == torch.float32
+    expected = outputs([x.double() for x in tensors], "reference")
+    assert {n: e for n, e in worst(found, expected).items() if e > 2e-2} == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fresh_memory_full_of_nan_does_not_matter(backend, monkeypatch):
+    tensors = inputs((2, 5, 7, 24, 2, 16))
+    expected = outputs(tensors, backend)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(float("nan")))
+    found = outputs(tensors, backend)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 6, 7, 40, 2, 16), (5, 6, 7, 24, 1, 16)], ids=str)
+def test_the_result_is_bit_equal_on_any_number_of_threads(shape, backend):
+    tensors, threads = inputs(shape), torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(outputs(tensors, backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_from_several_threads_at_once_do_not_disturb_each_other(backend):
+    cases = [inputs((3, 6, 7, 16, 1, 16), seed=seed) for seed in range(4)]
+    expected, found = [outputs(case, backend) for case in cases], {}
+    workers = [threading.Thread(target=lambda i=i: found.update({i: outputs(cases[i], backend)})) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(found[i][name], value) for i in range(4) for name, value in expected[i].items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_that_lie_anyhow_in_memory_give_the_same_result(backend):
+    tensors = inputs((2, 4, 5, 16, 2, 8))
+    expected = outputs(tensors, backend)
+    turned = [x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in tensors]
+    weight = torch.randn(turned[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = outputs(turned, backend, weight=weight.transpose(1, 2).contiguous().transpose(1, 2))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_numba_operator_passes_torchs_own_checks():
+    from medmamba.ops.ss2d_scan import numba_cpu
+
+    *front, a_log, skip = inputs((2, 3, 4, 8, 1, 4))
+    arguments = (*front, -a_log.detach().exp(), skip, True)
+    torch.library.opcheck(numba_cpu._forward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'magic' does not exist; choose auto or one of reference, numba"):
+        resolve_backend("magic")
+    with pytest.raises(ValueError, match="'numba' cannot run on cuda: it is for the CPU"):
+        resolve_backend("numba", "cuda")
+    assert backends("cuda")["reference"] is None
+    assert "for the CPU" in backends("cuda")["numba"]
+
+
+def test_auto_takes_numba_on_the_cpu_and_says_so_once(caplog):
+    resolve_backend.cache_clear()
+    with caplog.at_level("INFO", logger="medmamba.ops.ss2d_scan"):
+        assert [resolve_backend("auto", "cpu") for _ in range(3)] == ["numba"] * 3
+    assert [record.message for record in caplog.records] == ["scan backend on cpu: numba"]
+    assert resolve_backend("auto", "cuda") == "reference"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from data_shards.config import DataConfig
     from data_shards.source import Row
 
+# One encoder for all: json.dumps would build one for each of several hundred thousand keys.
+_canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 # What names a conversion, says where its source stands, or judges it, without changing a byte of it.
 _NOT_IN_THE_BYTES = {"name", "source", "max_quarantine"}
 
@@ -101,8 +103,7 @@ def _cut(split: str, rows: list[PlannedRow], config: DataConfig) -> list[ShardPl
 
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON value in its one canonical spelling."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(_canonical_json(value).encode()).hexdigest()
 
 
 def _hex(*parts: str | int) -> str:

@@ -168,6 +168,23 @@ def test_grey_and_rgb_images_in_one_set_make_a_dataset_of_three_channels(tmp_pat
     assert open_dataset(store).manifest.channels == 3
 
 
+def test_samples_of_several_labels_and_of_none_keep_them(tmp_path):
+    config = npz_config(tmp_path, task="multilabel", classes=("a", "b", "c"))
+    arrays = dict(np.load(config.source))
+    for split in ("train", "val", "test"):
+        numbers = np.arange(len(arrays[f"{split}_labels"]))
+        arrays[f"{split}_labels"] = (numbers[:, None] >> np.arange(3) & 1).astype(np.uint8)
+    np.savez(config.source, **arrays)
+    store = open_store(str(tmp_path / "out"))
+    convert(config, store)
+    dataset, places = open_dataset(store), {key: where for key, where, _ in key_map(config)}
+    for split in ("train", "val", "test"):
+        index = dataset.index(split)
+        numbers = [int(places[key].rpartition("/")[2]) for key in index.key]
+        assert np.array_equal(index.labels, arrays[f"{split}_labels"][numbers])
+    assert dataset.manifest.splits["val"].classes == {"a": 4, "b": 4, "c": 4}
+
+
 def test_a_shard_is_written_without_torch(tmp_path):
     script = "import sys, data_shards.convert, data_shards.loader; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

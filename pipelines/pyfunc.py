@@ -6,6 +6,8 @@ two files of a checkpoint: no pickle anywhere, and nothing of pipelines, Ray or 
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,19 @@ from mlflow.pyfunc import PythonModel
 BATCH = 32  # images per forward pass; bounds memory and changes nothing else
 
 
-class MedMambaModel(PythonModel):
+class Classifier:
     """A trained network with its preprocessing. `load_model(uri, model_config={"device": "cuda"})` moves it."""
 
     def load_context(self, context: Any) -> None:
         """Reads weights.safetensors and model.json from the artifacts."""
+        _keep_kernels_outside()
         from medmamba.checkpoint import load_model
 
         folder = Path(context.artifacts["weights"]).parent
         self.device = (context.model_config or {}).get("device", "cpu")
         self.model, _, self.card = load_model(folder, device=self.device)
 
-    def predict(self, context, model_input, params=None):  # type hints would replace the signature
+    def predict(self, context, model_input, params=None):  # hints here would replace the signature
         """Probabilities, one row per image and one column per class.
 
         `model_input`: a DataFrame with the column `image`, or the images themselves: each one the bytes of an image
@@ -76,6 +79,24 @@ class MedMambaModel(PythonModel):
         size = self.card["image_size"]
         resized = resize_uint8(pixels_HWC, size if isinstance(size, int) else tuple(size))
         return np.broadcast_to(resized, (*resized.shape[:2], 3))
+
+
+def _keep_kernels_outside() -> None:
+    """Compiled kernels go to the user's cache: beside their code they would be pickles inside the model's artifacts."""
+    import numba
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="medmamba-numba-"))
+    settings: Any = numba.config
+    settings.CACHE_DIR = settings.CACHE_DIR or str(folder)
+
+
+class MedMambaModel(Classifier, PythonModel):
+    """The classifier as MLflow wants it; a `predict` in this class's own body MLflow would wrap, and warn about."""
 
 
 mlflow.models.set_model(MedMambaModel())

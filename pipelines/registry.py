@@ -155,6 +155,9 @@ def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iter
     import mlflow.artifacts
     import mlflow.pyfunc
 
+    # Already imported, the installed packages are used, whose kernels are compiled, not the copies in the model.
+    import medmamba.checkpoint  # noqa: F401
+
     with tempfile.TemporaryDirectory(prefix="medmamba-registered-") as folder:
         with tracking.errors(f"cannot fetch {version.uri}"), _patience():
             source = tracking.client.get_model_version_download_uri(version.model, str(version.number))

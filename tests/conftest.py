@@ -120,3 +120,21 @@ def s3(s3_server, monkeypatch, request) -> str:
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     return f"{s3_server.uri}/{abs(hash(request.node.nodeid))}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory) -> Iterator[str]:
+    """Address of an MLflow server with SQLite behind it that serves artifacts itself (clients need no credentials)."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    binaries = Path(sys.executable).parent
+    command = [
+        str(binaries / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts",
+    ]  # fmt: skip
+    # The server looks its own programs up on the PATH.
+    env = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with service(command, url=f"{address}/health", env=env, log=folder / "server.log", wait_s=120):
+        yield address

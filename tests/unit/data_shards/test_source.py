@@ -296,7 +296,7 @@ def test_a_faulty_set_is_named_in_one_line(tmp_path, monkeypatch, files, fields,
 def test_an_empty_class_folder_of_a_local_set_is_seen(tmp_path):
     write(tmp_path, FOLDERS)
     (tmp_path / "normal").mkdir()
-    with pytest.raises(ValueError, match="class folder 'normal' .* is empty"):
+    with pytest.raises(ValueError, match=r"class folder 'normal' .* is empty"):
         open_source(config(tmp_path, layout="folders"))
 
 

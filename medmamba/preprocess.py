@@ -14,7 +14,7 @@ MEAN, STD = 0.5, 0.5
 
 
 def to_float(images_BHWC: torch.Tensor) -> torch.Tensor:
-    """Float32 (B, 3, H, W) in [0, 1], channels-last in memory; grey is repeated on three channels.
+    """Float32 (B, C, H, W) in [0, 1], with as many channels as are stored: what augmentation works on.
 
     Raises ValueError where the input is not uint8 (B, H, W, 1 or 3).
     """
@@ -23,13 +23,16 @@ def to_float(images_BHWC: torch.Tensor) -> torch.Tensor:
             f"images of shape {tuple(images_BHWC.shape)} and type {images_BHWC.dtype}: the network reads uint8 "
             "(batch, height, width, 1 or 3); scale to 0..255 and put the channels last"
         )
-    x_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
-    return x_BCHW.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    return images_BHWC.permute(0, 3, 1, 2).float() / 255
 
 
 def normalise(x_BCHW: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] moved to [-1, 1], where the published weights expect them."""
-    return (x_BCHW - MEAN) / STD
+    """Pixels in [0, 1] moved to [-1, 1], where the published weights expect them: (B, 3, H, W), channels-last in memory.
+
+    Grey is repeated on three channels.
+    """
+    moved = (x_BCHW - MEAN) / STD
+    return moved.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def preprocess(images_BHWC: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""The only code that knows Ray, DeepSpeed and MLflow: shards -> checkpoint -> registry."""

@@ -1,55 +1,34 @@
 """Runs a command of `medmamba` on a Ray cluster, as a job of its Jobs API.
 
-Shipped are the three packages as they stand here and nothing of the folder around them, so that
-`python -m pipelines COMMAND...` on the cluster runs this very code. Keys stay where they are: the Jobs API shows a
-job's variables to everybody who may look at it, so the cluster's nodes hold their own credentials.
+The three packages travel as they stand here and nothing of the folder around them, so that
+`python -m pipelines COMMAND...` on the cluster runs this very code.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
 import re
 import secrets
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
-from pipelines.provenance import COMMIT_VARIABLE, PACKAGES, git_commit
+from pipelines.provenance import COMMIT_VARIABLE
+from pipelines.shipment import ClusterError, check_command, job_variables, refuse_secrets, staged_packages
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# Where the services are, never who may use them.
-PASSED_VARIABLES = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION",
-    "MEDMAMBA_STORE",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_S3_ENDPOINT_URL",
-)
 PROGRAM = ("python", "-m", "pipelines")
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 8  # together below the 15 s in which a silent service has to be named
 LOST_AFTER_S = 120  # how long the logs may stay out of reach before the job is given up as lost from sight
-_SECRET_QUERY = re.compile(r"passw|secret|token|signature|credential|api_?key|access_?key", re.IGNORECASE)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
-
-
-class ClusterError(ValueError):
-    """The cluster or what is to be sent to it is not as it has to be: value, rule, remedy."""
 
 
 def submit(
@@ -72,10 +51,8 @@ def submit(
     or wrong, and before anything is sent where a variable or an argument would carry a secret.
     """
     environ = os.environ if environ is None else environ
-    if not command:
-        raise ClusterError("no command: something has to run on the cluster; medmamba submit --address URL -- COMMAND…")
+    check_command(command)
     address = _checked_address(address)
-    _refuse_secrets({f"argument {number}": value for number, value in enumerate(command, start=1)})
     variables = job_variables(environ)
     headers = _auth_headers(environ)
     _check_answers(address, headers)
@@ -109,37 +86,6 @@ def _run(
         return 130
 
 
-def job_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns what the job's environment gets beside the cluster's own: the allow-list, and the commit of the code.
-
-    Raises ClusterError where a value would show a secret, or where the store would lie in the job's throw-away folder.
-    """
-    passed = {name: environ[name] for name in PASSED_VARIABLES if environ.get(name)}
-    _refuse_secrets(passed)
-    store = passed.get("MEDMAMBA_STORE", "/")
-    if "://" not in store and not os.path.isabs(store):
-        raise ClusterError(
-            f"MEDMAMBA_STORE={store}: a relative folder would be made in the job's working folder, which Ray deletes; "
-            f"give s3://BUCKET/PREFIX, or an absolute path that every node shares"
-        )
-    # Ray refuses a driver whose own runtime environment names a variable that the job's names too, even with the same
-    # value; with this the driver's counts.
-    return {**passed, COMMIT_VARIABLE: git_commit(), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
-
-
-@contextlib.contextmanager
-def staged_packages() -> Iterator[Path]:
-    """A temporary folder with a copy of the three packages: code and data files, no caches, nothing else."""
-    with tempfile.TemporaryDirectory(prefix="medmamba-submit-") as folder:
-        for name in PACKAGES:
-            spec = importlib.util.find_spec(name)
-            assert spec is not None, f"package {name} is not installed"
-            assert spec.origin is not None, f"package {name} has no __init__"
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbi", "*.nbc", ".*", "tests")
-            shutil.copytree(Path(spec.origin).parent, Path(folder) / name, ignore=ignored)
-        yield Path(folder)
-
-
 def _checked_address(address: str) -> str:
     """Returns the address without a trailing slash; raises ClusterError unless it is http(s)://HOST[:PORT]."""
     try:
@@ -152,24 +98,8 @@ def _checked_address(address: str) -> str:
             f"--address {address}: the address of Ray's dashboard is needed, http://HOST:8265 or https://HOST "
             f"(not the one that workers join at, and not ray://)"
         )
-    _refuse_secrets({"--address": address})
+    refuse_secrets({"--address": address})
     return address.rstrip("/")
-
-
-def _refuse_secrets(values: Mapping[str, str]) -> None:
-    """Raises ClusterError, without repeating the value, where a URL among the values carries credentials."""
-    for name, value in values.items():
-        for url in _URL.findall(value):
-            try:
-                parts = urlsplit(url)
-                secret = "@" in parts.netloc or any(_SECRET_QUERY.search(key) for key, _ in parse_qsl(parts.query))
-            except ValueError:
-                secret = True
-            if secret:
-                raise ClusterError(
-                    f"{name} is a URL with a user, password or token in it: the Jobs API shows it to everybody; "
-                    f"leave it out of the URL and give the cluster's nodes the credentials (infra/README.md)"
-                )
 
 
 def _auth_headers(environ: Mapping[str, str]) -> dict[str, str]:
@@ -245,7 +175,9 @@ def _follow(client: JobSubmissionClient, job_id: str) -> None:
             if client.get_job_status(job_id).is_terminal():
                 return
         except Exception as error:  # of any kind: a proxy, the network, a head that restarts; the job may be fine
-            lost_since = lost_since or time.monotonic()
+            if lost_since is None:
+                lost_since = time.monotonic()
+                print(f"job {job_id}: lost contact ({type(error).__name__}), trying again", file=sys.stderr)
             if time.monotonic() - lost_since > LOST_AFTER_S:
                 raise ClusterError(
                     f"job {job_id}: out of reach for {LOST_AFTER_S} s ({type(error).__name__}: {error}); it may be "

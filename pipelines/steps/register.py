@@ -18,7 +18,7 @@ from pipelines.registry import create_version, find_version, package
 
 
 class RegisterConfig(BaseModel):
-    """Under which name a model is registered (`recipe.register`)."""
+    """Under which name a model is registered (`recipe.registry`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -1,0 +1,436 @@
+"""The command `medmamba`: verbs, their arguments (tyro over recipes), exit codes. The work itself lies elsewhere.
+
+Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import ValidationError
+
+from data_shards.store import Store, open_store
+from pipelines.flow import DriftError, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
+from pipelines.override import ConfigError, difference, explain, override
+from pipelines.placement import PlacementConfig
+from pipelines.recipes import RECIPES, Recipe, recipe
+from pipelines.summary import print_plan, print_summary
+from pipelines.terminal import Terminal, console, table
+from pipelines.workflows import WORKFLOWS, until
+
+DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
+DEFAULT_STORE = "./medmamba-store"
+WORKFLOW_FILE = "workflow.json"
+STEPS = ("shard", "tune", "train", "evaluate", "register", "promote")
+
+
+class UsageError(ValueError):
+    """The command was called in a way that cannot be meant."""
+
+
+def _default_store() -> str:
+    return os.environ.get("MEDMAMBA_STORE") or DEFAULT_STORE
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every verb that brings steps to done takes."""
+
+    values: Annotated[Recipe, tyro.conf.arg(name="")]
+    recipe: str = ""
+    """Recipe to start from; its values are the defaults below. Empty: what the run was begun with."""
+    run: str = ""
+    """Name of the run: it stands for one configuration, and asking again goes on with it. Empty: the recipe's name."""
+    store: str = ""
+    """Where everything lies: a folder or s3://bucket/prefix. Empty: $MEDMAMBA_STORE, else ./medmamba-store."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """How and where; never part of what is made."""
+    dry_run: bool = False
+    """Print the resolved configuration and the state of each step; run nothing."""
+    json: bool = False
+    """Print the result as JSON on standard output."""
+
+
+@dataclass(frozen=True)
+class RunWork(Work):
+    """Bring a whole workflow to done: finished steps are skipped, an interrupted one resumes."""
+
+    workflow: tyro.conf.Positional[Literal["release", "direct"]] = "release"
+    """release: shard, tune, train, evaluate, register, promote. direct: the same without the sweep."""
+    until: Literal["", "shard", "tune", "train", "evaluate", "register", "promote"] = ""
+    """Stop after this step."""
+
+
+@dataclass(frozen=True)
+class StepWork(Work):
+    """Bring one step, and whatever it needs, to done."""
+
+    workflow: Literal["", "release", "direct"] = ""
+    """Which workflow the step belongs to. Empty: the run's; for a new run direct, or release for tune."""
+
+
+@dataclass(frozen=True)
+class PromoteWork(StepWork):
+    """Move the alias to this run's version, if the gate says yes (exit code 3 if it says no)."""
+
+    force: bool = False
+    """Move the alias although the gate said no. Kept as a step of its own, promote-forced, and on the version."""
+
+
+# ---------------------------------------------------------------------------------------------- verbs that do work
+
+
+def run(argv: Sequence[str]) -> int:
+    """Bring a workflow to done: images in, a promoted model out."""
+    work = _parse(RunWork, "run", argv)
+    steps = WORKFLOWS[work.workflow](work.values)
+    return _work(work, work.workflow, until(steps, work.until) if work.until else steps)
+
+
+def quickstart(argv: Sequence[str]) -> int:
+    """Try the whole chain on synthetic images, on this machine, in minutes."""
+    return run(["release", "--recipe", "quickstart", *argv])
+
+
+def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
+    def verb(argv: Sequence[str]) -> int:
+        work = _parse(PromoteWork if name == "promote" else StepWork, name, argv)
+        workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
+        if isinstance(work, PromoteWork) and work.force:
+            return _work(work, workflow, until(_forced(WORKFLOWS[workflow](work.values)), "promote-forced"))
+        return _work(work, workflow, until(WORKFLOWS[workflow](work.values), name))
+
+    verb.__doc__ = text
+    return verb
+
+
+def _forced(steps: list[Step]) -> list[Step]:
+    """The workflow with a promotion that does not ask the gate; the gate's own verdict stays as it was recorded."""
+    gate = next(step for step in steps if step.name == "promote")
+    return [*steps, Step("promote-forced", gate.run, override(gate.config, {"force": True}), gate.inputs)]
+
+
+def _work(work: Work, workflow: str, steps: list[Step]) -> int:
+    store = open_store(work.store)
+    if work.dry_run:
+        return _dry_run(work, workflow, steps, store)
+    terminal = Terminal()
+    terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
+
+    def open_context() -> StepContext:
+        return _open_context(work, workflow, store, terminal)
+
+    try:
+        states = run_steps(steps, store, work.run, open_context=open_context, show=terminal)
+    finally:
+        terminal.close()
+    if work.json:
+        print(json.dumps({state.name: state.record.facts for state in states if state.record}, indent=2))
+    else:
+        print_summary(states, store, work.run)
+    return _verdict(states, terminal)
+
+
+def _verdict(states: list[StepState], terminal: Terminal) -> int:
+    """A recorded "no" is exit code 3 each time it is asked; the last gate that was asked counts."""
+    verdicts = [state.record.facts for state in states if state.record and "verdict" in state.record.facts]
+    if verdicts and verdicts[-1]["verdict"] == "no":
+        terminal.say(f"not promoted: {verdicts[-1]['reason']}")
+        return REFUSED
+    return DONE
+
+
+def _open_context(work: Work, workflow: str, store: Store, terminal: Terminal) -> StepContext:
+    """Connects to everything a step may need; whatever cannot be reached is named before any work."""
+    store.check()
+    from pipelines.tracking import open_tracking
+
+    tracking = open_tracking(store)
+    from pipelines import ray_session
+
+    terminal.say("connecting to Ray")
+    ray_session.connect()
+    placement = ray_session.place(work.placement, store)
+    terminal.say(
+        f"placement: {placement.workers} x {placement.cpus_per_worker:g} CPU on {placement.device}, "
+        f"ZeRO {placement.zero_stage}, scan {placement.scan}, {placement.trials} trials at once"
+    )
+    kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
+    store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
+    return StepContext(store, work.run, placement, tracking, terminal)
+
+
+def _dry_run(work: Work, workflow: str, steps: list[Step], store: Store) -> int:
+    states = plan_steps(steps, store, work.run)
+    recipe_values = work.values.model_dump(mode="json")
+    resolved = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}
+    if work.json:
+        resolved["placement"] = work.placement.model_dump(mode="json")
+        print(json.dumps({**resolved, "steps": {state.name: state.state for state in states}}, indent=2))
+    else:
+        print(json.dumps(resolved, indent=2))
+        print_plan(states)
+    return DONE
+
+
+# ------------------------------------------------------------------------------------------------ verbs that look
+
+
+def datasets(argv: Sequence[str]) -> int:
+    """List the catalogue, or show one dataset of it."""
+    from data_shards.catalog import card, names
+
+    def arguments(name: tyro.conf.Positional[str] = "", json: bool = False) -> tuple[str, bool]:
+        """List the catalogue, or show one dataset of it.
+
+        Args:
+            name: Dataset to show; empty lists all.
+            json: Print JSON.
+        """
+        return name, json
+
+    name, as_json = _cli(arguments, "datasets", argv)
+    try:
+        cards = [card(name)] if name else [card(each) for each in names()]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if as_json:
+        dumped = [each.model_dump(mode="json") for each in cards]
+        print(json.dumps(dumped[0] if name else dumped, indent=2))
+    elif name:
+        rows = [(key, _readable(value)) for key, value in cards[0].model_dump(mode="json").items()]
+        table(cards[0].title, ("field", "value"), rows)
+    else:
+        rows = [
+            (c.name, c.modality, f"{len(c.classes)} ({c.task})", c.num_images or "", c.split_policy, c.licence)
+            for c in cards
+        ]
+        table("Datasets", ("name", "modality", "classes", "images", "split", "licence"), rows)
+    return DONE
+
+
+def status(argv: Sequence[str]) -> int:
+    """List the runs in the store and where their steps stand."""
+
+    def arguments(run: tyro.conf.Positional[str] = "", store: str = "", json: bool = False) -> tuple[str, str, bool]:
+        """List the runs in the store and where their steps stand.
+
+        Args:
+            run: Run to show; empty lists all.
+            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
+            json: Print JSON.
+        """
+        return run, store, json
+
+    wanted, uri, as_json = _cli(arguments, "status", argv)
+    from pipelines.status import read_status
+
+    store = open_store(uri or _default_store())
+    rows = read_status(store, wanted)
+    if wanted and not rows:
+        raise UsageError(f"there is no run {wanted!r} in {store.uri}; `medmamba status` lists the ones there are")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        console().print(f"no runs in {store.uri} yet; `medmamba quickstart` makes one")
+    else:
+        shown = [(r["run"], r["step"], r["state"], r["finished"] or "", r["told"]) for r in rows]
+        table(f"Runs in {store.uri}", ("run", "step", "state", "finished", "facts"), shown)
+    return DONE
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Classify images with the champion."""
+
+    def arguments(
+        images: tyro.conf.Positional[tuple[str, ...]],
+        model: str = "",
+        alias: str = "champion",
+        store: str = "",
+        json: bool = False,
+    ) -> tuple[tuple[str, ...], str, str, str, bool]:
+        """Classify images with a registered model and print the probability of each class.
+
+        Args:
+            images: Image files.
+            model: Registered model; empty: the only one that has the alias.
+            alias: Which of its versions.
+            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
+            json: Print JSON.
+        """
+        return images, model, alias, store, json
+
+    paths, model, alias, uri, as_json = _cli(arguments, "predict", argv)
+    if not paths:
+        raise UsageError("medmamba predict: name at least one image file")
+    from pipelines.predict import predict as classify
+
+    rows = classify([Path(path) for path in paths], store=open_store(uri or _default_store()), model=model, alias=alias)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_predictions(rows)
+    return DONE
+
+
+def submit(argv: Sequence[str]) -> int:
+    """Run any of these commands as a job on a Ray cluster."""
+    own, _, command = _split_at_dashes(argv)
+
+    def arguments(address: str = "", wait: bool = True) -> tuple[str, bool]:
+        """Run a medmamba command as a Ray job: `medmamba submit --address URL -- run release --recipe quickstart`.
+
+        The three packages travel, the endpoint and address variables too; keys never do. Follows the job's log and
+        returns its exit code.
+
+        Args:
+            address: Address of the cluster's dashboard, http://HOST:8265; empty: $RAY_API_SERVER_ADDRESS.
+            wait: Follow the log until the job ends; --no-wait prints its id and returns.
+        """
+        return address, wait
+
+    address, wait = _cli(arguments, "submit", own)
+    if not command:
+        raise UsageError("medmamba submit: nothing to run; put the command after --, as in `-- run release`")
+    from pipelines.cluster import submit as submit_job
+
+    return submit_job(address or os.environ.get("RAY_API_SERVER_ADDRESS", ""), command, wait=wait)
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "quickstart": quickstart,
+    "run": run,
+    "shard": _step_verb("shard", "Convert an image set into shards, an index and a manifest."),
+    "tune": _step_verb("tune", "Search hyperparameters with Ray Tune."),
+    "train": _step_verb("train", "Train with Ray Train and DeepSpeed."),
+    "evaluate": _step_verb("evaluate", "Judge the trained model on the test split."),
+    "register": _step_verb("register", "Register the trained model in MLflow."),
+    "promote": _step_verb("promote", "Give the version the alias champion, if the gate says yes."),
+    "predict": predict,
+    "status": status,
+    "datasets": datasets,
+    "submit": submit,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code; a person's mistake is told in one line, without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        _print_help()
+        return DONE if argv else WRONG_USE
+    verb = VERBS.get(argv[0])
+    try:
+        if verb is None:
+            raise UsageError(f"medmamba {argv[0]}: there is no such verb; there are {', '.join(VERBS)}")
+        return verb(argv[1:])
+    except ValidationError as error:
+        return _tell(explain(error), WRONG_USE)
+    except (UsageError, ConfigError, DriftError) as error:
+        return _tell(error, WRONG_USE)
+    except (ValueError, WorkflowError) as error:
+        return _tell(error, FAILED)
+    except KeyboardInterrupt:
+        return _tell("interrupted; the same command goes on where it stopped", FAILED)
+    except SystemExit as exit_:  # tyro has told what is wrong, or printed help
+        return exit_.code if isinstance(exit_.code, int) else WRONG_USE
+
+
+def _parse(kind: type[Any], verb: str, argv: Sequence[str]) -> Any:
+    """`argv` over the defaults of the recipe it names, or of the run it names, with run and store filled in."""
+    store = _peek(argv, "store") or _default_store()
+    name, run_name = _peek(argv, "recipe"), _peek(argv, "run")
+    if name:
+        try:
+            base = recipe(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    elif run_name and (kept := _kept(store, run_name)):
+        base = Recipe.model_validate(kept["recipe"])
+    elif {"-h", "--help"} & set(argv):
+        base = Recipe()
+    else:
+        raise UsageError(f"medmamba {verb}: name a recipe (--recipe {{{','.join(RECIPES)}}}) or a run (--run NAME)")
+    work = _cli(kind, verb, argv, default=kind(values=base))
+    # A recipe changes in one way only: by validated dotted keys.
+    changes = {key: new for key, (_, new) in difference(base.model_dump(), work.values.model_dump()).items()}
+    values = override(base, changes)
+    run_name = work.run or work.recipe
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
+        raise UsageError(f"--run {run_name!r}: a run's name is a folder: letters, digits, '.', '_', '-'")
+    fields = {**work.__dict__, "values": values, "run": run_name, "store": work.store or store}
+    return kind(**fields)
+
+
+def _kept(store: str, run_name: str) -> dict | None:
+    folder = open_store(store).at("runs", run_name)
+    return json.loads(folder.get(WORKFLOW_FILE)) if folder.head(WORKFLOW_FILE) is not None else None
+
+
+def _kept_workflow(work: Work) -> str:
+    kept = _kept(work.store, work.run)
+    return kept["workflow"] if kept else ""
+
+
+def _peek(argv: Sequence[str], name: str) -> str:
+    """The value of `--name` before tyro sees the arguments: it decides the defaults of all others."""
+    for position, argument in enumerate(argv):
+        if argument == f"--{name}" and position + 1 < len(argv):
+            return argv[position + 1]
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+    return ""
+
+
+def _cli(kind: Any, verb: str, argv: Sequence[str], **options: Any) -> Any:
+    return tyro.cli(
+        kind,
+        prog=f"medmamba {verb}",
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
+        **options,
+    )
+
+
+def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    argv = list(argv)
+    if "--" not in argv:
+        return argv, "", []
+    at = argv.index("--")
+    return argv[:at], "--", argv[at + 1 :]
+
+
+def _print_help() -> None:
+    print("medmamba: medical images in, a promoted model out\n")
+    print("usage: medmamba VERB [options]     (medmamba VERB --help explains each)\n")
+    for name, verb in VERBS.items():
+        print(f"  {name:<11} {(verb.__doc__ or '').splitlines()[0]}")
+    print(f"\nrecipes: {', '.join(RECIPES)}")
+    print("exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else")
+
+
+def _print_predictions(rows: list[dict]) -> None:
+    shown = []
+    for row in rows:
+        best = sorted(row["scores"].items(), key=lambda pair: -pair[1])
+        shown.append((row["image"], row["class"], "  ".join(f"{name} {value:.3f}" for name, value in best)))
+    table(f"{rows[0]['model']} version {rows[0]['version']}", ("image", "class", "probabilities"), shown)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}  {each}" for key, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _tell(error: object, code: int) -> int:
+    print(f"medmamba: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,101 @@
+"""What a step leaves in the store: config.json before its first byte, record.json after its last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data_shards.store import Store
+from pipelines.override import difference
+
+CONFIG, RECORD = "config.json", "record.json"
+
+
+class DriftError(ValueError):
+    """A step of this name was begun with another configuration or other inputs."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a step is: its configuration, and the digests of its inputs. Placement is no part of it."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The commit mark of a step: its facts, and where they came from."""
+
+    facts: dict[str, Any]
+    inputs: dict[str, str]
+    seconds: float
+    started: str
+    finished: str
+    placement: dict[str, Any]
+    git_commit: str
+    packages: dict[str, str]
+
+
+def write_identity(out: Store, identity: Identity) -> None:
+    """Writes config.json; one that is already there stays (it was found equal by `check_identity`)."""
+    out.put(CONFIG, to_json(asdict(identity)), if_absent=True)
+
+
+def write_record(out: Store, record: Record) -> None:
+    """Writes record.json: from now on the step is finished."""
+    out.put(RECORD, to_json(asdict(record)))
+
+
+def read_record(out: Store) -> Record | None:
+    """The record of a finished step, None where it has not finished."""
+    return Record(**_read(out, RECORD)) if out.head(RECORD) is not None else None
+
+
+def read_identity(out: Store) -> Identity | None:
+    """The identity a step was begun with, None where it was never begun."""
+    return Identity(**_read(out, CONFIG)) if out.head(CONFIG) is not None else None
+
+
+def check_identity(step: str, begun: Identity, now: Identity, *, run: str) -> None:
+    """Raises DriftError naming every field that changed, its old and new value, and what to do.
+
+    An input whose digest is not known yet (its step is still to run) is compared when it is known.
+    """
+    known = {name: digest for name, digest in begun.inputs.items() if name in now.inputs}
+    changed = difference({**begun.config, "inputs": known}, {**json.loads(to_json(now.config)), "inputs": now.inputs})
+    if changed:
+        fields = "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
+        raise DriftError(
+            f"step {step} of run {run!r} was begun with another configuration ({fields}). "
+            f"A run's name stands for one configuration: give this one another name (--run NAME), "
+            f"or go back to the old values"
+        )
+
+
+def to_json(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, so that equal values are equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # a numpy scalar
+        return value.item()
+    raise TypeError(f"{value!r} cannot stand in a record: only JSON values can")
+
+
+def _read(out: Store, key: str) -> Mapping[str, Any]:
+    try:
+        return json.loads(out.get(key))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{out.uri}/{key} is not whole JSON ({error}): it was edited or damaged; "
+            f"restore it, or delete the step's folder to run the step again"
+        ) from None
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

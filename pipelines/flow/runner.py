@@ -1,0 +1,155 @@
+"""Runs steps in the order of their inputs: finished ones are skipped, interrupted ones resumed, drift refused."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from graphlib import TopologicalSorter
+from typing import Literal
+
+from data_shards.store import Store
+from pipelines.flow.record import (
+    Identity,
+    Record,
+    check_identity,
+    read_identity,
+    read_record,
+    write_identity,
+    write_record,
+)
+from pipelines.flow.step import Step, StepContext
+from pipelines.provenance import git_commit, package_versions
+
+
+class WorkflowError(RuntimeError):
+    """At least one step failed; `failures` maps its name to the exception, `skipped` names what needed it."""
+
+    def __init__(self, failures: dict[str, Exception], skipped: list[str]) -> None:
+        self.failures, self.skipped = failures, skipped
+        told = [f"step {name} failed: {error}" for name, error in failures.items()]
+        if skipped:
+            told.append(f"not run because of that: {', '.join(skipped)}")
+        super().__init__("\n".join(told))
+
+
+@dataclass(frozen=True)
+class StepState:
+    """Where a step stands in a run, and its facts once it is done."""
+
+    name: str
+    state: Literal["done", "interrupted", "to do"]
+    record: Record | None = None
+
+
+def step_folder(store: Store, run: str, step: str) -> Store:
+    """`<store>/runs/<run>/<step>`."""
+    return store.at("runs", run, step)
+
+
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """The steps, each after all of its inputs; raises ValueError for an unknown input or a circle."""
+    by_name = {step.name: step for step in steps}
+    assert len(by_name) == len(steps), "two steps of one name"
+    for step in steps:
+        for needed in step.inputs.values():
+            assert needed in by_name, f"step {step.name} needs {needed}, which is not in the workflow"
+    graph = {step.name: list(step.inputs.values()) for step in steps}
+    return [by_name[name] for name in TopologicalSorter(graph).static_order()]
+
+
+def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]:
+    """The state of each step without running anything; raises DriftError as soon as it can be known."""
+    states: dict[str, StepState] = {}
+    for step in in_order(steps):
+        out = step_folder(store, run, step.name)
+        begun, record = read_identity(out), read_record(out)
+        if begun is not None:
+            check_identity(step.name, begun, _identity(step, states), run=run)
+        state = "done" if record else "interrupted" if begun else "to do"
+        states[step.name] = StepState(step.name, state, record)
+    return list(states.values())
+
+
+def run_steps(
+    steps: Sequence[Step], store: Store, run: str, *, open_context: Callable[[], StepContext], show
+) -> list[StepState]:
+    """Brings every step to done and returns their states; raises WorkflowError after all that could run has run.
+
+    `open_context` connects to Ray and MLflow; it is called once, and only if a step has to run.
+    """
+    plan_steps(steps, store, run)  # drift is told before the first hour of work, not after
+    context: StepContext | None = None
+    states: dict[str, StepState] = {}
+    failures: dict[str, Exception] = {}
+    skipped: list[str] = []
+    for step in in_order(steps):
+        if any(needed in failures or needed in skipped for needed in step.inputs.values()):
+            skipped.append(step.name)
+            continue
+        out = step_folder(store, run, step.name)
+        try:
+            record = _finished(step, out, states, run)
+            if record is None:
+                context = context or open_context()
+                show.step(step.name, "resumes" if read_identity(out) else "starts")
+                record = _execute(step, out, states, context)
+                show.step(step.name, f"done in {record.seconds:.0f} s")
+            else:
+                show.step(step.name, "done")
+            states[step.name] = StepState(step.name, "done", record)
+        except Exception as error:  # the fault boundary of one step: others that do not need it go on
+            if not isinstance(error, ValueError):
+                show.trace("".join(traceback.format_exception(error)))
+            failures[step.name] = error
+    if failures:
+        raise WorkflowError(failures, skipped)
+    return list(states.values())
+
+
+def _identity(step: Step, states: dict[str, StepState]) -> Identity:
+    digests = {}
+    for name, needed in step.inputs.items():
+        record = states[needed].record if needed in states else None
+        if record is not None:
+            digests[name] = record.facts["digest"]
+    return Identity(step.config.model_dump(mode="json"), digests)
+
+
+def _finished(step: Step, out: Store, states: dict[str, StepState], run: str) -> Record | None:
+    begun = read_identity(out)
+    if begun is not None:
+        check_identity(step.name, begun, _identity(step, states), run=run)
+    return read_record(out)
+
+
+def _execute(step: Step, out: Store, states: dict[str, StepState], context: StepContext) -> Record:
+    identity = _identity(step, states)
+    write_identity(out, identity)
+    started, clock = datetime.now(UTC), time.monotonic()
+    facts_of = {name: states[needed].record.facts for name, needed in step.inputs.items()}  # type: ignore[union-attr]
+    facts = step.run(step.config, context.placement, out, context, **facts_of)
+    assert isinstance(facts.get("digest"), str), f"step {step.name} returned no digest"
+    record = Record(
+        facts=facts,
+        inputs=identity.inputs,
+        seconds=round(time.monotonic() - clock, 3),
+        started=started.isoformat(timespec="seconds"),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        placement=context.placement.model_dump(mode="json"),
+        git_commit=git_commit(),
+        packages=package_versions(),
+    )
+    write_record(out, record)
+    return Record(**_through_json(asdict(record)))
+
+
+def _through_json(value: dict) -> dict:
+    """What a later driver will read: a step must never see more of an input than its record holds."""
+    import json
+
+    from pipelines.flow.record import to_json
+
+    return json.loads(to_json(value))

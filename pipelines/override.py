@@ -1,0 +1,72 @@
+"""The one way a configuration changes: validated, full dotted keys (`train.optim.lr`)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: unknown key, value out of range, fields that contradict each other."""
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns `config` with the fields named by dotted keys replaced, validated as a whole.
+
+    Raises ConfigError naming the key, the value and the rule it breaks; nothing is changed half-way.
+    """
+    values = config.model_dump()
+    known = flatten(values)
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        place: Any = values
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or leaf not in place:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known keys begin with {', '.join(values)}"
+            raise ConfigError(f"{key} is not a field of {type(config).__name__}: {hint}")
+        place[leaf] = value
+    return validated(type(config), values)
+
+
+def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Returns `kind(**values)`; raises ConfigError with one line per broken rule instead of pydantic's pages."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """One clause per broken rule: dotted key = value: rule."""
+    clauses = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"]) or error.title
+        rule = fault["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+        clauses.append(f"{key}{value}: {rule}")
+    return "; ".join(clauses)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level of dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every leaf that differs; an absent leaf counts as None."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    keys = sorted(flat_old.keys() | flat_new.keys())
+    return {key: (flat_old.get(key), flat_new.get(key)) for key in keys if flat_old.get(key) != flat_new.get(key)}

@@ -1,0 +1,97 @@
+"""The Ray a driver works on: the one RAY_ADDRESS names, else one of its own that ends with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from data_shards.store import Store
+from pipelines.placement import Placement, PlacementConfig, resolve
+
+# Set before Ray is imported. Each can be overridden from outside.
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # ray.train.report waits for this poll: 2 s an epoch by default
+    "RAY_worker_niceness": "0",  # workers at nice 15 starve beside anything else on a shared machine
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it every task prints a warning
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_V2": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the records; no CSV and TensorBoard beside them
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+# What workers of a Ray that runs elsewhere need to reach the same services. Never a key: the Jobs API shows these.
+PASSED_ON = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "MLFLOW_TRACKING_URI",
+    "MEDMAMBA_STORE",
+    *DEFAULTS,
+)
+
+
+def connect(*, num_cpus: int | None = None) -> None:
+    """Connects to the Ray of RAY_ADDRESS, or starts an embedded one. Does nothing where one is connected.
+
+    Raises ValueError where RAY_ADDRESS names a Ray that does not answer.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        _own_token()
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": os.environ.get("MEDMAMBA_WORKER_LOGS") == "1"}
+    if not address:
+        # The dashboard stays on: without it a trial that ASHA stops never frees its place.
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
+        return
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    try:
+        # RAY_ADDRESS itself travels too: with two Rays on a host a worker must not find the other one.
+        ray.init(address=address, runtime_env={"env_vars": {**passed, "RAY_ADDRESS": address}}, **quiet)  # type: ignore[arg-type]
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no Ray answers there ({str(error).splitlines()[0]}); "
+            f"start it, correct the address, or unset RAY_ADDRESS to use an embedded one"
+        ) from None
+
+
+def place(config: PlacementConfig, store: Store) -> Placement:
+    """Returns the placement on the connected Ray.
+
+    Raises ValueError where it is impossible, or where nodes cannot share a local store.
+    """
+    import ray
+
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    if nodes > 1 and store.is_local:
+        raise ValueError(
+            f"store {store.uri} is a local folder, but this Ray has {nodes} nodes, which do not share it; "
+            f"use --store s3://BUCKET/PREFIX"
+        )
+    have = ray.cluster_resources()
+    return resolve(config, num_cpus=have.get("CPU", 0), num_gpus=have.get("GPU", 0), nodes=nodes)
+
+
+def _own_token() -> None:
+    # Ray listens on a routable address whatever it is told, so even the embedded one demands a token. Without
+    # these two it would create ~/.ray/auth_token, which then changes how other Rays of this user start.
+    if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "medmamba"
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / "ray-token"
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        pass
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)

@@ -1,0 +1,107 @@
+"""What `medmamba submit` sends to a cluster: the packages, addresses of services, the commit. Nothing secret.
+
+The Jobs API shows a job's command and variables to everybody who may look at it, so keys stay where they are and the
+cluster's nodes hold their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from pipelines.provenance import COMMIT_VARIABLE, PACKAGES, git_commit
+
+# Where the services are, never who may use them.
+PASSED_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "MEDMAMBA_STORE",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+)
+_SECRET_QUERY = re.compile(r"passw|secret|token|signature|credential|api_?key|access_?key", re.IGNORECASE)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+
+
+class ClusterError(ValueError):
+    """The cluster or what is to be sent to it is not as it has to be: value, rule, remedy."""
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Raises ClusterError where a command is empty, would show a secret, or names a store that would be lost."""
+    if not command:
+        raise ClusterError("no command: something has to run on the cluster; medmamba submit --address URL -- COMMAND…")
+    refuse_secrets({f"argument {number}": value for number, value in enumerate(command, start=1)})
+    _refuse_lost_store("--store", _option(command, "--store"))
+
+
+def job_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns what the job's environment gets beside the cluster's own: the allow-list, and the commit of the code.
+
+    Raises ClusterError where a value would show a secret, or where the store would lie in the job's throw-away folder.
+    """
+    passed = {name: environ[name] for name in PASSED_VARIABLES if environ.get(name)}
+    refuse_secrets(passed)
+    _refuse_lost_store("MEDMAMBA_STORE", passed.get("MEDMAMBA_STORE", ""))
+    # Ray refuses a driver whose own runtime environment names a variable that the job's names too, even with the same
+    # value; with this the driver's counts.
+    return {**passed, COMMIT_VARIABLE: git_commit(), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+
+
+@contextlib.contextmanager
+def staged_packages() -> Iterator[Path]:
+    """A temporary folder with a copy of the three packages: code and data files, no caches, nothing else."""
+    with tempfile.TemporaryDirectory(prefix="medmamba-submit-") as folder:
+        for name in PACKAGES:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None, f"package {name} is not installed"
+            assert spec.origin is not None, f"package {name} has no __init__"
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbi", "*.nbc", ".*", "tests")
+            shutil.copytree(Path(spec.origin).parent, Path(folder) / name, ignore=ignored)
+        yield Path(folder)
+
+
+def refuse_secrets(values: Mapping[str, str]) -> None:
+    """Raises ClusterError, without repeating the value, where a URL among the values carries credentials."""
+    for name, value in values.items():
+        for url in _URL.findall(value):
+            try:
+                parts = urlsplit(url)
+                secret = "@" in parts.netloc or any(_SECRET_QUERY.search(key) for key, _ in parse_qsl(parts.query))
+            except ValueError:
+                secret = True
+            if secret:
+                raise ClusterError(
+                    f"{name} is a URL with a user, password or token in it: the Jobs API shows it to everybody; "
+                    f"leave it out of the URL and give the cluster's nodes the credentials (infra/README.md)"
+                )
+
+
+def _refuse_lost_store(name: str, store: str) -> None:
+    """Raises ClusterError where the store would lie in the job's working folder, which Ray deletes."""
+    if store and "://" not in store and not os.path.isabs(store):
+        raise ClusterError(
+            f"{name} {store}: a relative folder would be made in the job's working folder, which Ray deletes; "
+            f"give s3://BUCKET/PREFIX, or an absolute path that every node shares"
+        )
+
+
+def _option(command: Sequence[str], name: str) -> str:
+    """The value of an option in a command, written --name VALUE or --name=VALUE; empty where it is not given."""
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return ""

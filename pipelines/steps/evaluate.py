@@ -1,0 +1,203 @@
+"""Model and test split -> metrics, the predictions behind them, and what simpler means reach on the same images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_shards.manifest import Dataset, open_dataset
+from data_shards.store import Store, open_store
+from pipelines.flow import StepContext
+from pipelines.placement import Placement
+
+PREDICTIONS = "predictions.parquet"
+
+
+class EvaluateConfig(BaseModel):
+    """How a model is judged (`recipe.evaluate`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    micro_batch: int = Field(64, ge=1)
+    """Images per forward pass; changes nothing but speed and rounding."""
+    baseline_side: int = Field(28, ge=0)
+    """Side in pixels of the images that the logistic regression beside the network sees. 0: no baselines."""
+    baseline_samples: int = Field(5000, ge=10)
+    """Training images the baselines are fitted on at most (the first of the shuffled training split)."""
+
+
+def run(
+    config: EvaluateConfig, placement: Placement, out: Store, context: StepContext, *, shard: dict, train: dict
+) -> dict:
+    """Evaluates on the test split, every sample exactly once, and keeps the scores as Parquet.
+
+    Returns metrics, the yardsticks (chance, logistic regression on pixels, on width and height) and where things lie.
+    """
+    uri = context.store.at(shard["data"]).uri
+    data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
+    with context.tracking.running(out, run=context.run, step="evaluate", params=config.model_dump()) as run_id:
+        labels, logits = _infer(config, placement, uri, context.store.at(train["model"]).uri, data, context)
+        scores = _scores(logits, data.manifest.task)
+        table = _parquet(data, scores)
+        out.put(PREDICTIONS, table)
+        metrics = _measure(scores, labels, data.manifest.task)
+        context.show.say("fitting the yardsticks: logistic regression on the same images")
+        baselines = _baselines(config, data)
+        logged = {f"test_{name}": value for name, value in metrics.items()}
+        for name, found in baselines.items():
+            logged |= {f"baseline_{name}_{key}": value for key, value in found.items()}
+        context.tracking.log_metrics(run_id, logged)
+    return {
+        "digest": hashlib.sha256(table).hexdigest(),
+        "predictions": f"runs/{context.run}/evaluate/{PREDICTIONS}",
+        "num_samples": len(labels),
+        "metrics": metrics,
+        "baselines": baselines,
+        "manifest": shard["digest"],
+        "mlflow_run": run_id,
+    }
+
+
+def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`)."""
+    import torch
+
+    from medmamba.checkpoint import load_model
+    from pipelines.worker.inference import infer
+
+    placement = Placement.model_validate(payload["placement"])
+    torch.set_num_threads(placement.threads)
+    with tempfile.TemporaryDirectory(prefix="medmamba-model-") as folder:
+        _fetch(open_store(payload["model"]), Path(folder))
+        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device)
+    return infer(
+        model,
+        open_dataset(open_store(payload["dataset"]), digest=payload["digest"]),
+        "test",
+        micro_batch=payload["micro_batch"],
+        image_size=card["image_size"],
+        rank=rank,
+        ranks=placement.workers,
+        device=torch.device(placement.device),
+        progress=lambda images: payload["board"].post.remote("evaluate", {"images": images}),
+    )
+
+
+def _infer(
+    config: EvaluateConfig, placement: Placement, dataset: str, model: str, data: Dataset, context: StepContext
+) -> tuple[np.ndarray, np.ndarray]:
+    import ray
+
+    from pipelines.board import Watch
+    from pipelines.worker.inference import join
+
+    total, done = len(data.index("test")), 0
+
+    def show(name: str, values: dict) -> None:
+        nonlocal done
+        done += values["images"]
+        context.show.progress(name, {"done": done, "total": total, "unit": "images"})
+
+    with Watch(show) as board:
+        payload = {
+            "placement": placement.model_dump(),
+            "dataset": dataset,
+            "digest": data.digest,
+            "model": model,
+            "micro_batch": config.micro_batch,
+            "board": board,
+        }
+        gpus = 1 if placement.device == "cuda" else 0
+        task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=gpus, max_retries=2)(evaluate_rank)
+        try:
+            parts = ray.get([task.remote(payload, rank) for rank in range(placement.workers)])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ValueError) else error from None
+    return join(parts, total, "test")
+
+
+def _fetch(model: Store, folder: Path) -> None:
+    for name in ("weights.safetensors", "model.json"):
+        (folder / name).write_bytes(model.get(name))
+
+
+def _scores(logits: np.ndarray, task: str) -> np.ndarray:
+    import torch
+
+    from medmamba.loss import scores
+
+    return scores(torch.from_numpy(logits), task).numpy()
+
+
+def _measure(scores: np.ndarray, labels: np.ndarray, task: str) -> dict[str, float]:
+    from medmamba.metrics.classification import evaluate
+
+    return evaluate(scores, labels, task)
+
+
+def _parquet(data: Dataset, scores: np.ndarray) -> bytes:
+    """The predictions as Parquet bytes: key, group, label (list of class indices), scores (list), one row a sample."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = data.index("test")
+    table = pa.table(
+        {
+            "key": pa.array(index.key.tolist()),
+            "group": pa.array(index.group.tolist()),
+            "label": pa.array([np.flatnonzero(row).tolist() for row in index.labels], pa.list_(pa.int32())),
+            "scores": pa.array(scores.astype(np.float32).tolist(), pa.list_(pa.float32())),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _baselines(config: EvaluateConfig, data: Dataset) -> dict[str, dict[str, float]]:
+    """Metrics of chance and of logistic regressions, on the same splits as the network."""
+    if config.baseline_side == 0 or data.manifest.task == "multilabel":
+        return {}
+    from medmamba.metrics.baselines import logistic_regression
+
+    found = {"chance": {"auc": 0.5, "accuracy": _majority_accuracy(data)}}
+    train, test = data.index("train"), data.index("test")
+    fitted = slice(0, config.baseline_samples)
+    train_y, test_y = train.labels[fitted].argmax(1), test.labels
+    features = {"pixels": _pixels(data, config)}
+    sizes = [np.stack([index.width, index.height], 1).astype(np.float32) for index in (train, test)]
+    if sizes[0].std(0).any():
+        features["size"] = (sizes[0][fitted], sizes[1])
+    classes = len(data.manifest.classes)
+    for name, (train_x, test_x) in features.items():
+        metrics = _measure(logistic_regression(train_x, train_y, test_x, classes), test_y, data.manifest.task)
+        found[name] = {key: metrics[key] for key in ("auc", "accuracy", "balanced_accuracy")}
+    return found
+
+
+def _majority_accuracy(data: Dataset) -> float:
+    majority = data.index("train").labels.sum(0).argmax()
+    return float(data.index("test").labels[:, majority].mean())
+
+
+def _pixels(data: Dataset, config: EvaluateConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Flattened pixels in [0, 1] of the training images to fit on, and of the test images."""
+    from data_shards.loader import batches
+
+    arrays = []
+    for split, limit in (("train", config.baseline_samples), ("test", None)):
+        rows, seen = [], 0
+        for batch in batches(data, split, batch=256, image_size=config.baseline_side, train=False):
+            images = batch.images[batch.mask]
+            rows.append(images.reshape(len(images), -1).astype(np.float32) / 255)
+            seen += len(images)
+            if limit is not None and seen >= limit:
+                break
+        arrays.append(np.concatenate(rows)[:limit])
+    return arrays[0], arrays[1]

@@ -1,0 +1,52 @@
+"""Image set -> shards, index and manifest, one Ray task per shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from data_shards.config import DataConfig
+from data_shards.convert import convert
+from data_shards.store import Store
+from pipelines.flow import StepContext
+from pipelines.placement import Placement
+
+
+def run(config: DataConfig, placement: Placement, out: Store, context: StepContext) -> dict:
+    """Writes `datasets/<dataset>/<name>/` in the store; returns convert's facts and the dataset's folder as "data"."""
+    data = f"datasets/{config.dataset}/{config.name}"
+
+    def progress(done: int, total: int) -> None:
+        context.show.progress("shard", {"done": done, "total": total, "unit": "shards"})
+
+    _check_reachable(config, placement)
+    facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
+    return {**facts, "data": data}
+
+
+def ray_map(task: Callable, items: list) -> Iterator:
+    """Runs `task(item)` for each item as Ray tasks of one CPU; yields the results as they come.
+
+    The first task that fails ends the map with its own exception, and the tasks not yet begun are cancelled.
+    """
+    import ray
+
+    # A task lost with its node runs again; one that raised does not.
+    remote = ray.remote(num_cpus=1, max_retries=3)(task)
+    pending = [remote.remote(item) for item in items]
+    try:
+        while pending:
+            (finished,), pending = ray.wait(pending, num_returns=1)
+            yield ray.get(finished)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+
+
+def _check_reachable(config: DataConfig, placement: Placement) -> None:
+    if placement.nodes > 1 and config.source and "://" not in config.source:
+        raise ValueError(
+            f"data.source {config.source} is a local path, but this Ray has {placement.nodes} nodes, which do not "
+            f"share it; copy the image set to s3:// and name it there"
+        )

@@ -1,0 +1,143 @@
+"""Shards -> the weights of the best epoch, under Ray Train with DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from data_shards.store import Store, arrow_filesystem
+from pipelines.board import Watch
+from pipelines.flow import StepContext
+from pipelines.override import flatten, override
+from pipelines.placement import Placement
+from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.state import BEST, check_resumable
+
+RAY_RUN = "ray"
+MODEL_FILES = ("weights.safetensors", "model.json")
+
+
+def run(
+    config: TrainStepConfig,
+    placement: Placement,
+    out: Store,
+    context: StepContext,
+    *,
+    shard: dict,
+    tune: dict | None = None,
+) -> dict:
+    """Trains with the recipe, or with a sweep's winner over it, and keeps the best epoch's model under `out/model`.
+
+    Raises ValueError where the placement does not divide the batch or a checkpoint cannot be continued exactly.
+    """
+    resolved = override(config, tune["winner"]) if tune else config
+    resolved.train.accumulation(placement.workers)  # an impossible placement fails here, before a worker starts
+    _check_resume(out, placement, shard["digest"], context)
+    params = flatten(resolved.model_dump())
+    with context.tracking.running(out, run=context.run, step="train", params=params) as run_id:
+        payload = {
+            "config": resolved.model_dump(),
+            "placement": placement.model_dump(),
+            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "run_id": run_id,
+            "tracking": context.tracking,
+        }
+        checkpoint = _fit(payload, placement, out, context)
+        with checkpoint.as_directory() as folder:
+            facts = _keep_best(Path(folder), out, context.run)
+    return {**facts, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
+
+
+def ray_worker(payload: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    import ray.train
+
+    from pipelines.worker.launch import RayReporter, train_on_dataset
+
+    checkpoint = ray.train.get_checkpoint()
+    log = functools.partial(payload["tracking"].log_epoch, payload["run_id"])
+
+    def reporter(rank: int) -> RayReporter:
+        return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log)
+
+    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
+        train_on_dataset(
+            TrainStepConfig.model_validate(payload["config"]),
+            Placement.model_validate(payload["placement"]),
+            payload["dataset"],
+            reporter,
+            resume=Path(folder) if folder else None,
+        )
+
+
+def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    filesystem, path = arrow_filesystem(out)
+    resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
+    with Watch(context.show.progress) as board:
+        trainer = TorchTrainer(
+            ray_worker,
+            train_loop_config={**payload, "board": board},
+            torch_config=TorchConfig(backend=placement.backend),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                name=RAY_RUN,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                # The best epoch's weights travel inside every checkpoint, so the newest one is enough.
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                # On one machine a crash is nearly always an error that comes again; nodes of a cluster do get lost.
+                failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _first_cause(error) from None
+    assert result.checkpoint is not None, "the training ended without a checkpoint"
+    return result.checkpoint
+
+
+def _keep_best(folder: Path, out: Store, run: str) -> dict:
+    """Copies the best epoch's model to `out/model`; returns the training's facts."""
+    digest = hashlib.sha256()
+    for name in MODEL_FILES:
+        data = (folder / BEST / name).read_bytes()
+        digest.update(data)
+        out.put(f"model/{name}", data)
+    state = json.loads((folder / "train.json").read_text())
+    return {
+        "digest": digest.hexdigest(),
+        "model": f"runs/{run}/train/model",
+        "best_epoch": state["best_epoch"],
+        "epochs": state["epoch"],
+        "metrics": state["best"],
+        "history": state["history"],
+    }
+
+
+def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:
+    """Says aloud that a training goes on, and refuses one that could not go on exactly, before any worker starts."""
+    states = [key for key in out.list(RAY_RUN) if key.endswith("/train.json")]
+    if states:
+        described = json.loads(out.get(max(states)))
+        check_resumable(described, placement=placement, manifest=manifest)
+        context.show.say(f"training resumes after epoch {described['epoch']}")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The exception a worker raised, out of Ray's wrapping; a ValueError stays one line for the person."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, ValueError):
+            return cause
+    return error

@@ -1,0 +1,253 @@
+"""A sweep over the training's hyperparameters: Ray Tune with Optuna and ASHA; its winner is a dict of overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_shards.store import Store, arrow_filesystem
+from pipelines.board import Watch
+from pipelines.flow import StepContext
+from pipelines.override import override
+from pipelines.placement import Placement
+from pipelines.worker.config import TrainStepConfig
+
+RAY_RUN = "ray"
+
+
+class SearchSpace(BaseModel):
+    """What a sweep tries. An empty value leaves that field as the recipe has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    lr: tuple[()] | tuple[float, float] = (3e-4, 5e-3)
+    """Lowest and highest train.optim.lr, drawn log-uniformly."""
+    weight_decay: tuple[()] | tuple[float, float] = (1e-5, 1e-1)
+    """Lowest and highest train.optim.weight_decay, drawn log-uniformly."""
+    drop_path: tuple[()] | tuple[float, float] = (0.0, 0.3)
+    """Lowest and highest model.drop_path, drawn uniformly (MedMamba only)."""
+    batch_size: tuple[int, ...] = ()
+    """Values of train.batch_size to choose from; each a multiple of train.micro_batch."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SearchSpace:
+        for name in ("lr", "weight_decay", "drop_path"):
+            bounds = getattr(self, name)
+            if bounds and bounds[0] >= bounds[1]:
+                raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; swap them")
+        return self
+
+
+class TuneConfig(BaseModel):
+    """How hyperparameters are searched (`recipe.tune`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    trials: int = Field(8, ge=1)
+    """Trials in the sweep. The first one is the recipe as it stands."""
+    epochs: int = Field(5, ge=1)
+    """Epochs of the longest trial."""
+    grace_epochs: int = Field(1, ge=1)
+    """Epochs every trial gets before ASHA may stop it."""
+    reduction_factor: int = Field(3, ge=2)
+    """ASHA lets one in this many trials go on at each rung."""
+    seed: int = Field(0, ge=0)
+    """Seed of the search."""
+    space: SearchSpace = SearchSpace()
+    """What is searched."""
+
+
+class TuneStepConfig(BaseModel):
+    """Identity of a sweep: the recipe it starts from, and how it searches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: TrainStepConfig
+    tune: TuneConfig
+
+    @model_validator(mode="after")
+    def _searchable(self) -> TuneStepConfig:
+        for size in self.tune.space.batch_size:
+            if size % self.start.train.micro_batch:
+                raise ValueError(
+                    f"tune.space.batch_size {size} is no multiple of train.micro_batch {self.start.train.micro_batch}; "
+                    f"choose multiples, or lower micro_batch"
+                )
+        return self
+
+
+def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepContext, *, shard: dict) -> dict:
+    """Runs or resumes the sweep; returns the winner, a dict of dotted overrides, and a row for each trial.
+
+    The winner has the highest validation AUC of any epoch, ties broken by validation loss.
+    Raises ValueError where every trial failed.
+    """
+    tracking = context.tracking
+    params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
+    with tracking.running(out, run=context.run, step="tune", params=params) as parent:
+        payload = {
+            "config": config.model_dump(),
+            "placement": placement.for_trial().model_dump(),
+            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "parent": parent,
+            "tracking": tracking,
+        }
+        trials = [_row(result, config) for result in _fit(config, payload, placement, out, context)]
+        for row in trials:
+            row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
+            tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
+        tracking.close_trials(parent)
+        winner = _winner(trials)
+        tracking.log_metrics(parent, winner["metrics"], step=winner["epochs"])
+    overrides = winner["overrides"]
+    digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()
+    return {
+        "digest": digest,
+        "winner": overrides,
+        "winner_trial": winner["trial"],
+        "trials": trials,
+        "mlflow_run": parent,
+    }
+
+
+def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
+    """What Ray Tune runs for each trial, in the trial's own process: a world of one under the same engine."""
+    import ray.tune
+
+    from pipelines.worker.launch import RayReporter, train_on_dataset, world_of_one
+
+    step = TuneStepConfig.model_validate(payload["config"])
+    config = override(step.start, {**sampled, "train.epochs": step.tune.epochs})
+    trial_id = ray.tune.get_context().get_trial_id()
+    tracking = payload["tracking"]
+    run_id = tracking.trial_run(payload["parent"], trial_id, sampled)
+    best = {"best_auc": -1.0, "best_loss": float("inf")}
+
+    def send(metrics: dict, *, checkpoint: Any) -> None:
+        found = (metrics["val_auc"], -metrics["val_loss"])
+        if found > (best["best_auc"], -best["best_loss"]):
+            best.update(best_auc=found[0], best_loss=-found[1])
+        ray.tune.report({**metrics, **best}, checkpoint=checkpoint)
+
+    def reporter(rank: int) -> RayReporter:
+        log = functools.partial(tracking.log_epoch, run_id)
+        return RayReporter(send, rank, board=payload["board"], name=trial_id, log=log)
+
+    checkpoint = ray.tune.get_checkpoint()
+    world_of_one()
+    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
+        if folder:
+            state = json.loads((Path(folder) / "train.json").read_text())
+            best.update(best_auc=state["best"]["val_auc"], best_loss=state["best"]["val_loss"])
+        train_on_dataset(
+            config,
+            Placement.model_validate(payload["placement"]),
+            payload["dataset"],
+            reporter,
+            resume=Path(folder) if folder else None,
+        )
+
+
+def search_space(space: SearchSpace) -> dict[str, Any]:
+    """Dotted key of the recipe -> the distribution Ray Tune draws it from."""
+    from ray import tune
+
+    drawn = {
+        "train.optim.lr": tune.loguniform(*space.lr) if space.lr else None,
+        "train.optim.weight_decay": tune.loguniform(*space.weight_decay) if space.weight_decay else None,
+        "model.drop_path": tune.uniform(*space.drop_path) if space.drop_path else None,
+        "train.batch_size": tune.choice(list(space.batch_size)) if space.batch_size else None,
+    }
+    return {key: distribution for key, distribution in drawn.items() if distribution is not None}
+
+
+def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store, context: StepContext):
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    filesystem, path = arrow_filesystem(out)
+    for_trial = placement.for_trial()
+    resources = {"CPU": for_trial.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
+    with Watch(context.show.progress) as board:
+        trainable = tune.with_resources(functools.partial(trial, payload={**payload, "board": board}), resources)
+        if tune.Tuner.can_restore(f"{path}/{RAY_RUN}", storage_filesystem=filesystem):
+            context.show.say("the sweep resumes where it was interrupted")
+            tuner = tune.Tuner.restore(
+                f"{path}/{RAY_RUN}", trainable, storage_filesystem=filesystem, resume_unfinished=True
+            )
+        else:
+            space = search_space(config.tune.space)
+            tuner = tune.Tuner(
+                trainable,
+                param_space=space,
+                tune_config=tune.TuneConfig(
+                    metric="val_auc",
+                    mode="max",
+                    num_samples=config.tune.trials,
+                    max_concurrent_trials=placement.trials,
+                    search_alg=OptunaSearch(seed=config.tune.seed, points_to_evaluate=_recipe_point(config, space)),
+                    # Tune's own training_iteration starts again after a restore; the loop's epoch does not.
+                    scheduler=ASHAScheduler(
+                        time_attr="epoch",
+                        max_t=config.tune.epochs,
+                        grace_period=min(config.tune.grace_epochs, config.tune.epochs),
+                        reduction_factor=config.tune.reduction_factor,
+                    ),
+                ),
+                run_config=tune.RunConfig(
+                    name=RAY_RUN,
+                    storage_path=path,
+                    storage_filesystem=filesystem,
+                    verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                ),
+            )
+        return tuner.fit()
+
+
+def _recipe_point(config: TuneStepConfig, space: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipe's own values as the first trial, where they lie in the space: a sweep never does worse than it."""
+    from pipelines.override import flatten
+
+    own = flatten(config.start.model_dump())
+    point = {key: own[key] for key in space}
+    for key, value in point.items():
+        distribution = space[key]
+        inside = (
+            value in distribution.categories
+            if hasattr(distribution, "categories")
+            else distribution.lower <= value <= distribution.upper
+        )
+        if not inside:
+            return []
+    return [point]
+
+
+def _row(result: Any, config: TuneStepConfig) -> dict:
+    metrics = result.metrics or {}
+    kept = {
+        key: metrics[key] for key in ("val_auc", "val_loss", "val_accuracy", "best_auc", "best_loss") if key in metrics
+    }
+    return {
+        "trial": metrics.get("trial_id") or Path(result.path).name,
+        "overrides": dict(result.config),
+        "epochs": int(metrics.get("epoch", 0)),
+        "metrics": kept,
+        "stopped_early": int(metrics.get("epoch", 0)) < config.tune.epochs,
+        "error": str(result.error).strip().splitlines()[-1] if result.error else None,
+    }
+
+
+def _winner(trials: list[dict]) -> dict:
+    finished = [row for row in trials if not row["error"] and "best_auc" in row["metrics"]]
+    if not finished:
+        reasons = "; ".join(sorted({str(row["error"]) for row in trials}))
+        raise ValueError(f"all {len(trials)} trials of the sweep failed: {reasons}")
+    return max(finished, key=lambda row: (row["metrics"]["best_auc"], -row["metrics"]["best_loss"]))

@@ -1,0 +1,102 @@
+"""The tables at the end of a run: what was made, how good it is beside simpler means, where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from data_shards.store import Store
+from pipelines.flow import StepState
+from pipelines.terminal import console, table
+
+FEW_TEST_IMAGES = 500
+
+
+def print_plan(states: Sequence[StepState]) -> None:
+    """The steps of a dry run and their states."""
+    table("Steps", ("step", "state"), [(state.name, state.state) for state in states])
+
+
+def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
+    """Tables of the steps, of the metrics beside the yardsticks, and of where things lie."""
+    facts = {state.name: state.record.facts for state in states if state.record}
+    rows = [
+        (state.name, state.state, f"{state.record.seconds:.0f}", "\n".join(_made(state.name, state.record.facts)))
+        for state in states
+        if state.record
+    ]
+    table(f"Run {run}", ("step", "state", "s", "what it made"), rows)
+    if "evaluate" in facts:
+        _print_metrics(facts["evaluate"])
+    _print_places(facts, store, run)
+
+
+def _made(step: str, facts: dict[str, Any]) -> list[str]:
+    if step == "shard":
+        counts = {split: sum(classes.values()) for split, classes in facts["counts"].items()}
+        split = ", ".join(f"{name} {count}" for name, count in counts.items())
+        lines = [f"{facts['num_images']} images in {facts['num_shards']} shards ({split})"]
+        if facts["quarantine"]:
+            lines.append(f"{facts['quarantine']} images could not be decoded and are in quarantine")
+        return [*lines, f"manifest {facts['digest'][:12]}"]
+    if step == "tune":
+        stopped = sum(row["stopped_early"] for row in facts["trials"])
+        failed = sum(row["error"] is not None for row in facts["trials"])
+        lines = [f"{len(facts['trials'])} trials, {stopped - failed} stopped early, {failed} failed"]
+        return lines + [f"winner: {key} = {_short(value)}" for key, value in facts["winner"].items()]
+    if step == "train":
+        return [f"best of {facts['epochs']} epochs: {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"]
+    if step == "evaluate":
+        return [f"test AUC {facts['metrics']['auc']:.4f} over {facts['num_samples']} images"]
+    if step == "register":
+        return [f"{facts['model']} version {facts['version']}"]
+    if "verdict" in facts:
+        return [f"{facts['verdict']}: {facts['reason']}"]
+    return []
+
+
+def _print_metrics(facts: dict[str, Any]) -> None:
+    """The network beside what simpler means reach on the same split; says where a split is too small to tell much."""
+    names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
+    title = f"Test split, {facts['num_samples']} images"
+    rows = [("network", *(f"{facts['metrics'][name]:.4f}" for name in names))]
+    called = {
+        "pixels": "logistic regression, pixels",
+        "size": "logistic regression, width and height",
+        "chance": "chance (largest class)",
+    }
+    for key, name in called.items():
+        if key in facts["baselines"]:
+            found = facts["baselines"][key]
+            rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
+    table(title, ("on the same images", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
+    interval = facts.get("intervals", {}).get("auc")
+    if interval:
+        console().print(f"95 % interval of the network's AUC, by group: {interval[0]:.3f} to {interval[1]:.3f}")
+    if facts["num_samples"] < FEW_TEST_IMAGES:
+        step = 100 / facts["num_samples"]
+        console().print(
+            f"Only {facts['num_samples']} test images: one image is {step:.2f} points of accuracy; "
+            f"differences of a few points say little."
+        )
+
+
+def _print_places(facts: dict[str, dict], store: Store, run: str) -> None:
+    rows = [("store", store.uri)]
+    if "shard" in facts:
+        rows.append(("shards", f"{store.uri}/{facts['shard']['data']}"))
+    if "train" in facts:
+        rows.append(("weights", f"{store.uri}/{facts['train']['model']}"))
+    if "evaluate" in facts:
+        rows.append(("predictions", f"{store.uri}/{facts['evaluate']['predictions']}"))
+    rows.append(("records", f"{store.uri}/runs/{run}"))
+    if "register" in facts:
+        rows.append(("model", f"models:/{facts['register']['model']}/{facts['register']['version']}"))
+    promoted = facts.get("promote-forced") or facts.get("promote")
+    if promoted and promoted["verdict"] == "yes":
+        rows.append(("champion", f"models:/{facts['register']['model']}@{promoted['alias']}"))
+    table("Where it lies", ("what", "where"), rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,69 @@
+"""BatchNorm's running statistics, averaged over all micro-batches of a step and updated once.
+
+torch would update them once per micro-batch, each rank on its own. Then they depend on how a step is cut into ranks,
+and the ranks disagree. Here every micro-batch leaves its own statistics in the buffers (momentum 1: the new value
+replaces the old), a step's are averaged over micro-batches and ranks in one all-reduce, and the running value moves
+by the module's own momentum once. So the number of ranks changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class BatchStatistics:
+    """Owns the running statistics of every BatchNorm in `model` while it trains.
+
+    Buffers hold the last micro-batch's statistics between `collect` calls; `update` puts the running ones there,
+    so the model can be evaluated or saved after any finished step.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._momentum = [norm.momentum if norm.momentum is not None else 0.1 for norm in self._norms]
+        for norm in self._norms:
+            norm.momentum = 1.0
+        buffers = [b for norm in self._norms for b in (norm.running_mean, norm.running_var)]
+        self._buffers: list[torch.Tensor] = [b for b in buffers if b is not None]
+        momenta = [m for m in self._momentum for _ in range(2)]
+        spread = [torch.full((b.numel(),), m) for b, m in zip(self._buffers, momenta, strict=True)]
+        self._rate = torch.cat(spread).to(device) if spread else torch.zeros(0, device=device)
+        # The last element carries the loss, so that it costs no collective of its own.
+        self._sum = torch.zeros(self._rate.numel() + 1, device=device)
+        self._count = 0
+        self.reload()
+
+    def reload(self) -> None:
+        """Takes the running statistics from the model's buffers (after a checkpoint was loaded into it)."""
+        self._running = self._flat()
+
+    @torch.no_grad()
+    def collect(self, loss: torch.Tensor) -> None:
+        """After a forward pass: adds this micro-batch's statistics and loss to the step's."""
+        self._sum[:-1] += self._flat()
+        self._sum[-1] += loss.detach().float()
+        self._count += 1
+
+    @torch.no_grad()
+    def update(self) -> torch.Tensor:
+        """After the step's last micro-batch: returns the step's mean loss (a scalar tensor on the device)."""
+        world = 1
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._sum)
+            world = dist.get_world_size()
+        mean = self._sum / (self._count * world)
+        self._running += self._rate * (mean[:-1] - self._running)
+        offset = 0
+        for buffer in self._buffers:
+            buffer.copy_(self._running[offset : offset + buffer.numel()].view_as(buffer))
+            offset += buffer.numel()
+        self._sum.zero_()
+        self._count = 0
+        return mean[-1]
+
+    def _flat(self) -> torch.Tensor:
+        if not self._buffers:
+            return torch.zeros(0, device=self._rate.device)
+        return torch.cat([buffer.flatten() for buffer in self._buffers])

@@ -1,0 +1,62 @@
+"""Logits of a split, each sample exactly once: what validation, evaluation and nothing else does with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from data_shards.loader import batches
+from data_shards.manifest import Dataset
+from medmamba.preprocess import preprocess
+
+
+@torch.no_grad()
+def infer(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    data: Dataset,
+    split: str,
+    *,
+    micro_batch: int,
+    image_size: int,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda images: None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns this rank's (index (n,) int64, labels (n,C) uint8 multi-hot, logits (n,C) float32), padding removed.
+
+    Every rank runs `forward` equally often, so that a `forward` with collectives in it cannot hang.
+    """
+    indices, labels, logits = [], [], []
+    stream = batches(
+        data, split, batch=micro_batch * ranks, micro=micro_batch, image_size=image_size, rank=rank, ranks=ranks,
+        train=False,
+    )  # fmt: skip
+    for batch in stream:
+        images = preprocess(torch.from_numpy(batch.images).to(device, non_blocking=True))
+        out = forward(images).float().cpu().numpy()
+        indices.append(batch.index[batch.mask])
+        labels.append(batch.labels[batch.mask])
+        logits.append(out[batch.mask])
+        progress(int(batch.mask.sum()))
+    return np.concatenate(indices), np.concatenate(labels), np.concatenate(logits)
+
+
+def join(
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], num_samples: int, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (labels (n,C), logits (n,C)) in the order of the split's index, from the parts of all ranks.
+
+    Raises ValueError where a sample is missing or stands in two parts: a metric over other samples is not this split's.
+    """
+    index = np.concatenate([part[0] for part in parts])
+    seen = np.bincount(index, minlength=num_samples)
+    if len(seen) != num_samples or not (seen == 1).all():
+        raise ValueError(
+            f"split {split} has {num_samples} samples, but {int((seen == 0).sum())} were never evaluated and "
+            f"{int((seen > 1).sum())} more than once: the evaluation is not of this split; report this as a defect"
+        )
+    order = np.argsort(index)
+    return np.concatenate([part[1] for part in parts])[order], np.concatenate([part[2] for part in parts])[order]

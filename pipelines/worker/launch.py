@@ -1,0 +1,84 @@
+"""The two ways a training starts: as a Ray Train worker among others, or alone inside a Tune trial's process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_shards.manifest import open_dataset
+from data_shards.store import open_store
+from medmamba.model import build_model
+from pipelines.placement import Placement
+from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.engine import Engine
+from pipelines.worker.loop import train_loop
+from pipelines.worker.state import TrainState
+
+PROGRESS_EVERY_S = 0.5
+
+
+class RayReporter:
+    """Hands the loop's reports to Ray (Train or Tune: both take metrics and a checkpoint folder) and to MLflow."""
+
+    def __init__(
+        self, send: Callable[..., None], rank: int, board: Any = None, name: str = "", log: Any = None
+    ) -> None:
+        self._send, self._rank, self._board, self._name, self._log = send, rank, board, name, log
+        self._last = 0.0
+
+    def progress(self, **values: float) -> None:
+        """At most twice a second, rank 0 alone: posts to the board the driver's terminal reads."""
+        now = time.monotonic()
+        if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
+            self._last = now
+            self._board.post.remote(self._name, values)
+
+    def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
+        """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
+        from ray.train import Checkpoint
+
+        with tempfile.TemporaryDirectory(prefix="medmamba-checkpoint-") as folder:
+            save(Path(folder))
+            if self._rank == 0 and self._log is not None:
+                self._log(metrics, step_losses)
+            self._send(metrics, checkpoint=Checkpoint.from_directory(folder))
+        if self._board is not None and self._rank == 0:
+            self._board.post.remote(self._name, {**metrics, "finished_epoch": metrics["epoch"]})
+
+
+def train_on_dataset(
+    config: TrainStepConfig,
+    placement: Placement,
+    dataset: tuple[str, str],
+    reporter: Callable[[int], Any],
+    resume: Path | None,
+) -> TrainState:
+    """Builds the model and the engine on this rank and runs the loop; returns the final state.
+
+    `dataset` is the folder of a dataset and the digest its manifest must have.
+    """
+    import torch
+
+    data = open_dataset(open_store(dataset[0]), digest=dataset[1])
+    torch.manual_seed(config.train.seed)
+    if config.model.num_classes == 0:
+        model_config = config.model.model_copy(update={"num_classes": len(data.manifest.classes)})
+        config = config.model_copy(update={"model": model_config})
+    model = build_model(config.model, scan=placement.scan, device=placement.device)
+    engine = Engine(model, config.train, placement)
+    return train_loop(config, placement, data, engine, reporter(engine.rank), resume)
+
+
+def world_of_one() -> None:
+    """What torch.distributed reads from the environment, for a process that trains alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    )

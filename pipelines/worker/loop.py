@@ -1,0 +1,192 @@
+"""The training loop, read from top to bottom. It knows no Ray: `report` and `resume` come from whoever launched it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from data_shards.augment import augment
+from data_shards.loader import batches
+from data_shards.manifest import Dataset
+from medmamba.loss import class_weights, classification_loss, scores
+from medmamba.metrics.classification import evaluate
+from medmamba.optim import learning_rate
+from medmamba.preprocess import normalise, to_float
+from pipelines.placement import Placement
+from pipelines.worker.batch_statistics import BatchStatistics
+from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.engine import Engine
+from pipelines.worker.inference import infer, join
+from pipelines.worker.state import BEST, TrainState, read_state, write_state
+
+ENGINE = "engine"
+CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
+
+
+class Reporter(Protocol):
+    """What the loop tells the outside."""
+
+    def progress(self, **values: float) -> None:
+        """Often and cheap: where the epoch stands."""
+
+    def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
+        """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
+        writes this rank's share of the checkpoint."""
+
+
+class TrainingError(ValueError):
+    """The numbers went wrong: going on would waste the machine."""
+
+
+def train_loop(
+    config: TrainStepConfig,
+    placement: Placement,
+    data: Dataset,
+    engine: Engine,
+    report: Reporter,
+    resume: Path | None,
+) -> TrainState:
+    """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
+
+    Raises TrainingError for a loss that is not finite, ResumeError for a checkpoint that cannot be continued exactly.
+    """
+    train, manifest = config.train, data.manifest
+    accumulation = train.accumulation(engine.ranks)
+    weights = _class_weights(config, data, engine.device)
+    statistics = BatchStatistics(engine.model, engine.device)
+    state = TrainState()
+    scratch = tempfile.TemporaryDirectory(prefix="medmamba-train-")
+    best = Path(scratch.name) / BEST
+    if resume is not None:
+        state = read_state(resume, placement=placement, manifest=data.digest)
+        engine.load(resume / ENGINE)
+        statistics.reload()
+        shutil.copytree(resume / BEST, best)
+
+    with scratch:
+        while state.epoch < train.epochs and not _is_stale(state, train.patience):
+            began, losses = time.monotonic(), []
+            stream = batches(
+                data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
+                rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
+                train=True,
+            )  # fmt: skip
+            steps = len(stream) // accumulation
+            engine.model.train()
+            for position, batch in enumerate(stream):
+                nth = position % accumulation
+                # Which micro-batch of the global batch this is, not the rank, decides what chance does to it.
+                generator = _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
+                images = to_float(torch.from_numpy(batch.images).to(engine.device, non_blocking=True))
+                images = normalise(augment(images, train.augment, generator))
+                labels = torch.from_numpy(batch.labels).to(engine.device, non_blocking=True)
+                rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
+                engine.set_learning_rate(rate)
+                loss = classification_loss(
+                    engine.forward(images), labels, manifest.task, weights=weights,
+                    label_smoothing=train.label_smoothing,
+                )  # fmt: skip
+                engine.backward(loss)
+                engine.step()
+                statistics.collect(loss)
+                if nth < accumulation - 1:
+                    continue
+                losses.append(statistics.update())
+                state.step, state.consumed = state.step + 1, batch.consumed
+                if len(losses) % CHECK_EVERY == 0 or len(losses) == steps:
+                    _check_finite(float(losses[-1]), state, rate)
+                report.progress(
+                    epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps,
+                    images_per_s=len(losses) * train.batch_size / (time.monotonic() - began),
+                )  # fmt: skip
+
+            step_losses = torch.stack(losses).tolist()
+            speed = len(losses) * train.batch_size / (time.monotonic() - began)
+            found = validate(engine, data, "val", config, weights)
+            state.epoch, state.consumed = state.epoch + 1, 0
+            metrics = {
+                "epoch": state.epoch,
+                "step": state.step,
+                "train_loss": sum(step_losses) / len(step_losses),
+                "learning_rate": rate,
+                "images_per_s": speed,
+                **{f"val_{name}": value for name, value in found.items()},
+            }
+            if state.is_better(metrics):
+                state.best, state.best_epoch = metrics, state.epoch
+                engine.save_model(best, config.model, model_card(config, data))
+            state.history.append(metrics)
+
+            def save(folder: Path) -> None:
+                engine.save(folder / ENGINE)
+                engine.save_model(folder, config.model, model_card(config, data))
+                if engine.rank == 0:
+                    shutil.copytree(best, folder / BEST)
+                    write_state(folder, state, seed=train.seed, placement=placement, manifest=data.digest)
+
+            report.epoch(metrics, step_losses, save)
+    return state
+
+
+def validate(
+    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None
+) -> dict[str, float]:
+    """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all."""
+    engine.model.eval()
+    part = infer(
+        engine.forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
+        rank=engine.rank, ranks=engine.ranks, device=engine.device,
+    )  # fmt: skip
+    labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))
+    task = data.manifest.task
+    # The unsmoothed loss: label smoothing would set a floor that hides how good the probabilities are.
+    loss = classification_loss(logits, labels, task, weights=None if weights is None else weights.cpu())
+    if not math.isfinite(float(loss)):
+        raise TrainingError(f"the {split} loss is {float(loss)}: the weights overflowed; lower train.optim.lr")
+    return {"loss": float(loss), **evaluate(scores(logits, task).numpy(), labels.numpy(), task)}
+
+
+def model_card(config: TrainStepConfig, data: Dataset) -> dict:
+    """What whoever uses the weights has to know beside them."""
+    return {
+        "dataset": data.manifest.dataset,
+        "manifest": data.digest,
+        "task": data.manifest.task,
+        "classes": list(data.manifest.classes),
+        "image_size": config.train.image_size,
+        "channels": data.manifest.channels,
+    }
+
+
+def _class_weights(config: TrainStepConfig, data: Dataset, device: torch.device) -> torch.Tensor | None:
+    if not config.train.class_weights:
+        return None
+    per_class = data.manifest.splits["train"].classes
+    return torch.as_tensor(class_weights([per_class[name] for name in data.manifest.classes]), device=device)
+
+
+def _is_stale(state: TrainState, patience: int) -> bool:
+    return patience > 0 and state.epoch - state.best_epoch >= patience
+
+
+def _seed(seed: int, step: int, micro_batch: int) -> torch.Generator:
+    """Seeds what drop-path draws from, and returns the generator that augmentation draws from."""
+    # Far apart for neighbours: torch's generators mix the bits of their seed.
+    mixed = (seed * 1_000_003 + step) * 4096 + micro_batch
+    torch.manual_seed(mixed)
+    return torch.Generator().manual_seed(mixed ^ 0x5EED)
+
+
+def _check_finite(loss: float, state: TrainState, rate: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the training loss is {loss} at step {state.step} of epoch {state.epoch + 1} (learning rate {rate:g}): "
+            f"it must stay finite; lower train.optim.lr, set train.optim.clip_norm, or use precision float32"
+        )

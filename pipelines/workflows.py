@@ -1,0 +1,56 @@
+"""Each workflow is a function from a recipe to its steps: the whole graph on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipelines.flow import Step
+from pipelines.recipes import Recipe
+from pipelines.steps import evaluate, promote, register, shard, train, tune
+from pipelines.steps.tune import TuneStepConfig
+from pipelines.worker.config import TrainStepConfig
+
+
+def release(recipe: Recipe) -> list[Step]:
+    """Images in, a promoted model out: shard, tune, train with the winner, evaluate, register, promote."""
+    training = TrainStepConfig(model=recipe.model, train=recipe.train)
+    return [
+        Step("shard", shard.run, recipe.data),
+        Step("tune", tune.run, TuneStepConfig(start=training, tune=recipe.tune), {"shard": "shard"}),
+        Step("train", train.run, training, {"shard": "shard", "tune": "tune"}),
+        *_judge(recipe),
+    ]
+
+
+def direct(recipe: Recipe) -> list[Step]:
+    """Without a sweep: shard, train with the recipe as it stands, evaluate, register, promote."""
+    training = TrainStepConfig(model=recipe.model, train=recipe.train)
+    return [
+        Step("shard", shard.run, recipe.data),
+        Step("train", train.run, training, {"shard": "shard"}),
+        *_judge(recipe),
+    ]
+
+
+def _judge(recipe: Recipe) -> list[Step]:
+    return [
+        Step("evaluate", evaluate.run, recipe.evaluate, {"shard": "shard", "train": "train"}),
+        Step("register", register.run, recipe.registry, {"shard": "shard", "train": "train", "evaluate": "evaluate"}),
+        Step("promote", promote.run, recipe.gate, {"register": "register"}),
+    ]
+
+
+WORKFLOWS: dict[str, Callable[[Recipe], list[Step]]] = {"release": release, "direct": direct}
+
+
+def until(steps: list[Step], last: str) -> list[Step]:
+    """The step named `last` and everything it needs; raises ValueError where the workflow has no such step."""
+    by_name = {step.name: step for step in steps}
+    if last not in by_name:
+        raise ValueError(f"this workflow has no step {last}; it has {', '.join(by_name)}")
+    needed, open_ends = set(), [last]
+    while open_ends:
+        name = open_ends.pop()
+        needed.add(name)
+        open_ends.extend(by_name[name].inputs.values())
+    return [step for step in steps if step.name in needed]

@@ -65,12 +65,16 @@ def _run(
 ) -> int:
     job_id = _job_id(entrypoint)
     with staged_packages() as folder:
-        client.submit_job(
-            entrypoint=shlex.join(entrypoint),
-            submission_id=job_id,
-            runtime_env={"working_dir": str(folder), "env_vars": variables},
-            metadata={"git_commit": variables[COMMIT_VARIABLE]},
-        )
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(entrypoint),
+                submission_id=job_id,
+                runtime_env={"working_dir": str(folder), "env_vars": variables},
+                metadata={"git_commit": variables[COMMIT_VARIABLE]},
+            )
+        except (RuntimeError, OSError) as error:  # what Ray's client makes of any answer but "accepted"
+            reason = str(error).splitlines()[0]
+            raise ClusterError(f"{address} did not accept the job: {reason}; see the head's dashboard.log") from None
     how_to = (
         f"  follow: ray job logs --follow --address {address} {job_id}\n"
         f"  stop:   ray job stop --address {address} {job_id}"

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 from pipelines.provenance import COMMIT_VARIABLE, PACKAGES, git_commit
 
@@ -30,8 +29,10 @@ PASSED_VARIABLES = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_S3_ENDPOINT_URL",
 )
-_SECRET_QUERY = re.compile(r"passw|secret|token|signature|credential|api_?key|access_?key", re.IGNORECASE)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+_USER_IN_URL = re.compile(r"://[^/?#\s]*@")
+_SECRET_IN_QUERY = re.compile(
+    r"://.*[?&][^=&#\s]*(passw|secret|token|signature|credential|api_?key|access_?key)[^=&#\s]*=", re.IGNORECASE
+)
 
 
 class ClusterError(ValueError):
@@ -75,17 +76,11 @@ def staged_packages() -> Iterator[Path]:
 def refuse_secrets(values: Mapping[str, str]) -> None:
     """Raises ClusterError, without repeating the value, where a URL among the values carries credentials."""
     for name, value in values.items():
-        for url in _URL.findall(value):
-            try:
-                parts = urlsplit(url)
-                secret = "@" in parts.netloc or any(_SECRET_QUERY.search(key) for key, _ in parse_qsl(parts.query))
-            except ValueError:
-                secret = True
-            if secret:
-                raise ClusterError(
-                    f"{name} is a URL with a user, password or token in it: the Jobs API shows it to everybody; "
-                    f"leave it out of the URL and give the cluster's nodes the credentials (infra/README.md)"
-                )
+        if _USER_IN_URL.search(value) or _SECRET_IN_QUERY.search(value):
+            raise ClusterError(
+                f"{name} is a URL with a user, password or token in it: the Jobs API shows it to everybody; "
+                f"leave it out of the URL and give the cluster's nodes the credentials (infra/README.md)"
+            )
 
 
 def _refuse_lost_store(name: str, store: str) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 INFRA = ROOT / "infra"
-# The verbs of `medmamba` that may run on a cluster.
-VERBS = {"datasets", "shard", "train", "tune", "evaluate", "register", "promote", "run", "status", "predict"}
 SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{12,}|-----BEGIN|eyJ[A-Za-z0-9_-]{10,}\.|://[^/\s:@]+:[^/\s@]+@")
 

@@ -5,9 +5,12 @@ import shlex
 
 import pytest
 import yaml
-from deployment import INFRA, SECRET_NAME, SECRET_VALUE, VERBS, assert_image_is_pinned, pinned, strings
+from deployment import INFRA, SECRET_NAME, SECRET_VALUE, assert_image_is_pinned, pinned, strings
 
-from pipelines.cluster import PASSED_VARIABLES, job_variables
+from pipelines.cli import VERBS
+from pipelines.recipes import RECIPES
+from pipelines.shipment import PASSED_VARIABLES, job_variables
+from pipelines.workflows import WORKFLOWS
 
 FOLDER = INFRA / "kuberay"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -104,6 +107,8 @@ def test_the_job_runs_a_real_command_of_the_shipped_packages():
     words = shlex.split(job["entrypoint"])
     assert words[:3] == ["python", "-m", "pipelines"]
     assert words[3] in VERBS
+    assert words[3] != "run" or words[4] in WORKFLOWS
+    assert words[words.index("--recipe") + 1] in RECIPES
     assert job["submissionMode"] == "SidecarMode"
     assert "clusterSelector" not in job  # SidecarMode cannot join a running cluster
     assert job["shutdownAfterJobFinishes"] is True

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from pipelines import cluster
-from pipelines.cluster import ClusterError, job_variables, staged_packages, submit
+from pipelines.cluster import submit
 from pipelines.provenance import COMMIT_VARIABLE
+from pipelines.shipment import PASSED_VARIABLES, ClusterError, job_variables, staged_packages
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_only_the_allow_list_and_the_commit_travel():
 
 
 def test_no_name_on_the_allow_list_is_that_of_a_secret():
-    for name in cluster.PASSED_VARIABLES:
+    for name in PASSED_VARIABLES:
         assert not any(word in name for word in ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL", "PROFILE"))
 
 
@@ -125,8 +126,14 @@ def test_plain_addresses_pass():
 
 
 def test_a_store_in_the_jobs_throw_away_folder_is_refused():
-    with pytest.raises(ClusterError, match=r"MEDMAMBA_STORE=\./medmamba-store.*s3://BUCKET/PREFIX"):
+    with pytest.raises(ClusterError, match=r"MEDMAMBA_STORE \./medmamba-store.*s3://BUCKET/PREFIX"):
         job_variables({"MEDMAMBA_STORE": "./medmamba-store"})
+
+
+@pytest.mark.parametrize("words", [["--store", "here"], ["--store=here"]], ids=["two words", "one word"])
+def test_a_store_named_in_the_command_is_held_to_the_same(nobody, words):
+    with pytest.raises(ClusterError, match="--store here: a relative folder"):
+        submit(nobody, ["run", "release", *words], environ={})
 
 
 def test_the_three_packages_are_shipped_without_caches_and_nothing_else():

@@ -16,6 +16,7 @@ import mlflow.models
 import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel
+from PIL import Image
 
 BATCH = 32  # images per forward pass; bounds memory and changes nothing else
 
@@ -76,6 +77,8 @@ class Classifier:
             pixels_HWC = decode(data, max_side=self.card.get("max_side"))
         except ValueError as error:
             raise ValueError(f"image {row} cannot be decoded: {error}") from error
+        if self.card["channels"] == 1 and pixels_HWC.shape[2] == 3:
+            pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).convert("L"))[..., None]  # it has never seen colour
         size = self.card["image_size"]
         resized = resize_uint8(pixels_HWC, size if isinstance(size, int) else tuple(size))
         return np.broadcast_to(resized, (*resized.shape[:2], 3))

@@ -136,5 +136,6 @@ def mlflow_server(tmp_path_factory) -> Iterator[str]:
     ]  # fmt: skip
     # The server looks its own programs up on the PATH.
     env = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # its queue of background jobs doubles the time to start
     with service(command, url=f"{address}/health", env=env, log=folder / "server.log", wait_s=120):
         yield address

@@ -1,10 +1,14 @@
 """The one preprocessing of training, evaluation and prediction."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data_shards.decode import decode
+from data_shards.loader import resized
 from medmamba.preprocess import preprocess, resize_uint8, to_float
 
 
@@ -44,6 +48,20 @@ def test_resizing_is_pils_antialiased_bilinear(channels):
     assert got.shape == (48, 32, channels)
     np.testing.assert_array_equal(got.squeeze(), np.asarray(expected))
     np.testing.assert_array_equal(resize_uint8(image, 33), resize_uint8(image, (33, 33)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stored_channels"),
+    [((60, 45), 1), ((60, 45), 3), ((60, 45, 3), 3), ((28, 28), 1)],
+    ids=["grey", "grey among colour", "colour", "small"],
+)
+def test_an_image_is_resized_as_the_shard_loader_does_it(shape, stored_channels):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    coded = io.BytesIO()
+    Image.fromarray(image).save(coded, "PNG")
+    loaded = resized(coded.getvalue(), 48, 32, stored_channels)
+    alone = resize_uint8(decode(coded.getvalue()), (48, 32))
+    np.testing.assert_array_equal(np.broadcast_to(loaded, (48, 32, 3)), np.broadcast_to(alone, (48, 32, 3)))
 
 
 def test_an_image_of_the_right_size_is_left_alone():

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import registered
+from PIL import Image
 
 from data_shards.store import open_store
 from pipelines.predict import predict
@@ -95,6 +96,23 @@ def test_files_are_predicted_by_the_champion(store, tracking, champion, tmp_path
     # JPEG changed the pixels of the second.
     np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], atol=1e-6, rtol=0)
     assert rows[0]["class"] == registered.CLASSES[int(expected[0].argmax())]
+
+
+def test_a_model_of_grey_images_sees_a_colour_copy_of_one_the_same(store, tracking, model, tmp_path):
+    around = registered.context(store, tracking, f"{model}-a")
+    facts = registered.register_run(around, registered.facts(store, around.run, auc=0.9, channels=1), model)
+    registered.promote_run(around, facts)
+    grey = registered.images()[0]
+    shots = {"grey": grey, "copy": np.repeat(grey, 3, axis=2), "tinted": grey * np.array([1, 1, 0], np.uint8)}
+    paths = [tmp_path / f"{name}.png" for name in shots]
+    for path, image in zip(paths, shots.values(), strict=True):
+        path.write_bytes(registered.coded(image))
+    seen = [row["scores"] for row in predict(paths, store=store, model=model)]
+    assert seen[0] == seen[1] != seen[2]
+    tinted = np.asarray(Image.fromarray(shots["tinted"]).convert("L"))[..., None]
+    np.testing.assert_allclose(
+        list(seen[2].values()), registered.direct_scores(store, around.run, [tinted])[0], atol=1e-6
+    )
 
 
 def test_a_file_that_is_no_image_is_named(store, tmp_path):

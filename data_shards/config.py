@@ -28,9 +28,9 @@ class PhantomConfig(BaseModel):
     """Images of each patient; they share tissue and lesion but not position, gain or speckle."""
     side: int = Field(default=64, ge=32, le=1024)
     """Height and width of an image in pixels."""
-    speckle: float = Field(default=0.35, ge=0.0, le=1.0)
+    speckle: float = Field(default=0.3, ge=0.0, le=1.0)
     """Strength of the speckle: 0 is none, 1 is as grainy as fully developed ultrasound speckle."""
-    contrast: tuple[float, float] = (0.35, 0.7)
+    contrast: tuple[float, float] = (0.5, 0.85)
     """Least and greatest darkening of a lesion against its surroundings, as fractions of brightness."""
 
     @field_validator("contrast")

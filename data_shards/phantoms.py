@@ -28,7 +28,7 @@ def phantom(config: PhantomConfig, seed: int, patient: int, image: int) -> np.nd
     echo = _tissue(of_patient, of_image, x, y)
     echo *= _lesion(diagnosis(patient), of_patient, of_image, x, y, contrast=config.contrast)
     # Tissue absorbs sound; the machine's depth gain makes up for it, never quite.
-    echo *= np.exp(-of_image.uniform(-0.35, 0.35) * y)
+    echo *= np.exp(-of_image.uniform(-0.6, 0.6) * y)
     grain = _speckle(of_image, side)
     echo *= (1 - config.speckle) + config.speckle * grain
     return _displayed(echo, of_image)
@@ -60,7 +60,7 @@ def _lesion(
     contrast: tuple[float, float],
 ) -> np.ndarray:
     """Factor on the echo: below 1 inside the lesion and in the shadow of a mass, above 1 behind an ellipse."""
-    size, stretch, tilt = of_patient.uniform(0.22, 0.42), of_patient.uniform(1.2, 1.7), of_patient.uniform(-0.4, 0.4)
+    size, stretch, tilt = of_patient.uniform(0.27, 0.45), of_patient.uniform(1.2, 1.7), of_patient.uniform(-0.4, 0.4)
     num_spikes, spikes = of_patient.integers(7, 12), of_patient.uniform(0.6, 1.0, 12)
     spike_phase = of_patient.uniform(0, 2 * np.pi)
     centre_x, centre_y = of_image.uniform(-0.75, 0.75, 2)
@@ -76,14 +76,14 @@ def _lesion(
         # Wider than tall, of the same area as a circle of radius `size`, with a sharp rim.
         radius = np.hypot(u / np.sqrt(stretch), v * np.sqrt(stretch))
         inside = _step((size - radius) / 0.03)
-        behind = 0.35 * _step((size * 0.8 - np.abs(x - centre_x)) / 0.08) * _step((below - size * 0.5) / 0.08)
+        behind = 0.25 * _step((size * 0.8 - np.abs(x - centre_x)) / 0.08) * _step((below - size * 0.5) / 0.08)
         return (1 + behind * (1 - inside)) * (1 - depth * inside)
     angle = np.arctan2(v, u) + spike_phase
     spike = np.abs(np.cos(angle * num_spikes / 2)) ** 6
     which = np.floor((angle / (2 * np.pi) % 1) * num_spikes + 0.5).astype(int) % num_spikes
     rim = size * 0.72 * (1 + 1.5 * spike * spikes[which])
     inside = _step((rim - np.hypot(u, v)) / 0.03)
-    behind = 0.45 * _step((size * 0.7 - np.abs(x - centre_x)) / 0.08) * _step((below - size * 0.4) / 0.08)
+    behind = 0.3 * _step((size * 0.7 - np.abs(x - centre_x)) / 0.08) * _step((below - size * 0.4) / 0.08)
     return (1 - behind * (1 - inside)) * (1 - depth * inside)
 
 

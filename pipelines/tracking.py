@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from data_shards.store import Store, StoreKeyError
+from pipelines.provenance import git_commit
 
 RUN_FILE = "mlflow.json"
 EXPERIMENT = "medmamba"
@@ -90,7 +91,8 @@ class Tracking:
         kept = self._kept_run(out)
         identity = {"medmamba.run": run, "medmamba.step": step, "medmamba.record": out.uri}
         found = kept or self._find({"medmamba.record": out.uri})
-        run_id = self._begin(found, f"{run}/{step}", {**identity, **_parent(parent), **(tags or {})})
+        origin = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": f"medmamba {step}"}
+        run_id = self._begin(found, f"{run}/{step}", {**identity, **origin, **_parent(parent), **(tags or {})})
         if kept is None:
             content = {"run_id": run_id, "experiment_id": self.experiment_id, "tracking_uri": self.address}
             out.put(RUN_FILE, json.dumps(content, indent=2).encode() + b"\n")

@@ -48,7 +48,8 @@ def run(config: GateConfig, placement: Placement, out: Store, context: StepConte
     itself; where somebody moved the alias in between, it decides again.
     """
     tracking, model = context.tracking, register["model"]
-    with tracking.running(out, run=context.run, step="promote", params=config.model_dump()) as run_id:
+    step = out.uri.rpartition("/")[2]  # a forced promotion is a step of its own
+    with tracking.running(out, run=context.run, step=step, params=config.model_dump()) as run_id:
         candidate = by_number(tracking, model, register["version"])
         if candidate is None:
             raise ValueError(

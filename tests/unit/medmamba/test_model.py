@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from medmamba.model import MIN_SIDE, build_model, drop_path
+from medmamba.model import MIN_SIDE, SS2D, PatchMerging, build_model, drop_path
 
 TINY = MedMambaConfig(dims=(8, 16), depths=(1, 2), num_classes=3)
 
@@ -74,6 +74,50 @@ def test_the_branch_left_out_passes_its_half_on_unchanged(branches, kept):
     x = torch.randn(2, 4, 4, 8)
     half = x[..., 4:] if branches == "conv" else x[..., :4]
     assert torch.equal((block(x) - x)[..., kept], (half + x[..., kept]) - x[..., kept])
+
+
+def scanned_one_sequence_at_a_time(branch, x_BHWC):
+    """SS2D as upstream lays it out, in float64: four copies of the sequence, each with its own x_proj, then merged."""
+    batch, height, width, _ = x_BHWC.shape
+    x, z = branch.in_proj(x_BHWC).chunk(2, dim=-1)
+    x = torch.nn.functional.silu(branch.conv2d(x.permute(0, 3, 1, 2)))
+    inner, (rank, states, _) = x.shape[1], branch.split
+    rows, columns = x.flatten(2), x.transpose(2, 3).flatten(2)
+    merged = torch.zeros(batch, inner, height, width, dtype=x.dtype)
+    for k, sequence in enumerate((rows, columns, rows.flip(-1), columns.flip(-1))):
+        dt, b, c = (branch.x_proj_weight[k] @ sequence).split((rank, states, states), dim=1)
+        delta = torch.log1p((branch.dt_projs_weight[k] @ dt + branch.dt_projs_bias[k][:, None]).exp())
+        decay = -branch.A_logs.view(4, inner, states)[k].exp()
+        h, outputs = torch.zeros(batch, inner, states, dtype=x.dtype), []
+        for step in range(height * width):
+            fed = (delta * sequence)[..., step, None] * b[:, None, :, step]
+            h = (delta[..., step, None] * decay).exp() * h + fed
+            outputs.append((h * c[:, None, :, step]).sum(-1) + branch.Ds.view(4, inner)[k] * sequence[..., step])
+        y = torch.stack(outputs, -1)
+        y = y.flip(-1) if k >= 2 else y
+        merged += y.view(batch, inner, width, height).mT if k % 2 else y.view(batch, inner, height, width)
+    return branch.out_proj(branch.out_norm(merged.permute(0, 2, 3, 1)) * torch.nn.functional.silu(z))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_the_scan_branch_equals_four_scans_of_copied_sequences(backend):
+    torch.manual_seed(0)
+    branch = SS2D(8, 4, backend)
+    for parameter in branch.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 3, 5, 8)
+    y = branch(x)
+    expected = scanned_one_sequence_at_a_time(branch.double(), x.double())
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_patch_merging_takes_the_cells_pixels_column_by_column_and_drops_an_odd_row():
+    merging = PatchMerging(1).eval()
+    merging.norm = torch.nn.Identity()
+    torch.nn.init.eye_(merging.reduction.weight)
+    pixels = torch.arange(12.0).view(1, 3, 4, 1)  # the first cell holds 0 1 above 4 5
+    assert merging(pixels)[0, 0].tolist() == [[0, 4], [2, 6]]
 
 
 def test_drop_path_grows_linearly_over_depth_to_the_configs_value():

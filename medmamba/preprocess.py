@@ -27,9 +27,9 @@ def to_float(images_BHWC: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(x_BCHW: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] moved to [-1, 1], where the published weights expect them: (B, 3, H, W), channels-last in memory.
+    """Pixels in [0, 1] moved to [-1, 1], where the published weights expect them.
 
-    Grey is repeated on three channels.
+    Returns (B, 3, H, W), channels-last in memory; grey is repeated on three channels.
     """
     moved = (x_BCHW - MEAN) / STD
     return moved.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)

@@ -37,7 +37,7 @@ class Watch:
         import ray
 
         # Anywhere but on a worker's CPU: it holds none, and Ray's own scheduling decides.
-        self._board = ray.remote(num_cpus=0)(Board).remote()
+        self._board: Any = ray.remote(num_cpus=0)(Board).remote()
         self._thread.start()
         return self._board
 

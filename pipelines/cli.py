@@ -35,7 +35,13 @@ class UsageError(ValueError):
 
 
 def _default_store() -> str:
-    return os.environ.get("MEDMAMBA_STORE") or DEFAULT_STORE
+    store = os.environ.get("MEDMAMBA_STORE")
+    if not store and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UsageError(
+            "this runs as a Ray job, whose folder is deleted with it, and no store is named; "
+            "give --store, or set MEDMAMBA_STORE before submitting"
+        )
+    return store or DEFAULT_STORE
 
 
 @dataclass(frozen=True)
@@ -207,11 +213,11 @@ def datasets(argv: Sequence[str]) -> int:
         rows = [(key, _readable(value)) for key, value in cards[0].model_dump(mode="json").items()]
         table(cards[0].title, ("field", "value"), rows)
     else:
-        rows = [
+        shown = [
             (c.name, c.modality, f"{len(c.classes)} ({c.task})", c.num_images or "", c.split_policy, c.licence)
             for c in cards
         ]
-        table("Datasets", ("name", "modality", "classes", "images", "split", "licence"), rows)
+        table("Datasets", ("name", "modality", "classes", "images", "split", "licence"), shown)
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""How and where: workers, processors, ZeRO stage, scan backend. Resolved once, logged, recorded, never in an identity."""
+"""How and where: workers, processors, ZeRO stage, scan backend. Resolved once, recorded, never in an identity."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def resolve(config: PlacementConfig, *, num_cpus: float, num_gpus: float, nodes:
     device = config.device if config.device != "auto" else ("cuda" if num_gpus >= 1 else "cpu")
     if device == "cuda" and num_gpus < 1:
         raise ValueError(
-            "--placement.device cuda: this Ray has no GPU; start one on a machine with a GPU, or leave the device on auto"
+            "--placement.device cuda: this Ray has no GPU; start it on a machine with one, or leave the device on auto"
         )
     workers = config.workers or (int(num_gpus) if device == "cuda" else 1)
     if device == "cuda" and workers > num_gpus:

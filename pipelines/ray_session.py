@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_shards.store import Store
 from pipelines.placement import Placement, PlacementConfig, resolve
+from pipelines.shipment import PASSED_VARIABLES
 
 # Set before Ray is imported. Each can be overridden from outside.
 DEFAULTS = {
@@ -19,18 +20,12 @@ DEFAULTS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_ENABLE_V2": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the records; no CSV and TensorBoard beside them
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # inside a job Ray refuses a driver that repeats one of its variables
+    # libgomp's threads spin 300,000 times at every barrier. Beside any other load on the cores a training step of nano
+    # then takes seconds instead of 40 ms; with a short spin it does not, and is no slower on a quiet machine.
+    "GOMP_SPINCOUNT": "2000",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-# What workers of a Ray that runs elsewhere need to reach the same services. Never a key: the Jobs API shows these.
-PASSED_ON = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "MLFLOW_TRACKING_URI",
-    "MEDMAMBA_STORE",
-    *DEFAULTS,
-)
 
 
 def connect(*, num_cpus: int | None = None) -> None:
@@ -52,7 +47,7 @@ def connect(*, num_cpus: int | None = None) -> None:
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         return
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    passed = {name: os.environ[name] for name in (*PASSED_VARIABLES, *DEFAULTS) if name in os.environ}
     try:
         # RAY_ADDRESS itself travels too: with two Rays on a host a worker must not find the other one.
         ray.init(address=address, runtime_env={"env_vars": {**passed, "RAY_ADDRESS": address}}, **quiet)  # type: ignore[arg-type]

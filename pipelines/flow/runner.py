@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from graphlib import TopologicalSorter
 from typing import Literal
@@ -24,6 +24,9 @@ from pipelines.flow.step import Step, StepContext
 from pipelines.provenance import git_commit, package_versions
 
 
+State = Literal["done", "interrupted", "to do"]
+
+
 class WorkflowError(RuntimeError):
     """At least one step failed; `failures` maps its name to the exception, `skipped` names what needed it."""
 
@@ -40,7 +43,7 @@ class StepState:
     """Where a step stands in a run, and its facts once it is done."""
 
     name: str
-    state: Literal["done", "interrupted", "to do"]
+    state: State
     record: Record | None = None
 
 
@@ -68,7 +71,7 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
         begun, record = read_identity(out), read_record(out)
         if begun is not None:
             check_identity(step.name, begun, _identity(step, states), run=run)
-        state = "done" if record else "interrupted" if begun else "to do"
+        state: State = "done" if record else "interrupted" if begun else "to do"
         states[step.name] = StepState(step.name, state, record)
     return list(states.values())
 
@@ -143,13 +146,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
         packages=package_versions(),
     )
     write_record(out, record)
-    return Record(**_through_json(asdict(record)))
-
-
-def _through_json(value: dict) -> dict:
-    """What a later driver will read: a step must never see more of an input than its record holds."""
-    import json
-
-    from pipelines.flow.record import to_json
-
-    return json.loads(to_json(value))
+    # What a later driver will read: a step must never see more of an input than its record holds.
+    written = read_record(out)
+    assert written is not None
+    return written

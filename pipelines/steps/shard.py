@@ -20,7 +20,7 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
 
     _check_reachable(config, placement)
     facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
-    return {**facts, "data": data}
+    return {**facts, "data": data, "max_side": config.max_side}
 
 
 def ray_map(task: Callable, items: list) -> Iterator:

@@ -48,7 +48,7 @@ def run(
         }
         checkpoint = _fit(payload, placement, out, context)
         with checkpoint.as_directory() as folder:
-            facts = _keep_best(Path(folder), out, context.run)
+            facts = _keep_best(Path(folder), out, context.run, shard["max_side"])
     return {**facts, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
 
 
@@ -106,8 +106,14 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     return result.checkpoint
 
 
-def _keep_best(folder: Path, out: Store, run: str) -> dict:
-    """Copies the best epoch's model to `out/model`; returns the training's facts."""
+def _keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:
+    """Copies the best epoch's model to `out/model`; returns the training's facts.
+
+    The card learns of `max_side`, so that a prediction shrinks an image as the shards did.
+    """
+    described = json.loads((folder / BEST / "model.json").read_text())
+    described["card"]["max_side"] = max_side
+    (folder / BEST / "model.json").write_text(json.dumps(described, indent=2, sort_keys=True))
     digest = hashlib.sha256()
     for name in MODEL_FILES:
         data = (folder / BEST / name).read_bytes()

@@ -23,7 +23,6 @@ from pipelines.flow.record import (
 from pipelines.flow.step import Step, StepContext
 from pipelines.provenance import git_commit, package_versions
 
-
 State = Literal["done", "interrupted", "to do"]
 
 

@@ -1,0 +1,31 @@
+# Set-up and the commands of the README. Needs Python >= 3.11, pip and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint install clean
+
+quickstart: .venv/installed  ## images in, a promoted model out, on this machine
+	$(BIN)/medmamba quickstart
+
+test: .venv/installed  ## the tests, about ten minutes on two cores
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed  ## the long matrix
+	$(BIN)/pytest -m "slow and not gpu"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: .venv/installed
+
+# One pip command with one constraints file: a second one could replace what the first has pinned.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medmamba needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

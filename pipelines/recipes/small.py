@@ -27,6 +27,7 @@ def quickstart() -> Recipe:
         tune=TuneConfig(
             trials=4, epochs=3, space=SearchSpace(lr=(1e-3, 6e-3), weight_decay=(1e-3, 1e-1), batch_size=(16, 32))
         ),
+        evaluate=EvaluateConfig(baseline_side=64),  # the very pixels that the network sees
     )
 
 

@@ -31,12 +31,13 @@ class RayReporter:
         self._send, self._rank, self._board, self._name, self._log = send, rank, board, name, log
         self._last = 0.0
 
-    def progress(self, **values: float) -> None:
+    def progress(self, **values: Any) -> None:
         """At most twice a second, rank 0 alone: posts to the board the driver's terminal reads."""
         now = time.monotonic()
         if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
             self._last = now
-            self._board.post.remote(self._name, values)
+            # Only now is the device waited for: a loss read after every step would stall a GPU.
+            self._board.post.remote(self._name, {**values, "loss": float(values["loss"])})
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""

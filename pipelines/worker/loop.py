@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,8 +33,8 @@ CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the dev
 class Reporter(Protocol):
     """What the loop tells the outside."""
 
-    def progress(self, **values: float) -> None:
-        """Often and cheap: where the epoch stands."""
+    def progress(self, **values: Any) -> None:
+        """After each step: where the epoch stands. `loss` is a tensor, still on the device."""
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
@@ -102,9 +102,11 @@ def train_loop(
                 state.step, state.consumed = state.step + 1, batch.consumed
                 if len(losses) % CHECK_EVERY == 0 or len(losses) == steps:
                     _check_finite(float(losses[-1]), state, rate)
+                per_step_s = (time.monotonic() - began) / len(losses)
                 report.progress(
-                    epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps,
-                    images_per_s=len(losses) * train.batch_size / (time.monotonic() - began),
+                    epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=losses[-1],
+                    images_per_s=train.batch_size / per_step_s,
+                    left_s=per_step_s * ((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
 
             step_losses = torch.stack(losses).tolist()

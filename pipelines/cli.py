@@ -8,16 +8,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from pydantic import ValidationError
 
-from data_shards.store import Store, open_store
+from data_shards.catalog import card, names
+from data_shards.store import Store, StoreError, open_store
+from pipelines.arguments import UsageError, of_kind, parse, peek, unchecked
 from pipelines.flow import DriftError, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
-from pipelines.override import ConfigError, difference, explain, override
+from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.summary import print_plan, print_summary
@@ -27,11 +29,10 @@ from pipelines.workflows import WORKFLOWS, until
 DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
 DEFAULT_STORE = "./medmamba-store"
 WORKFLOW_FILE = "workflow.json"
-STEPS = ("shard", "tune", "train", "evaluate", "register", "promote")
-
-
-class UsageError(ValueError):
-    """The command was called in a way that cannot be meant."""
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+Values = TypeVar("Values")
+Where = TypeVar("Where")
 
 
 def _default_store() -> str:
@@ -45,75 +46,97 @@ def _default_store() -> str:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every verb that brings steps to done takes."""
+class Work(Generic[Values, Where]):
+    """What every verb that brings steps to done takes: a recipe's values, a placement, and where it goes."""
 
-    values: Annotated[Recipe, tyro.conf.arg(name="")]
+    values: Annotated[Values, tyro.conf.arg(name="")]
+    placement: Where
+    """How and where; never part of what is made."""
     recipe: str = ""
     """Recipe to start from; its values are the defaults below. Empty: what the run was begun with."""
     run: str = ""
     """Name of the run: it stands for one configuration, and asking again goes on with it. Empty: the recipe's name."""
     store: str = ""
     """Where everything lies: a folder or s3://bucket/prefix. Empty: $MEDMAMBA_STORE, else ./medmamba-store."""
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
-    """How and where; never part of what is made."""
-    dry_run: bool = False
+    dry_run: Flag = False
     """Print the resolved configuration and the state of each step; run nothing."""
-    json: bool = False
+    json: Flag = False
     """Print the result as JSON on standard output."""
 
 
 @dataclass(frozen=True)
-class RunWork(Work):
+class RunWork(Work[Values, Where]):
     """Bring a whole workflow to done: finished steps are skipped, an interrupted one resumes."""
 
-    workflow: tyro.conf.Positional[Literal["release", "direct"]] = "release"
-    """release: shard, tune, train, evaluate, register, promote. direct: the same without the sweep."""
-    until: Literal["", "shard", "tune", "train", "evaluate", "register", "promote"] = ""
-    """Stop after this step."""
+    workflow: Annotated[
+        tyro.conf.Positional[Literal["", "release", "direct"]], tyro.conf.arg(metavar="{release,direct}")
+    ] = ""
+    """release: shard, tune, train, evaluate, register, promote. direct: the same without the sweep.
+    Empty: the run's; for a new run release."""
+    until: Annotated[
+        Literal["", "shard", "tune", "train", "evaluate", "register", "promote"],
+        tyro.conf.arg(metavar="{shard,tune,train,evaluate,register,promote}"),
+    ] = ""
+    """Stop after this step. Empty: go on to the end."""
 
 
 @dataclass(frozen=True)
-class StepWork(Work):
+class StepWork(Work[Values, Where]):
     """Bring one step, and whatever it needs, to done."""
 
-    workflow: Literal["", "release", "direct"] = ""
+    workflow: Annotated[Literal["", "release", "direct"], tyro.conf.arg(metavar="{release,direct}")] = ""
     """Which workflow the step belongs to. Empty: the run's; for a new run direct, or release for tune."""
 
 
 @dataclass(frozen=True)
-class PromoteWork(StepWork):
+class PromoteWork(StepWork[Values, Where]):
     """Move the alias to this run's version, if the gate says yes (exit code 3 if it says no)."""
 
-    force: bool = False
+    force: Flag = False
     """Move the alias although the gate said no. Kept as a step of its own, promote-forced, and on the version."""
 
+
+Resolved = Work[Recipe, PlacementConfig]
+BEHAVIOUR = " What it needs is brought to done first: finished steps are skipped, an interrupted one resumes."
 
 # ---------------------------------------------------------------------------------------------- verbs that do work
 
 
 def run(argv: Sequence[str]) -> int:
     """Bring a workflow to done: images in, a promoted model out."""
-    work = _parse(RunWork, "run", argv)
-    steps = WORKFLOWS[work.workflow](work.values)
-    return _work(work, work.workflow, until(steps, work.until) if work.until else steps)
+    return _run("run", argv)
 
 
 def quickstart(argv: Sequence[str]) -> int:
     """Try the whole chain on synthetic images, on this machine, in minutes."""
-    return run(["release", "--recipe", "quickstart", *argv])
+    return _run("quickstart", ["release", "--recipe", "quickstart", *argv])
+
+
+def _run(verb: str, argv: Sequence[str]) -> int:
+    work = _parse(RunWork, verb, argv, (VERBS[verb].__doc__ or "") + BEHAVIOUR)
+    workflow = work.workflow or _kept_workflow(work) or "release"
+    return _work(work, workflow, _steps(workflow, work.values, work.until))
 
 
 def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
     def verb(argv: Sequence[str]) -> int:
-        work = _parse(PromoteWork if name == "promote" else StepWork, name, argv)
+        work = _parse(PromoteWork if name == "promote" else StepWork, name, argv, text + BEHAVIOUR)
         workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
         if isinstance(work, PromoteWork) and work.force:
             return _work(work, workflow, until(_forced(WORKFLOWS[workflow](work.values)), "promote-forced"))
-        return _work(work, workflow, until(WORKFLOWS[workflow](work.values), name))
+        return _work(work, workflow, _steps(workflow, work.values, name))
 
     verb.__doc__ = text
     return verb
+
+
+def _steps(workflow: str, values: Recipe, last: str) -> list[Step]:
+    """The steps of the workflow up to `last`, all where that is empty; UsageError where it has no such step."""
+    steps = WORKFLOWS[workflow](values)
+    try:
+        return until(steps, last) if last else steps
+    except ValueError as error:
+        raise UsageError(f"{workflow}: {error}") from None
 
 
 def _forced(steps: list[Step]) -> list[Step]:
@@ -122,8 +145,8 @@ def _forced(steps: list[Step]) -> list[Step]:
     return [*steps, Step("promote-forced", gate.run, override(gate.config, {"force": True}), gate.inputs)]
 
 
-def _work(work: Work, workflow: str, steps: list[Step]) -> int:
-    store = open_store(work.store)
+def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
+    store = _open(work.store)
     if work.dry_run:
         return _dry_run(work, workflow, steps, store)
     terminal = Terminal()
@@ -152,7 +175,7 @@ def _verdict(states: list[StepState], terminal: Terminal) -> int:
     return DONE
 
 
-def _open_context(work: Work, workflow: str, store: Store, terminal: Terminal) -> StepContext:
+def _open_context(work: Resolved, workflow: str, store: Store, terminal: Terminal) -> StepContext:
     """Connects to everything a step may need; whatever cannot be reached is named before any work."""
     store.check()
     from pipelines.tracking import open_tracking
@@ -172,7 +195,7 @@ def _open_context(work: Work, workflow: str, store: Store, terminal: Terminal) -
     return StepContext(store, work.run, placement, tracking, terminal)
 
 
-def _dry_run(work: Work, workflow: str, steps: list[Step], store: Store) -> int:
+def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> int:
     states = plan_steps(steps, store, work.run)
     recipe_values = work.values.model_dump(mode="json")
     resolved = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}
@@ -190,9 +213,8 @@ def _dry_run(work: Work, workflow: str, steps: list[Step], store: Store) -> int:
 
 def datasets(argv: Sequence[str]) -> int:
     """List the catalogue, or show one dataset of it."""
-    from data_shards.catalog import card, names
 
-    def arguments(name: tyro.conf.Positional[str] = "", json: bool = False) -> tuple[str, bool]:
+    def arguments(name: tyro.conf.Positional[str] = "", json: Flag = False) -> tuple[str, bool]:
         """List the catalogue, or show one dataset of it.
 
         Args:
@@ -201,7 +223,7 @@ def datasets(argv: Sequence[str]) -> int:
         """
         return name, json
 
-    name, as_json = _cli(arguments, "datasets", argv)
+    name, as_json = parse(arguments, "datasets", argv)
     try:
         cards = [card(name)] if name else [card(each) for each in names()]
     except ValueError as error:
@@ -224,7 +246,7 @@ def datasets(argv: Sequence[str]) -> int:
 def status(argv: Sequence[str]) -> int:
     """List the runs in the store and where their steps stand."""
 
-    def arguments(run: tyro.conf.Positional[str] = "", store: str = "", json: bool = False) -> tuple[str, str, bool]:
+    def arguments(run: tyro.conf.Positional[str] = "", store: str = "", json: Flag = False) -> tuple[str, str, bool]:
         """List the runs in the store and where their steps stand.
 
         Args:
@@ -234,10 +256,10 @@ def status(argv: Sequence[str]) -> int:
         """
         return run, store, json
 
-    wanted, uri, as_json = _cli(arguments, "status", argv)
+    wanted, uri, as_json = parse(arguments, "status", argv)
     from pipelines.status import read_status
 
-    store = open_store(uri or _default_store())
+    store = _open(uri or _default_store())
     rows = read_status(store, wanted)
     if wanted and not rows:
         raise UsageError(f"there is no run {wanted!r} in {store.uri}; `medmamba status` lists the ones there are")
@@ -259,7 +281,7 @@ def predict(argv: Sequence[str]) -> int:
         model: str = "",
         alias: str = "champion",
         store: str = "",
-        json: bool = False,
+        json: Flag = False,
     ) -> tuple[tuple[str, ...], str, str, str, bool]:
         """Classify images with a registered model and print the probability of each class.
 
@@ -272,12 +294,12 @@ def predict(argv: Sequence[str]) -> int:
         """
         return images, model, alias, store, json
 
-    paths, model, alias, uri, as_json = _cli(arguments, "predict", argv)
+    paths, model, alias, uri, as_json = parse(arguments, "predict", argv)
     if not paths:
-        raise UsageError("medmamba predict: name at least one image file")
+        raise UsageError("predict: name at least one image file")
     from pipelines.predict import predict as classify
 
-    rows = classify([Path(path) for path in paths], store=open_store(uri or _default_store()), model=model, alias=alias)
+    rows = classify([Path(path) for path in paths], store=_open(uri or _default_store()), model=model, alias=alias)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -301,9 +323,9 @@ def submit(argv: Sequence[str]) -> int:
         """
         return address, wait
 
-    address, wait = _cli(arguments, "submit", own)
+    address, wait = parse(arguments, "submit", own)
     if not command:
-        raise UsageError("medmamba submit: nothing to run; put the command after --, as in `-- run release`")
+        raise UsageError("submit: nothing to run; put the command after --, as in `-- run release`")
     from pipelines.cluster import submit as submit_job
 
     return submit_job(address or os.environ.get("RAY_API_SERVER_ADDRESS", ""), command, wait=wait)
@@ -336,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS.get(argv[0])
     try:
         if verb is None:
-            raise UsageError(f"medmamba {argv[0]}: there is no such verb; there are {', '.join(VERBS)}")
+            raise UsageError(f"there is no verb {argv[0]}; there are {', '.join(VERBS)}")
         return verb(argv[1:])
     except ValidationError as error:
         return _tell(explain(error), WRONG_USE)
@@ -344,66 +366,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(error, WRONG_USE)
     except (ValueError, WorkflowError) as error:
         return _tell(error, FAILED)
+    except BrokenPipeError:
+        # `medmamba ... | head`: whoever read has enough. Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         return _tell("interrupted; the same command goes on where it stopped", FAILED)
-    except SystemExit as exit_:  # tyro has told what is wrong, or printed help
-        return exit_.code if isinstance(exit_.code, int) else WRONG_USE
+    except SystemExit:  # tyro has printed a help text
+        return DONE
 
 
-def _parse(kind: type[Any], verb: str, argv: Sequence[str]) -> Any:
+def _parse(kind: Any, verb: str, argv: Sequence[str], description: str) -> Any:
     """`argv` over the defaults of the recipe it names, or of the run it names, with run and store filled in."""
-    store = _peek(argv, "store") or _default_store()
-    name, run_name = _peek(argv, "recipe"), _peek(argv, "run")
+    store = peek(argv, "store") or _default_store()
+    base = of_kind(_base(verb, argv, store), argv)
+    shown, where = unchecked(base), unchecked(PlacementConfig())
+    work = parse(kind[type(shown), type(where)], verb, argv, default=kind(shown, where), description=description)
+    # A recipe changes in one way only: by validated dotted keys.
+    changes = {key: new for key, (_, new) in difference(base.model_dump(), asdict(work.values)).items()}
+    values = override(base, changes)
+    placement = validated(PlacementConfig, asdict(work.placement), prefix="placement")
+    if values.data.layout == "catalog":
+        _check_dataset(values.data.dataset)
+    run_name = work.run or work.recipe
+    if not RUN_NAME.fullmatch(run_name):
+        raise UsageError(
+            f"--run {run_name!r}: a run's name is a folder: at most 100 letters, digits, '.', '_', '-', the first of "
+            f"them a letter or digit"
+        )
+    return replace(work, values=values, placement=placement, run=run_name, store=work.store or store)
+
+
+def _base(verb: str, argv: Sequence[str], store: str) -> Recipe:
+    """The recipe that `argv` starts from: the one it names, or the one its run was begun with."""
+    name, run_name = peek(argv, "recipe"), peek(argv, "run")
     if name:
         try:
-            base = recipe(name)
+            return recipe(name)
         except ValueError as error:
             raise UsageError(str(error)) from None
-    elif run_name and (kept := _kept(store, run_name)):
-        base = Recipe.model_validate(kept["recipe"])
-    elif {"-h", "--help"} & set(argv):
-        base = Recipe()
-    else:
-        raise UsageError(f"medmamba {verb}: name a recipe (--recipe {{{','.join(RECIPES)}}}) or a run (--run NAME)")
-    work = _cli(kind, verb, argv, default=kind(values=base))
-    # A recipe changes in one way only: by validated dotted keys.
-    changes = {key: new for key, (_, new) in difference(base.model_dump(), work.values.model_dump()).items()}
-    values = override(base, changes)
-    run_name = work.run or work.recipe
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
-        raise UsageError(f"--run {run_name!r}: a run's name is a folder: letters, digits, '.', '_', '-'")
-    fields = {**work.__dict__, "values": values, "run": run_name, "store": work.store or store}
-    return kind(**fields)
+    if run_name and (kept := _kept(store, run_name)):
+        return validated(Recipe, kept["recipe"])
+    if {"-h", "--help"} & set(argv):
+        return Recipe()
+    there = f"there is no run {run_name!r} in {store} to go on with; " if run_name else ""
+    raise UsageError(f"{verb}: {there}name a recipe (--recipe {'|'.join(RECIPES)}) or a run begun before (--run NAME)")
+
+
+def _check_dataset(name: str) -> None:
+    try:
+        card(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _kept(store: str, run_name: str) -> dict | None:
-    folder = open_store(store).at("runs", run_name)
-    return json.loads(folder.get(WORKFLOW_FILE)) if folder.head(WORKFLOW_FILE) is not None else None
+    """The workflow and the recipe that a run was begun with, None where there is no such run."""
+    if not RUN_NAME.fullmatch(run_name):
+        return None
+    folder = _open(store).at("runs", run_name)
+    if folder.head(WORKFLOW_FILE) is None:
+        return None
+    try:
+        return json.loads(folder.get(WORKFLOW_FILE))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{folder.uri}/{WORKFLOW_FILE} is not whole JSON ({error}): name the recipe (--recipe) instead"
+        ) from None
 
 
-def _kept_workflow(work: Work) -> str:
+def _kept_workflow(work: Resolved) -> str:
     kept = _kept(work.store, work.run)
     return kept["workflow"] if kept else ""
 
 
-def _peek(argv: Sequence[str], name: str) -> str:
-    """The value of `--name` before tyro sees the arguments: it decides the defaults of all others."""
-    for position, argument in enumerate(argv):
-        if argument == f"--{name}" and position + 1 < len(argv):
-            return argv[position + 1]
-        if argument.startswith(f"--{name}="):
-            return argument.split("=", 1)[1]
-    return ""
-
-
-def _cli(kind: Any, verb: str, argv: Sequence[str], **options: Any) -> Any:
-    return tyro.cli(
-        kind,
-        prog=f"medmamba {verb}",
-        args=list(argv),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
-        **options,
-    )
+def _open(uri: str) -> Store:
+    try:
+        return open_store(uri)
+    except StoreError as error:  # nothing was reached for yet: the address itself cannot be meant
+        raise UsageError(f"--store: {error}") from None
 
 
 def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:

@@ -35,23 +35,44 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     return validated(type(config), values)
 
 
-def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """Returns `kind(**values)`; raises ConfigError with one line per broken rule instead of pydantic's pages."""
+def validated(kind: type[Config], values: Mapping[str, Any], *, prefix: str = "") -> Config:
+    """Returns `kind(**values)`; raises ConfigError with one clause per broken rule instead of pydantic's pages.
+
+    `prefix` is what a person writes before the keys of this kind.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+        raise ConfigError(explain(error, values, prefix=prefix)) from None
 
 
-def explain(error: ValidationError) -> str:
-    """One clause per broken rule: dotted key = value: rule."""
+def explain(error: ValidationError, values: Mapping[str, Any] | None = None, *, prefix: str = "") -> str:
+    """One clause per broken rule: dotted key = value: rule. `values` is what was validated."""
     clauses = []
     for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"]) or error.title
+        where = fault["loc"] if values is None else _as_written(fault["loc"], fault["type"], values)
+        key = ".".join(map(str, (prefix, *where) if prefix else where))
         rule = fault["msg"].removeprefix("Value error, ")
-        value = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
-        clauses.append(f"{key}{value}: {rule}")
+        value = "" if isinstance(fault["input"], Mapping) or not key else f" = {_plain(fault['input'])}"
+        clauses.append(f"{key}{value}: {rule}" if key else rule)
     return "; ".join(clauses)
+
+
+def _as_written(loc: tuple[int | str, ...], kind: str, values: Mapping[str, Any]) -> list[int | str]:
+    """`loc` without what pydantic adds to a key: the tag of the model it chose (model.medmamba.drop_path)."""
+    place: Any = values
+    kept = []
+    for position, part in enumerate(loc):
+        absent = kind == "missing" and position == len(loc) - 1
+        if isinstance(place, Mapping) and part not in place and not absent:
+            continue
+        kept.append(part)
+        place = place.get(part) if isinstance(place, Mapping) else None
+    return kept
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else repr(value)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

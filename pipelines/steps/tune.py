@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data_shards.store import Store, arrow_filesystem
 from pipelines.board import Watch
 from pipelines.flow import StepContext
-from pipelines.override import override
+from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
 
@@ -26,11 +26,11 @@ class SearchSpace(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    lr: tuple[()] | tuple[float, float] = (3e-4, 5e-3)
+    lr: tuple[float, ...] = (3e-4, 5e-3)
     """Lowest and highest train.optim.lr, drawn log-uniformly."""
-    weight_decay: tuple[()] | tuple[float, float] = (1e-5, 1e-1)
+    weight_decay: tuple[float, ...] = (1e-5, 1e-1)
     """Lowest and highest train.optim.weight_decay, drawn log-uniformly."""
-    drop_path: tuple[()] | tuple[float, float] = (0.0, 0.3)
+    drop_path: tuple[float, ...] = (0.0, 0.3)
     """Lowest and highest model.drop_path, drawn uniformly (MedMamba only)."""
     batch_size: tuple[int, ...] = ()
     """Values of train.batch_size to choose from; each a multiple of train.micro_batch."""
@@ -39,9 +39,23 @@ class SearchSpace(BaseModel):
     def _ordered(self) -> SearchSpace:
         for name in ("lr", "weight_decay", "drop_path"):
             bounds = getattr(self, name)
+            if len(bounds) not in (0, 2):
+                raise ValueError(f"{name} {bounds}: give the lowest and the highest value, or none not to search it")
             if bounds and bounds[0] >= bounds[1]:
                 raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; swap them")
+            if bounds and bounds[0] <= 0 and name != "drop_path":
+                raise ValueError(f"{name} {bounds}: it is drawn log-uniformly, so it must be above 0; raise the lowest")
         return self
+
+    def bounds(self, start: TrainStepConfig) -> dict[str, tuple[float, ...]]:
+        """Dotted key of the recipe -> its lowest and highest value, of what is searched and `start` has."""
+        named = {
+            "train.optim.lr": self.lr,
+            "train.optim.weight_decay": self.weight_decay,
+            "model.drop_path": self.drop_path,
+        }
+        own = flatten(start.model_dump())
+        return {key: bounds for key, bounds in named.items() if bounds and key in own}
 
 
 class TuneConfig(BaseModel):
@@ -79,6 +93,14 @@ class TuneStepConfig(BaseModel):
                     f"tune.space.batch_size {size} is no multiple of train.micro_batch {self.start.train.micro_batch}; "
                     f"choose multiples, or lower micro_batch"
                 )
+        searched = self.tune.space.bounds(self.start)
+        if not searched and not self.tune.space.batch_size:
+            raise ValueError(
+                "tune.space is empty: give at least one field a range, or run the workflow without a sweep"
+            )
+        for key, bounds in searched.items():
+            for bound in bounds:
+                override(self.start, {key: bound})  # a trial must not be what finds out
         return self
 
 
@@ -154,17 +176,16 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
         )
 
 
-def search_space(space: SearchSpace) -> dict[str, Any]:
+def search_space(config: TuneStepConfig) -> dict[str, Any]:
     """Dotted key of the recipe -> the distribution Ray Tune draws it from."""
     from ray import tune
 
-    drawn = {
-        "train.optim.lr": tune.loguniform(*space.lr) if space.lr else None,
-        "train.optim.weight_decay": tune.loguniform(*space.weight_decay) if space.weight_decay else None,
-        "model.drop_path": tune.uniform(*space.drop_path) if space.drop_path else None,
-        "train.batch_size": tune.choice(list(space.batch_size)) if space.batch_size else None,
+    space = config.tune.space
+    drawn: dict[str, Any] = {
+        key: tune.uniform(*bounds) if key == "model.drop_path" else tune.loguniform(*bounds)
+        for key, bounds in space.bounds(config.start).items()
     }
-    return {key: distribution for key, distribution in drawn.items() if distribution is not None}
+    return drawn | ({"train.batch_size": tune.choice(list(space.batch_size))} if space.batch_size else {})
 
 
 def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store, context: StepContext):
@@ -183,7 +204,7 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                 f"{path}/{RAY_RUN}", trainable, storage_filesystem=filesystem, resume_unfinished=True
             )
         else:
-            space = search_space(config.tune.space)
+            space = search_space(config)
             tuner = tune.Tuner(
                 trainable,
                 param_space=space,
@@ -214,8 +235,6 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
 
 def _recipe_point(config: TuneStepConfig, space: dict[str, Any]) -> list[dict[str, Any]]:
     """The recipe's own values as the first trial, where they lie in the space: a sweep never does worse than it."""
-    from pipelines.override import flatten
-
     own = flatten(config.start.model_dump())
     point = {key: own[key] for key in space}
     for key, value in point.items():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from data_shards.store import Store
 from pipelines.override import difference
 
 CONFIG, RECORD = "config.json", "record.json"
+STILL_TO_RUN = "still to run"
+
+
+Kept = TypeVar("Kept")
 
 
 class DriftError(ValueError):
@@ -19,10 +22,13 @@ class DriftError(ValueError):
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a step is: its configuration, and the digests of its inputs. Placement is no part of it."""
+    """Who a step is: its configuration, and the digests of its inputs. Placement is no part of it.
+
+    A digest is None while the step that makes it has still to run.
+    """
 
     config: dict[str, Any]
-    inputs: dict[str, str]
+    inputs: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Record:
     """The commit mark of a step: its facts, and where they came from."""
 
     facts: dict[str, Any]
-    inputs: dict[str, str]
+    inputs: dict[str, str | None]
     seconds: float
     started: str
     finished: str
@@ -51,21 +57,23 @@ def write_record(out: Store, record: Record) -> None:
 
 def read_record(out: Store) -> Record | None:
     """The record of a finished step, None where it has not finished."""
-    return Record(**_read(out, RECORD)) if out.head(RECORD) is not None else None
+    return _read(out, RECORD, Record) if out.head(RECORD) is not None else None
 
 
 def read_identity(out: Store) -> Identity | None:
     """The identity a step was begun with, None where it was never begun."""
-    return Identity(**_read(out, CONFIG)) if out.head(CONFIG) is not None else None
+    return _read(out, CONFIG, Identity) if out.head(CONFIG) is not None else None
 
 
 def check_identity(step: str, begun: Identity, now: Identity, *, run: str) -> None:
     """Raises DriftError naming every field that changed, its old and new value, and what to do.
 
-    An input whose digest is not known yet (its step is still to run) is compared when it is known.
+    An input whose digest is not known yet is compared when it is known; that there is such an input, at once.
     """
-    known = {name: digest for name, digest in begun.inputs.items() if name in now.inputs}
-    changed = difference({**begun.config, "inputs": known}, {**json.loads(to_json(now.config)), "inputs": now.inputs})
+    inputs = {name: digest or begun.inputs.get(name) or STILL_TO_RUN for name, digest in now.inputs.items()}
+    changed = difference(
+        {**begun.config, "inputs": begun.inputs}, {**json.loads(to_json(now.config)), "inputs": inputs}
+    )
     if changed:
         fields = "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
         raise DriftError(
@@ -86,12 +94,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} cannot stand in a record: only JSON values can")
 
 
-def _read(out: Store, key: str) -> Mapping[str, Any]:
+def _read(out: Store, key: str, kind: type[Kept]) -> Kept:
     try:
-        return json.loads(out.get(key))
-    except json.JSONDecodeError as error:
+        return kind(**json.loads(out.get(key)))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(
-            f"{out.uri}/{key} is not whole JSON ({error}): it was edited or damaged; "
+            f"{out.uri}/{key} is not what a step writes ({error}): it was edited or damaged; "
             f"restore it, or delete the step's folder to run the step again"
         ) from None
 

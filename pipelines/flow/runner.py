@@ -52,7 +52,7 @@ def step_folder(store: Store, run: str, step: str) -> Store:
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
-    """The steps, each after all of its inputs; raises ValueError for an unknown input or a circle."""
+    """The steps, each after all of its inputs; an unknown input is our own mistake, and so is a circle."""
     by_name = {step.name: step for step in steps}
     assert len(by_name) == len(steps), "two steps of one name"
     for step in steps:
@@ -82,8 +82,9 @@ def run_steps(
 
     `open_context` connects to Ray and MLflow; it is called once, and only if a step has to run.
     """
-    plan_steps(steps, store, run)  # drift is told before the first hour of work, not after
-    context: StepContext | None = None
+    # Drift is told before the first hour of work, not after; what cannot be connected to is no failure of a step.
+    planned = plan_steps(steps, store, run)
+    context = open_context() if any(state.state != "done" for state in planned) else None
     states: dict[str, StepState] = {}
     failures: dict[str, Exception] = {}
     skipped: list[str] = []
@@ -95,7 +96,7 @@ def run_steps(
         try:
             record = _finished(step, out, states, run)
             if record is None:
-                context = context or open_context()
+                assert context is not None, f"step {step.name} lost its record while others ran"
                 show.step(step.name, "resumes" if read_identity(out) else "starts")
                 record = _execute(step, out, states, context)
                 show.step(step.name, f"done in {record.seconds:.0f} s")
@@ -112,11 +113,8 @@ def run_steps(
 
 
 def _identity(step: Step, states: dict[str, StepState]) -> Identity:
-    digests = {}
-    for name, needed in step.inputs.items():
-        record = states[needed].record if needed in states else None
-        if record is not None:
-            digests[name] = record.facts["digest"]
+    records = {name: states[needed].record if needed in states else None for name, needed in step.inputs.items()}
+    digests = {name: record.facts["digest"] if record else None for name, record in records.items()}
     return Identity(step.config.model_dump(mode="json"), digests)
 
 

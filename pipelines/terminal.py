@@ -21,11 +21,13 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, tuple[float, int]] = {}
         self._said: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False)
+        # In a log a line stays one line, however long; on a terminal it is folded between words.
+        self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def step(self, name: str, state: str) -> None:
         """A step starts, resumes or is done."""
@@ -35,13 +37,12 @@ class Terminal:
     def trace(self, text: str) -> None:
         """The traceback of an unexpected error."""
         self._end_bars()
-        self._console.print(text, markup=False)
+        self.say(text)
 
     def progress(self, name: str, values: dict[str, Any]) -> None:
         """Shows where `name` (a step or a trial) stands: {"done", "total", "unit"}, or what the loop reports."""
         if "finished_epoch" in values:
-            self._end_bar(name)
-            self._console.print(_epoch_line(name, values), markup=False)
+            self.say(_epoch_line(name, values))
         elif "done" in values:
             self._bar(name, values["done"], values["total"], f"{values['done']}/{values['total']} {values['unit']}")
         else:
@@ -50,19 +51,15 @@ class Terminal:
             text = f"epoch {values['epoch']}/{values['epochs']}  {values['images_per_s']:.0f} images/s"
             if "loss" in values:
                 text += f"  loss {values['loss']:.3f}"
-            self._bar(name, done, total, text)
+            self._bar(name, done, total, text, values.get("left_s"))
 
     def close(self) -> None:
         """Ends the live display."""
         self._end_bars()
 
-    def _bar(self, name: str, done: int, total: int, text: str) -> None:
+    def _bar(self, name: str, done: int, total: int, text: str, left_s: float | None = None) -> None:
         if not self._console.is_terminal:
-            # A log file: now and then a line, and always the last.
-            now = time.monotonic()
-            if done >= total or now - self._said.get(name, now - PLAIN_EVERY_S) >= PLAIN_EVERY_S:
-                self._said[name] = now
-                self._console.print(f"{name}: {text} ({100 * done // max(total, 1)} %)", markup=False)
+            self._plain_line(name, done, total, text, left_s)
             return
         if self._live is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -72,14 +69,22 @@ class Terminal:
             self._tasks[name] = self._live.add_task(name, total=total, text=text)
         self._live.update(self._tasks[name], completed=done, text=text)
 
-    def _end_bar(self, name: str) -> None:
-        # The bar itself goes on: only its line of text would be stale.
-        self._said.pop(name, None)
+    def _plain_line(self, name: str, done: int, total: int, text: str, left_s: float | None) -> None:
+        """For a log file: now and then a line, and always the last."""
+        now = time.monotonic()
+        began, done_then = self._began.setdefault(name, (now, done))
+        if done < total and now - self._said.get(name, now - PLAIN_EVERY_S) < PLAIN_EVERY_S:
+            return
+        self._said[name] = now
+        if left_s is None and done > done_then:
+            left_s = (now - began) * (total - done) / (done - done_then)
+        left = f", {duration(left_s)} left" if left_s is not None and done < total else ""
+        self.say(f"{name}: {text}  ({100 * done // max(total, 1)} %{left})")
 
     def _end_bars(self) -> None:
         if self._live is not None:
             self._live.stop()
-        self._live, self._tasks = None, {}
+        self._live, self._tasks, self._began, self._said = None, {}, {}, {}
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -93,8 +98,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 def console() -> Console:
-    """Standard output; 100 columns where it is no terminal, so that a log keeps its tables whole."""
+    """Standard output; 110 columns where it is no terminal, so that a log keeps its tables whole."""
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 0:07, 12:30, 3:02:10."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _epoch_line(name: str, values: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import UsageError, of_kind, parse, peek, unchecked
 from pipelines.flow import DriftError, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.override import ConfigError, difference, explain, override, validated
-from pipelines.placement import PlacementConfig
+from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.summary import print_plan, print_summary
 from pipelines.terminal import Terminal, console, table
@@ -153,7 +153,9 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
     terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
 
     def open_context() -> StepContext:
-        return _open_context(work, workflow, store, terminal)
+        context = _open_context(work, workflow, store, terminal)
+        _check_divides(work.values, context.placement, plan_steps(steps, store, work.run))
+        return context
 
     try:
         states = run_steps(steps, store, work.run, open_context=open_context, show=terminal)
@@ -193,6 +195,16 @@ def _open_context(work: Resolved, workflow: str, store: Store, terminal: Termina
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
     return StepContext(store, work.run, placement, tracking, terminal)
+
+
+def _check_divides(values: Recipe, placement: Placement, states: Sequence[StepState]) -> None:
+    """Raises ValueError where the workers do not divide a batch: after the sweep would be late to find out."""
+    to_do = {state.name: state.state != "done" for state in states}
+    searched = values.tune.space.batch_size if "tune" in to_do else ()
+    # With the sweep done its winner has the say, and the training itself looks at once.
+    if to_do.get("train") and to_do.get("tune", True):
+        for size in searched or (values.train.batch_size,):
+            override(values, {"train.batch_size": size}).train.accumulation(placement.workers)
 
 
 def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 
 
 class PlacementConfig(BaseModel):
@@ -75,7 +78,12 @@ def resolve(config: PlacementConfig, *, num_cpus: float, num_gpus: float, nodes:
         )
     fair = num_cpus / workers if device == "cpu" else min(8.0, max(1.0, num_cpus / workers))
     # Half a CPU is a valid Ray request, so that two workers can be tried on a machine with one core.
-    cpus = config.cpus_per_worker or (float(int(fair)) if fair >= 1 else round(fair, 2))
+    cpus = config.cpus_per_worker or (float(int(fair)) if fair >= 1 else math.floor(fair * 100) / 100)
+    if cpus < LEAST_CPUS:
+        raise ValueError(
+            f"--placement.workers {workers}: {cpus:g} of the {num_cpus:g} CPUs of this Ray for each worker, but "
+            f"at least {LEAST_CPUS:g} is needed; ask for fewer workers, or start Ray with more CPUs"
+        )
     if cpus * workers > num_cpus:
         raise ValueError(
             f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g} = {workers * cpus:g} CPUs, "

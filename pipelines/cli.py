@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -158,7 +159,9 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
         return context
 
     try:
-        states = run_steps(steps, store, work.run, open_context=open_context, show=terminal)
+        # Libraries print where they like; standard output is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            states = run_steps(steps, store, work.run, open_context=open_context, show=terminal)
     finally:
         terminal.close()
     if work.json:

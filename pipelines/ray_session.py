@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 
 from data_shards.store import Store
 from pipelines.placement import Placement, PlacementConfig, resolve
 from pipelines.shipment import PASSED_VARIABLES
 
+CONNECT_TIMEOUT_S = 8.0
 # Set before Ray is imported. Each can be overridden from outside.
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -47,15 +49,13 @@ def connect(*, num_cpus: int | None = None) -> None:
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         return
+    _check_answers(address)
     passed = {name: os.environ[name] for name in (*PASSED_VARIABLES, *DEFAULTS) if name in os.environ}
     try:
         # RAY_ADDRESS itself travels too: with two Rays on a host a worker must not find the other one.
         ray.init(address=address, runtime_env={"env_vars": {**passed, "RAY_ADDRESS": address}}, **quiet)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError) as error:
-        raise ValueError(
-            f"RAY_ADDRESS={address}: no Ray answers there ({str(error).splitlines()[0]}); "
-            f"start it, correct the address, or unset RAY_ADDRESS to use an embedded one"
-        ) from None
+        raise ValueError(_no_ray(address, str(error).splitlines()[0])) from None
 
 
 def place(config: PlacementConfig, store: Store) -> Placement:
@@ -73,6 +73,24 @@ def place(config: PlacementConfig, store: Store) -> Placement:
         )
     have = ray.cluster_resources()
     return resolve(config, num_cpus=have.get("CPU", 0), num_gpus=have.get("GPU", 0), nodes=nodes)
+
+
+def _check_answers(address: str) -> None:
+    """Ray's own client needs two minutes to find that nothing listens at an address; a connection tells at once."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or a form of address that only Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ValueError(_no_ray(address, error.strerror or str(error))) from None
+
+
+def _no_ray(address: str, reason: str) -> str:
+    return (
+        f"RAY_ADDRESS={address}: no Ray answers there ({reason}); "
+        f"start it, correct the address, or unset RAY_ADDRESS to use an embedded one"
+    )
 
 
 def _own_token() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,9 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 ),
             )
-        return tuner.fit()
+        # Tune draws its own tables on standard output, which holds our results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return tuner.fit()
 
 
 def _recipe_point(config: TuneStepConfig, space: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,52 @@
+"""One rank of a training: `rank.py DATASET ZERO_STAGE MICRO_BATCH`; rank 0 prints the loss of each step as JSON."""
+
+import json
+import os
+import sys
+
+from data_shards.manifest import open_dataset
+from medmamba.optim import OptimConfig
+from pipelines.placement import Placement
+from pipelines.worker.config import TrainConfig, TrainStepConfig
+from pipelines.worker.launch import train_on_dataset
+
+STEPS = 20
+
+
+class Losses:
+    """A reporter that keeps the losses of all steps."""
+
+    def __init__(self) -> None:
+        self.all: list[float] = []
+
+    def progress(self, **values: object) -> None:
+        """Nobody looks."""
+
+    def epoch(self, metrics: dict, step_losses: list[float], save: object) -> None:
+        """Keeps an epoch's losses."""
+        self.all += step_losses
+
+
+def main() -> None:
+    dataset, zero_stage, micro_batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    data = open_dataset(dataset)
+    batch_size = 16
+    epochs = -(-STEPS // (len(data.index("train")) // batch_size))
+    config = TrainStepConfig(
+        train=TrainConfig(
+            epochs=epochs, batch_size=batch_size, micro_batch=micro_batch, image_size=32,
+            optim=OptimConfig(lr=1e-3, warmup_epochs=1),
+        )  # fmt: skip
+    )
+    ranks = int(os.environ["WORLD_SIZE"])
+    placement = Placement(
+        workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1
+    )
+    reporter = Losses()
+    train_on_dataset(config, placement, (dataset, data.digest), lambda rank: reporter, None)
+    if os.environ["RANK"] == "0":
+        print(json.dumps(reporter.all[:STEPS]))
+
+
+if __name__ == "__main__":
+    main()

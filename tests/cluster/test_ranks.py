@@ -1,0 +1,63 @@
+"""One and two training workers: the same recipe gives the same loss curve (the BatchNorm contract)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+
+from data_shards.config import DataConfig, PhantomConfig
+from data_shards.convert import convert
+from data_shards.store import open_store
+
+STEPS = 20
+RANK = Path(__file__).parent / "rank.py"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    out = open_store(str(tmp_path_factory.mktemp("store"))).at("datasets/phantoms/default")
+    config = DataConfig(phantoms=PhantomConfig(num_patients=150, images_per_patient=2, side=32))
+    convert(config, out)
+    return out.uri
+
+
+def losses(dataset: str, ranks: int, zero_stage: int, micro_batch: int) -> list[float]:
+    """The loss of each of the first 20 steps, trained by `ranks` processes with one thread each."""
+    port = free_port()
+    workers = []
+    for rank in range(ranks):
+        env = {
+            **os.environ,
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = [sys.executable, str(RANK), dataset, str(zero_stage), str(micro_batch)]
+        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    printed = [worker.communicate(timeout=300) for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), printed[0][1][-3000:]
+    return json.loads(printed[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(dataset) -> list[float]:
+    return losses(dataset, ranks=1, zero_stage=0, micro_batch=8)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2], ids=lambda stage: f"zero-{stage}")
+def test_two_workers_have_the_loss_curve_of_one(dataset, alone, zero_stage):
+    together = losses(dataset, ranks=2, zero_stage=zero_stage, micro_batch=8)
+    assert len(alone) == STEPS
+    assert alone[-1] != pytest.approx(alone[0], rel=0.01), "nothing was learned, so nothing was compared"
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_another_micro_batch_is_another_training(dataset, alone):
+    """The test above can fail: BatchNorm over other micro-batches moves the curve by far more than its tolerance."""
+    other = losses(dataset, ranks=1, zero_stage=0, micro_batch=16)
+    assert max(abs(a - b) / a for a, b in zip(alone, other, strict=True)) > 1e-3

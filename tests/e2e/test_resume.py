@@ -1,0 +1,96 @@
+"""SIGKILL of the driver in the middle of training; the same command then ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from chain import TINY, command, environment, medmamba
+from mlflow import MlflowClient
+
+RELEASE = ["run", "release", *TINY, "--train.epochs", "6", "--json", "--run", "night"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The facts of a run that nobody disturbed. It also runs without any compiler on the machine."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = folder / "path"
+    path.mkdir()
+    # ninja lies beside python in a virtual environment, so its folder must not be on the PATH either.
+    for tool in ("sh", "bash", "env", "uname", "ls", "cat", "grep", "sed", "ps", "id", "hostname", "ldconfig"):
+        if found := shutil.which(tool):
+            (path / tool).symlink_to(found)
+    extensions = folder / "extensions"
+    extensions.mkdir()
+    assert all(shutil.which(tool, path=str(path)) is None for tool in ("gcc", "g++", "cc", "clang", "ninja"))
+    env = {"PATH": str(path), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    done = medmamba(*RELEASE, "--store", str(folder / "store"), env=env, cwd=folder, timeout_s=500)
+    assert list(extensions.iterdir()) == [], "something was compiled"
+    return json.loads(done.stdout)
+
+
+def test_a_killed_driver_goes_on_with_the_same_command_to_the_same_metrics(uninterrupted, tmp_path):
+    store = tmp_path / "store"
+    arguments = [*RELEASE, "--store", str(store)]
+    driver = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 400
+    while _epochs_saved(store) < 2:
+        assert driver.poll() is None, "the driver ended before it could be killed in the middle of training"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    saved = _epochs_saved(store)
+    shards = {path.name: path.stat().st_mtime_ns for path in (store / "datasets/phantoms/default/shards").iterdir()}
+    assert saved < 6, "the training was over before the kill"
+    assert not (store / "runs/night/train/record.json").exists()
+
+    done = medmamba(*arguments, cwd=tmp_path, timeout_s=500)
+    facts = json.loads(done.stdout)
+    assert "training resumes after epoch" in done.stderr
+    for name, value in uninterrupted["evaluate"]["metrics"].items():
+        assert facts["evaluate"]["metrics"][name] == pytest.approx(value, abs=1e-6), name
+    assert facts["train"]["digest"] == uninterrupted["train"]["digest"], "the weights differ in a bit"
+    again = {path.name: path.stat().st_mtime_ns for path in (store / "datasets/phantoms/default/shards").iterdir()}
+    assert again == shards, "a shard was made twice"
+
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    # five steps with a run of their own (shard has none), two trials
+    assert len(runs) == 7
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert [version.version for version in client.search_model_versions("name = 'medmamba-phantoms'")] == ["1"] or [
+        int(version.version) for version in client.search_model_versions("name = 'medmamba-phantoms'")
+    ] == [1]
+
+
+def test_a_resume_on_another_number_of_ranks_is_refused_with_a_remedy(tmp_path):
+    store = tmp_path / "store"
+    arguments = ["train", *TINY, "--train.epochs", "4", "--run", "ranks", "--store", str(store)]
+    driver = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while _epochs_saved(store, "ranks") < 1:
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    refused = medmamba(*arguments, "--placement.workers", "2", cwd=tmp_path, code=1)
+    assert "--placement.workers 1 --placement.zero-stage 0" in refused.stderr
+
+
+def _epochs_saved(store: Path, run: str = "night") -> int:
+    """Epochs in the newest whole checkpoint of the training."""
+    states = sorted((store / "runs" / run / "train/ray").glob("checkpoint_*/train.json"))
+    try:
+        return json.loads(states[-1].read_text())["epoch"] if states else 0
+    except (json.JSONDecodeError, FileNotFoundError):
+        return 0

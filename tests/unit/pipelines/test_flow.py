@@ -1,0 +1,235 @@
+"""Steps on a real folder: done once, resumed, refused where they drifted, told together where they failed."""
+
+import json
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from data_shards.store import open_store
+from pipelines.flow import DriftError, Step, StepContext, WorkflowError, plan_steps, run_steps
+from pipelines.flow.runner import in_order
+from pipelines.placement import PlacementConfig, resolve
+from pipelines.terminal import Terminal
+
+QUIET = Terminal(quiet=True)
+RUN = "a-run"
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    rate: float = 0.1
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    size: int = 1
+    inner: Inner = Inner()
+
+
+class Counted:
+    """A step's work that counts its calls and keeps what it was given."""
+
+    def __init__(self, digest: str = "d", error: BaseException | None = None) -> None:
+        self.calls, self.digest, self.error = [], digest, error
+
+    def __call__(self, config, placement, out, context, **inputs) -> dict:
+        self.calls.append(inputs)
+        assert out.head("config.json") is not None, "the configuration is written before the first byte"
+        assert out.head("record.json") is None
+        if self.error:
+            out.put("half", b"done")
+            raise self.error
+        return {"digest": self.digest, "resumed": out.head("half") is not None, "size": config.size}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "store"))
+
+
+def bring(steps, store, show=QUIET):
+    def open_context() -> StepContext:
+        placement = resolve(PlacementConfig(), num_cpus=2, num_gpus=0, nodes=1)
+        return StepContext(store, RUN, placement, tracking=None, show=show)
+
+    return run_steps(steps, store, RUN, open_context=open_context, show=show)
+
+
+def states(steps, store) -> dict[str, str]:
+    return {state.name: state.state for state in plan_steps(steps, store, RUN)}
+
+
+def test_steps_run_after_their_inputs_and_are_handed_their_facts(store):
+    first, second = Counted("one"), Counted("two")
+    steps = [Step("second", second, Settings(), {"given": "first"}), Step("first", first, Settings(size=3))]
+    done = bring(steps, store)
+    assert [state.name for state in done] == ["first", "second"]
+    assert second.calls == [{"given": {"digest": "one", "resumed": False, "size": 3}}]
+    assert done[1].record.inputs == {"given": "one"}
+
+
+def test_a_record_says_where_its_facts_come_from(store):
+    (done,) = bring([Step("only", Counted(), Settings())], store)
+    kept = json.loads(store.get(f"runs/{RUN}/only/record.json"))
+    assert kept["facts"]["digest"] == "d"
+    assert kept["placement"]["workers"] == 1
+    assert kept["seconds"] >= 0
+    assert kept["started"] <= kept["finished"]
+    assert {"git_commit", "packages", "inputs"} <= kept.keys()
+    assert kept["packages"]["python"]
+    assert done.record.facts == kept["facts"]
+
+
+def test_finished_steps_are_not_run_again_and_nothing_is_connected_to(store):
+    work = Counted()
+    steps = [Step("only", work, Settings())]
+    bring(steps, store)
+
+    def refuse() -> StepContext:
+        raise AssertionError("a finished run needs no Ray")
+
+    (state,) = run_steps(steps, store, RUN, open_context=refuse, show=QUIET)
+    assert (len(work.calls), state.state) == (1, "done")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=["interrupted", "exited"])
+def test_an_interrupted_step_is_resumed_in_its_own_folder(store, error):
+    with pytest.raises(type(error)):
+        bring([Step("before", Counted(), Settings()), Step("only", Counted(error=error), Settings())], store)
+    work, before = Counted(), Counted()
+    steps = [Step("before", before, Settings()), Step("only", work, Settings())]
+    assert states(steps, store) == {"before": "done", "only": "interrupted"}
+    assert bring(steps, store)[1].record.facts["resumed"]
+    assert (len(before.calls), len(work.calls)) == (0, 1)
+    assert states(steps, store) == {"before": "done", "only": "done"}
+
+
+def test_planning_runs_and_writes_nothing(store):
+    steps = [Step("a", Counted(), Settings()), Step("b", Counted(), Settings(), {"x": "a"})]
+    assert states(steps, store) == {"a": "to do", "b": "to do"}
+    assert list(store.list()) == []
+
+
+def test_drift_names_each_changed_field_with_old_and_new_and_what_to_do(store):
+    bring([Step("only", Counted(), Settings(size=1, inner=Inner(rate=0.1)))], store)
+    changed = [Step("only", Counted(), Settings(size=2, inner=Inner(rate=0.5)))]
+    with pytest.raises(DriftError) as error:
+        bring(changed, store)
+    told = str(error.value)
+    assert "step only of run 'a-run'" in told
+    assert "inner.rate: 0.1 -> 0.5; size: 1 -> 2" in told
+    assert "--run NAME" in told
+    assert "old values" in told
+
+
+def test_drift_of_a_later_step_is_told_before_an_earlier_one_runs(store):
+    later = [Step("b", Counted(error=KeyboardInterrupt()), Settings())]
+    with pytest.raises(KeyboardInterrupt):
+        bring(later, store)
+    first = Counted()
+    with pytest.raises(DriftError, match="step b"):
+        bring([Step("a", first, Settings()), Step("b", Counted(), Settings(size=9))], store)
+    assert first.calls == []
+
+
+def test_an_input_of_another_content_is_drift(store):
+    def steps(digest: str):
+        return [Step("a", Counted(digest), Settings()), Step("b", Counted(), Settings(), {"x": "a"})]
+
+    bring(steps("old"), store)
+    store.delete(f"runs/{RUN}/a/record.json")
+    with pytest.raises(WorkflowError, match=r'step b failed: .*inputs\.x: "old" -> "new"'):
+        bring(steps("new"), store)
+
+
+def test_an_input_that_joins_or_leaves_is_drift_before_anything_runs(store):
+    alone = [Step("b", Counted(), Settings())]
+    joined = [Step("a", Counted("made"), Settings()), Step("b", Counted(), Settings(), {"x": "a"})]
+    bring(alone, store)
+    with pytest.raises(DriftError, match=r'inputs\.x: null -> "still to run"'):
+        bring(joined, store)
+    assert joined[0].run.calls == []
+    other = open_store(store.uri + "-2")
+    bring(joined, other)
+    with pytest.raises(DriftError, match=r'inputs\.x: "made" -> null'):
+        plan_steps(alone, other, RUN)
+
+
+def test_the_placement_is_no_part_of_a_steps_identity(store):
+    bring([Step("only", Counted(), Settings())], store)
+    assert "placement" not in json.loads(store.get(f"runs/{RUN}/only/config.json"))
+
+
+def test_branches_that_do_not_need_a_failed_step_go_on_and_failures_are_told_together(store):
+    other, needs = Counted(), Counted()
+    steps = [
+        Step("bad", Counted(error=ValueError("a is 3, must be 2; set 2")), Settings()),
+        Step("worse", Counted(error=RuntimeError("broken")), Settings()),
+        Step("needs", needs, Settings(), {"x": "bad"}),
+        Step("far", Counted(), Settings(), {"x": "needs"}),
+        Step("other", other, Settings()),
+    ]
+    with pytest.raises(WorkflowError) as error:
+        bring(steps, store)
+    told = str(error.value)
+    assert "step bad failed: a is 3, must be 2; set 2" in told
+    assert "step worse failed: broken" in told
+    assert "not run because of that: needs, far" in told
+    assert (len(other.calls), len(needs.calls)) == (1, 0)
+    expected = {"bad": "interrupted", "worse": "interrupted", "needs": "to do", "far": "to do", "other": "done"}
+    assert states(steps, store) == expected
+
+
+def test_an_unexpected_error_shows_its_traceback_and_a_persons_mistake_does_not(store, capsys):
+    steps = [
+        Step("mistake", Counted(error=ValueError("yours")), Settings()),
+        Step("defect", Counted(error=ZeroDivisionError("ours")), Settings()),
+    ]
+    with pytest.raises(WorkflowError):
+        bring(steps, store, show=Terminal())
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError: ours" in told
+    assert "ValueError" not in told
+
+
+def test_what_cannot_be_connected_to_is_no_failure_of_a_step(store):
+    def unreachable() -> StepContext:
+        raise ValueError("MLflow at http://x does not answer")
+
+    steps = [Step("a", Counted(), Settings()), Step("b", Counted(), Settings())]
+    with pytest.raises(ValueError, match=r"^MLflow at") as error:
+        run_steps(steps, store, RUN, open_context=unreachable, show=QUIET)
+    assert not isinstance(error.value, WorkflowError)
+    assert list(store.list()) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "record.json"])
+@pytest.mark.parametrize("content", [b'{"facts": {"dig', b'{"other": 1}', b"\xff\xfe", b"[]"], ids=repr)
+def test_a_damaged_record_is_named_with_a_remedy(store, name, content):
+    steps = [Step("only", Counted(), Settings())]
+    bring(steps, store)
+    store.put(f"runs/{RUN}/only/{name}", content)
+    with pytest.raises(ValueError, match=rf"only/{name} is not what a step writes .*restore it, or delete"):
+        plan_steps(steps, store, RUN)
+
+
+def test_numpy_facts_are_kept_as_plain_numbers_and_others_refused(store):
+    def numbers(config, placement, out, context) -> dict:
+        return {"digest": "d", "auc": np.float32(0.5), "n": np.int64(3)}
+
+    (done,) = bring([Step("only", numbers, Settings())], store)
+    assert done.record.facts == {"digest": "d", "auc": 0.5, "n": 3}
+
+    def objects(config, placement, out, context) -> dict:
+        return {"digest": "d", "what": object()}
+
+    with pytest.raises(WorkflowError, match="cannot stand in a record"):
+        bring([Step("other", objects, Settings())], store)
+
+
+def test_steps_of_one_name_and_unknown_inputs_are_our_own_mistakes():
+    with pytest.raises(AssertionError, match="two steps"):
+        in_order([Step("a", Counted(), Settings()), Step("a", Counted(), Settings())])
+    with pytest.raises(AssertionError, match="needs b"):
+        in_order([Step("a", Counted(), Settings(), {"x": "b"})])

@@ -1,0 +1,67 @@
+"""The placement is resolved once from what Ray has; an impossible one is refused with a remedy."""
+
+import pytest
+
+from pipelines.placement import PlacementConfig, resolve
+from pipelines.worker.config import TrainConfig
+
+
+def placed(num_cpus=2.0, num_gpus=0.0, nodes=1, **wishes):
+    return resolve(PlacementConfig(**wishes), num_cpus=num_cpus, num_gpus=num_gpus, nodes=nodes)
+
+
+def test_without_a_gpu_one_worker_has_all_cpus():
+    placement = placed(num_cpus=6)
+    assert (placement.workers, placement.device, placement.cpus_per_worker) == (1, "cpu", 6)
+    assert (placement.backend, placement.threads, placement.zero_stage, placement.trials) == ("gloo", 6, 0, 6)
+
+
+def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
+    placement = placed(num_cpus=64, num_gpus=4)
+    assert (placement.workers, placement.device, placement.backend) == (4, "cuda", "nccl")
+    assert (placement.cpus_per_worker, placement.zero_stage, placement.trials) == (8, 1, 4)
+
+
+def test_a_gpu_need_not_be_used():
+    assert placed(num_cpus=4, num_gpus=1, device="cpu").backend == "gloo"
+
+
+@pytest.mark.parametrize(("workers", "cpus"), [(1, 2), (2, 1), (3, 0.66), (4, 0.5), (7, 0.28)])
+def test_workers_share_the_cpus_without_exceeding_them(workers, cpus):
+    placement = placed(num_cpus=2, workers=workers)
+    assert placement.cpus_per_worker == cpus
+    assert placement.cpus_per_worker * placement.workers <= 2
+    assert placement.threads >= 1
+
+
+@pytest.mark.parametrize(
+    ("resources", "wishes", "told"),
+    [
+        ({}, {"device": "cuda"}, r"--placement\.device cuda: this Ray has no GPU; .*auto"),
+        (
+            {"num_gpus": 2},
+            {"workers": 3},
+            r"--placement\.workers 3: one GPU per worker, and this Ray has 2; .*at most 2",
+        ),
+        ({}, {"workers": 99}, r"--placement\.workers 99: .* at least 0\.25 .*fewer workers"),
+        ({}, {"workers": 2, "cpus_per_worker": 2}, r"2 x --placement\.cpus-per-worker 2 = 4 CPUs, .*has 2; lower"),
+        ({"num_gpus": 1}, {"trials": 2}, r"--placement\.trials 2: one GPU per trial"),
+    ],
+    ids=["no GPU", "more workers than GPUs", "starved workers", "more CPUs than there are", "more trials than GPUs"],
+)
+def test_an_impossible_placement_names_value_rule_and_remedy(resources, wishes, told):
+    with pytest.raises(ValueError, match=told):
+        placed(**resources, **wishes)
+
+
+@pytest.mark.parametrize(("cpus", "trials", "each"), [(2, 2, 1), (2, 1, 2), (5, 2, 2), (2, 4, 0.5)])
+def test_a_trial_is_a_world_of_one_that_shares_the_cpus(cpus, trials, each):
+    trial = placed(num_cpus=cpus, trials=trials).for_trial()
+    assert (trial.workers, trial.zero_stage, trial.cpus_per_worker) == (1, 0, each)
+
+
+def test_workers_that_do_not_divide_the_batch_are_refused_with_a_remedy():
+    config = TrainConfig(batch_size=32, micro_batch=16)
+    assert (config.accumulation(1), config.accumulation(2)) == (2, 1)
+    with pytest.raises(ValueError, match=r"batch_size 32 is no multiple of train\.micro_batch 16 x 3 .*lower"):
+        config.accumulation(3)

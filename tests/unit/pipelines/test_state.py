@@ -1,0 +1,80 @@
+"""What a checkpoint says of a training, and when it may be continued."""
+
+import json
+
+import pytest
+
+from pipelines.placement import Placement
+from pipelines.worker.state import ResumeError, TrainState, read_state, write_state
+
+
+def placement(workers=1, zero_stage=0) -> Placement:
+    return Placement(
+        workers=workers, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    for folder in (tmp_path, tmp_path / "best"):
+        folder.mkdir(exist_ok=True)
+        (folder / "weights.safetensors").write_bytes(b"weights of " + folder.name.encode())
+        (folder / "model.json").write_text("{}")
+    state = TrainState(epoch=3, consumed=0, step=30, best_epoch=2, best={"val_auc": 0.9, "val_loss": 0.3})
+    state.history = [{"epoch": 1, "val_auc": 0.8}]
+    write_state(tmp_path, state, seed=5, placement=placement(), manifest="m" * 64)
+    return tmp_path
+
+
+def test_a_state_is_read_as_it_was_written(checkpoint):
+    state = read_state(checkpoint, placement=placement(), manifest="m" * 64)
+    assert (state.epoch, state.step, state.best_epoch) == (3, 30, 2)
+    assert state.best == {"val_auc": 0.9, "val_loss": 0.3}
+    assert state.history == [{"epoch": 1, "val_auc": 0.8}]
+
+
+def test_train_json_holds_what_the_contract_names(checkpoint):
+    kept = json.loads((checkpoint / "train.json").read_text())
+    assert {"epoch", "consumed", "step", "seed", "ranks", "zero_stage", "manifest", "digests"} <= kept.keys()
+    assert set(kept["digests"]) == {
+        "weights.safetensors", "model.json", "best/weights.safetensors", "best/model.json",
+    }  # fmt: skip
+    assert (kept["seed"], kept["ranks"]) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "now", [placement(workers=2), placement(zero_stage=1), placement(2, 2)], ids=["ranks", "stage", "both"]
+)
+def test_another_number_of_ranks_or_zero_stage_is_refused_with_what_to_type(checkpoint, now):
+    with pytest.raises(ResumeError) as error:
+        read_state(checkpoint, placement=now, manifest="m" * 64)
+    told = str(error.value)
+    assert f"{now.workers} at stage {now.zero_stage}" in told
+    assert "--placement.workers 1 --placement.zero-stage 0" in told
+    assert "--run NAME" in told
+
+
+def test_other_data_is_refused(checkpoint):
+    with pytest.raises(ResumeError, match=r"trained on manifest m{12}, this run has n{12}; .*--run NAME"):
+        read_state(checkpoint, placement=placement(), manifest="n" * 64)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "best/model.json"])
+def test_a_damaged_file_is_named(checkpoint, name):
+    (checkpoint / name).write_bytes(b"other")
+    with pytest.raises(ResumeError, match=rf"{name} .*damaged; delete this checkpoint"):
+        read_state(checkpoint, placement=placement(), manifest="m" * 64)
+
+
+@pytest.mark.parametrize(
+    ("auc", "loss", "better"),
+    [(0.91, 0.9, True), (0.89, 0.1, False), (0.9, 0.29, True), (0.9, 0.31, False), (0.9, 0.3, False)],
+    ids=["higher AUC", "lower AUC", "same AUC, lower loss", "same AUC, higher loss", "the same"],
+)
+def test_the_best_epoch_has_the_highest_auc_then_the_lowest_loss(auc, loss, better):
+    state = TrainState(best={"val_auc": 0.9, "val_loss": 0.3})
+    assert state.is_better({"val_auc": auc, "val_loss": loss}) is better
+
+
+def test_the_first_epoch_is_the_best_so_far():
+    assert TrainState().is_better({"val_auc": 0.1, "val_loss": 9.0})

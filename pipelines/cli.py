@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
 """
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -283,7 +284,7 @@ def status(argv: Sequence[str]) -> int:
     elif not rows:
         console().print(f"no runs in {store.uri} yet; `medmamba quickstart` makes one")
     else:
-        shown = [(r["run"], r["step"], r["state"], r["finished"] or "", r["told"]) for r in rows]
+        shown = [(r["run"], r["step"], r["state"], (r["finished"] or "")[:19], r["told"]) for r in rows]
         table(f"Runs in {store.uri}", ("run", "step", "state", "finished", "facts"), shown)
     return DONE
 
@@ -324,7 +325,10 @@ def predict(argv: Sequence[str]) -> int:
 
 def submit(argv: Sequence[str]) -> int:
     """Run any of these commands as a job on a Ray cluster."""
-    own, _, command = _split_at_dashes(argv)
+    own, dashes, command = _split_at_dashes(argv)
+    nothing = UsageError("submit: nothing to run; put the command after --, as in `medmamba submit -- run release`")
+    if not dashes and set(own) & set(VERBS):
+        raise nothing
 
     def arguments(address: str = "", wait: bool = True) -> tuple[str, bool]:
         """Run a medmamba command as a Ray job: `medmamba submit --address URL -- run release --recipe quickstart`.
@@ -339,8 +343,11 @@ def submit(argv: Sequence[str]) -> int:
         return address, wait
 
     address, wait = parse(arguments, "submit", own)
+    command = command[1:] if command[:1] == ["medmamba"] else command
     if not command:
-        raise UsageError("submit: nothing to run; put the command after --, as in `-- run release`")
+        raise nothing
+    if command[0] not in VERBS:  # the cluster would find out too, minutes later
+        raise UsageError(_no_such_verb(command[0]))
     from pipelines.cluster import submit as submit_job
 
     return submit_job(address or os.environ.get("RAY_API_SERVER_ADDRESS", ""), command, wait=wait)
@@ -373,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS.get(argv[0])
     try:
         if verb is None:
-            raise UsageError(f"there is no verb {argv[0]}; there are {', '.join(VERBS)}")
+            raise UsageError(_no_such_verb(argv[0]))
         return verb(argv[1:])
     except ValidationError as error:
         return _tell(explain(error), WRONG_USE)
@@ -468,6 +475,12 @@ def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
         return argv, "", []
     at = argv.index("--")
     return argv[:at], "--", argv[at + 1 :]
+
+
+def _no_such_verb(verb: str) -> str:
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no verb {verb}; {hint}there are {', '.join(VERBS)}"
 
 
 def _print_help() -> None:

@@ -1,0 +1,341 @@
+"""The command line as a person meets it: what it prints, what it refuses and how, its exit codes. Starts no Ray."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from finished_run import NO, finish
+
+from data_shards.store import open_store
+from pipelines.cli import VERBS, WORKFLOW_FILE, main
+from pipelines.override import override
+from pipelines.recipes import RECIPES, recipe
+
+ROOT = Path(__file__).resolve().parents[3]
+DRY = ("--recipe", "quickstart", "--dry-run")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def told(capsys, *argv: str, code: int) -> str:
+    """Runs the command, holds the exit code, and returns the single line on standard error."""
+    assert main(argv) == code
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    (line,) = seen.err.splitlines()
+    assert line.startswith("medmamba: ")
+    for noise in ("Traceback", "pydantic", "input_value", "───"):
+        assert noise not in line
+    return line
+
+
+def resolved(capsys, *argv: str) -> dict:
+    """What a dry run prints as JSON."""
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_names_every_verb_recipe_and_exit_code(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb} " in text for verb in VERBS)
+    assert all(name in text for name in RECIPES)
+    assert "3 a gate said no" in text
+
+
+def test_no_verb_prints_the_help_and_is_wrong_use(capsys):
+    assert main([]) == 2
+    assert "usage: medmamba VERB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: medmamba {verb}")
+    assert "--help" in text
+
+
+def test_the_help_of_a_verb_shows_a_recipes_own_values_with_help_texts(capsys):
+    main(["train", "--recipe", "breastmnist", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--train.epochs INT Passes over the training split. (default: 50)" in text
+    assert "--model.variant {T,S,B,nano}" in text
+    assert "--placement.workers INT" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("workflow", ["release", "direct"])
+def test_every_recipe_dry_runs_in_every_workflow_and_writes_nothing(name, workflow, capsys, tmp_path):
+    found = resolved(capsys, "run", workflow, "--recipe", name, "--dry-run")
+    assert found["recipe"] == recipe(name).model_dump(mode="json")
+    assert (found["run"], found["workflow"]) == (name, workflow)
+    assert set(found["steps"].values()) == {"to do"}
+    assert ("tune" in found["steps"]) == (workflow == "release")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_configuration_and_the_steps_with_their_states(capsys):
+    assert main(["run", "release", *DRY]) == 0
+    text = capsys.readouterr().out
+    assert '"batch_size": 32' in text
+    steps = re.findall(r"^(\w+) +│ (to do)", text, re.MULTILINE)
+    assert [name for name, _ in steps] == ["shard", "tune", "train", "evaluate", "register", "promote"]
+
+
+@pytest.mark.parametrize("verb", ["shard", "tune", "train", "evaluate", "register", "promote"])
+def test_a_step_of_its_own_has_what_it_needs_before_it(verb, capsys):
+    steps = list(resolved(capsys, verb, *DRY)["steps"])
+    assert (steps[0], steps[-1]) == ("shard", verb)
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        (["--train.optim.lr", "3e-4"], "train.optim.lr", 3e-4),
+        (["--train.optim.lr=3e-4"], "train.optim.lr", 3e-4),
+        (["--train.batch_size", "64"], "train.batch_size", 64),
+        (["--tune.space.lr", "1e-4", "1e-3"], "tune.space.lr", [1e-4, 1e-3]),
+        (["--tune.space.lr"], "tune.space.lr", []),
+        (["--tune.space.batch-size", "16", "32"], "tune.space.batch_size", [16, 32]),
+        (["--model.variant", "T"], "model.variant", "T"),
+        (["--data.classes", "b", "a"], "data.classes", ["b", "a"]),
+        (["--data.max-side", "64"], "data.max_side", 64),
+        (["--data.max-side", "None"], "data.max_side", None),
+        (["--train.optim.betas", "0.8", "0.9"], "train.optim.betas", [0.8, 0.9]),
+        (["--train.class-weights"], "train.class_weights", True),
+        (["--train.no-class-weights"], "train.class_weights", False),
+        (["--data.seed", "1", "--data.seed", "2"], "data.seed", 2),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_an_option_sets_one_field(argv, key, value, capsys):
+    found = resolved(capsys, "run", "release", *DRY, *argv)["recipe"]
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+
+
+def test_booleans_can_be_switched_off_where_the_recipe_has_them_on(capsys):
+    found = resolved(capsys, "train", "--recipe", "bccd", "--dry-run", "--train.augment.no-rot90")
+    assert found["recipe"]["train"]["augment"]["rot90"] is False
+
+
+def test_the_network_is_chosen_by_its_kind(capsys):
+    found = resolved(capsys, "run", "release", *DRY, "--model.kind", "convnet", "--model.blocks", "2")
+    assert found["recipe"]["model"] == {"kind": "convnet", "num_classes": 0, "widths": [16, 32, 64, 128], "blocks": 2}
+
+
+def test_the_placement_is_parsed_but_not_part_of_the_recipe(capsys):
+    found = resolved(capsys, "train", *DRY, "--placement.workers", "2", "--placement.zero-stage", "1")
+    assert (found["placement"]["workers"], found["placement"]["zero_stage"]) == (2, "1")
+    assert found["recipe"] == recipe("quickstart").model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["trian"], r"there is no verb trian; did you mean train\? there are quickstart, run"),
+        (["train"], "train: name a recipe .*or a run"),
+        (["train", "--recipe", "quikstart"], "no such recipe; did you mean quickstart?"),
+        (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalogue .*'bloodmnist'"),
+        (["train", *DRY, "--data.dataset", "../x"], r"data\.dataset = '\.\./x'.*letters, digits"),
+        (["train", *DRY, "--train.optim.rate", "1"], r"--train\.optim\.rate, 1; did you mean --train\.optim\.lr"),
+        (["train", *DRY, "--lr", "1"], r"--lr, 1; did you mean --train\.optim\.lr, --tune\.space\.lr\?"),
+        (["train", *DRY, "extra"], "Unrecognized options: extra"),
+        (["train", *DRY, "--train.optim.lr", "-1"], r"train\.optim\.lr = -1\.0: .*greater than 0"),
+        (["train", *DRY, "--train.optim.lr", "fast"], r"--train\.optim\.lr: could not convert .*'fast'"),
+        (["train", *DRY, "--train.epochs"], r"Missing value for argument '--train\.epochs'"),
+        (["train", *DRY, "--train.epochs", "1.5"], r"--train\.epochs: invalid literal .*'1\.5'"),
+        (["train", *DRY, "--model.variant", "X"], r"invalid choice 'X' .*--model\.variant.*'nano'"),
+        (["train", *DRY, "--model.kind", "resnet"], r"--model\.kind resnet: there are medmamba, convnet"),
+        (["train", *DRY, "--model.dims", "24", "48"], r"model: dims \(24, 48\) and depths"),
+        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is no multiple of micro_batch 16"),
+        (["train", *DRY, "--placement.workers", "-1"], r"placement\.workers = -1: .*greater than or equal to 0"),
+        (["train", *DRY, "--placement.zero-stage", "4"], r"invalid choice '4' .*--placement\.zero-stage"),
+        (["tune", *DRY, "--tune.space.lr", "1e-3"], r"tune\.space: lr \(0\.001,\): give the lowest and the highest"),
+        (["tune", *DRY, "--tune.space.lr", "1e-3", "1e-4"], r"tune\.space: lr .*swap them"),
+        (["tune", *DRY, "--tune.space.lr", "0", "1e-4"], r"tune\.space: lr .*above 0"),
+        (["tune", *DRY, "--tune.space.drop-path", "0", "1"], r"model\.drop_path = 1\.0: .*less than 1"),
+        (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is no multiple"),
+        (["tune", *DRY, "--workflow", "direct"], "direct: this workflow has no step tune; it has shard, train"),
+        (["run", "relaese", *DRY], "invalid choice 'relaese' .*'release', 'direct'"),
+        (["run", "direct", *DRY, "--until", "tune"], "direct: this workflow has no step tune"),
+        (["run", *DRY, "--run", "../x"], r"--run '\.\./x': a run's name is a folder"),
+        (["run", *DRY, "--run", "a b"], "--run 'a b'"),
+        (["run", *DRY, "--run", ".hidden"], r"--run '\.hidden'"),
+        (["run", *DRY, "--run", "x" * 101], "at most 100"),
+        (["run", "--run", "nothing"], "there is no run 'nothing' in .* to go on with; name a recipe"),
+        (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is no store: give a folder or s3://"),
+        (["status", "--store", "s3://"], "--store: 's3://' names no bucket"),
+        (["status", "nothing"], "there is no run 'nothing'"),
+        (["datasets", "bloodmnst"], "did you mean 'bloodmnist'"),
+        (["datasets", "a", "b"], "datasets: Unrecognized options: b"),
+        (["predict"], "predict: name at least one image"),
+        (["submit"], "submit: nothing to run; put the command after --"),
+        (
+            ["submit", "--address", "http://127.0.0.1:1", "--", "medmamba", "trian"],
+            r"no verb trian; did you mean train",
+        ),
+        (["submit", "run", "release"], "submit: nothing to run; put the command after --"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_wrong_use_is_one_clear_line_and_exit_code_2(argv, line, capsys, tmp_path):
+    assert re.search(line, told(capsys, *argv, code=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_is_one_line_and_exit_code_1(capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["train", "--recipe", "quickstart", "--store", str(tmp_path / "file")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"medmamba: {tmp_path / 'file'}: cannot write")
+    assert "use another store" in last
+
+
+def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(capsys):
+    finish("store", "r", recipe("quickstart"))
+    assert main(["run", "release", "--recipe", "quickstart", "--run", "r", "--store", "store"]) == 0
+    seen = capsys.readouterr()
+    assert "12 images in 2 shards (train 10, val 2)" in seen.out
+    assert "1 images could not be decoded" in seen.out
+    assert "3 trials, 1 stopped early, 1 failed" in seen.out
+    assert "winner: train.optim.lr = 0.00235" in seen.out
+    assert re.search(r"logistic regression, pixels +│ 0\.7000 │ 0\.6000", seen.out)
+    assert "Only 120 test images" in seen.out
+    assert "models:/medmamba-phantoms@champion" in seen.out
+    assert [line.split() for line in seen.err.splitlines()[1:]] == [
+        [step, "done"] for step in ("shard", "tune", "train", "evaluate", "register", "promote")
+    ]
+
+
+def test_the_results_of_a_finished_run_as_json(capsys):
+    finish("store", "r", recipe("quickstart"))
+    assert main(["run", "--run", "r", "--store", "store", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["register"]["version"] == 7
+    assert list(facts) == ["shard", "tune", "train", "evaluate", "register", "promote"]
+
+
+def test_a_no_of_the_gate_is_exit_code_3_each_time_it_is_asked(capsys):
+    finish("store", "r", recipe("quickstart"), promote=NO)
+    for argv in (["run", "release", "--recipe", "quickstart"], ["promote"], ["promote"]):
+        assert main([*argv, "--run", "r", "--store", "store"]) == 3
+        assert f"not promoted: {NO['reason']}" in capsys.readouterr().err
+    assert main(["evaluate", "--run", "r", "--store", "store"]) == 0
+    assert main(["promote", "--run", "r", "--store", "store", "--dry-run"]) == 0
+
+
+def test_a_run_goes_on_by_its_name_alone_with_its_own_recipe_and_workflow(capsys):
+    begun = override(recipe("quickstart"), {"train.epochs": 3, "data.seed": 5})
+    finish("store", "mine", begun, workflow="direct", last="evaluate", failing=["train"])
+    for verb in ("run", "evaluate", "promote"):
+        found = resolved(capsys, verb, "--run", "mine", "--store", "store", "--dry-run")
+        assert found["recipe"] == begun.model_dump(mode="json")
+        assert found["workflow"] == "direct"
+        assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "interrupted")
+
+
+def test_another_value_for_a_begun_run_is_drift_named_field_by_field(capsys):
+    finish("store", "mine", recipe("quickstart"), workflow="direct")
+    argv = ["train", "--run", "mine", "--store", "store", "--train.epochs", "99", "--data.seed", "1"]
+    assert "step shard of run 'mine'" in (line := told(capsys, *argv, "--dry-run", code=2))
+    assert "seed: 0 -> 1" in line
+    line = told(capsys, *argv[:-2], "--dry-run", code=2)
+    assert "step train of run 'mine'" in line
+    assert "train.epochs: 10 -> 99" in line
+    assert "--run NAME" in line
+
+
+def test_a_sweep_cannot_join_a_finished_training(capsys):
+    finish("store", "mine", recipe("quickstart"), workflow="direct")
+    line = told(capsys, "run", "release", "--run", "mine", "--store", "store", "--dry-run", code=2)
+    assert 'inputs.tune: null -> "still to run"' in line
+
+
+def test_a_forced_promotion_is_a_step_of_its_own(capsys):
+    finish("store", "r", recipe("quickstart"), promote=NO)
+    found = resolved(capsys, "promote", "--run", "r", "--store", "store", "--force", "--dry-run")
+    assert found["steps"]["promote-forced"] == "to do"
+
+
+def test_a_damaged_record_of_the_workflow_is_named(capsys):
+    open_store("store").at("runs", "r").put(WORKFLOW_FILE, b'{"recipe": {')
+    line = told(capsys, "train", "--run", "r", "--store", "store", code=1)
+    assert "workflow.json is not whole JSON" in line
+    assert "--recipe" in line
+
+
+def test_the_store_comes_from_the_environment_where_none_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDMAMBA_STORE", str(tmp_path / "elsewhere"))
+    assert resolved(capsys, "train", *DRY)["store"] == str(tmp_path / "elsewhere")
+    assert resolved(capsys, "train", *DRY, "--store", "here")["store"] == str(tmp_path / "here")
+
+
+def test_a_ray_job_must_name_its_store(capsys, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert "--store" in told(capsys, "train", *DRY, code=2)
+
+
+def test_datasets_lists_the_sixteen_and_the_phantoms(capsys):
+    assert main(["datasets"]) == 0
+    text = capsys.readouterr().out
+    assert main(["datasets", "--json"]) == 0
+    cards = json.loads(capsys.readouterr().out)
+    assert len(cards) == 17
+    assert all(re.search(rf"^{re.escape(card['name'])} ", text, re.MULTILINE) for card in cards)
+
+
+def test_datasets_shows_one(capsys):
+    assert main(["datasets", "bloodmnist"]) == 0
+    text = capsys.readouterr().out
+    assert "Blood cells" in text
+    assert "CC BY 4.0" in text
+    assert main(["datasets", "bloodmnist", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["name"], len(shown["classes"])) == ("bloodmnist", 8)
+
+
+def test_status_of_an_empty_store_says_what_to_do(capsys, tmp_path):
+    assert main(["status", "--store", str(tmp_path / "none")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    assert main(["status", "--store", str(tmp_path / "none"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_status_lists_runs_and_shows_one(capsys):
+    finish("store", "one", recipe("quickstart"))
+    finish("store", "two", recipe("quickstart"), workflow="direct", last="train")
+    assert main(["status", "--store", "store"]) == 0
+    assert "medmamba-phantoms version 7" in capsys.readouterr().out
+    assert main(["status", "two", "--store", "store", "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)] == ["shard", "train"]
+
+
+def run_module(command: str, tmp_path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.replace("medmamba", f"{sys.executable} -m pipelines")],
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+
+
+def test_the_module_is_the_command_and_its_exit_code_reaches_the_shell(tmp_path):
+    done = run_module("medmamba train --recipe quickstart --train.epochs 0 --dry-run", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "medmamba: train.epochs = 0: Input should be greater than or equal to 1\n"
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
+    done = run_module("medmamba train --help | head -1", tmp_path)
+    assert done.stdout == "usage: medmamba train [-h] [OPTIONS]\n"
+    assert done.stderr == ""

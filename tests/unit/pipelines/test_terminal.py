@@ -1,0 +1,120 @@
+"""Plain lines where there is no terminal, live bars where there is one, tables that fit."""
+
+import pytest
+
+from pipelines import terminal
+from pipelines.terminal import Terminal, duration, table
+
+STEP = {"epoch": 2, "epochs": 4, "step": 5, "steps": 10, "images_per_s": 812.3, "loss": 0.4123, "left_s": 41.0}
+EPOCH = {
+    "epoch": 2, "finished_epoch": 2, "train_loss": 0.5, "val_loss": 0.4, "val_auc": 0.9, "val_accuracy": 0.8,
+    "images_per_s": 800.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands still until it is moved: `clock[0] += 3`."""
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture(autouse=True)
+def narrow_log(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_message_stays_one_line_in_a_log_however_long_and_whatever_its_brackets(capsys):
+    shown = Terminal()
+    told = f"step train of run [bold]x[/bold] was begun with {'another ' * 40}configuration"
+    shown.say(told)
+    shown.trace(told)
+    assert lines(capsys) == [told, told]
+
+
+def test_messages_go_to_standard_error_and_tables_to_standard_output(capsys):
+    Terminal().step("train", "starts")
+    table("Steps", ("step", "state"), [("train", "[to do]")])
+    seen = capsys.readouterr()
+    assert seen.err == "train     starts\n"
+    assert "[to do]" in seen.out
+
+
+def test_plain_progress_shows_epoch_speed_loss_percent_and_time_left(capsys, clock):
+    Terminal().progress("train", STEP)
+    assert lines(capsys) == ["train: epoch 2/4  812 images/s  loss 0.412  (37 %, 0:41 left)"]
+
+
+def test_plain_progress_comes_every_ten_seconds_and_at_the_end(capsys, clock):
+    shown = Terminal()
+    for done in range(1, 41):
+        shown.progress("shard", {"done": done, "total": 40, "unit": "shards"})
+        clock[0] += 1
+    assert lines(capsys) == [
+        "shard: 1/40 shards  (2 %)",
+        "shard: 11/40 shards  (27 %, 0:29 left)",
+        "shard: 21/40 shards  (52 %, 0:19 left)",
+        "shard: 31/40 shards  (77 %, 0:09 left)",
+        "shard: 40/40 shards  (100 %)",
+    ]
+
+
+def test_each_trial_has_its_own_lines(capsys, clock):
+    shown = Terminal()
+    for name in ("trial-a", "trial-b", "trial-a"):
+        shown.progress(name, STEP)
+    assert [line.partition(":")[0] for line in lines(capsys)] == ["trial-a", "trial-b"]
+
+
+def test_an_epochs_metrics_are_told_each_time_on_one_line(capsys, clock):
+    shown = Terminal()
+    shown.progress("train", EPOCH)
+    shown.progress("train", EPOCH)
+    (first, second) = lines(capsys)
+    assert first == second
+    assert "val AUC 0.9000" in first
+    assert "800 images/s" in first
+
+
+def test_on_a_terminal_bars_are_drawn_and_end(capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = Terminal()
+    shown.step("train", "starts")
+    shown.progress("train", STEP)
+    shown.progress("train", EPOCH)
+    shown.progress("evaluate", {"done": 3, "total": 9, "unit": "images"})
+    shown.close()
+    shown.close()
+    seen = capsys.readouterr().err
+    assert "epoch 2/4" in seen
+    assert "3/9 images" in seen
+    assert seen.count("\x1b[?25h") == 1, "the cursor is shown again"
+
+
+def test_a_quiet_terminal_says_nothing(capsys):
+    shown = Terminal(quiet=True)
+    shown.say("x")
+    shown.progress("train", STEP)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_table_keeps_every_cell_whole_by_folding_it(capsys):
+    value = "/a/long/path" * 20
+    table("Where it lies", ("what", "where"), [("store", value)])
+    folded = capsys.readouterr().out
+    assert "".join(line.partition("│")[2].strip() for line in folded.splitlines()) == value
+    assert max(map(len, folded.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (750, "12:30"), (10930, "3:02:10")])
+def test_durations_read_like_a_clock(seconds, text):
+    assert duration(seconds) == text

@@ -34,7 +34,7 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
 def _made(step: str, facts: dict[str, Any]) -> list[str]:
     if step == "shard":
         counts = {split: sum(classes.values()) for split, classes in facts["counts"].items()}
-        split = ", ".join(f"{name} {count}" for name, count in counts.items())
+        split = ", ".join(f"{name} {counts[name]}" for name in ("train", "val", "test") if name in counts)
         lines = [f"{facts['num_images']} images in {facts['num_shards']} shards ({split})"]
         if facts["quarantine"]:
             lines.append(f"{facts['quarantine']} images could not be decoded and are in quarantine")

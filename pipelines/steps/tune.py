@@ -190,10 +190,12 @@ def search_space(config: TuneStepConfig) -> dict[str, Any]:
 
 
 def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store, context: StepContext):
+    import optuna
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     filesystem, path = arrow_filesystem(out)
     for_trial = placement.for_trial()
     resources = {"CPU": for_trial.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})

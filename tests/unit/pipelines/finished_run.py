@@ -19,7 +19,7 @@ METRICS = {name: 0.9 for name in ("auc", "accuracy", "balanced_accuracy", "sensi
 FACTS: dict[str, dict[str, Any]] = {
     "shard": {
         "digest": "5" * 64, "data": "datasets/phantoms/default",
-        "counts": {"train": {"a": 6, "b": 4}, "val": {"a": 2}},
+        "counts": {"val": {"a": 2}, "train": {"a": 6, "b": 4}},
         "num_shards": 2, "num_images": 12, "quarantine": 1,
     },
     "tune": {

@@ -7,7 +7,7 @@ from pipelines.flow.record import CONFIG, RECORD, Record, read_record
 
 
 def read_status(store: Store, run: str = "") -> list[dict]:
-    """Rows {run, step, state, finished, told}, of one run or of all, in the order in which steps finished."""
+    """Rows {run, step, state, finished, seconds, told}, of one run or of all, in the order in which steps finished."""
     begun: dict[tuple[str, str], bool] = {}
     for key in store.list(f"runs/{run}/" if run else "runs/"):
         parts = key.split("/")
@@ -23,6 +23,7 @@ def read_status(store: Store, run: str = "") -> list[dict]:
                 "step": step,
                 "state": "done" if record else "interrupted",
                 "finished": record.finished if record else None,
+                "seconds": record.seconds if record else None,
                 "told": _told(record),
             }
         )

@@ -34,9 +34,12 @@ def main() -> None:
     epochs = -(-STEPS // (len(data.index("train")) // batch_size))
     config = TrainStepConfig(
         train=TrainConfig(
-            epochs=epochs, batch_size=batch_size, micro_batch=micro_batch, image_size=32,
+            epochs=epochs,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            image_size=32,
             optim=OptimConfig(lr=1e-3, warmup_epochs=1),
-        )  # fmt: skip
+        ),
     )
     ranks = int(os.environ["WORLD_SIZE"])
     placement = Placement(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from data_shards.store import Store, StoreError, open_store
+from data_shards.store import S3Store, StoreError, open_store
 
 _PART_BYTES = 64 << 20
 _JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
@@ -39,7 +39,9 @@ def open_files(uri: str) -> Files:
     if uri.lower().endswith(".tar"):
         return TarFiles(local_copy(uri))
     if uri.startswith("s3://"):
-        return StoreFiles(open_store(uri))
+        store = open_store(uri)
+        assert isinstance(store, S3Store), uri
+        return StoreFiles(store)
     folder = _local(uri)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file of no known kind: a source is a folder, a .tar, a .csv or an .npz")
@@ -99,12 +101,13 @@ class TarFiles:
 class StoreFiles:
     """The objects below an s3:// prefix, each fetched when it is read."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: S3Store):
         self._store = store
-        self.names = [name for name in store.list() if not any(hidden(part) for part in PurePosixPath(name).parts)]
+        keys = [key for key in store.raw_keys() if not any(hidden(part) for part in PurePosixPath(key).parts)]
+        self.names = [key for key in keys if key and not key.endswith("/")]
         if not self.names:
             raise ValueError(f"{store.uri} is no such source: no objects lie there; check --data.source")
-        self.folders = with_parents([], self.names)
+        self.folders = with_parents([key.rstrip("/") for key in keys if key.endswith("/")], self.names)
 
     def read(self, name: str) -> bytes:
         """The whole object."""

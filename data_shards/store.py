@@ -290,6 +290,10 @@ class S3Store(Store):
             return self._client().head_object(Bucket=self.bucket, Key=self._full(key))["ETag"]
 
     def list(self, prefix: str = "") -> Iterator[str]:
+        return (key for key in self.raw_keys(prefix) if key and not key.endswith("/"))
+
+    def raw_keys(self, prefix: str = "") -> Iterator[str]:
+        """As `list`, with the empty objects that consoles and pyarrow put where a folder is meant ("x/", "")."""
         root = f"{self.prefix}/" if self.prefix else ""
         with self._errors("cannot list"):
             pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix)
@@ -378,31 +382,23 @@ def _s3_client(pid: int, environment: tuple, *, attempts: int, read_timeout_s: f
 
 
 def arrow_filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem, str]:
-    """pyarrow's file system and the path of the store in it; same endpoint and credentials as the store's own.
+    """pyarrow's file system and the path of the store in it, at the store's own endpoint.
 
-    Fixed keys are handed over as boto3 found them (also from AWS_PROFILE); keys that expire are left to pyarrow's
-    own chain, which can renew them.
+    It holds no keys: Ray pickles it, also into the store. Whoever unpickles it finds the keys in its own AWS
+    variables and files (AWS_PROFILE too), as boto3 does.
     """
     import pyarrow.fs
 
     if not isinstance(store, S3Store):
         return pyarrow.fs.LocalFileSystem(), store.uri
     import boto3
-    from botocore.credentials import RefreshableCredentials
 
     with store._errors("cannot connect"):
         endpoint = urlsplit(store._client().meta.endpoint_url)
-        region = store._client().meta.region_name
-        session = boto3.session.Session()
-        credentials = session.get_credentials()
-    options: dict[str, Any] = {"connect_timeout": 3, "request_timeout": 20, "region": session.region_name or region}
+        region = boto3.session.Session().region_name or store._client().meta.region_name
+    options: dict[str, Any] = {"connect_timeout": 3, "request_timeout": 20, "region": region}
     if not (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
         options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
     if options["region"] in (None, "aws-global"):
         options["region"] = "us-east-1"
-    if credentials is not None and not isinstance(credentials, RefreshableCredentials):
-        fixed = credentials.get_frozen_credentials()
-        options |= {"access_key": fixed.access_key, "secret_key": fixed.secret_key}
-        if fixed.token:
-            options["session_token"] = fixed.token
     return pyarrow.fs.S3FileSystem(**options), f"{store.bucket}/{store.prefix}".rstrip("/")

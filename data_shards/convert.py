@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
 
 SETTINGS = "config.json"
+_log = logging.getLogger(__name__)
 
 Task = tuple[DataConfig, ShardPlan, str]
 RunTasks = Callable[[Callable[[Task], ShardPart], list[Task]], Iterable[ShardPart]]
@@ -65,10 +68,12 @@ def convert(
         dataset = open_dataset(out)
         _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
         return _facts(dataset, made=0)
+    settings = json.dumps(_settings(config), indent=1).encode()
+    config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
     plans = _plans(image_set, config)
-    out.put(SETTINGS, json.dumps(_settings(config), indent=1).encode())
+    out.put(SETTINGS, settings)
     kept = {plan.name: part for plan in plans if (part := find_shard(plan, config, out))}
     tasks = [(config, plan, out.uri) for plan in plans if plan.name not in kept]
     progress(len(kept), len(plans))
@@ -92,6 +97,13 @@ def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
     for plan in _plans(open_source(config), config):
         for planned in plan.rows:
             yield planned.key, planned.row.where, planned.row.frame
+
+
+def _findable(config: DataConfig) -> DataConfig:
+    """The config with an absolute source: a task may run in another folder than the one it was asked for in."""
+    if not config.source or "://" in config.source:
+        return config
+    return config.model_copy(update={"source": os.path.abspath(os.path.expanduser(config.source))})
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,7 +139,10 @@ def _commit(
 
     quarantine = tuple(sorted((q for part in parts for q in part.quarantine), key=lambda q: q.key))
     num_images = sum(len(part.samples) for part in parts)
-    _check_quarantine(config, len(quarantine), num_images, lambda: _named(plans, {q.key: q.reason for q in quarantine}))
+    reasons = {q.key: q.reason for q in quarantine}
+    _check_quarantine(config, len(quarantine), num_images, lambda: _named(plans, reasons))
+    if quarantine:  # told here only: no file name goes into the store
+        _log.warning("%d images set aside: %s", len(quarantine), "; ".join(_named(plans, reasons)))
     table = pa.concat_tables(index_table(part) for part in parts)
     index = index_bytes(table)
     manifest = Manifest(

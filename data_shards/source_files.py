@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from data_shards.config import DataConfig
+from data_shards.decode import UndecodableImage
 from data_shards.files import Files, open_files
 from data_shards.source import Row
 
@@ -29,8 +30,11 @@ class FileSet:
         self.rows, self.classes, self.task = rows, classes, task
 
     def read(self, row: Row) -> bytes:
-        """The file's bytes, as they are."""
-        return self._files.read(posixpath.normpath(posixpath.join(self._root, row.where)))
+        """The file's bytes, as they are. UndecodableImage where the file is there but cannot be read."""
+        try:
+            return self._files.read(posixpath.normpath(posixpath.join(self._root, row.where)))
+        except OSError as error:  # a link to nowhere, no right to read it, a bad block
+            raise UndecodableImage(f"cannot be read: {error.strerror or type(error).__name__}") from error
 
 
 def open_folders(config: DataConfig) -> FileSet:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -159,6 +160,31 @@ def test_few_undecodable_images_are_counted_and_the_finished_shards_are_kept_whe
     assert len(open_dataset(store).manifest.quarantine) == 2
     with pytest.raises(ValueError, match="max_quarantine"):  # also when it is finished
         convert(config, store)
+
+
+def test_what_is_set_aside_is_told_by_file_name_and_no_name_goes_into_the_store(tmp_path, caplog):
+    config = folder_config(tmp_path / "set", bad=1, max_quarantine=0.05)
+    (tmp_path / "set/right/7 (1).png").unlink()
+    (tmp_path / "set/right/7 (1).png").symlink_to(tmp_path / "nowhere")
+    store = open_store(str(tmp_path / "out"))
+    assert convert(config, store)["quarantine"] == 2
+    assert "2 images set aside: left/0 (1).png (" in caplog.text
+    assert "right/7 (1).png (cannot be read: No such file or directory)" in caplog.text
+    assert not any(b"7 (1).png" in store.get(key) for key in store.list())
+
+
+def test_a_relative_source_is_found_by_a_task_that_runs_in_another_folder(tmp_path, monkeypatch):
+    config = folder_config(tmp_path / "set", bad=0)
+    here, there = open_store(str(tmp_path / "here")), open_store(str(tmp_path / "there"))
+    monkeypatch.chdir(tmp_path)
+    relative = config.model_copy(update={"source": "set"})
+
+    def run_elsewhere(run, tasks):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=os.chdir, initargs=("/",)) as pool:
+            return list(pool.map(run, tasks))
+
+    assert convert(relative, there, run_tasks=run_elsewhere)["digest"] == convert(config, here)["digest"]
+    assert json.loads(there.get("config.json"))["source"] == "set"
 
 
 def test_grey_and_rgb_images_in_one_set_make_a_dataset_of_three_channels(tmp_path):

@@ -4,12 +4,13 @@ import io
 import tarfile
 from collections import Counter
 
+import boto3
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_shards.config import DataConfig, PhantomConfig
-from data_shards.decode import decode
+from data_shards.decode import UndecodableImage, decode
 from data_shards.source import open_source
 from data_shards.split import LeakError, assign_splits
 from data_shards.store import open_store
@@ -298,6 +299,33 @@ def test_an_empty_class_folder_of_a_local_set_is_seen(tmp_path):
     (tmp_path / "normal").mkdir()
     with pytest.raises(ValueError, match=r"class folder 'normal' .* is empty"):
         open_source(config(tmp_path, layout="folders"))
+
+
+def test_folders_made_in_an_s3_console_are_folders_and_an_empty_one_is_seen(s3):
+    store = open_store(s3)
+    client = boto3.client("s3")
+    bucket, _, prefix = s3.removeprefix("s3://").partition("/")
+    for name, data in FOLDERS.items():
+        store.put(name, data)
+    present = sorted({name.partition("/")[0] for name in FOLDERS})
+    for folder in ("", *(f"{name}/" for name in present)):
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{folder}", Body=b"")
+    images = open_source(config(s3, layout="folders"))
+    assert (images.classes, len(images.rows)) == (tuple(present), len(FOLDERS))
+    client.put_object(Bucket=bucket, Key=f"{prefix}/zebra/", Body=b"")
+    with pytest.raises(ValueError, match=r"class folder 'zebra' .* is empty"):
+        open_source(config(s3, layout="folders"))
+
+
+def test_an_image_that_is_there_but_cannot_be_read_has_a_reason(tmp_path):
+    write(tmp_path, FOLDERS)
+    name = next(iter(FOLDERS))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    images = open_source(config(tmp_path, layout="folders"))
+    with pytest.raises(UndecodableImage) as caught:
+        images.read(next(row for row in images.rows if row.where == name))
+    assert caught.value.reason == "cannot be read: No such file or directory"
 
 
 def test_a_torn_tar_is_named(tmp_path):

@@ -50,8 +50,12 @@ def group_key(dataset: str, salt: str, group: str) -> str:
 
 
 def config_digest(config: DataConfig) -> str:
-    """sha256 of every setting that decides the bytes, whatever the conversion is called and wherever its source is."""
-    return digest_of(config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES))
+    """sha256 of every setting that decides the bytes, whatever the conversion is called and wherever its source is.
+
+    Settings at their default are left out, so that a setting added later does not move the version of datasets made
+    before. The defaults themselves may therefore never change (a test holds them).
+    """
+    return digest_of(config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES, exclude_defaults=True))
 
 
 def shard_digest(plan: ShardPlan, config: DataConfig) -> str:

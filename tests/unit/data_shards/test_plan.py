@@ -7,7 +7,7 @@ import pytest
 from tiny_sets import in_memory_set
 
 from data_shards.config import DataConfig
-from data_shards.plan import config_digest, plan_shards, sample_key, shard_digest
+from data_shards.plan import config_digest, digest_of, plan_shards, sample_key, shard_digest
 from data_shards.source import Row
 
 CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", samples_per_shard=4)
@@ -84,3 +84,21 @@ def test_a_shard_of_another_source_is_another_shard():
     rows, splits = rows_and_splits()
     plan = plan_shards(rows, splits, CONFIG)[0]
     assert shard_digest(plan, CONFIG) != shard_digest(plan, CONFIG.model_copy(update={"source": "/elsewhere"}))
+
+
+def test_settings_at_their_default_are_no_part_of_the_digest_so_that_new_ones_move_no_version():
+    assert config_digest(DataConfig(samples_per_shard=1000)) == config_digest(DataConfig())
+    assert config_digest(DataConfig()) == digest_of({})
+
+
+def test_no_default_that_decides_bytes_has_changed():
+    """Datasets made with the old default would keep their version, although they could not be made again."""
+    assert DataConfig().model_dump(mode="json") == {
+        "dataset": "phantoms", "name": "default", "source": "", "layout": "catalog", "classes": [], "task": "catalog",
+        "csv": "", "image_column": "", "label_column": "", "group_column": "", "split_column": "",
+        "val_fraction": 0.15, "test_fraction": 0.2, "seed": 0, "salt": "", "max_side": None, "max_quarantine": 0.01,
+        "samples_per_shard": 1000,
+        "phantoms": {
+            "num_patients": 300, "images_per_patient": 4, "side": 64, "speckle": 0.3, "contrast": [0.5, 0.85],
+        },
+    }, "give a new setting a default that means the bytes of before, and add it here"  # fmt: skip

@@ -1,7 +1,7 @@
 """AdamW: which parameter decays (by name), and the learning rate of each step (a pure function)."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,7 @@ class OptimConfig(BaseModel):
     """Peak learning rate, for one optimiser step over the global batch."""
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
     """Decoupled weight decay. Norms, biases and the scan's A_logs, Ds and dt_projs_bias never decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of AdamW's running mean and running square of the gradient."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's guard against division by zero."""
@@ -30,7 +30,7 @@ class OptimConfig(BaseModel):
     """cosine: falls smoothly to the end; step: times `gamma` at each of `milestones` (the paper); constant."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs (also a fraction of one) over which the rate rises linearly from near 0 to `lr`."""
-    milestones: tuple[int, ...] = (50, 75)
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = (50, 75)
     """Epochs at which the step schedule lowers the rate; read by `schedule=step` only."""
     gamma: float = Field(default=0.1, gt=0, le=1)
     """Factor at each milestone; read by `schedule=step` only."""

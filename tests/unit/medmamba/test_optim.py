@@ -98,7 +98,13 @@ def test_a_run_of_a_single_step_has_a_rate():
     assert rates(OptimConfig(lr=1.0), steps_per_epoch=1, epochs=1) == [1.0]
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0}, {"lr": -1e-3}, {"weight_decay": -1}, {"schedule": "linear"}, {"lrr": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0}, {"lr": -1e-3}, {"weight_decay": -1}, {"schedule": "linear"}, {"lrr": 1}, {"betas": (0.9, 2)},
+        {"betas": (-0.1, 0.9)}, {"betas": (0.9, 1.0)}, {"milestones": (-3,)}, {"milestones": (50, 0)},
+    ],
+)  # fmt: skip
 def test_fields_out_of_range_and_unknown_fields_are_refused(wrong):
     with pytest.raises(ValidationError):
         OptimConfig(**wrong)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_shards.store import Store, arrow_filesystem
+from data_shards.store import Store, StoreKeyError, arrow_filesystem
 from pipelines.board import Watch
 from pipelines.flow import StepContext
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
+from pipelines.tracking import Tracking
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.state import BEST, check_resumable
+from pipelines.worker.state import BEST, ResumeError, check_resumable
 
 RAY_RUN = "ray"
-MODEL_FILES = ("weights.safetensors", "model.json")
+SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are whole
 
 
 def run(
@@ -32,10 +33,12 @@ def run(
 ) -> dict:
     """Trains with the recipe, or with a sweep's winner over it, and keeps the best epoch's model under `out/model`.
 
-    Raises ValueError where the placement does not divide the batch or a checkpoint cannot be continued exactly.
+    Raises ValueError where the placement does not divide the batch, the model has not one output per class, or a
+    checkpoint cannot be continued exactly.
     """
     resolved = override(config, tune["winner"]) if tune else config
-    resolved.train.accumulation(placement.workers)  # an impossible placement fails here, before a worker starts
+    resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
+    resolved.with_classes(len(shard["counts"]["train"]))
     _check_resume(out, placement, shard["digest"], context)
     params = flatten(resolved.model_dump())
     with context.tracking.running(out, run=context.run, step="train", params=params) as run_id:
@@ -48,7 +51,7 @@ def run(
         }
         checkpoint = _fit(payload, placement, out, context)
         with checkpoint.as_directory() as folder:
-            facts = _keep_best(Path(folder), out, context.run, shard["max_side"])
+            facts = keep_best(Path(folder), out, context.run, shard["max_side"])
     return {**facts, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
 
 
@@ -59,9 +62,9 @@ def ray_worker(payload: dict[str, Any]) -> None:
     from pipelines.worker.launch import RayReporter, train_on_dataset
 
     checkpoint = ray.train.get_checkpoint()
-    log = functools.partial(payload["tracking"].log_epoch, payload["run_id"])
 
     def reporter(rank: int) -> RayReporter:
+        log = log_new_epochs(payload["tracking"], payload["run_id"]) if rank == 0 else None
         return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log)
 
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
@@ -72,6 +75,21 @@ def ray_worker(payload: dict[str, Any]) -> None:
             reporter,
             resume=Path(folder) if folder else None,
         )
+
+
+def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float], list[float]], None]:
+    """`tracking.log_epoch` of a run, for the epochs that the run does not have yet.
+
+    An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
+    """
+    with tracking.errors("cannot read metrics"):
+        logged = max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
+
+    def log(metrics: dict[str, float], step_losses: list[float]) -> None:
+        if metrics["epoch"] > logged:
+            tracking.log_epoch(run_id, metrics, step_losses)
+
+    return log
 
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
@@ -106,17 +124,20 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     return result.checkpoint
 
 
-def _keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:
+def keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:
     """Copies the best epoch's model to `out/model`; returns the training's facts.
 
-    The card learns of `max_side`, so that a prediction shrinks an image as the shards did.
+    The card learns of `max_side`, so that a prediction shrinks an image as the shards did. `folder` may be the stored
+    checkpoint itself, whose digests are on record: nothing is written into it.
     """
     described = json.loads((folder / BEST / "model.json").read_text())
     described["card"]["max_side"] = max_side
-    (folder / BEST / "model.json").write_text(json.dumps(described, indent=2, sort_keys=True))
+    files = {
+        "weights.safetensors": (folder / BEST / "weights.safetensors").read_bytes(),
+        "model.json": json.dumps(described, indent=2, sort_keys=True).encode(),
+    }
     digest = hashlib.sha256()
-    for name in MODEL_FILES:
-        data = (folder / BEST / name).read_bytes()
+    for name, data in files.items():
         digest.update(data)
         out.put(f"model/{name}", data)
     state = json.loads((folder / "train.json").read_text())
@@ -130,11 +151,32 @@ def _keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict
     }
 
 
+def find_checkpoint(out: Store) -> dict[str, Any] | None:
+    """The train.json of the checkpoint that Ray Train will resume from; None where it will begin at the beginning.
+
+    Only what Ray's snapshot names counts: a kill in the middle of an upload leaves a folder of which files are missing.
+    """
+    try:
+        newest = json.loads(out.get(SNAPSHOT))["latest_checkpoint_result"]
+        return json.loads(out.get(f"{RAY_RUN}/{newest['checkpoint_dir_name']}/train.json")) if newest else None
+    except StoreKeyError as error:
+        if out.head(SNAPSHOT) is None:
+            return None
+        raise ResumeError(f"{error}, which {SNAPSHOT} names: {_begin_again(out)}") from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ResumeError(
+            f"{out.uri}/{SNAPSHOT} or the checkpoint it names is torn ({error}): {_begin_again(out)}"
+        ) from error
+
+
+def _begin_again(out: Store) -> str:
+    return f"delete {out.uri}/{RAY_RUN} to train from the beginning, or use another --run NAME"
+
+
 def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:
     """Says aloud that a training goes on, and refuses one that could not go on exactly, before any worker starts."""
-    states = [key for key in out.list(RAY_RUN) if key.endswith("/train.json")]
-    if states:
-        described = json.loads(out.get(max(states)))
+    described = find_checkpoint(out)
+    if described:
         check_resumable(described, placement=placement, manifest=manifest)
         context.show.say(f"training resumes after epoch {described['epoch']}")
 

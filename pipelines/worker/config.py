@@ -68,3 +68,12 @@ class TrainStepConfig(BaseModel):
     """The network."""
     train: TrainConfig = TrainConfig()
     """How its weights are found."""
+
+    def with_classes(self, num_classes: int) -> TrainStepConfig:
+        """The config whose model has an output for each class of the data; ValueError where it asks for another."""
+        if self.model.num_classes not in (0, num_classes):
+            raise ValueError(
+                f"model.num_classes {self.model.num_classes}: the data set has {num_classes} classes, and the network "
+                f"needs one output for each; leave it at 0, or give {num_classes}"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"num_classes": num_classes})})

@@ -67,9 +67,7 @@ def train_on_dataset(
 
     data = open_dataset(open_store(dataset[0]), digest=dataset[1])
     torch.manual_seed(config.train.seed)
-    if config.model.num_classes == 0:
-        model_config = config.model.model_copy(update={"num_classes": len(data.manifest.classes)})
-        config = config.model_copy(update={"model": model_config})
+    config = config.with_classes(len(data.manifest.classes))
     model = build_model(config.model, scan=placement.scan, device=placement.device)
     engine = Engine(model, config.train, placement)
     return train_loop(config, placement, data, engine, reporter(engine.rank), resume)

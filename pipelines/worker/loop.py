@@ -24,7 +24,7 @@ from pipelines.worker.batch_statistics import BatchStatistics
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
-from pipelines.worker.state import BEST, TrainState, read_state, write_state
+from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
 
 ENGINE = "engine"
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -131,7 +131,13 @@ def train_loop(
                 engine.save_model(folder, config.model, model_card(config, data))
                 if engine.rank == 0:
                     shutil.copytree(best, folder / BEST)
-                    write_state(folder, state, seed=train.seed, placement=placement, manifest=data.digest)
+                # Each rank holds its own share of engine/; Ray puts the shares together.
+                shares = engine.gather(file_digests(folder))
+                digests = {name: digest for share in shares for name, digest in share.items()}
+                if engine.rank == 0:
+                    write_state(
+                        folder, state, seed=train.seed, placement=placement, manifest=data.digest, digests=digests
+                    )
 
             report.epoch(metrics, step_losses, save)
     return state

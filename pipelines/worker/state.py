@@ -40,19 +40,23 @@ class TrainState:
         return (metrics["val_auc"], -metrics["val_loss"]) > (self.best["val_auc"], -self.best["val_loss"])
 
 
-def write_state(folder: Path, state: TrainState, *, seed: int, placement: Placement, manifest: str) -> None:
-    """Writes train.json, the last file of a checkpoint: it holds the digests of the weights beside it."""
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of this rank's share of a checkpoint, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def write_state(
+    folder: Path, state: TrainState, *, seed: int, placement: Placement, manifest: str, digests: dict[str, str]
+) -> None:
+    """Writes train.json, the last file of a checkpoint: it holds the `digests` of all others, of every rank."""
     described = {
         **asdict(state),
         "seed": seed,
         "ranks": placement.workers,
         "zero_stage": placement.zero_stage,
         "manifest": manifest,
-        "digests": {
-            str(path.relative_to(folder)): file_digest(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name in ("weights.safetensors", "model.json")
-        },
+        "digests": digests,
     }
     (folder / "train.json").write_text(json.dumps(described, indent=2, sort_keys=True))
 
@@ -62,10 +66,11 @@ def read_state(folder: Path, *, placement: Placement, manifest: str) -> TrainSta
     described = json.loads((folder / "train.json").read_text())
     check_resumable(described, placement=placement, manifest=manifest)
     for name, digest in described["digests"].items():
-        if file_digest(folder / name) != digest:
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise ResumeError(
-                f"{name} of the checkpoint of epoch {described['epoch']} has another digest than train.json says: "
-                f"it is damaged; delete this checkpoint to resume from the one before"
+                f"{name} of the checkpoint of epoch {described['epoch']} is missing or has another digest than "
+                f"train.json says: the checkpoint is damaged, and it is the only one; delete the folder `ray` of this "
+                f"step to begin it again, or use another --run NAME"
             )
     return TrainState(**{name: described[name] for name in TrainState.__dataclass_fields__})
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines.placement import Placement
-from pipelines.worker.state import ResumeError, TrainState, read_state, write_state
+from pipelines.worker.state import ResumeError, TrainState, file_digests, read_state, write_state
 
 
 def placement(workers=1, zero_stage=0) -> Placement:
@@ -16,13 +16,16 @@ def placement(workers=1, zero_stage=0) -> Placement:
 
 @pytest.fixture
 def checkpoint(tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/optim_states.pt").write_bytes(b"this rank's")
     for folder in (tmp_path, tmp_path / "best"):
         folder.mkdir(exist_ok=True)
         (folder / "weights.safetensors").write_bytes(b"weights of " + folder.name.encode())
         (folder / "model.json").write_text("{}")
     state = TrainState(epoch=3, consumed=0, step=30, best_epoch=2, best={"val_auc": 0.9, "val_loss": 0.3})
     state.history = [{"epoch": 1, "val_auc": 0.8}]
-    write_state(tmp_path, state, seed=5, placement=placement(), manifest="m" * 64)
+    digests = file_digests(tmp_path)
+    write_state(tmp_path, state, seed=5, placement=placement(), manifest="m" * 64, digests=digests)
     return tmp_path
 
 
@@ -37,7 +40,7 @@ def test_train_json_holds_what_the_contract_names(checkpoint):
     kept = json.loads((checkpoint / "train.json").read_text())
     assert {"epoch", "consumed", "step", "seed", "ranks", "zero_stage", "manifest", "digests"} <= kept.keys()
     assert set(kept["digests"]) == {
-        "weights.safetensors", "model.json", "best/weights.safetensors", "best/model.json",
+        "weights.safetensors", "model.json", "best/weights.safetensors", "best/model.json", "engine/optim_states.pt",
     }  # fmt: skip
     assert (kept["seed"], kept["ranks"]) == (5, 1)
 
@@ -59,10 +62,11 @@ def test_other_data_is_refused(checkpoint):
         read_state(checkpoint, placement=placement(), manifest="n" * 64)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "best/model.json"])
-def test_a_damaged_file_is_named(checkpoint, name):
-    (checkpoint / name).write_bytes(b"other")
-    with pytest.raises(ResumeError, match=rf"{name} .*damaged; delete this checkpoint"):
+@pytest.mark.parametrize("name", ["weights.safetensors", "best/model.json", "engine/optim_states.pt"])
+@pytest.mark.parametrize("is_there", [True, False], ids=["damaged", "missing"])
+def test_a_damaged_or_missing_file_is_named(checkpoint, name, is_there):
+    (checkpoint / name).write_bytes(b"other") if is_there else (checkpoint / name).unlink()
+    with pytest.raises(ResumeError, match=rf"{name} .*damaged.*delete the folder `ray` .*--run NAME"):
         read_state(checkpoint, placement=placement(), manifest="m" * 64)
 
 

@@ -1,0 +1,92 @@
+"""The training step around the workers: what it resumes from, what it keeps, what it tells MLflow."""
+
+import json
+
+import pytest
+
+from data_shards.store import open_store
+from medmamba.config import ConvNetConfig, MedMambaConfig
+from pipelines.placement import Placement
+from pipelines.steps.train import SNAPSHOT, find_checkpoint, keep_best, log_new_epochs
+from pipelines.tracking import open_tracking
+from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.state import ResumeError, TrainState, file_digests, read_state, write_state
+
+ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+FIRST, SECOND = "checkpoint_2026-01-01_00-00-00.000001", "checkpoint_2026-01-01_00-00-09.000001"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return open_store(str(tmp_path / "store")).at("runs/r/train")
+
+
+def snapshot(newest: str | None) -> bytes:
+    return json.dumps({"latest_checkpoint_result": newest and {"checkpoint_dir_name": newest, "metrics": {}}}).encode()
+
+
+def test_the_checkpoint_stays_as_it_was_when_its_best_model_is_kept(tmp_path, out):
+    folder = tmp_path / "checkpoint"
+    (folder / "best").mkdir(parents=True)
+    (folder / "best/weights.safetensors").write_bytes(b"weights")
+    (folder / "best/model.json").write_text('{"card": {"classes": ["a", "b"]}}')
+    state = TrainState(epoch=2, best_epoch=1, best={"val_auc": 0.9, "val_loss": 0.3})
+    write_state(folder, state, seed=0, placement=ALONE, manifest="m", digests=file_digests(folder))
+    facts = keep_best(folder, out, "r", max_side=128)
+    assert json.loads(out.get("model/model.json"))["card"] == {"classes": ["a", "b"], "max_side": 128}
+    assert (out.get("model/weights.safetensors"), facts["best_epoch"], facts["epochs"]) == (b"weights", 1, 2)
+    # Had it failed after this, the same command must be able to resume.
+    assert read_state(folder, placement=ALONE, manifest="m").epoch == 2
+    assert keep_best(folder, out, "r", max_side=128) == facts
+
+
+def test_without_a_snapshot_a_training_begins_at_the_beginning_whatever_an_upload_left(out):
+    assert find_checkpoint(out) is None
+    out.put(f"ray/{FIRST}/train.json", b"")
+    assert find_checkpoint(out) is None
+    out.put(SNAPSHOT, snapshot(None))
+    assert find_checkpoint(out) is None
+
+
+def test_a_checkpoint_that_was_being_uploaded_at_the_kill_is_not_looked_at(out):
+    out.put(f"ray/{FIRST}/train.json", b'{"epoch": 1}')
+    out.put(f"ray/{SECOND}/train.json", b"")
+    out.put(SNAPSHOT, snapshot(FIRST))
+    assert find_checkpoint(out) == {"epoch": 1}
+
+
+@pytest.mark.parametrize(
+    ("kept", "state"),
+    [(snapshot(FIRST)[:20], b"{}"), (b"", b"{}"), (snapshot(FIRST), b""), (snapshot(FIRST), None), (b"{}", b"{}")],
+    ids=["torn snapshot", "empty snapshot", "torn train.json", "no train.json", "another snapshot"],
+)
+def test_what_is_torn_is_told_with_what_to_delete(out, kept, state):
+    out.put(SNAPSHOT, kept)
+    if state is not None:
+        out.put(f"ray/{FIRST}/train.json", state)
+    with pytest.raises(ResumeError, match=f"delete {out.uri}/ray to train from the beginning, or use another --run"):
+        find_checkpoint(out)
+
+
+def test_an_epoch_trained_again_after_a_kill_is_not_logged_twice(tmp_path):
+    store = open_store(str(tmp_path))
+    tracking = open_tracking(store)
+    run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
+    log = log_new_epochs(tracking, run_id)
+    for epoch in (1, 2):
+        log({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
+    log = log_new_epochs(tracking, run_id)  # epoch 2 was logged, but the kill came before its checkpoint
+    for epoch in (2, 3):
+        log({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
+    history = {name: tracking.client.get_metric_history(run_id, name) for name in ("train_loss", "step_loss")}
+    assert [point.step for point in history["train_loss"]] == [1, 2, 3]
+    assert [point.step for point in history["step_loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("model", [MedMambaConfig(), ConvNetConfig()], ids=["MedMamba", "ConvNet"])
+def test_the_network_has_an_output_for_each_class_of_the_data(model):
+    assert TrainStepConfig(model=model).with_classes(3).model.num_classes == 3
+    five = TrainStepConfig(model=model.model_copy(update={"num_classes": 5}))
+    assert five.with_classes(5) == five
+    with pytest.raises(ValueError, match=r"num_classes 5: the data set has 3 classes.*leave it at 0"):
+        five.with_classes(3)

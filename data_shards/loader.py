@@ -151,6 +151,11 @@ def batches(
     )
 
 
+def read_images(dataset: Dataset, split: str, index: np.ndarray, *, image_size: int) -> np.ndarray:
+    """The images (len(index), H, W, C) uint8 at these positions of the split's index, stretched to `image_size`."""
+    return _pixels(dataset, split, image_size, image_size, CACHE_BYTES).gather(index)
+
+
 def _micro_batch(batch: int, micro: int | None, ranks: int) -> int:
     if batch < 1 or ranks < 1 or (micro is not None and micro < 1):
         raise ValueError(f"batch {batch}, micro-batch {micro} and ranks {ranks} must each be at least 1")

@@ -76,12 +76,17 @@ def macro_auc(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str = "multicl
 def rank_auc(score_n: np.ndarray, truth_n: np.ndarray) -> float:
     """Probability that a positive sample outscores a negative one, ties counting half (Mann-Whitney U).
 
-    By ranks with numpy alone: a bootstrap calls it thousands of times. `truth_n` is boolean with both values.
+    `truth_n` is boolean with both values.
     """
-    _, inverse_n, counts = np.unique(score_n, return_inverse=True, return_counts=True)
+    return auc_of_ranks(np.unique(score_n, return_inverse=True)[1], truth_n)
+
+
+def auc_of_ranks(rank_n: np.ndarray, truth_n: np.ndarray) -> float:
+    """As `rank_auc`, of whole numbers from 0 on in place of scores. Sorts nothing: a bootstrap calls it a lot."""
+    counts = np.bincount(rank_n)
     mean_rank = np.cumsum(counts) - (counts - 1) / 2
     positives = int(truth_n.sum())
-    rank_sum = mean_rank[inverse_n[truth_n]].sum()
+    rank_sum = mean_rank[rank_n[truth_n]].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * (len(truth_n) - positives)))
 
 

@@ -29,7 +29,7 @@ class EvaluateConfig(BaseModel):
     baseline_side: int = Field(28, ge=0)
     """Side in pixels of the images that the logistic regression beside the network sees. 0: no baselines."""
     baseline_samples: int = Field(5000, ge=10)
-    """Training images the baselines are fitted on at most (the first of the shuffled training split)."""
+    """Training images the baselines are fitted on at most: of every class its share, and at least one."""
 
 
 def run(
@@ -37,7 +37,8 @@ def run(
 ) -> dict:
     """Evaluates on the test split, every sample exactly once, and keeps the scores as Parquet.
 
-    Returns metrics, the yardsticks (chance, logistic regression on pixels, on width and height) and where things lie.
+    Returns metrics, the interval of the AUC, the yardsticks (chance, logistic regression on pixels, on width and
+    height), why one of them is absent, and where things lie.
     """
     uri = context.store.at(shard["data"]).uri
     data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
@@ -48,7 +49,7 @@ def run(
         out.put(PREDICTIONS, table)
         metrics = _measure(scores, labels, data.manifest.task)
         context.show.say("fitting the yardsticks: logistic regression on the same images")
-        baselines = _baselines(config, data)
+        baselines, absent = _baselines(config, data)
         logged = {f"test_{name}": value for name, value in metrics.items()}
         for name, found in baselines.items():
             logged |= {f"baseline_{name}_{key}": value for key, value in found.items()}
@@ -58,7 +59,9 @@ def run(
         "predictions": f"runs/{context.run}/evaluate/{PREDICTIONS}",
         "num_samples": len(labels),
         "metrics": metrics,
+        "intervals": _intervals(scores, data),
         "baselines": baselines,
+        "absent_baselines": absent,
         "manifest": shard["digest"],
         "mlflow_run": run_id,
     }
@@ -160,25 +163,54 @@ def _parquet(data: Dataset, scores: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _baselines(config: EvaluateConfig, data: Dataset) -> dict[str, dict[str, float]]:
-    """Metrics of chance and of logistic regressions, on the same splits as the network."""
-    if config.baseline_side == 0 or data.manifest.task == "multilabel":
+def _intervals(scores: np.ndarray, data: Dataset) -> dict[str, list[float]]:
+    """The 95 % interval of the test AUC over resampled groups; none where there are too few groups for one."""
+    from medmamba.metrics.intervals import auc_interval
+
+    index = data.index("test")
+    try:
+        return {"auc": list(auc_interval(scores, index.labels, index.group.tolist()))}
+    except ValueError:
         return {}
+
+
+def _baselines(config: EvaluateConfig, data: Dataset) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Metrics of chance and of logistic regressions, on the same splits as the network; and why one is absent."""
+    if config.baseline_side == 0 or data.manifest.task == "multilabel":
+        return {}, {}
     from medmamba.metrics.baselines import logistic_regression
 
     found = {"chance": {"auc": 0.5, "accuracy": _majority_accuracy(data)}}
+    absent: dict[str, str] = {}
     train, test = data.index("train"), data.index("test")
-    fitted = slice(0, config.baseline_samples)
-    train_y, test_y = train.labels[fitted].argmax(1), test.labels
-    features = {"pixels": _pixels(data, config)}
+    fitted = stratified(train.labels.argmax(1), config.baseline_samples)
+    features = {"pixels": (_pixels(data, "train", fitted, config), _pixels(data, "test", np.arange(len(test)), config))}
     sizes = [np.stack([index.width, index.height], 1).astype(np.float32) for index in (train, test)]
     if sizes[0].std(0).any():
         features["size"] = (sizes[0][fitted], sizes[1])
-    classes = len(data.manifest.classes)
     for name, (train_x, test_x) in features.items():
-        metrics = _measure(logistic_regression(train_x, train_y, test_x, classes), test_y, data.manifest.task)
+        try:
+            scores = logistic_regression(train_x, train.labels[fitted], test_x, len(data.manifest.classes))
+            metrics = _measure(scores, test.labels, data.manifest.task)
+        except ValueError as error:  # a yardstick is no reason to lose the evaluation it stands beside
+            absent[name] = str(error)
+            continue
         found[name] = {key: metrics[key] for key in ("auc", "accuracy", "balanced_accuracy")}
-    return found
+    return found, absent
+
+
+def stratified(classes_n: np.ndarray, at_most: int) -> np.ndarray:
+    """Positions of about `at_most` samples, in order: of each class the first ones, as many as its share, at least one.
+
+    The samples of a split lie shuffled, so the first are as good as any.
+    """
+    if len(classes_n) <= at_most:
+        return np.arange(len(classes_n))
+    chosen = []
+    for number in np.unique(classes_n):
+        members = np.flatnonzero(classes_n == number)
+        chosen.append(members[: max(1, len(members) * at_most // len(classes_n))])
+    return np.sort(np.concatenate(chosen))
 
 
 def _majority_accuracy(data: Dataset) -> float:
@@ -186,18 +218,9 @@ def _majority_accuracy(data: Dataset) -> float:
     return float(data.index("test").labels[:, majority].mean())
 
 
-def _pixels(data: Dataset, config: EvaluateConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Flattened pixels in [0, 1] of the training images to fit on, and of the test images."""
-    from data_shards.loader import batches
+def _pixels(data: Dataset, split: str, index: np.ndarray, config: EvaluateConfig) -> np.ndarray:
+    """Flattened pixels in [0, 1] of the images at these positions of the split, one row each."""
+    from data_shards.loader import read_images
 
-    arrays = []
-    for split, limit in (("train", config.baseline_samples), ("test", None)):
-        rows, seen = [], 0
-        for batch in batches(data, split, batch=256, image_size=config.baseline_side, train=False):
-            images = batch.images[batch.mask]
-            rows.append(images.reshape(len(images), -1).astype(np.float32) / 255)
-            seen += len(images)
-            if limit is not None and seen >= limit:
-                break
-        arrays.append(np.concatenate(rows)[:limit])
-    return arrays[0], arrays[1]
+    images = read_images(data, split, index, image_size=config.baseline_side)
+    return images.reshape(len(images), -1).astype(np.float32) / 255

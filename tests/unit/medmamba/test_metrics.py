@@ -9,7 +9,7 @@ from sklearn import metrics as sk
 
 from medmamba.metrics.baselines import logistic_regression
 from medmamba.metrics.classification import by_class, evaluate, macro_auc, rank_auc
-from medmamba.metrics.intervals import bootstrap_interval
+from medmamba.metrics.intervals import auc_interval, bootstrap_interval
 
 
 def drawn(num_classes: int, *, task: str = "multiclass", n: int = 200, seed: int = 0):
@@ -105,6 +105,14 @@ def test_an_interval_holds_the_figure_and_is_wider_when_a_patients_images_go_tog
     assert by_patient[0] < figure < by_patient[1]
     assert by_patient[1] - by_patient[0] > 1.5 * (by_image[1] - by_image[0])
     assert by_patient == bootstrap_interval(scores, labels, macro_auc, patients, num_resamples=200)
+
+
+def test_the_quick_interval_of_the_auc_is_that_of_any_metric():
+    rng = np.random.default_rng(1)
+    labels = np.eye(3, dtype=int)[np.arange(90) % 3]
+    scores = np.round(labels + rng.normal(size=(90, 3)), 1)  # rounded: with ties
+    groups = [str(i // 3) for i in range(90)]
+    assert auc_interval(scores, labels, groups) == pytest.approx(bootstrap_interval(scores, labels, macro_auc, groups))
 
 
 def test_an_interval_from_too_few_groups_is_refused():

@@ -1,0 +1,50 @@
+"""What stands beside the network's metrics: yardsticks that cannot cost the evaluation, and an interval."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_shards.config import DataConfig, PhantomConfig
+from data_shards.convert import convert
+from data_shards.manifest import open_dataset
+from data_shards.store import open_store
+from pipelines.steps.evaluate import EvaluateConfig, _baselines, _intervals, stratified
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    config = DataConfig(phantoms=PhantomConfig(num_patients=60, images_per_patient=2, side=32), samples_per_shard=30)
+    store = open_store(str(tmp_path_factory.mktemp("data")))
+    convert(config, store)
+    return open_dataset(store)
+
+
+def test_a_rare_class_is_among_the_samples_the_yardsticks_are_fitted_on():
+    classes = np.array([0] * 900 + [1] * 99 + [2])
+    chosen = stratified(classes, 100)
+    assert np.bincount(classes[chosen]).tolist() == [90, 9, 1]
+    assert (np.diff(chosen) > 0).all()
+    assert (stratified(classes, 100) == chosen).all()
+    assert stratified(classes, 1000).tolist() == list(range(1000))
+
+
+def test_yardsticks_are_fitted_on_few_images_of_every_class(data):
+    found, absent = _baselines(EvaluateConfig(baseline_side=16, baseline_samples=10), data)
+    assert absent == {}
+    assert {"auc", "accuracy", "balanced_accuracy"} == found["pixels"].keys()
+
+
+def test_a_yardstick_that_cannot_be_fitted_is_absent_with_its_reason(data):
+    manifest = data.manifest.model_copy(update={"classes": (*data.manifest.classes, "one that no image shows")})
+    found, absent = _baselines(EvaluateConfig(baseline_side=16), dataclasses.replace(data, manifest=manifest))
+    assert set(found) == {"chance"}
+    assert "the yardstick needs every class" in absent["pixels"]
+
+
+def test_the_interval_of_the_auc_is_by_group_seeded_and_holds_the_auc(data):
+    index = data.index("test")
+    scores = index.labels * 0.6 + np.random.default_rng(0).random(index.labels.shape)
+    (low, high) = _intervals(scores, data)["auc"]
+    assert 0.5 < low < high <= 1
+    assert _intervals(scores, data)["auc"] == [low, high]

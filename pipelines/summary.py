@@ -69,11 +69,10 @@ def _print_metrics(facts: dict[str, Any]) -> None:
         if key in facts["baselines"]:
             found = facts["baselines"][key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
-    absent = [f"{called[key]}: {reason}" for key, reason in facts.get("absent_baselines", {}).items()]
     table(title, ("on the same images", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
     interval = facts.get("intervals", {}).get("auc")
-    for line in absent:
-        console().print(f"not to be had: {line}", markup=False)
+    for key, reason in facts.get("absent_baselines", {}).items():
+        console().print(f"{called[key]}: not to be had ({reason})")
     if interval:
         console().print(f"95 % interval of the network's AUC, by group: {interval[0]:.3f} to {interval[1]:.3f}")
     if facts["num_samples"] < FEW_TEST_IMAGES:

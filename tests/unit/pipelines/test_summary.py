@@ -1,0 +1,23 @@
+"""The table of a judged model: what is beside its metrics, and what could not be had."""
+
+from finished_run import FACTS
+
+from data_shards.store import open_store
+from pipelines.flow import StepState
+from pipelines.flow.record import Record
+from pipelines.summary import print_summary
+
+
+def printed(store, capsys, **judged) -> str:
+    facts = {**FACTS["evaluate"], **judged}
+    record = Record(facts, {}, 3.0, started="", finished="", placement={}, git_commit="", packages={})
+    print_summary([StepState("evaluate", "done", record)], store, "r")
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_interval_of_the_auc_and_a_yardstick_that_is_absent_are_told(tmp_path, capsys):
+    store = open_store(str(tmp_path))
+    told = printed(store, capsys, intervals={"auc": [0.8123, 0.9456]}, absent_baselines={"size": "[no] class b"})
+    assert "95 % interval of the network's AUC, by group: 0.812 to 0.946" in told
+    assert "logistic regression, width and height: not to be had ([no] class b)" in told
+    assert "95 % interval" not in printed(store, capsys, intervals={})

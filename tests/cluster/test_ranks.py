@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -45,19 +46,23 @@ def losses(dataset: str, ranks: int, zero_stage: int, micro_batch: int) -> list[
 
 
 @pytest.fixture(scope="module")
-def alone(dataset) -> list[float]:
-    return losses(dataset, ranks=1, zero_stage=0, micro_batch=8)
+def alone(dataset):
+    """The losses of one worker at a ZeRO stage; each stage is trained once."""
+    return functools.cache(lambda zero_stage: losses(dataset, ranks=1, zero_stage=zero_stage, micro_batch=8))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2], ids=lambda stage: f"zero-{stage}")
 def test_two_workers_have_the_loss_curve_of_one(dataset, alone, zero_stage):
     together = losses(dataset, ranks=2, zero_stage=zero_stage, micro_batch=8)
-    assert len(alone) == STEPS
-    assert alone[-1] != pytest.approx(alone[0], rel=0.01), "nothing was learned, so nothing was compared"
-    assert together == pytest.approx(alone, rel=1e-5)
+    assert len(together) == STEPS
+    assert together[-1] != pytest.approx(together[0], rel=0.01), "nothing was learned, so nothing was compared"
+    assert together == pytest.approx(alone(zero_stage), rel=1e-5)
+    # Stages clip and step in another order of rounding, 1e-8 a step. A ReLU whose input is that near to zero lets
+    # another gradient through (in this training at the eighth step), after which the curves part; until then not.
+    assert together[:6] == pytest.approx(alone(0)[:6], rel=1e-5)
 
 
 def test_another_micro_batch_is_another_training(dataset, alone):
     """The test above can fail: BatchNorm over other micro-batches moves the curve by far more than its tolerance."""
     other = losses(dataset, ranks=1, zero_stage=0, micro_batch=16)
-    assert max(abs(a - b) / a for a, b in zip(alone, other, strict=True)) > 1e-3
+    assert max(abs(a - b) / a for a, b in zip(alone(0), other, strict=True)) > 1e-3

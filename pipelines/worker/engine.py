@@ -38,6 +38,7 @@ class Engine:
             config=_deepspeed_config(config, placement),
         )
         self.model: nn.Module = self._engine.module
+        self._was_training = self.model.training
 
     def set_learning_rate(self, value: float) -> None:
         """Sets the rate of the coming step in every parameter group."""
@@ -46,6 +47,9 @@ class Engine:
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Logits (B, num_classes), under the precision of the recipe."""
+        if self.model.training != self._was_training:
+            self._forget_order()
+            self._was_training = self.model.training
         return self._engine(images_B3HW)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -78,6 +82,17 @@ class Engine:
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values
+
+    def _forget_order(self) -> None:
+        """At stage 3: lets DeepSpeed learn anew in which order the modules need their weights.
+
+        Training and validation differ in it. Without this a training resumed at stage 3 ended in DeepSpeed's "tracing
+        error", in the first step after its first validation.
+        """
+        if self._engine.zero_optimization_stage() == 3:
+            coordinator = self._optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     def _whole_parameters(self) -> contextlib.AbstractContextManager:
         if self._engine.zero_optimization_stage() < 3:

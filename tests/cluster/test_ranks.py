@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from ranks import run_ranks
 
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
@@ -29,20 +25,8 @@ def dataset(tmp_path_factory) -> str:
 
 
 def losses(dataset: str, ranks: int, zero_stage: int, micro_batch: int) -> list[float]:
-    """The loss of each of the first 20 steps, trained by `ranks` processes with one thread each."""
-    port = free_port()
-    workers = []
-    for rank in range(ranks):
-        env = {
-            **os.environ,
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        command = [sys.executable, str(RANK), dataset, str(zero_stage), str(micro_batch)]
-        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    printed = [worker.communicate(timeout=300) for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), printed[0][1][-3000:]
-    return json.loads(printed[0][0].splitlines()[-1])
+    """The loss of each of the first 20 steps."""
+    return run_ranks(RANK, ranks, dataset, str(zero_stage), str(micro_batch))
 
 
 @pytest.fixture(scope="module")

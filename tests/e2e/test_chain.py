@@ -70,6 +70,18 @@ def test_the_shards_lie_on_s3_and_nothing_was_written_beside_the_caller(facts, s
     assert list(released[1].iterdir()) == []
 
 
+def test_no_object_of_the_store_holds_the_key_that_opens_it(facts, store, services):
+    secrets = [services[name].encode() for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")]
+    kept = list(store.list())
+    assert any(key.endswith("tune/ray/tuner.pkl") for key in kept)  # Ray's pickles would hold it
+    assert not [key for key in kept if any(secret in store.get(key) for secret in secrets)]
+
+
+def test_the_test_auc_has_an_interval(facts):
+    low, high = facts["evaluate"]["intervals"]["auc"]
+    assert 0 <= low <= high <= 1
+
+
 def test_every_test_image_was_predicted_exactly_once(facts, store):
     table = pq.read_table(io.BytesIO(store.get(facts["evaluate"]["predictions"])))
     index = open_dataset(store.at(facts["shard"]["data"])).index("test")

@@ -41,8 +41,8 @@ def test_two_workers_have_the_loss_curve_of_one(dataset, alone, zero_stage):
     assert len(together) == STEPS
     assert together[-1] != pytest.approx(together[0], rel=0.01), "nothing was learned, so nothing was compared"
     assert together == pytest.approx(alone(zero_stage), rel=1e-5)
-    # Stages clip and step in another order of rounding, 1e-8 a step. A ReLU whose input is that near to zero lets
-    # another gradient through (in this training at the eighth step), after which the curves part; until then not.
+    # Stages clip and step in another order of rounding, 1e-8 a step. Losses stay equal to 1e-7 until, in this training
+    # at the eighth step, the gradients jump apart by 1e-4 (most likely a ReLU whose input is that near to zero).
     assert together[:6] == pytest.approx(alone(0)[:6], rel=1e-5)
 
 

@@ -1,0 +1,99 @@
+"""A sweep that is interrupted or fails for a reason that passes: it says so, and the same command goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from chain import TINY, command, environment, medmamba
+from mlflow import MlflowClient
+
+from pipelines.tracking import open_tracking  # noqa: F401  (MLflow's settings: no telemetry)
+
+GOES_ON = "medmamba: interrupted; the same command goes on where it stopped"
+
+
+def runs(store) -> list:
+    """All MLflow runs of a store, deleted ones not."""
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    return client.search_runs([each.experiment_id for each in client.search_experiments()])
+
+
+def trials(store) -> list:
+    return [run for run in runs(store) if "medmamba.trial" in run.data.tags]
+
+
+def began(store, epochs: int = 1) -> bool:
+    """Whether a trial has saved an epoch."""
+    return len(list((store / "runs/quickstart/tune/ray").glob("*/checkpoint_*/train.json"))) >= epochs
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_an_interrupted_sweep_is_no_success_and_goes_on(sent, tmp_path):
+    store = tmp_path / "store"
+    arguments = ["tune", *TINY, "--tune.epochs", "4", "--tune.trials", "3", "--store", str(store), "--json"]
+    process = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not began(store):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, sent)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1, told
+    assert told.splitlines()[-1] == GOES_ON
+    assert not (store / "runs/quickstart/tune/record.json").exists()
+    assert {run.info.status for run in runs(store)} <= {"FINISHED", "KILLED"}
+
+    done = medmamba(*arguments, cwd=tmp_path)
+    assert "the sweep resumes" in done.stderr
+    facts = json.loads(done.stdout)["tune"]
+    assert len(facts["trials"]) == 3
+    assert {run.info.run_id for run in trials(store)} == {row["mlflow_run"] for row in facts["trials"]}
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}
+
+
+def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_path):
+    store = tmp_path / "store"
+    arguments = [*TINY, "--store", str(store), "--json"]
+    medmamba("shard", *arguments, cwd=tmp_path)
+    # A driver that was killed between Tune's two first files left this, which Tune would take for a sweep to restore.
+    stray = store / "runs/quickstart/tune/ray/tuner.pkl"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"")
+    shards = store / "datasets/phantoms/default/shards"
+    shards.rename(shards.with_name("away"))
+    failed = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path, code=1)
+    assert "2 of 2 trials failed, and not because they diverged" in failed.stderr
+    assert "the same command tries them again" in failed.stderr
+    shards.with_name("away").rename(shards)
+
+    done = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path)
+    assert "the sweep resumes" in done.stderr
+    facts = json.loads(done.stdout)["tune"]
+    assert [row["error"] for row in facts["trials"]] == [None, None]
+    assert {run.info.run_id for run in trials(store)} == {row["mlflow_run"] for row in facts["trials"]}
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}
+
+
+def test_a_ctrl_c_in_training_is_no_success_and_the_training_goes_on(tmp_path):
+    store = tmp_path / "store"
+    arguments = ["train", *TINY, "--train.epochs", "6", "--store", str(store), "--json"]
+    process = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list((store / "runs/quickstart/train/ray").glob("checkpoint_*/train.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1, told
+    assert told.splitlines()[-1] == GOES_ON
+    assert {run.info.status for run in runs(store)} == {"FINISHED", "KILLED"}
+    done = medmamba(*arguments, cwd=tmp_path)
+    assert "training resumes after epoch" in done.stderr
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}

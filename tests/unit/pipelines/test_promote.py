@@ -147,6 +147,7 @@ def test_a_champion_tested_on_other_images_cannot_be_compared_but_force_is_recor
     _, found = registered.released(store, tracking, f"{model}-b", auc=0.9, model=model)
     assert found["verdict"] == "no"
     assert "cannot be compared" in found["reason"]
+    assert found["reason"].endswith(f"`medmamba promote --run {model}-b --force`")
     assert champion_of(tracking, model) == 1
     _, forced = registered.released(store, tracking, f"{model}-c", auc=0.9, model=model, force=True)
     assert (forced["verdict"], forced["forced"], forced["previous"]) == ("yes", True, 1)

@@ -356,12 +356,10 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["train", "--recipe", "quickstart"],
         ["train", *DRY],
         ["train", "--run", "r"],
         ["status"],
         ["predict", "image.png"],
-        ["promote", "--recipe", "quickstart", "--force"],
     ],
     ids=" ".join,
 )

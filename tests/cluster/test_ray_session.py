@@ -10,7 +10,8 @@ import pytest
 
 from pipelines.ray_session import connect
 
-PLACE = """
+SESSION = """
+import contextlib, os, sys
 from data_shards.store import open_store
 from pipelines import ray_session
 from pipelines.placement import PlacementConfig
@@ -21,7 +22,7 @@ ray_session.connect(num_cpus=%d)
 
 def outcome(num_cpus: int, lines: str, tmp_path) -> str:
     """What a process prints that has a Ray of its own, with so many CPUs."""
-    command = [sys.executable, "-c", PLACE % (num_cpus, lines)]
+    command = [sys.executable, "-c", SESSION % (num_cpus, lines)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -63,3 +64,29 @@ def test_a_password_never_reaches_a_runtime_environment(monkeypatch):
         with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI is a URL with a user, password") as told:
             connect()
     assert "s3cret" not in str(told.value)
+
+
+def test_a_trial_that_diverged_is_a_result_and_one_that_failed_otherwise_is_told(tmp_path):
+    lines = """
+from ray import tune
+from pipelines.steps.tune import _check_reasons
+from pipelines.worker.loop import TrainingError
+
+def fails_with(kind):
+    def trial(config):
+        if config["x"]:
+            raise kind("the reason")
+        tune.report({"val_auc": 0.5})
+    run = tune.RunConfig(storage_path=os.getcwd(), name=kind.__name__, verbose=0)
+    return tune.Tuner(trial, param_space={"x": tune.grid_search([0, 1])}, run_config=run).fit()
+
+with contextlib.redirect_stdout(sys.stderr):
+    diverged, failed = fails_with(TrainingError), fails_with(OSError)
+_check_reasons(diverged)
+try:
+    _check_reasons(failed)
+except ValueError as error:
+    print(error)
+"""
+    (told,) = outcome(2, lines, tmp_path).splitlines()
+    assert "1 of 2 trials failed, and not because they diverged (OSError: the reason)" in told

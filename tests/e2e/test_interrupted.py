@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -36,7 +37,11 @@ def epochs_saved(step: Path) -> int:
 def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path) -> None:
     """Begins a command, sends it a signal once another epoch is saved, and holds that it calls itself interrupted."""
     before = epochs_saved(step)
-    process = subprocess.Popen(command(*arguments), env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 200
     while epochs_saved(step) <= before:
         assert process.poll() is None, process.stderr.read()

@@ -90,6 +90,10 @@ class Store(ABC):
             with contextlib.suppress(StoreError):
                 probe.delete(key)
 
+    def reach(self) -> None:
+        """Looks for an object, and writes nothing; StoreError within 15 s where nobody answers."""
+        self._impatient().head(".probe")
+
     def _impatient(self) -> Store:
         return self
 

@@ -27,15 +27,19 @@ class UsageError(ValueError):
     """The command was called in a way that cannot be meant."""
 
 
+class HelpShown(Exception):  # noqa: N818  (no error: it was asked for)
+    """A help text was asked for and has been printed; nothing is left to do."""
+
+
 def parse(kind: Any, verb: str, argv: Sequence[str], **options: Any) -> Any:
-    """`kind` filled from `argv`; raises UsageError in one line, SystemExit after printing a help text."""
+    """`kind` filled from `argv`; raises UsageError in one line, HelpShown after printing a help text."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
             return tyro.cli(kind, prog=f"medmamba {verb}", args=list(argv), config=OPTIONS, **options)
     except SystemExit as stopped:
         if stopped.code in (0, None):
-            raise
+            raise HelpShown from None
         fault = _in_one_line(told.getvalue())
         hint = _suggestion(fault.removeprefix(UNKNOWN).split(", "), options) if fault.startswith(UNKNOWN) else ""
         raise UsageError(f"{verb}: {fault}; {hint or f'medmamba {verb} --help explains'}") from None

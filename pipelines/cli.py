@@ -19,8 +19,10 @@ from pydantic import ValidationError
 
 from data_shards.catalog import card, names
 from data_shards.store import Store, StoreError, open_store
-from pipelines.arguments import UsageError, of_kind, parse, peek, unchecked
-from pipelines.flow import DriftError, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
+from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
+from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
+from pipelines.flow.record import read_record
+from pipelines.flow.runner import step_folder
 from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -95,7 +97,8 @@ class PromoteWork(StepWork[Values, Where]):
     """Move the alias to this run's version, if the gate says yes (exit code 3 if it says no)."""
 
     force: Flag = False
-    """Move the alias although the gate said no. Kept as a step of its own, promote-forced, and on the version."""
+    """Move the alias although the gate said no, each time it has gone elsewhere. Kept on the version, and as a step of
+    its own: promote-forced, promote-forced-2, ..."""
 
 
 Resolved = Work[Recipe, PlacementConfig]
@@ -125,7 +128,7 @@ def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
         work = _parse(PromoteWork if name == "promote" else StepWork, name, argv, text + BEHAVIOUR)
         workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
         if isinstance(work, PromoteWork) and work.force:
-            return _work(work, workflow, until(_forced(WORKFLOWS[workflow](work.values)), "promote-forced"))
+            return _work(work, workflow, _forced(WORKFLOWS[workflow](work.values), work))
         return _work(work, workflow, _steps(workflow, work.values, name))
 
     verb.__doc__ = text
@@ -141,10 +144,30 @@ def _steps(workflow: str, values: Recipe, last: str) -> list[Step]:
         raise UsageError(f"{workflow}: {error}") from None
 
 
-def _forced(steps: list[Step]) -> list[Step]:
-    """The workflow with a promotion that does not ask the gate; the gate's own verdict stays as it was recorded."""
+def _forced(steps: list[Step], work: Resolved) -> list[Step]:
+    """What a promotion needs that does not ask the gate, and it; the gate's own verdict stays as it was recorded.
+
+    Forcing is an act: where the alias has gone elsewhere since the last one, there is another (promote-forced-2, ...).
+    """
     gate = next(step for step in steps if step.name == "promote")
-    return [*steps, Step("promote-forced", gate.run, override(gate.config, {"force": True}), gate.inputs)]
+    store, name = _open(work.store), "promote-forced"
+    made: list[tuple[str, Record]] = []
+    while record := read_record(step_folder(store, work.run, name)):
+        made.append((name, record))
+        name = f"promote-forced-{len(made) + 1}"
+    if made and _holds(store, made[-1][1].facts):
+        name = made[-1][0]
+    forced = Step(name, gate.run, override(gate.config, {"force": True}), gate.inputs)
+    return until([*steps, forced], name)
+
+
+def _holds(store: Store, promoted: dict[str, Any]) -> bool:
+    """Whether the alias still points to the version that a finished promotion gave it to."""
+    from pipelines.registry import by_alias
+    from pipelines.tracking import open_tracking
+
+    now = by_alias(open_tracking(store), promoted["model"], promoted["alias"])
+    return now is not None and now.number == promoted["version"]
 
 
 def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
@@ -191,7 +214,7 @@ def _open_context(work: Resolved, workflow: str, store: Store, terminal: Termina
 
     terminal.say("connecting to Ray")
     ray_session.connect()
-    placement = ray_session.place(work.placement, store)
+    placement = ray_session.place(work.placement, store, say=terminal.say)
     terminal.say(
         f"placement: {placement.workers} x {placement.cpus_per_worker:g} CPU on {placement.device}, "
         f"ZeRO {placement.zero_stage}, scan {placement.scan}, {placement.trials} trials at once"
@@ -392,10 +415,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `medmamba ... | head`: whoever read has enough. Python would complain once more when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except KeyboardInterrupt:
-        return _tell("interrupted; the same command goes on where it stopped", FAILED)
-    except SystemExit:  # tyro has printed a help text
+    except HelpShown:
         return DONE
+    except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train a Ctrl-C
+        return _tell("interrupted; the same command goes on where it stopped", FAILED)
 
 
 def _parse(kind: Any, verb: str, argv: Sequence[str], description: str) -> Any:
@@ -408,6 +431,7 @@ def _parse(kind: Any, verb: str, argv: Sequence[str], description: str) -> Any:
     changes = {key: new for key, (_, new) in difference(base.model_dump(), asdict(work.values)).items()}
     values = override(base, changes)
     placement = validated(PlacementConfig, asdict(work.placement), prefix="placement")
+    _check_scan(placement.scan)
     if values.data.layout == "catalog":
         _check_dataset(values.data.dataset)
     run_name = work.run or work.recipe
@@ -442,6 +466,14 @@ def _check_dataset(name: str) -> None:
         raise UsageError(str(error)) from None
 
 
+def _check_scan(name: str) -> None:
+    if name != "auto":
+        from medmamba.ops.ss2d_scan import backends  # imports torch, which most commands do without
+
+        if name not in backends():
+            raise UsageError(f"--placement.scan {name}: there are auto, {', '.join(backends())}")
+
+
 def _kept(store: str, run_name: str) -> dict | None:
     """The workflow and the recipe that a run was begun with, None where there is no such run."""
     if not RUN_NAME.fullmatch(run_name):
@@ -464,9 +496,11 @@ def _kept_workflow(work: Resolved) -> str:
 
 def _open(uri: str) -> Store:
     try:
-        return open_store(uri)
+        store = open_store(uri)
     except StoreError as error:  # nothing was reached for yet: the address itself cannot be meant
         raise UsageError(f"--store: {error}") from None
+    store.reach()  # once it has answered, a step waits for it with more patience
+    return store
 
 
 def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:

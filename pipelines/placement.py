@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
+MOST_CPUS = 8.0  # beside a GPU, unless more are asked for
+
+
+class Node(NamedTuple):
+    """What one machine of a Ray has."""
+
+    cpus: float
+    gpus: float = 0
 
 
 class PlacementConfig(BaseModel):
@@ -20,7 +29,8 @@ class PlacementConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
-    """CPUs (and threads) of each training worker. 0: all CPUs of Ray, shared evenly, at most 8 beside a GPU."""
+    """CPUs (and threads) of each training worker, all on one node. 0: all CPUs of Ray, shared evenly as far as its
+    nodes allow, at most 8 beside a GPU."""
     zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
     """DeepSpeed's ZeRO stage. auto: 1, or 0 for a single worker. 14-40 M parameters gain nothing from 3."""
     scan: str = "auto"
@@ -37,6 +47,7 @@ class Placement(BaseModel):
     workers: int
     device: Literal["cpu", "cuda"]
     cpus_per_worker: float
+    cpus_per_trial: float = 1
     zero_stage: int
     scan: str
     trials: int
@@ -54,31 +65,27 @@ class Placement(BaseModel):
 
     def for_trial(self) -> Placement:
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
-        cpus = self.cpus_per_worker * self.workers / self.trials
-        # A trial holds a whole number of CPUs or, where trials outnumber CPUs, an even share of one.
-        cpus = float(int(cpus)) if cpus >= 1 else cpus
-        return self.model_copy(update={"workers": 1, "zero_stage": 0, "cpus_per_worker": cpus})
+        return self.model_copy(update={"workers": 1, "zero_stage": 0, "cpus_per_worker": self.cpus_per_trial})
 
 
-def resolve(config: PlacementConfig, *, num_cpus: float, num_gpus: float, nodes: int) -> Placement:
-    """Returns the placement for a Ray with these resources.
+def resolve(config: PlacementConfig, nodes: Sequence[Node]) -> Placement:
+    """Returns the placement for a Ray of these nodes.
 
     Raises ValueError (value, rule, remedy) where it is impossible, before any worker starts.
     """
-    device = config.device if config.device != "auto" else ("cuda" if num_gpus >= 1 else "cpu")
-    if device == "cuda" and num_gpus < 1:
+    num_cpus, num_gpus = sum(node.cpus for node in nodes), sum(int(node.gpus) for node in nodes)
+    device = config.device if config.device != "auto" else ("cuda" if num_gpus else "cpu")
+    if device == "cuda" and not num_gpus:
         raise ValueError(
             "--placement.device cuda: this Ray has no GPU; start it on a machine with one, or leave the device on auto"
         )
-    workers = config.workers or (int(num_gpus) if device == "cuda" else 1)
+    workers = config.workers or (num_gpus if device == "cuda" else 1)
     if device == "cuda" and workers > num_gpus:
         raise ValueError(
             f"--placement.workers {workers}: one GPU per worker, and this Ray has {num_gpus:g}; "
             f"ask for at most {num_gpus:g}, or add nodes"
         )
-    fair = num_cpus / workers if device == "cpu" else min(8.0, max(1.0, num_cpus / workers))
-    # Half a CPU is a valid Ray request, so that two workers can be tried on a machine with one core.
-    cpus = config.cpus_per_worker or (float(int(fair)) if fair >= 1 else math.floor(fair * 100) / 100)
+    cpus = config.cpus_per_worker or _share(nodes, workers, device, num_cpus)
     if cpus < LEAST_CPUS:
         raise ValueError(
             f"--placement.workers {workers}: {cpus:g} of the {num_cpus:g} CPUs of this Ray for each worker, but "
@@ -89,18 +96,53 @@ def resolve(config: PlacementConfig, *, num_cpus: float, num_gpus: float, nodes:
             f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g} = {workers * cpus:g} CPUs, "
             f"but this Ray has {num_cpus:g}; lower one of them, or start Ray with more CPUs"
         )
+    if (room := _room(nodes, cpus, device)) < workers:
+        raise ValueError(
+            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker lies on one node, and the "
+            f"nodes of this Ray ({_told(nodes)}) have room for {room} of them on {device}; lower one of them"
+        )
     stage = int(config.zero_stage) if config.zero_stage != "auto" else (1 if workers > 1 or device == "cuda" else 0)
-    trials = config.trials or (int(num_gpus) if device == "cuda" else max(1, int(num_cpus)))
+    trials = config.trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
     if device == "cuda" and trials > num_gpus:
         raise ValueError(
             f"--placement.trials {trials}: one GPU per trial, and this Ray has {num_gpus:g}; ask for fewer"
+        )
+    cpus_per_trial = _share(nodes, trials, device, config.cpus_per_worker * workers or num_cpus)
+    if not cpus_per_trial:
+        raise ValueError(
+            f"--placement.trials {trials}: the nodes of this Ray ({_told(nodes)}) have no room for so many; "
+            f"ask for fewer"
         )
     return Placement(
         workers=workers,
         device=device,
         cpus_per_worker=cpus,
+        cpus_per_trial=cpus_per_trial,
         zero_stage=stage,
         scan=config.scan,
         trials=trials,
-        nodes=nodes,
+        nodes=len(nodes),
     )
+
+
+def _share(nodes: Sequence[Node], count: int, device: str, num_cpus: float) -> float:
+    """The most CPUs, of `num_cpus` shared evenly, that each of `count` processes can have on one of the nodes."""
+    fair = num_cpus / count if device == "cpu" else min(MOST_CPUS, max(1.0, num_cpus / count))
+    # One node is always filled to the last process; which, and with how many, tells the share.
+    shares = {_rounded(min(fair, node.cpus / held)) for node in nodes for held in range(1, count + 1)}
+    return max((share for share in shares if share and _room(nodes, share, device) >= count), default=0.0)
+
+
+def _room(nodes: Sequence[Node], cpus: float, device: str) -> int:
+    """How many processes of so many CPUs, and a GPU each on cuda, fit on the nodes."""
+    fitting = [(math.floor(node.cpus / cpus + 1e-9), int(node.gpus)) for node in nodes]
+    return sum(min(held) if device == "cuda" else held[0] for held in fitting)
+
+
+def _rounded(cpus: float) -> float:
+    # Half a CPU is a valid Ray request, so that two workers can be tried on a machine with one core.
+    return float(int(cpus)) if cpus >= 1 else math.floor(cpus * 100 + 1e-9) / 100
+
+
+def _told(nodes: Sequence[Node]) -> str:
+    return ", ".join(f"{node.cpus:g} CPUs" + (f" and {node.gpus:g} GPUs" if node.gpus else "") for node in nodes)

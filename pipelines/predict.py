@@ -30,10 +30,7 @@ def predict(
     import pandas as pd
 
     pixels = [_read(Path(path)) for path in images]
-    if not store.is_local:
-        store.head(
-            "datasets"
-        )  # the model may lie there: an S3 that cannot be reached is named before MLflow waits for it
+    store.reach()  # the model may lie there: an S3 that cannot be reached is named before MLflow waits for it
     tracking = tracking or open_tracking(store)
     version = find_model(tracking, model, alias)
     with loaded(tracking, version, device=device) as registered:

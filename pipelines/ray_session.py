@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from data_shards.store import Store
-from pipelines.placement import Placement, PlacementConfig, resolve
-from pipelines.shipment import PASSED_VARIABLES
+from pipelines.placement import Node, Placement, PlacementConfig, resolve
+from pipelines.shipment import PASSED_VARIABLES, refuse_secrets
 
 CONNECT_TIMEOUT_S = 8.0
+JOIN_WAIT_S = 300.0
 # Set before Ray is imported. Each can be overridden from outside.
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -27,13 +33,15 @@ DEFAULTS = {
     # then takes seconds instead of 40 ms; with a short spin it does not, and is no slower on a quiet machine.
     "GOMP_SPINCOUNT": "2000",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own takes a Ctrl-C for the end of the sweep
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a driver that is killed forgets the trials begun since; 10 by default
 }
 
 
 def connect(*, num_cpus: int | None = None) -> None:
     """Connects to the Ray of RAY_ADDRESS, or starts an embedded one. Does nothing where one is connected.
 
-    Raises ValueError where RAY_ADDRESS names a Ray that does not answer.
+    Raises ValueError where RAY_ADDRESS names a Ray that does not answer, or a variable to be passed on holds a secret.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -48,31 +56,77 @@ def connect(*, num_cpus: int | None = None) -> None:
     if not address:
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
+        _take_sigterm_back()
         return
     _check_answers(address)
     passed = {name: os.environ[name] for name in (*PASSED_VARIABLES, *DEFAULTS) if name in os.environ}
+    refuse_secrets(passed)
     try:
         # RAY_ADDRESS itself travels too: with two Rays on a host a worker must not find the other one.
         ray.init(address=address, runtime_env={"env_vars": {**passed, "RAY_ADDRESS": address}}, **quiet)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(_no_ray(address, str(error).splitlines()[0])) from None
+    _take_sigterm_back()
 
 
-def place(config: PlacementConfig, store: Store) -> Placement:
-    """Returns the placement on the connected Ray.
+def _take_sigterm_back() -> None:
+    """Ray's core puts a handler over Python's that prints a stack and aborts the process after 3 s of cleaning up."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
-    Raises ValueError where it is impossible, or where nodes cannot share a local store.
+
+def place(config: PlacementConfig, store: Store, *, say: Callable[[str], None] = lambda text: None) -> Placement:
+    """Returns the placement on the connected Ray, its scan backend by name: the one that runs on a worker.
+
+    Waits, and says so, where a cluster has no CPU yet. Raises ValueError where the placement is impossible, or where
+    nodes cannot share a local store.
     """
-    import ray
-
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    if nodes > 1 and store.is_local:
+    nodes = _nodes(say)
+    if len(nodes) > 1 and store.is_local:
         raise ValueError(
-            f"store {store.uri} is a local folder, but this Ray has {nodes} nodes, which do not share it; "
+            f"store {store.uri} is a local folder, but this Ray has {len(nodes)} nodes, which do not share it; "
             f"use --store s3://BUCKET/PREFIX"
         )
-    have = ray.cluster_resources()
-    return resolve(config, num_cpus=have.get("CPU", 0), num_gpus=have.get("GPU", 0), nodes=nodes)
+    placement = resolve(config, nodes)
+    return placement.model_copy(update={"scan": _scan_backend(placement)})
+
+
+def _nodes(say: Callable[[str], None], wait_s: float = JOIN_WAIT_S) -> list[Node]:
+    """The nodes of the connected Ray, once one of them has a CPU: a job may begin before its cluster's workers do."""
+    import ray
+
+    deadline, told = time.monotonic() + wait_s, False
+    while True:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(node.get("CPU") for node in alive):
+            return [Node(node.get("CPU", 0), node.get("GPU", 0)) for node in alive]
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"this Ray has no CPU to work with, {wait_s:g} s after it was asked; add worker nodes "
+                f"(infra/kuberay: minReplicas above 0), or start its head with --num-cpus"
+            )
+        if not told:
+            say(f"this Ray has no CPU yet; waiting up to {wait_s:g} s for a worker node")
+            told = True
+        time.sleep(min(1.0, wait_s))
+
+
+def _scan_backend(placement: Placement) -> str:
+    """The backend that `placement.scan` stands for where the work is done; ValueError where it cannot run there."""
+    import ray
+
+    gpus = 1 if placement.device == "cuda" else 0
+    task: Any = ray.remote(num_cpus=min(1.0, placement.cpus_per_worker), num_gpus=gpus)(_resolve_backend)
+    try:
+        return ray.get(task.remote(placement.scan, placement.device))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None
+
+
+def _resolve_backend(name: str, device: str) -> str:
+    from medmamba.ops.ss2d_scan import resolve_backend
+
+    return resolve_backend(name, device)
 
 
 def _check_answers(address: str) -> None:

@@ -145,8 +145,15 @@ def tag_version(tracking: Tracking, version: Version, tags: Mapping[str, str]) -
 
 def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
     """Names of the registered models that have a version of this alias."""
-    with tracking.errors("cannot list the registered models"):
-        return sorted(model.name for model in tracking.client.search_registered_models() if alias in model.aliases)
+    found: list[str] = []
+    token = None
+    while True:
+        with tracking.errors("cannot list the registered models"):
+            page = tracking.client.search_registered_models(page_token=token)
+        found += [model.name for model in page if alias in model.aliases]
+        token = page.token
+        if not token:
+            return sorted(found)
 
 
 @contextlib.contextmanager

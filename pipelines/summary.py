@@ -94,7 +94,8 @@ def _print_places(facts: dict[str, dict], store: Store, run: str) -> None:
     rows.append(("records", f"{store.uri}/runs/{run}"))
     if "register" in facts:
         rows.append(("model", f"models:/{facts['register']['model']}/{facts['register']['version']}"))
-    promoted = facts.get("promote-forced") or facts.get("promote")
+    # The last one that was asked: a forced promotion comes after the gate's.
+    promoted = next((made for made in reversed(facts.values()) if "verdict" in made), None)
     if promoted and promoted["verdict"] == "yes":
         rows.append(("champion", f"models:/{facts['register']['model']}@{promoted['alias']}"))
     table("Where it lies", ("what", "where"), rows)

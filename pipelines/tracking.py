@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import http.client
 import json
 import logging
@@ -16,13 +17,14 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from data_shards.store import Store, StoreKeyError
+from pipelines.flow.record import CONFIG
 from pipelines.provenance import git_commit
 
 RUN_FILE = "mlflow.json"
@@ -51,7 +53,7 @@ class TrackingError(ValueError):
 class Tracking:
     """One experiment of one MLflow. Picklable; usable in the driver and in every worker."""
 
-    uri: str
+    uri: str = field(repr=False)  # it may hold a password
     experiment_id: str
 
     @property
@@ -86,11 +88,13 @@ class Tracking:
         """The run id of a step, in state RUNNING: the same id again when the step is resumed.
 
         The id is kept in `out`/mlflow.json before any work; where the driver died before writing it, the run is
-        found by its tag. Raises TrackingError where the kept id is not known at this address.
+        found by its tags: the folder, and the configuration in it (a folder that was deleted may come back with
+        another). Raises TrackingError where the kept id is not known at this address.
         """
         kept = self._kept_run(out)
-        identity = {"medmamba.run": run, "medmamba.step": step, "medmamba.record": out.uri}
-        found = kept or self._find({"medmamba.record": out.uri})
+        same = {"medmamba.record": out.uri, "medmamba.identity": _identity(out)}
+        found = kept or self._find(same)
+        identity = {"medmamba.run": run, "medmamba.step": step, **same}
         origin = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": f"medmamba {step}"}
         run_id = self._begin(found, f"{run}/{step}", {**identity, **origin, **_parent(parent), **(tags or {})})
         if kept is None:
@@ -173,6 +177,13 @@ class Tracking:
         for trial in trials:
             self.finish(trial.info.run_id, status)
         return len(trials)
+
+    def drop_trials(self, parent_id: str, kept: Collection[str]) -> None:
+        """Deletes the trials of a sweep that are not in `kept`: a killed driver forgot them, others replaced them."""
+        with self.errors("cannot remove trials"):
+            for trial in self.client.search_runs([self.experiment_id], _where(_parent(parent_id)), max_results=1000):
+                if trial.data.tags.get("medmamba.trial") not in kept:
+                    self.client.delete_run(trial.info.run_id)
 
     def _begin(self, found: str | None, name: str, tags: Mapping[str, str]) -> str:
         with self.errors("cannot begin a run"):
@@ -329,6 +340,14 @@ def _as_uri(store: Store) -> str:
     return Path(store.uri).as_uri() if store.is_local else store.uri
 
 
+def _identity(out: Store) -> str:
+    """Digest of the configuration that the step in `out` was begun with; empty where none is written."""
+    try:
+        return hashlib.sha256(out.get(CONFIG)).hexdigest()
+    except StoreKeyError:
+        return ""
+
+
 def _parent(run_id: str | None) -> dict[str, str]:
     return {} if run_id is None else {"mlflow.parentRunId": run_id}
 
@@ -347,9 +366,7 @@ def _errors(uri: str, doing: str) -> Iterator[None]:
         yield
     except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
         told = " ".join(str(error).split()).replace(uri, public_address(uri))
-        if any(
-            sign in told for sign in ("Max retries exceeded", "timed out", "Connection refused", "RemoteDisconnected")
-        ):
+        if any(sign in told for sign in LOST):
             raise TrackingError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error
         raise TrackingError(f"MLflow at {public_address(uri)}: {doing}: {told[:400]}{_remedy(uri, told)}") from error
 

@@ -27,8 +27,8 @@ CLASSES = ["no lesion", "ellipse", "spiculated"]
 SIDE = 40
 
 
-def context(store: Store, tracking, run: str) -> StepContext:
-    return StepContext(store=store, run=run, placement=None, tracking=tracking, show=Terminal(quiet=True))
+def context(store: Store, tracking, run: str, placement=None) -> StepContext:
+    return StepContext(store=store, run=run, placement=placement, tracking=tracking, show=Terminal(quiet=True))
 
 
 def facts(store: Store, run: str, *, auc: float, manifest: str = "m" * 64, channels: int = 3) -> dict[str, dict]:

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+
 from data_shards.store import Store
 from pipelines.override import difference
 
@@ -65,15 +67,15 @@ def read_identity(out: Store) -> Identity | None:
     return _read(out, CONFIG, Identity) if out.head(CONFIG) is not None else None
 
 
-def check_identity(step: str, begun: Identity, now: Identity, *, run: str) -> None:
+def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind: type[BaseModel]) -> None:
     """Raises DriftError naming every field that changed, its old and new value, and what to do.
 
+    `kind` is the configuration's model: a field that it has got since the step was begun stands at its default.
     An input whose digest is not known yet is compared when it is known; that there is such an input, at once.
     """
     inputs = {name: digest or begun.inputs.get(name) or STILL_TO_RUN for name, digest in now.inputs.items()}
-    changed = difference(
-        {**begun.config, "inputs": begun.inputs}, {**json.loads(to_json(now.config)), "inputs": inputs}
-    )
+    old, new = _completed(begun.config, kind), json.loads(to_json(now.config))
+    changed = difference({**old, "inputs": begun.inputs}, {**new, "inputs": inputs})
     if changed:
         fields = "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
         raise DriftError(
@@ -81,6 +83,13 @@ def check_identity(step: str, begun: Identity, now: Identity, *, run: str) -> No
             f"A run's name stands for one configuration: give this one another name (--run NAME), "
             f"or go back to the old values"
         )
+
+
+def _completed(config: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    try:
+        return json.loads(to_json(kind.model_validate(config).model_dump(mode="json")))
+    except ValidationError:  # a field is gone or has another meaning: drift, told field by field
+        return config
 
 
 def to_json(value: Any) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from graphlib import TopologicalSorter
@@ -69,7 +72,7 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
         out = step_folder(store, run, step.name)
         begun, record = read_identity(out), read_record(out)
         if begun is not None:
-            check_identity(step.name, begun, _identity(step, states), run=run)
+            check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
         state: State = "done" if record else "interrupted" if begun else "to do"
         states[step.name] = StepState(step.name, state, record)
     return list(states.values())
@@ -121,7 +124,7 @@ def _identity(step: Step, states: dict[str, StepState]) -> Identity:
 def _finished(step: Step, out: Store, states: dict[str, StepState], run: str) -> Record | None:
     begun = read_identity(out)
     if begun is not None:
-        check_identity(step.name, begun, _identity(step, states), run=run)
+        check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
     return read_record(out)
 
 
@@ -130,7 +133,8 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
     write_identity(out, identity)
     started, clock = datetime.now(UTC), time.monotonic()
     facts_of = {name: states[needed].record.facts for name, needed in step.inputs.items()}  # type: ignore[union-attr]
-    facts = step.run(step.config, context.placement, out, context, **facts_of)
+    with _own_interrupt():
+        facts = step.run(step.config, context.placement, out, context, **facts_of)
     assert isinstance(facts.get("digest"), str), f"step {step.name} returned no digest"
     record = Record(
         facts=facts,
@@ -147,3 +151,14 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
     written = read_record(out)
     assert written is not None
     return written
+
+
+@contextlib.contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Gives Ctrl-C back its meaning after a step: Ray Train leaves a handler that ends the process as a success."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)

@@ -7,6 +7,7 @@ from data_shards.config import DataConfig
 from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.recipes.recipe import Recipe
+from pipelines.steps.tune import SearchSpace, TuneConfig
 from pipelines.worker.config import TrainConfig
 
 # The paper states none.
@@ -45,4 +46,5 @@ def paper() -> Recipe:
             augment=NO_AUGMENTATION,
             optim=OptimConfig(lr=1e-4, weight_decay=1e-4, schedule="constant", clip_norm=0),
         ),
+        tune=TuneConfig(space=SearchSpace(lr=(3e-5, 1e-3))),  # around the published rate
     )

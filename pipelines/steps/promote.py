@@ -101,7 +101,8 @@ def _compare(config: GateConfig, candidate: Version, champion: Version | None) -
     if theirs is None or manifest is None or champion.tags.get("medmamba.manifest") != manifest:
         return "no", (
             f"the {config.alias}, version {champion.number}, was not evaluated on this manifest "
-            f"({(manifest or 'unknown')[:12]}), so the two cannot be compared; evaluate it there, or use --gate.force"
+            f"({(manifest or 'unknown')[:12]}), so the two cannot be compared; evaluate it there, or "
+            f"`medmamba promote --run {candidate.tags.get('medmamba.run', 'NAME')} --force`"
         )
     told = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
     return ("yes", f"{said} is not below {told}") if ours >= theirs else ("no", f"{said} is below {told}")

@@ -19,8 +19,14 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
         context.show.progress("shard", {"done": done, "total": total, "unit": "shards"})
 
     _check_reachable(config, placement)
-    facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
-    return {**facts, "data": data, "max_side": config.max_side}
+    # Whoever may read MLflow shall not learn the salt.
+    params = config.model_dump(exclude={"salt"})
+    with context.tracking.running(out, run=context.run, step="shard", params=params) as run_id:
+        facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
+        counts = {f"num_{split}": sum(classes.values()) for split, classes in facts["counts"].items()}
+        told = {name: facts[name] for name in ("num_images", "num_shards", "quarantine", "bytes")}
+        context.tracking.log_metrics(run_id, told | counts)
+    return {**facts, "data": data, "max_side": config.max_side, "mlflow_run": run_id}
 
 
 def ray_map(task: Callable, items: list) -> Iterator:

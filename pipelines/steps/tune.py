@@ -17,6 +17,7 @@ from pipelines.board import Watch
 from pipelines.flow import StepContext
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
+from pipelines.tracking import TrackingError
 from pipelines.worker.config import TrainStepConfig
 
 RAY_RUN = "ray"
@@ -65,7 +66,7 @@ class TuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     trials: int = Field(8, ge=1)
-    """Trials in the sweep. The first one is the recipe as it stands."""
+    """Trials in the sweep. The first one is the recipe as it stands, where that lies in the space."""
     epochs: int = Field(5, ge=1)
     """Epochs of the longest trial."""
     grace_epochs: int = Field(1, ge=1)
@@ -109,7 +110,8 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     """Runs or resumes the sweep; returns the winner, a dict of dotted overrides, and a row for each trial.
 
     The winner has the highest validation AUC of any epoch, ties broken by validation loss.
-    Raises ValueError where every trial failed.
+    Raises ValueError where every trial failed, where one failed for another reason than that it diverged, and where
+    the sweep was ended before its last trial: the step is then not finished, and asked again it goes on.
     """
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
@@ -121,11 +123,19 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             "parent": parent,
             "tracking": tracking,
         }
-        trials = [_row(result, config) for result in _fit(config, payload, placement, out, context)]
-        for row in trials:
-            row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
-            tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
-        tracking.close_trials(parent)
+        try:
+            results = _fit(config, payload, placement, out, context)
+            trials = [_row(result, config) for result in results]
+            for row in trials:
+                row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
+                tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
+            tracking.drop_trials(parent, [row["trial"] for row in trials])
+        except BaseException:
+            # What ended the sweep is what must be told, not that MLflow could not be told of it.
+            with contextlib.suppress(TrackingError):
+                tracking.close_trials(parent)
+            raise
+        _check_reasons(results)
         winner = _winner(trials)
         tracking.log_metrics(parent, winner["metrics"], step=winner["epochs"])
     overrides = winner["overrides"]
@@ -201,12 +211,19 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
     resources = {"CPU": for_trial.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board:
         trainable = tune.with_resources(functools.partial(trial, payload={**payload, "board": board}), resources)
-        if tune.Tuner.can_restore(f"{path}/{RAY_RUN}", storage_filesystem=filesystem):
+        if _restorable(out):
             context.show.say("the sweep resumes where it was interrupted")
             tuner = tune.Tuner.restore(
-                f"{path}/{RAY_RUN}", trainable, storage_filesystem=filesystem, resume_unfinished=True
+                f"{path}/{RAY_RUN}",
+                trainable,
+                storage_filesystem=filesystem,
+                resume_unfinished=True,
+                # Under their own ids: a restarted trial would get a new one, which Optuna does not know (KeyError).
+                resume_errored=True,
             )
         else:
+            for key in list(out.list(f"{RAY_RUN}/")):
+                out.delete(key)
             space = search_space(config)
             tuner = tune.Tuner(
                 trainable,
@@ -216,7 +233,9 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                     mode="max",
                     num_samples=config.tune.trials,
                     max_concurrent_trials=placement.trials,
-                    search_alg=OptunaSearch(seed=config.tune.seed, points_to_evaluate=_recipe_point(config, space)),
+                    search_alg=OptunaSearch(
+                        seed=config.tune.seed, points_to_evaluate=_recipe_point(config, space, context)
+                    ),
                     # Tune's own training_iteration starts again after a restore; the loop's epoch does not.
                     scheduler=ASHAScheduler(
                         time_attr="epoch",
@@ -235,11 +254,54 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
             )
         # Tune draws its own tables on standard output, which holds our results.
         with contextlib.redirect_stdout(io.StringIO()):
-            return tuner.fit()
+            results = tuner.fit()
+    _check_ended(results, config)
+    return results
 
 
-def _recipe_point(config: TuneStepConfig, space: dict[str, Any]) -> list[dict[str, Any]]:
-    """The recipe's own values as the first trial, where they lie in the space: a sweep never does worse than it."""
+def _restorable(out: Store) -> bool:
+    """Whether Tune can go on from what lies in `out`; a state that a kill left half-written is removed.
+
+    `Tuner.can_restore` looks for tuner.pkl alone, which is there before the first state is.
+    """
+    for key in sorted(out.list(f"{RAY_RUN}/experiment_state-"), reverse=True):
+        try:
+            if json.loads(out.get(key))["trial_data"]:
+                return out.head(f"{RAY_RUN}/tuner.pkl") is not None
+        except json.JSONDecodeError:
+            out.delete(key)
+    return False
+
+
+def _check_ended(results: Any, config: TuneStepConfig) -> None:
+    ended = results.num_terminated + results.num_errors
+    if ended < config.tune.trials:
+        raise ValueError(
+            f"the sweep was ended after {ended} of {config.tune.trials} trials; the same command goes on with it"
+        )
+
+
+def _check_reasons(results: Any) -> None:
+    """Raises ValueError where a trial failed for another reason than its hyperparameters: that may pass."""
+    from pipelines.worker.loop import TrainingError
+
+    reasons = [error for error in results.errors if not isinstance(getattr(error, "cause", error), TrainingError)]
+    if reasons:
+        raise ValueError(
+            f"{len(reasons)} of {len(results)} trials failed, and not because they diverged "
+            f"({_last_line(reasons[0])}); mend the reason, and the same command tries them again"
+        )
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepContext) -> list[dict[str, Any]]:
+    """The recipe's own values as the first trial, where they lie in the space: a sweep never does worse than it.
+
+    Says aloud where they do not.
+    """
     own = flatten(config.start.model_dump())
     point = {key: own[key] for key in space}
     for key, value in point.items():
@@ -250,6 +312,7 @@ def _recipe_point(config: TuneStepConfig, space: dict[str, Any]) -> list[dict[st
             else distribution.lower <= value <= distribution.upper
         )
         if not inside:
+            context.show.say(f"the recipe is no trial of its sweep: its {key} {value:g} lies outside tune.space")
             return []
     return [point]
 
@@ -265,7 +328,7 @@ def _row(result: Any, config: TuneStepConfig) -> dict:
         "epochs": int(metrics.get("epoch", 0)),
         "metrics": kept,
         "stopped_early": int(metrics.get("epoch", 0)) < config.tune.epochs,
-        "error": str(result.error).strip().splitlines()[-1] if result.error else None,
+        "error": _last_line(result.error) if result.error else None,
     }
 
 

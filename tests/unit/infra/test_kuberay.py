@@ -109,10 +109,21 @@ def test_the_job_runs_a_real_command_of_the_shipped_packages():
     assert words[3] in VERBS
     assert words[3] != "run" or words[4] in WORKFLOWS
     assert words[words.index("--recipe") + 1] in RECIPES
-    assert job["submissionMode"] == "SidecarMode"
-    assert "clusterSelector" not in job  # SidecarMode cannot join a running cluster
+    assert job["submissionMode"] == "K8sJobMode"  # it waits for the workers; SidecarMode begins with the head
+    assert "clusterSelector" not in job  # this cluster is the job's own
     assert job["shutdownAfterJobFinishes"] is True
     assert "deletionStrategy" not in job  # one or the other
+
+
+@each_cluster
+def test_what_a_placement_needs_is_there_before_the_first_task_and_stays(name):
+    spec = cluster_specs()[name]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    (training,) = (group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu")
+    assert training["minReplicas"] >= 1
+    (container,) = training["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) >= 1
+    assert int(container["resources"]["limits"]["cpu"]) >= 1
 
 
 def test_the_two_clusters_are_the_same():

@@ -10,7 +10,7 @@ from data_shards.store import open_store
 from pipelines.cli import WORKFLOW_FILE
 from pipelines.flow import Step, StepContext, WorkflowError, run_steps
 from pipelines.flow.record import to_json
-from pipelines.placement import PlacementConfig, resolve
+from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import Recipe
 from pipelines.terminal import Terminal
 from pipelines.workflows import WORKFLOWS, until
@@ -56,7 +56,7 @@ def finish(
     store = open_store(uri)
     steps = [_with_facts(step, failing, FACTS | facts) for step in until(WORKFLOWS[workflow](recipe), last)]
     quiet = Terminal(quiet=True)
-    placement = resolve(PlacementConfig(), num_cpus=2, num_gpus=0, nodes=1)
+    placement = resolve(PlacementConfig(), [Node(2)])
 
     def open_context() -> StepContext:
         return StepContext(store, run, placement, tracking=None, show=quiet)

@@ -2,20 +2,30 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import registered
 from finished_run import NO, finish
+from PIL import Image
 
 from data_shards.store import open_store
-from pipelines.cli import VERBS, WORKFLOW_FILE, main
+from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, _forced, _parse, main
+from pipelines.flow import run_steps
 from pipelines.override import override
+from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, recipe
+from pipelines.registry import by_alias
+from pipelines.tracking import open_tracking
+from pipelines.workflows import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]
 DRY = ("--recipe", "quickstart", "--dry-run")
+PLACED = resolve(PlacementConfig(), [Node(2)])
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +188,7 @@ def test_the_placement_is_parsed_but_not_part_of_the_recipe(capsys):
         (["status", "nothing"], "there is no run 'nothing'"),
         (["datasets", "bloodmnst"], "did you mean 'bloodmnist'"),
         (["datasets", "a", "b"], "datasets: Unrecognized options: b"),
+        (["train", *DRY, "--placement.scan", "nosuch"], "--placement.scan nosuch: there are auto, reference, numba"),
         (["predict"], "predict: name at least one image"),
         (["submit"], "submit: nothing to run; put the command after --"),
         (
@@ -339,3 +350,70 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
     done = run_module("medmamba train --help | head -1", tmp_path)
     assert done.stdout == "usage: medmamba train [-h] [OPTIONS]\n"
     assert done.stderr == ""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", *DRY],
+        ["train", "--run", "r"],
+        ["status"],
+        ["predict", "image.png"],
+    ],
+    ids=" ".join,
+)
+def test_an_s3_server_that_accepts_and_stays_silent_is_named_within_15_seconds(argv, capsys, monkeypatch, tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "image.png")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name, value in {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "a",
+                            "AWS_SECRET_ACCESS_KEY": "b"}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        began = time.monotonic()
+        assert main([*argv, "--store", "s3://bucket/prefix"]) == 1
+        assert time.monotonic() - began < 15
+    assert "the S3 server cannot be reached" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SystemExit(0), SystemExit(15)], ids=repr)
+def test_what_stops_a_command_is_no_success(stopped, capsys, monkeypatch):
+    def stop(argv) -> int:
+        raise stopped
+
+    monkeypatch.setitem(VERBS, "datasets", stop)
+    assert "the same command goes on where it stopped" in told(capsys, "datasets", code=1)
+
+
+def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    tracking = open_tracking(store)
+    for run, auc in (("strong", 0.9), ("weak", 0.6)):
+        facts, verdict = registered.released(store, tracking, run, auc=auc)
+        finish("store", run, recipe("quickstart"), register=facts, promote=verdict)
+    assert verdict["verdict"] == "no"
+    force = ["promote", "--store", "store", "--force", "--json", "--run"]
+
+    def holder() -> int:
+        return by_alias(tracking, "medmamba-phantoms", "champion").number
+
+    quiet = registered.context(store, tracking, "weak").show
+
+    def promote(run: str) -> list[str]:
+        """As the command would, but that a Ray is connected to."""
+        work = _parse(PromoteWork, "promote", [*force[1:], run], "")
+        steps = _forced(WORKFLOWS["release"](work.values), work)
+        made = run_steps(
+            steps, store, run, open_context=lambda: registered.context(store, tracking, run, PLACED), show=quiet
+        )
+        return [state.name for state in made][-1:]
+
+    assert promote("weak") == ["promote-forced"]
+    assert (holder(), promote("weak"), holder()) == (2, ["promote-forced"], 2)
+    assert promote("strong") == ["promote-forced"]
+    assert (holder(), promote("weak"), holder()) == (1, ["promote-forced-2"], 2)
+    assert main([*force, "weak"]) == 0
+    assert list(json.loads(capsys.readouterr().out))[-1] == "promote-forced-2"
+    assert open_store("store").head("runs/weak/promote-forced/record.json"), "the first one stays as it was"

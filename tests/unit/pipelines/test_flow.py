@@ -1,6 +1,8 @@
 """Steps on a real folder: done once, resumed, refused where they drifted, told together where they failed."""
 
 import json
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from data_shards.store import open_store
 from pipelines.flow import DriftError, Step, StepContext, WorkflowError, plan_steps, run_steps
 from pipelines.flow.runner import in_order
-from pipelines.placement import PlacementConfig, resolve
+from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.terminal import Terminal
 
 QUIET = Terminal(quiet=True)
@@ -50,7 +52,7 @@ def store(tmp_path):
 
 def bring(steps, store, show=QUIET):
     def open_context() -> StepContext:
-        placement = resolve(PlacementConfig(), num_cpus=2, num_gpus=0, nodes=1)
+        placement = resolve(PlacementConfig(), [Node(2)])
         return StepContext(store, RUN, placement, tracking=None, show=show)
 
     return run_steps(steps, store, RUN, open_context=open_context, show=show)
@@ -233,3 +235,30 @@ def test_steps_of_one_name_and_unknown_inputs_are_our_own_mistakes():
         in_order([Step("a", Counted(), Settings()), Step("a", Counted(), Settings())])
     with pytest.raises(AssertionError, match="needs b"):
         in_order([Step("a", Counted(), Settings(), {"x": "b"})])
+
+
+def test_a_field_that_a_later_version_adds_is_no_drift(store):
+    class Older(BaseModel):
+        size: int = 1
+
+    class Changed(BaseModel):
+        size: int = 1
+        inner: Inner = Inner(rate=0.7)
+
+    bring([Step("only", Counted(), Older(size=3))], store)
+    assert states([Step("only", Counted(), Settings(size=3))], store) == {"only": "done"}
+    with pytest.raises(DriftError, match=r"\(size: 3 -> 4\)"):
+        plan_steps([Step("only", Counted(), Settings(size=4))], store, RUN)
+    with pytest.raises(DriftError, match=r"\(inner\.rate: 0\.7 -> 0\.1\)"):
+        plan_steps([Step("only", Counted(), Changed(size=3, inner=Inner()))], store, RUN)
+
+
+def test_a_step_that_takes_ctrl_c_for_itself_gives_it_back(store):
+    before = signal.getsignal(signal.SIGINT)
+
+    def takes_it(config, placement, out, context) -> dict:
+        signal.signal(signal.SIGINT, lambda *args: sys.exit(0))
+        return {"digest": "d"}
+
+    bring([Step("only", takes_it, Settings())], store)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -2,12 +2,12 @@
 
 import pytest
 
-from pipelines.placement import PlacementConfig, resolve
+from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig
 
 
-def placed(num_cpus=2.0, num_gpus=0.0, nodes=1, **wishes):
-    return resolve(PlacementConfig(**wishes), num_cpus=num_cpus, num_gpus=num_gpus, nodes=nodes)
+def placed(num_cpus=2.0, num_gpus=0.0, **wishes):
+    return resolve(PlacementConfig(**wishes), [Node(num_cpus, num_gpus)])
 
 
 def test_without_a_gpu_one_worker_has_all_cpus():
@@ -65,3 +65,49 @@ def test_workers_that_do_not_divide_the_batch_are_refused_with_a_remedy():
     assert (config.accumulation(1), config.accumulation(2)) == (2, 1)
     with pytest.raises(ValueError, match=r"batch_size 32 is no multiple of train\.micro_batch 16 x 3 .*lower"):
         config.accumulation(3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wishes", "workers", "each"),
+    [
+        ([Node(4), Node(4)], {}, 1, 4),
+        ([Node(4), Node(4)], {"workers": 2}, 2, 4),
+        ([Node(4), Node(4)], {"workers": 3}, 3, 2),
+        ([Node(2), Node(2), Node(2)], {"workers": 2}, 2, 2),
+        ([Node(0), Node(8)], {}, 1, 8),
+        ([Node(4), Node(1)], {"workers": 5}, 5, 1),
+        ([Node(16), Node(8, 1), Node(2, 1)], {}, 2, 2),
+        ([Node(4), Node(8, 1)], {}, 1, 8),
+        ([Node(16), Node(8, 1)], {"device": "cpu"}, 1, 16),
+    ],
+    ids=str,
+)
+def test_a_worker_fits_on_one_node(nodes, wishes, workers, each):
+    placement = resolve(PlacementConfig(**wishes), nodes)
+    assert (placement.workers, placement.cpus_per_worker, placement.nodes) == (workers, each, len(nodes))
+
+
+def test_a_trial_fits_on_one_node_too():
+    assert resolve(PlacementConfig(workers=2, trials=1), [Node(4), Node(4)]).for_trial().cpus_per_worker == 4
+    assert resolve(PlacementConfig(), [Node(4), Node(4)]).for_trial().cpus_per_worker == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wishes", "told"),
+    [
+        (
+            [Node(4), Node(4)],
+            {"cpus_per_worker": 8},
+            r"workers 1 x .*8: a worker lies on one node, .*\(4 CPUs, 4 CPUs\)",
+        ),
+        ([Node(4), Node(4)], {"workers": 2, "cpus_per_worker": 3.5}, None),
+        ([Node(8), Node(2, 1)], {"cpus_per_worker": 4}, r"8 CPUs, 2 CPUs and 1 GPUs\) have room for 0 of them on cuda"),
+    ],
+    ids=str,
+)
+def test_a_worker_that_fits_on_no_node_is_refused(nodes, wishes, told):
+    if told is None:
+        assert resolve(PlacementConfig(**wishes), nodes).workers == 2
+        return
+    with pytest.raises(ValueError, match=told):
+        resolve(PlacementConfig(**wishes), nodes)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_shards.store import open_store
 from pipelines.predict import predict
-from pipelines.registry import by_alias, by_number, move_alias, versions
+from pipelines.registry import by_alias, by_number, models_with_alias, move_alias, versions
 from pipelines.steps.promote import DECISION, GateConfig
 from pipelines.tracking import open_tracking
 
@@ -147,6 +147,7 @@ def test_a_champion_tested_on_other_images_cannot_be_compared_but_force_is_recor
     _, found = registered.released(store, tracking, f"{model}-b", auc=0.9, model=model)
     assert found["verdict"] == "no"
     assert "cannot be compared" in found["reason"]
+    assert found["reason"].endswith(f"`medmamba promote --run {model}-b --force`")
     assert champion_of(tracking, model) == 1
     _, forced = registered.released(store, tracking, f"{model}-c", auc=0.9, model=model, force=True)
     assert (forced["verdict"], forced["forced"], forced["previous"]) == ("yes", True, 1)
@@ -235,3 +236,10 @@ def test_moving_an_alias_is_checked(tracking, champion):
     assert by_alias(tracking, "medmamba-phantoms", "spare").number == version.number
     assert by_alias(tracking, "medmamba-phantoms", "missing") is None
     assert by_alias(tracking, "no-such-model", "champion") is None
+
+
+def test_an_alias_is_found_among_more_models_than_one_page_holds(tracking, champion):
+    for number in range(101):
+        tracking.client.create_registered_model(f"a-{number}")
+    move_alias(tracking, by_alias(tracking, "medmamba-phantoms", "champion"), "beyond-the-first-page")
+    assert models_with_alias(tracking, "beyond-the-first-page") == ["medmamba-phantoms"]

@@ -6,11 +6,13 @@ import pytest
 from pydantic import BaseModel
 
 from data_shards.catalog import card
-from pipelines.flow import plan_steps
+from pipelines.flow import StepContext, plan_steps
 from pipelines.flow.runner import in_order
 from pipelines.override import override
 from pipelines.placement import PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
+from pipelines.steps.tune import TuneStepConfig, _recipe_point, search_space
+from pipelines.terminal import Terminal
 from pipelines.workflows import WORKFLOWS, until
 
 
@@ -74,3 +76,22 @@ def test_until_keeps_a_step_and_what_it_needs():
     assert [step.name for step in until(release, "shard")] == ["shard"]
     with pytest.raises(ValueError, match="no step tune; it has shard, train"):
         until(WORKFLOWS["direct"](Recipe()), "tune")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_lies_in_its_own_search_space(name, capsys):
+    """So that it is the first trial of its sweep."""
+    steps = {step.name: step.config for step in WORKFLOWS["release"](recipe(name))}
+    (point,) = recipe_point(steps["tune"])
+    assert point["train.optim.lr"] == recipe(name).train.optim.lr
+
+
+def test_a_recipe_outside_its_search_space_is_told(capsys):
+    config = override(recipe("quickstart"), {"train.optim.lr": 0.1})
+    assert recipe_point({step.name: step.config for step in WORKFLOWS["release"](config)}["tune"]) == []
+    assert "train.optim.lr 0.1 lies outside tune.space" in capsys.readouterr().err
+
+
+def recipe_point(config: TuneStepConfig) -> list[dict]:
+    context = StepContext(None, "run", None, None, Terminal())
+    return _recipe_point(config, search_space(config), context)

@@ -177,3 +177,27 @@ def test_addresses_are_shown_without_passwords():
 
 def test_nested_parameters_become_dotted():
     assert dotted({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_a_step_begun_anew_with_another_configuration_is_another_run(tracking, store):
+    """Also where its folder was deleted: parameters of an MLflow run cannot change."""
+    out = store.at("runs", "anew", "train")
+    ids = []
+    for epochs in (1, 2, 2):
+        out.put("config.json", f'{{"epochs": {epochs}}}'.encode())
+        ids.append(tracking.step_run(out, run="anew", step="train", params={"epochs": epochs}))
+        out.delete("config.json")
+        out.delete(RUN_FILE)
+    assert ids[0] != ids[1] == ids[2]
+
+
+def test_trials_that_a_killed_driver_forgot_are_removed(tracking, out):
+    parent = tracking.step_run(out, run="a", step="tune")
+    kept, _ = tracking.trial_run(parent, "known"), tracking.trial_run(parent, "forgotten")
+    tracking.drop_trials(parent, ["known"])
+    where = f"tags.`mlflow.parentRunId` = '{parent}'"
+    assert [run.info.run_id for run in tracking.client.search_runs([tracking.experiment_id], where)] == [kept]
+
+
+def test_a_password_in_the_address_is_not_shown():
+    assert "secret" not in repr(Tracking("http://me:secret@host", "1"))

@@ -1,0 +1,92 @@
+"""The Ray that a command works on: what it has, what runs on it, what it is told."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.ray_session import connect
+
+SESSION = """
+import contextlib, os, sys
+from data_shards.store import open_store
+from pipelines import ray_session
+from pipelines.placement import PlacementConfig
+ray_session.connect(num_cpus=%d)
+%s
+"""
+
+
+def outcome(num_cpus: int, lines: str, tmp_path) -> str:
+    """What a process prints that has a Ray of its own, with so many CPUs."""
+    command = [sys.executable, "-c", SESSION % (num_cpus, lines)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_scan_backend_is_the_one_that_runs_on_a_worker(tmp_path):
+    lines = """
+store = open_store(".")
+print(ray_session.place(PlacementConfig(), store).scan)
+print(ray_session.place(PlacementConfig(scan="reference"), store).scan)
+try:
+    ray_session.place(PlacementConfig(scan="nosuch"), store)
+except ValueError as error:
+    print(error)
+"""
+    chosen, named, refused = outcome(2, lines, tmp_path).splitlines()
+    assert (chosen, named) == ("numba", "reference")
+    assert "scan backend 'nosuch' does not exist" in refused
+
+
+def test_a_ray_without_a_cpu_is_waited_for_aloud_and_then_named(tmp_path):
+    lines = """
+try:
+    ray_session._nodes(print, wait_s=2)
+except ValueError as error:
+    print(error)
+"""
+    waits, gives_up = outcome(0, lines, tmp_path).splitlines()
+    assert waits == "this Ray has no CPU yet; waiting up to 2 s for a worker node"
+    assert "minReplicas" in gives_up
+
+
+def test_a_password_never_reaches_a_runtime_environment(monkeypatch):
+    with socket.socket() as ray:  # it answers, which is all that is looked at before
+        ray.bind(("127.0.0.1", 0))
+        ray.listen()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{ray.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@host:5000")
+        with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI is a URL with a user, password") as told:
+            connect()
+    assert "s3cret" not in str(told.value)
+
+
+def test_a_trial_that_diverged_is_a_result_and_one_that_failed_otherwise_is_told(tmp_path):
+    lines = """
+from ray import tune
+from pipelines.steps.tune import _check_reasons
+from pipelines.worker.loop import TrainingError
+
+def fails_with(kind):
+    def trial(config):
+        if config["x"]:
+            raise kind("the reason")
+        tune.report({"val_auc": 0.5})
+    run = tune.RunConfig(storage_path=os.getcwd(), name=kind.__name__, verbose=0)
+    return tune.Tuner(trial, param_space={"x": tune.grid_search([0, 1])}, run_config=run).fit()
+
+with contextlib.redirect_stdout(sys.stderr):
+    diverged, failed = fails_with(TrainingError), fails_with(OSError)
+_check_reasons(diverged)
+try:
+    _check_reasons(failed)
+except ValueError as error:
+    print(error)
+"""
+    (told,) = outcome(2, lines, tmp_path).splitlines()
+    assert "1 of 2 trials failed, and not because they diverged (OSError: the reason)" in told

@@ -1,0 +1,103 @@
+"""A sweep that is interrupted or fails for a reason that passes: it says so, and the same command goes on with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from chain import TINY, command, environment, medmamba
+from mlflow import MlflowClient
+
+GOES_ON = "medmamba: interrupted; the same command goes on where it stopped"
+
+
+def runs(store) -> list:
+    """All MLflow runs of a store, deleted ones not."""
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    return client.search_runs([each.experiment_id for each in client.search_experiments()])
+
+
+def trials(store) -> list:
+    return [run for run in runs(store) if "medmamba.trial" in run.data.tags]
+
+
+def epochs_saved(step: Path) -> int:
+    """Epochs in the whole checkpoints of the training, or of all trials together."""
+    states = [*(step / "ray").glob("checkpoint_*/train.json"), *(step / "ray").glob("*/checkpoint_*/train.json")]
+    try:
+        return sum(json.loads(path.read_text())["epoch"] for path in states)
+    except (json.JSONDecodeError, FileNotFoundError):
+        return 0
+
+
+def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path) -> None:
+    """Begins a command, sends it a signal once another epoch is saved, and holds that it calls itself interrupted."""
+    before = epochs_saved(step)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while epochs_saved(step) <= before:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 1, told
+    assert told.splitlines()[-1] == GOES_ON
+
+
+def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
+    store = tmp_path / "store"
+    arguments = ["tune", *TINY, "--tune.epochs", "4", "--tune.trials", "3", "--store", str(store), "--json"]
+    step = store / "runs/quickstart/tune"
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        interrupt(arguments, sent, step, tmp_path)
+        assert not (step / "record.json").exists()
+        assert {run.info.status for run in runs(store)} <= {"FINISHED", "KILLED"}
+
+    done = medmamba(*arguments, cwd=tmp_path)
+    assert "the sweep resumes" in done.stderr
+    facts = json.loads(done.stdout)["tune"]
+    assert len(facts["trials"]) == 3
+    assert {run.info.run_id for run in trials(store)} == {row["mlflow_run"] for row in facts["trials"]}
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}
+
+
+def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_path):
+    store = tmp_path / "store"
+    arguments = [*TINY, "--store", str(store), "--json"]
+    medmamba("shard", *arguments, cwd=tmp_path)
+    # A driver that was killed between Tune's two first files left this, which Tune would take for a sweep to restore.
+    stray = store / "runs/quickstart/tune/ray/tuner.pkl"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"")
+    shards = store / "datasets/phantoms/default/shards"
+    shards.rename(shards.with_name("away"))
+    failed = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path, code=1)
+    assert "2 of 2 trials failed, and not because they diverged" in failed.stderr
+    assert "the same command tries them again" in failed.stderr
+    shards.with_name("away").rename(shards)
+
+    done = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path)
+    assert "the sweep resumes" in done.stderr
+    facts = json.loads(done.stdout)["tune"]
+    assert [row["error"] for row in facts["trials"]] == [None, None]
+    assert {run.info.run_id for run in trials(store)} == {row["mlflow_run"] for row in facts["trials"]}
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}
+
+
+def test_a_ctrl_c_in_training_is_no_success_and_the_training_goes_on(tmp_path):
+    store = tmp_path / "store"
+    arguments = ["train", *TINY, "--train.epochs", "6", "--store", str(store), "--json"]
+    interrupt(arguments, signal.SIGINT, store / "runs/quickstart/train", tmp_path)
+    assert {run.info.status for run in runs(store)} == {"FINISHED", "KILLED"}
+    done = medmamba(*arguments, cwd=tmp_path)
+    assert "training resumes after epoch" in done.stderr
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}

@@ -32,7 +32,8 @@ class PlacementConfig(BaseModel):
     """CPUs (and threads) of each training worker, all on one node. 0: all CPUs of Ray, shared evenly as far as its
     nodes allow, at most 8 beside a GPU."""
     zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
-    """DeepSpeed's ZeRO stage. auto: 1, or 0 for a single worker. 14-40 M parameters gain nothing from 3."""
+    """DeepSpeed's ZeRO stage. auto: 1 on GPUs, 0 on CPUs, whatever the number of workers, because stages round in
+    another order. 14-40 M parameters gain nothing from 3."""
     scan: str = "auto"
     """Backend of the selective scan. auto: the first that can run here; a named one that cannot is an error."""
     trials: int = Field(0, ge=0)
@@ -101,7 +102,7 @@ def resolve(config: PlacementConfig, nodes: Sequence[Node]) -> Placement:
             f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker lies on one node, and the "
             f"nodes of this Ray ({_told(nodes)}) have room for {room} of them on {device}; lower one of them"
         )
-    stage = int(config.zero_stage) if config.zero_stage != "auto" else (1 if workers > 1 or device == "cuda" else 0)
+    stage = int(config.zero_stage) if config.zero_stage != "auto" else int(device == "cuda")
     trials = config.trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
     if device == "cuda" and trials > num_gpus:
         raise ValueError(

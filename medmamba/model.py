@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from medmamba.convnet import ConvNet
-from medmamba.ops.ss2d_scan import resolve_backend, scan
+from medmamba.ops.ss2d_scan import backend_scan, resolve_backend
 
 NUM_DIRECTIONS = 4
 MIN_SIDE = 32  # below, the third patch merging has nothing left to merge
@@ -165,7 +165,7 @@ class SS2D(nn.Module):
     def __init__(self, dim: int, d_state: int, backend: str):
         super().__init__()
         inner, rank, ways = 2 * dim, math.ceil(dim / 16), NUM_DIRECTIONS
-        self.backend = backend
+        self.scan = backend_scan(backend)
         self.split = (rank, d_state, d_state)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
@@ -188,13 +188,19 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(y_BHWD) * F.silu(z_BHWD))
 
     def _scan(self, u_BHWD: Tensor) -> Tensor:
-        # One product for the four directions on the pixels as they lie; only its small result is cut.
-        projected_BHWKF = F.linear(u_BHWD, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
-        dt_BHWKR, B_BHWKN, C_BHWKN = projected_BHWKF.split(self.split, dim=-1)
+        # One product for the four directions on the pixels as they lie; only its small result is cut. Each direction's
+        # B and C come first and its row ends at a multiple of 8, so that a GPU reads and multiplies aligned rows.
+        dt_KRD, B_KND, C_KND = self.x_proj_weight.split(self.split, dim=1)
+        weight_KFD = torch.cat((B_KND, C_KND, dt_KRD), dim=1)
+        if u_BHWD.is_cuda:
+            weight_KFD = F.pad(weight_KFD, (0, 0, 0, -weight_KFD.shape[1] % 8))
+        projected_BHWKF = F.linear(u_BHWD, weight_KFD.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
+        rank, states, _ = self.split
+        B_BHWKN, C_BHWKN, dt_BHWKR = projected_BHWKF[..., : 2 * states + rank].split((states, states, rank), dim=-1)
         A_log_KDN = self.A_logs.unflatten(0, (NUM_DIRECTIONS, -1))
         D_KD = self.Ds.unflatten(0, (NUM_DIRECTIONS, -1))
         weights = (self.dt_projs_weight, self.dt_projs_bias, A_log_KDN, D_KD)
-        return scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, *weights, backend=self.backend)
+        return self.scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, *weights)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PACKAGES = ("pipelines", "medmamba", "data_shards")
 STEPS = {step.name for workflow in WORKFLOWS.values() for step in workflow(Recipe())}
-LOOKING = ("predict", "status", "datasets", "submit")  # verbs without --dry-run
+LOOKING = ("predict", "status", "datasets", "submit", "bench")  # verbs without --dry-run
 FENCES = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_MODULES = {"reference": "reference", "numba": "numba_cpu"}
+_MODULES = {"reference": "reference", "numba": "numba_cpu", "cuda": "cuda_gpu"}
 # What "auto" tries on a device, fastest first.
-_PREFERENCE = {"cpu": ("numba", "reference")}
+_PREFERENCE = {"cpu": ("numba", "reference"), "cuda": ("cuda", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
 
 
@@ -40,8 +41,13 @@ def scan(
 
     ValueError: the backend is unknown or cannot run on u's device.
     """
-    name = resolve_backend(backend, u_BHWD.device.type)
-    return _module(name).scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD)
+    run = backend_scan(resolve_backend(backend, u_BHWD.device.type))
+    return run(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD)
+
+
+def backend_scan(name: str) -> Callable[..., Tensor]:
+    """`scan` of one resolved backend. A model keeps it, so that torch.compile finds no choice left to trace."""
+    return _module(name).scan
 
 
 def backends(device_type: str = "cpu") -> dict[str, str | None]:

@@ -1,0 +1,312 @@
+"""How fast a network trains and predicts on this machine, and what it costs: what `medmamba bench` measures.
+
+A speed is told only of a scan backend that equals the definition (reference.py in float64) in the same process, in
+values and in every gradient. A row that cannot be measured says why instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own habit)
+from torch import Tensor, nn
+
+from medmamba.config import MedMambaConfig
+from medmamba.model import NUM_DIRECTIONS, build_model
+from medmamba.ops.ss2d_scan import backends, scan
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the operator against float64, relative to the largest value
+COMPARED = {
+    "resnet50": "ResNet-50",
+    "convnext_tiny": "ConvNeXt-T",
+    "swin_t": "Swin-T",
+    "vit_small_patch16_224": "ViT-S",
+}
+NUM_CLASSES = 6
+
+
+class NotMeasured(Exception):  # noqa: N818 - it says what happened to a row, not what we did wrong
+    """Why a row has no figures."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure. `network`: T, S, B, nano or one of COMPARED."""
+
+    network: str
+    batch: int
+    side: int
+    precision: str
+    backend: str
+    device: str
+    compiled: bool
+
+
+@dataclass
+class Row:
+    """A case and what was measured: images/s, milliseconds, GiB, kernel launches of one training step; or why not."""
+
+    case: Case
+    train_images_per_s: float | None = None
+    infer_images_per_s: float | None = None
+    latency_ms: float | None = None
+    peak_gib: float | None = None
+    launches: int | None = None
+    first_step_s: float | None = None
+    graphed: bool = False
+    why_not: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON; what was not measured is null."""
+        return asdict(self)
+
+
+def measure(case: Case, *, repeats: int = 10) -> Row:
+    """Everything about one case. Never raises for a case that cannot run here: the row says why."""
+    row = Row(case)
+    try:
+        if case.network not in COMPARED:
+            row.errors = checked(case.backend, case.device, case.precision)
+        _measure_training(case, row, repeats)
+        _measure_inference(case, row, repeats)
+    except NotMeasured as reason:
+        row.why_not = str(reason)
+    except torch.cuda.OutOfMemoryError:
+        row.why_not = "out of memory"
+    gc.collect()
+    if case.device == "cuda":
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return row
+
+
+@functools.cache
+def checked(backend: str, device: str, precision: str) -> dict[str, float]:
+    """Errors of the operator against float64, by tensor; NotMeasured where one is above TOLERANCE or the backend
+    cannot run here."""
+    reason = backends(device).get(backend, f"there is no backend {backend}; there are {', '.join(backends(device))}")
+    if reason:
+        raise NotMeasured(f"backend {backend}: {reason}")
+    tensors = _operands(device, getattr(torch, precision))
+    found = _outputs(tensors, backend)
+    expected = _outputs([x.double() for x in tensors], "reference")
+    errors = {name: _error(found[name], expected[name]) for name in expected}
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[precision]}
+    if wrong:
+        raise NotMeasured(f"backend {backend} is not the definition in {precision}: {wrong}")
+    return errors
+
+
+def scan_updates(config: MedMambaConfig, side: int) -> int:
+    """Steps of the selective scan for one image: one per position, direction, channel and state."""
+    total = 0
+    for length, channels, depth in _stages(config, side):
+        total += depth * NUM_DIRECTIONS * length * channels * config.d_state
+    return total
+
+
+def macs(config: MedMambaConfig, side: int) -> int:
+    """Multiply-accumulates of one image in convolutions, products and the scan (two an update: state, read-out)."""
+    stages = _stages(config, side)
+    total = stages[0][0] * stages[0][1] * 3 * 4 * 4 + stages[-1][1] * config.num_classes
+    for length, channels, depth in stages:
+        half, rank = channels // 2, -(-channels // 32)
+        convolutions = (9 + 9 + 1) * half * half + 9 * channels
+        products = half * 2 * channels + channels * half
+        into_scan = channels * NUM_DIRECTIONS * (2 * rank + 2 * config.d_state)
+        total += depth * length * (convolutions + products + into_scan)
+    for (_, channels, _), (length, _, _) in pairwise(stages):
+        total += length * 4 * channels * 2 * channels
+    return total + 2 * scan_updates(config, side)
+
+
+def _stages(config: MedMambaConfig, side: int) -> list[tuple[int, int, int]]:
+    """(positions, inner channels of the scan, blocks) of each stage."""
+    found, edge = [], side // 4
+    for dim, depth in zip(config.resolved_dims, config.resolved_depths, strict=True):
+        found.append((edge * edge, dim, depth))
+        edge //= 2
+    return found
+
+
+def _operands(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batch, height, width, channels, rank, states = 2, 13, 11, 48, 3, 16
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    rows = normal(batch, height, width, NUM_DIRECTIONS, rank + 2 * states).to(dtype).to(device)
+    u = normal(batch, height, width, channels).to(dtype).to(device)
+    a_log = torch.arange(1, states + 1).log() + 0.1 * normal(NUM_DIRECTIONS, channels, states)
+    shapes = (NUM_DIRECTIONS, channels, rank), (NUM_DIRECTIONS, channels), (NUM_DIRECTIONS, channels)
+    weight, bias, skip = (normal(*shape) for shape in shapes)
+    return [u, *rows.split((rank, states, states), -1), *(x.to(device) for x in (weight, bias - 3, a_log, skip))]
+
+
+def _outputs(tensors: list[Tensor], backend: str) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = scan(*leaves, backend=backend)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].device)
+    # The weights themselves must be the same numbers in both, so they are rounded to the coarser of the two.
+    coarse = weight.to(torch.bfloat16).to(y.dtype)
+    grads = torch.autograd.grad(y, leaves, coarse)
+    names = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
+    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def _network(case: Case) -> nn.Module:
+    if case.network not in COMPARED:
+        config = MedMambaConfig(variant=case.network, num_classes=NUM_CLASSES)  # type: ignore[arg-type]
+        return build_model(config, scan=case.backend, device=case.device)
+    try:
+        if case.network in ("resnet50", "convnext_tiny", "swin_t"):
+            import torchvision
+
+            model = getattr(torchvision.models, case.network)(num_classes=NUM_CLASSES)
+        else:
+            import timm
+
+            model = timm.create_model(case.network, num_classes=NUM_CLASSES)
+    except (ImportError, RuntimeError) as error:
+        raise NotMeasured(f"needs the extra compare ({str(error).splitlines()[0]})") from None
+    # MedMamba turns its maps channels-last itself; these follow their weights.
+    return model.to(case.device, memory_format=torch.channels_last)
+
+
+def _autocast(case: Case) -> contextlib.AbstractContextManager:
+    if case.precision == "float32":
+        return contextlib.nullcontext()
+    # Its cache of cast weights would outlive a captured graph.
+    return torch.autocast(case.device, torch.bfloat16, cache_enabled=False)
+
+
+def _images(case: Case, batch: int) -> Tensor:
+    images = torch.randn(batch, 3, case.side, case.side, device=case.device)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _compiled(model: nn.Module, case: Case) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, dynamic=False) if case.compiled else model
+
+
+def _measure_training(case: Case, row: Row, repeats: int) -> None:
+    torch.manual_seed(0)
+    if case.device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats()
+    model = _network(case).train()
+    forward = _compiled(model, case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=case.device == "cuda")
+    images, labels = _images(case, case.batch), torch.randint(NUM_CLASSES, (case.batch,), device=case.device)
+
+    def step() -> None:
+        with _autocast(case):
+            loss = F.cross_entropy(forward(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    began = time.monotonic()
+    step()
+    _wait(case)
+    row.first_step_s = time.monotonic() - began
+    row.launches = _launches(case, step)
+    run, row.graphed = _graphed(case, step)
+    row.train_images_per_s = case.batch / _seconds(case, run, repeats)
+    if case.device == "cuda":
+        row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+
+
+def _measure_inference(case: Case, row: Row, repeats: int) -> None:
+    model = _network(case).eval()
+    forward = _compiled(model, case)
+    for batch in (case.batch, 1):
+        images = _images(case, batch)
+
+        def infer(images: Tensor = images) -> None:
+            with torch.no_grad(), _autocast(case):
+                forward(images)
+
+        run, _ = _graphed(case, infer)
+        seconds = _seconds(case, run, repeats)
+        if batch == 1:
+            row.latency_ms = 1e3 * seconds
+        else:
+            row.infer_images_per_s = batch / seconds
+        if batch == 1 and case.batch == 1:
+            row.infer_images_per_s = 1 / seconds
+            break
+
+
+def _graphed(case: Case, run: Callable[[], None]) -> tuple[Callable[[], None], bool]:
+    """The work as one CUDA graph, where there is CUDA and it can be captured: no launch then waits for Python."""
+    if case.device != "cuda":
+        return run, False
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # some library on the way cannot be captured: measured as it runs without
+        torch.cuda.synchronize()
+        return run, False
+    return graph.replay, True
+
+
+def _launches(case: Case, step: Callable[[], None]) -> int | None:
+    """Kernels, copies and fills that one step puts on the device."""
+    if case.device != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in traced.key_averages() if event.self_device_time_total > 0)
+
+
+def _seconds(case: Case, run: Callable[[], None], repeats: int) -> float:
+    """The median of `repeats` runs after two that do not count."""
+    for _ in range(2):
+        run()
+    _wait(case)
+    taken = []
+    for _ in range(repeats):
+        if case.device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def _wait(case: Case) -> None:
+    if case.device == "cuda":
+        torch.cuda.synchronize()

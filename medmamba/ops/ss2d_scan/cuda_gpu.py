@@ -1,0 +1,298 @@
+"""The scan on NVIDIA GPUs: scan.cu, compiled on first use for each width of channels. Bit-equal from run to run."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own habit)
+from torch import Tensor
+
+from medmamba.ops import nvrtc
+
+SOURCE = Path(__file__).with_name("scan.cu")
+_ACT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WAYS, _LANES, _QUADS = 4, 32, 4
+_WARPS_TO_FILL = 4 * 132 * 2  # below this many warps a sequence is cut into segments,
+_LEAST_TILES, _MOST_SEGMENTS = 4, 32  # of at least so many tiles, and at most so many segments
+# 12 warps of 168 registers fill a multiprocessor of an H100. With 9 the backward pass takes a third longer.
+_RESIDENT_WARPS, _SHARED_BYTES, _RESERVED_BYTES = 12, 227 << 10, 1 << 10
+
+
+def unusable(device_type: str) -> str | None:
+    """Why this backend cannot run on such a device; None: it can."""
+    return nvrtc.unusable() if device_type in ("cuda", "meta") else "it is for CUDA devices"
+
+
+def scan(
+    u_BHWD: Tensor,
+    dt_BHWKR: Tensor,
+    B_BHWKN: Tensor,
+    C_BHWKN: Tensor,
+    dt_weight_KDR: Tensor,
+    dt_bias_KD: Tensor,
+    A_log_KDN: Tensor,
+    D_KD: Tensor,
+) -> Tensor:
+    """Returns y_BHWD in u's dtype, computed in float32 (see reference.py for the equation)."""
+    dtype = u_BHWD.dtype if u_BHWD.dtype in _ACT else torch.float32
+    inputs = [x.to(dtype) for x in (u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN)]
+    parameters = [x.float() for x in (dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD)]
+    lacking = -A_log_KDN.shape[2] % _QUADS
+    if lacking:  # states of zeros: what they add to every result is zero
+        inputs[2:] = [F.pad(x, (0, lacking)) for x in inputs[2:]]
+        parameters[2] = F.pad(parameters[2], (0, lacking))
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters))
+    y_BHWD, _ = _forward(*inputs, *parameters, keep)
+    return y_BHWD.to(u_BHWD.dtype)
+
+
+_INPUTS = "Tensor u, Tensor dt, Tensor b, Tensor c, Tensor weight, Tensor bias, Tensor a_log, Tensor skip"
+torch.library.define("medmamba::ss2d_scan_cuda", f"({_INPUTS}, bool keep) -> (Tensor, Tensor)")
+torch.library.define(
+    "medmamba::ss2d_scan_cuda_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 8)})"
+)
+_forward = torch.ops.medmamba.ss2d_scan_cuda.default
+_backward = torch.ops.medmamba.ss2d_scan_cuda_backward.default
+
+
+class _Small(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("image", ctypes.c_longlong),
+        ("pixel", ctypes.c_int),
+        ("way", ctypes.c_int),
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("images", ctypes.c_int),
+        ("height", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("segments", ctypes.c_int),
+        ("segment_tiles", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("by_height", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one problem is cut: see scan.cu for `warps`, `tile`, `sub` and `unroll`."""
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    rank: int
+    states: int
+    act: int
+    warps: int
+    tile: int
+    sub: int
+    unroll: int = 2
+
+    @property
+    def wide(self) -> int:
+        return self.warps * _LANES
+
+    @property
+    def groups(self) -> int:
+        return -(-self.channels // self.wide)
+
+    @property
+    def blocks(self) -> int:
+        return self.images * _WAYS * self.groups
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.height * self.width // self.tile)
+
+    @property
+    def segment_tiles(self) -> int:
+        wanted = _WARPS_TO_FILL // (self.blocks * self.warps)
+        return max(_LEAST_TILES, -(-self.tiles // min(wanted, _MOST_SEGMENTS))) if wanted > 1 else self.tiles
+
+    @property
+    def segments(self) -> int:
+        """Parts of a sequence that blocks scan side by side; they cost a second pass, so only few images have more."""
+        return -(-self.tiles // self.segment_tiles)
+
+    @property
+    def resident(self) -> int:
+        """Blocks of the backward pass that should live on one multiprocessor."""
+        return max(1, _RESIDENT_WARPS // self.warps)
+
+    @property
+    def is_resident(self) -> bool:
+        return (self.shared_bytes(backward=True) + _RESERVED_BYTES) * self.resident <= _SHARED_BYTES
+
+    def shape(self) -> _Shape:
+        by_height = -(-(1 << 32) // self.height) if self.height > 1 else 0
+        length = self.height * self.width
+        return _Shape(
+            self.images, self.height, self.width, length, self.segments, self.segment_tiles, self.tiles, by_height
+        )
+
+    def shared_bytes(self, *, backward: bool) -> int:
+        """Shared memory of a block, as scan.cu lays it out."""
+        rank4 = -(-self.rank // 4) * 4
+        floats = self.tile * (2 * self.states + rank4 + 1 + (3 if backward else 2) * self.wide)
+        if not backward:
+            return 4 * floats
+        floats += 2 * rank4 * self.wide + self.tile * self.warps * 2 * self.states
+        return 4 * floats + (4 if self.act == 0 else 2) * self.sub * self.states * self.wide
+
+    def kernels(self, device: torch.device, *, vectors: bool) -> nvrtc.Kernels:
+        settings = {
+            "ACT": self.act, "CHANNELS": self.channels, "RANK": self.rank, "STATES": self.states,
+            "WARPS": self.warps, "TILE": self.tile, "SUB": self.sub, "UNROLL": self.unroll,
+            "VECTORS": int(vectors), "RESIDENT": self.resident,
+        }  # fmt: skip
+        return nvrtc.build(SOURCE, settings, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(images: int, height: int, width: int, channels: int, rank: int, states: int, dtype: torch.dtype) -> _Plan:
+    """The longest tile (it leaves the fewest states in memory) with which the backward pass has its warps resident.
+
+    Raises ValueError for a map too large for the kernel's division.
+    """
+    if height * height * width >= 1 << 32:
+        raise ValueError(
+            f"a map of {height} x {width} is too large for backend 'cuda': use reference, or smaller images"
+        )
+    warps = 3 if channels % (3 * _LANES) == 0 else min(4, -(-channels // _LANES))
+    sub = 4 if dtype == torch.float32 else 8
+    wider = [6] if channels % (6 * _LANES) == 0 else []
+    cuts = [(w, tile) for tile in (16, 8) for w in (warps, *wider)]
+    plans = [
+        _Plan(images, height, width, channels, rank, states, _ACT[dtype], w, tile, min(sub, tile)) for w, tile in cuts
+    ]
+    return next((plan for plan in plans if plan.is_resident), plans[-len(wider) - 1])
+
+
+def _plan_of(u: Tensor, weight: Tensor, a_log: Tensor) -> _Plan:
+    return _plan(*u.shape, weight.shape[2], a_log.shape[2], u.dtype)
+
+
+@torch.library.impl("medmamba::ss2d_scan_cuda", "cuda")
+def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
+    """(y_BHWD, the states at each tile's start, empty unless `keep`)."""
+    plan = _plan_of(u, weight, a_log)
+    u = u.contiguous()
+    dt, b, c = (_rows(x) for x in (dt, b, c))
+    small = [_small(x) for x in (dt, b, c)]
+    parameters = [x.contiguous() for x in (weight, bias, a_log, skip)]
+    with torch.cuda.device(u.device):
+        kernels = plan.kernels(u.device, vectors=_aligned(u, b, c))
+        planes = u.new_empty((_WAYS, *u.shape))
+        kept = _new_kept(u, plan, keep)
+        ends, sums = _new_ends(u, plan)
+        arguments = (u, *small, *parameters, planes, kept if keep else None, ends, sums, plan.shape())
+        shared = plan.shared_bytes(backward=False)
+        if plan.segments > 1:
+            kernels("forward_carry", (plan.blocks, plan.segments), plan.wide, shared, arguments)
+        kernels("forward", (plan.blocks, plan.segments), plan.wide, shared, arguments)
+        y = torch.empty_like(u)
+        _merge(kernels, planes, y)
+    return y, kept
+
+
+@torch.library.register_fake("medmamba::ss2d_scan_cuda")
+def _fake_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
+    return u.new_empty(u.shape), _new_kept(u, _plan_of(u, weight, a_log), keep)
+
+
+@torch.library.impl("medmamba::ss2d_scan_cuda_backward", "cuda")
+def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
+    """The gradients of the eight inputs, in their order and shapes."""
+    plan = _plan_of(u, weight, a_log)
+    dy, u = dy.contiguous(), u.contiguous()
+    dt, b, c = (_rows(x) for x in (dt, b, c))
+    small = [_small(x) for x in (dt, b, c)]
+    parameters = [x.contiguous() for x in (weight, bias, a_log, skip)]
+    with torch.cuda.device(u.device):
+        kernels = plan.kernels(u.device, vectors=_aligned(u, b, c))
+        planes = u.new_empty((_WAYS, *u.shape))
+        of_small = [u.new_empty((plan.groups, *x.shape), dtype=torch.float32) for x in (dt, b, c)]
+        width = plan.states + plan.rank + 2
+        parts = plan.images * plan.segments
+        of_parameters = u.new_empty((parts, _WAYS, plan.channels, width), dtype=torch.float32)
+        ends, sums = _new_ends(u, plan)
+        if plan.segments > 1:
+            carry = (dy, small[0], small[2], *parameters[:3], ends, sums, plan.shape())
+            shared = plan.shared_bytes(backward=False)
+            kernels("backward_carry", (plan.blocks, plan.segments), plan.wide, shared, carry)
+        arguments = (
+            dy, u, *small, *parameters, kept, planes, *of_small, of_parameters, ends, sums, plan.shape(),
+        )  # fmt: skip
+        shared = plan.shared_bytes(backward=True)
+        kernels("backward", (plan.blocks, plan.segments), plan.wide, shared, arguments)
+        du = torch.empty_like(u)
+        _merge(kernels, planes, du)
+        found = [torch.empty_like(x) for x in (a_log, weight, bias, skip)]
+        grid = (-(-of_parameters[0].numel() // 128), 1)
+        kernels("sum_parameters", grid, 128, 0, (of_parameters, *found, ctypes.c_int(parts)))
+    of_a_log, of_weight, of_bias, of_skip = found
+    gradients = [(x[0] if plan.groups == 1 else x.sum(0)).to(u.dtype) for x in of_small]
+    return du, *gradients, of_weight, of_bias, of_a_log, of_skip
+
+
+@torch.library.register_fake("medmamba::ss2d_scan_cuda_backward")
+def _fake_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
+    return tuple(x.new_empty(x.shape) for x in (u, dt, b, c, weight, bias, a_log, skip))
+
+
+def _remember(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:-1], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, _):
+    return (*_backward(dy, *ctx.saved_tensors), None)
+
+
+torch.library.register_autograd("medmamba::ss2d_scan_cuda", _differentiate, setup_context=_remember)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """dt, B or C as the kernel can read it: a view of one product as it lies, anything else copied."""
+    return x if x.stride(-1) == 1 and x.stride(1) == x.stride(2) * x.shape[2] else x.contiguous()
+
+
+def _small(x: Tensor) -> _Small:
+    return _Small(x.data_ptr(), x.stride(0), x.stride(2), x.stride(3))
+
+
+def _aligned(u: Tensor, *rows: Tensor) -> bool:
+    """Whether all rows can be read 16 bytes at a time."""
+    vector = 16 // u.element_size()
+    return all(
+        x.data_ptr() % 16 == 0 and all(stride % vector == 0 for stride in x.stride()[:-1]) and x.shape[-1] % vector == 0
+        for x in (u, *rows)
+    )
+
+
+def _new_kept(u: Tensor, plan: _Plan, keep: bool) -> Tensor:
+    size = plan.blocks * plan.tiles * plan.wide * plan.states if keep else 0
+    return u.new_empty(size, dtype=torch.float32 if plan.act == 0 else torch.bfloat16)
+
+
+def _new_ends(u: Tensor, plan: _Plan) -> tuple[Tensor | None, Tensor | None]:
+    """What the segments leave behind: their last states, and the sums of delta."""
+    if plan.segments == 1:
+        return None, None
+    rows = plan.segments * plan.blocks * plan.wide
+    return u.new_empty(rows * plan.states, dtype=torch.float32), u.new_empty(rows, dtype=torch.float32)
+
+
+def _merge(kernels: nvrtc.Kernels, planes: Tensor, to: Tensor) -> None:
+    vector = 16 // to.element_size()
+    blocks = -(-to.numel() // (vector * 256))
+    kernels("merge", (blocks, 1), 256, 0, (planes, to, ctypes.c_longlong(to.numel())))

@@ -1,0 +1,168 @@
+"""`medmamba bench`: the networks of this project, and others, measured on this machine; a table and JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pipelines.arguments import UsageError, parse
+from pipelines.terminal import console, table
+
+COSTED_SIDES = (112, 224, 384, 512)
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Measure speed, memory and cost of the networks on this machine."""
+
+    def arguments(
+        networks: tuple[str, ...] = (),
+        batches: tuple[int, ...] = (),
+        sides: tuple[int, ...] = (),
+        precisions: tuple[str, ...] = (),
+        backends: tuple[str, ...] = (),
+        device: str = "auto",
+        compile: tyro.conf.FlagCreatePairsOff[bool] = False,
+        compare: tyro.conf.FlagCreatePairsOff[bool] = False,
+        repeats: int = 10,
+        out: str = "",
+        json: tyro.conf.FlagCreatePairsOff[bool] = False,
+    ) -> dict[str, Any]:
+        """Measure training and inference speed, latency of one image, memory and kernel launches, and tell the cost.
+
+        Every scan backend is first held to its definition in float64; one that is wrong gets no speed.
+
+        Args:
+            networks: T, S, B, nano; empty: T on a GPU, nano on a CPU.
+            batches: Images per step; empty: 128 on a GPU, 16 on a CPU.
+            sides: Height and width of an image; empty: 224 on a GPU, 64 on a CPU.
+            precisions: float32, bfloat16; empty: bfloat16 on a GPU, float32 on a CPU.
+            backends: Backends of the scan; empty: all that can run here.
+            device: cpu, cuda or auto.
+            compile: Through torch.compile; its first step takes a minute.
+            compare: Other networks in the same run (needs the extra compare).
+            repeats: Timed runs, of which the median counts.
+            out: File for the figures as JSON.
+            json: Print JSON instead of tables.
+        """
+        return dict(locals())
+
+    asked = parse(arguments, "bench", argv)
+    rows = _measure(asked)
+    figures = {**_machine(), "rows": [row.to_json() for row in rows], "cost": _cost(asked["networks"])}
+    if asked["out"]:
+        Path(asked["out"]).write_text(json.dumps(figures, indent=2) + "\n")
+    if asked["json"]:
+        print(json.dumps(figures, indent=2))
+        return 0
+    table(f"Speed on {figures['device']}, torch {figures['torch']}", *_speed_table(rows))
+    for row in rows:
+        if row.why_not:
+            console().print(f"{row.case.network} with {row.case.backend}: not measured: {row.why_not}")
+    table("Cost of one image", ("network", "side", "GMAC with scan", "scan updates", "parameters"), _cost_rows(figures))
+    return 0
+
+
+def _measure(asked: dict[str, Any]) -> list:
+    import torch
+
+    from medmamba.bench import COMPARED, Case, Row, measure
+    from medmamba.config import VARIANTS
+    from medmamba.ops.ss2d_scan import backends
+
+    device = asked["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(f"bench: --device {device}: choose cpu, or cuda where torch sees a GPU")
+    gpu = device == "cuda"
+    names = asked["networks"] or (("T",) if gpu else ("nano",))
+    unknown = sorted(set(names) - set(VARIANTS))
+    if unknown:
+        raise UsageError(f"bench: --networks {unknown[0]}: there are {', '.join(VARIANTS)}")
+    precisions = asked["precisions"] or (("bfloat16",) if gpu else ("float32",))
+    if set(precisions) - {"float32", "bfloat16"}:
+        raise UsageError(f"bench: --precisions {' '.join(precisions)}: there are float32 and bfloat16")
+    # The definition is there to be right; it is measured only when it is asked for.
+    scans = asked["backends"] or [n for n, why in backends(device).items() if n != "reference" and why is None]
+    sizes = list(
+        itertools.product(asked["batches"] or ((128,) if gpu else (16,)), asked["sides"] or ((224,) if gpu else (64,)))
+    )
+    cases = [
+        Case(network, batch, side, precision, scan, device, asked["compile"])
+        for (batch, side), precision in itertools.product(sizes, precisions)
+        for network, scan in [*itertools.product(names, scans), *((n, "") for n in COMPARED if asked["compare"])]
+    ]
+    found: list[Row] = []
+    for case in cases:
+        console().print(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {case.precision}", style="dim")
+        found.append(measure(case, repeats=asked["repeats"]))
+    return found
+
+
+def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:
+    columns = ("network", "batch", "px", "train img/s", "infer img/s", "1 image ms", "peak GiB", "launches")
+    shown = []
+    for row in rows:
+        case, digits = row.case, 0 if (row.train_images_per_s or 0) >= 100 else 1
+        figures = (
+            *(_figure(value, digits) for value in (row.train_images_per_s, row.infer_images_per_s)),
+            _figure(row.latency_ms, 2),
+            _figure(row.peak_gib, 2),
+            _figure(row.launches, 0),
+        )
+        shown.append((f"{_named(case)}, {case.precision}", case.batch, case.side, *figures))
+    return columns, shown
+
+
+def _named(case: Any) -> str:
+    from medmamba.bench import COMPARED
+
+    how = ", compiled" if case.compiled else ""
+    return f"{COMPARED[case.network]}{how}" if case.network in COMPARED else f"{case.network}, {case.backend}{how}"
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _machine() -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    from pipelines.provenance import git_commit, package_versions
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "device": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "git_commit": git_commit(),
+        "packages": package_versions(),
+    }
+
+
+def _cost(networks: Sequence[str]) -> list[dict[str, Any]]:
+    from medmamba.bench import NUM_CLASSES, macs, scan_updates
+    from medmamba.config import VARIANTS, MedMambaConfig
+    from medmamba.model import build_model
+
+    found = []
+    for network in networks or VARIANTS:
+        config = MedMambaConfig.model_validate({"variant": network, "num_classes": NUM_CLASSES})
+        parameters = sum(p.numel() for p in build_model(config, scan="reference", device="meta").parameters())
+        for side in COSTED_SIDES:
+            costs = {"macs": macs(config, side), "scan_updates": scan_updates(config, side), "parameters": parameters}
+            found.append({"network": network, "side": side, **costs})
+    return found
+
+
+def _cost_rows(figures: dict[str, Any]) -> list[tuple]:
+    return [
+        (c["network"], c["side"], f"{c['macs'] / 1e9:.3f}", f"{c['scan_updates'] / 1e6:.1f} M", f"{c['parameters']:,}")
+        for c in figures["cost"]
+    ]

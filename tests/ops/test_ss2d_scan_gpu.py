@@ -1,0 +1,153 @@
+"""The scan on a GPU against its definition in float64 on the same GPU: values, gradients, graphs, the whole network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_ss2d_scan import NAMES, inputs, worst
+
+from medmamba.config import MedMambaConfig
+from medmamba.model import build_model
+from medmamba.ops.ss2d_scan import backends, cuda_gpu, resolve_backend, scan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device"),
+]
+# (batch, height, width, channels, rank, states): L = 1, 2, 49, 63, 196, 784, 3136; not square; channels and states
+# that fill no block and no vector; every stage of the published variants.
+SHAPES = [
+    (1, 1, 1, 8, 1, 16),
+    (2, 1, 2, 24, 1, 16),
+    (3, 7, 7, 16, 2, 16),
+    (1, 9, 7, 40, 3, 16),
+    (2, 5, 3, 13, 2, 7),
+    (2, 14, 14, 8, 1, 4),
+    (2, 14, 14, 384, 12, 16),
+    (2, 28, 28, 192, 6, 16),
+    (2, 7, 7, 768, 24, 16),
+    (1, 56, 56, 96, 3, 16),
+    (2, 20, 31, 128, 4, 16),
+    (600, 1, 3, 24, 1, 16),
+]
+
+
+def on_gpu(shape, dtype, *, aligned=False, seed=0):
+    """The inputs as the network has them: dt, B and C views of one product, whose rows are aligned or not."""
+    u, dt, b, c, *parameters = (x.detach() for x in inputs(shape, seed=seed))
+    parts = [x.to(dtype) for x in ((b, c, dt) if aligned else (dt, b, c))]
+    rows = torch.cat(parts, -1)
+    if aligned:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 8))
+    sizes = [x.shape[-1] for x in parts]
+    cut = rows.cuda()[..., : sum(sizes)].split(sizes, -1)
+    b, c, dt = cut if aligned else (*cut[1:], cut[0])
+    return [u.to(dtype).cuda(), dt, b, c, *(x.cuda() for x in parameters)]
+
+
+def outputs(tensors, backend, weight):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = scan(*leaves, backend=backend)
+    y.backward(weight.to(y.dtype))
+    return {"y": y.detach()} | {f"grad of {n}": x.grad for n, x in zip(NAMES, leaves, strict=True)}
+
+
+def weight_for(tensors):
+    return torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+def errors(tensors, **how):
+    weight = weight_for(tensors).to(tensors[0].dtype)
+    found = outputs(tensors, "cuda", weight)
+    assert all(torch.isfinite(value).all() for value in found.values())
+    return worst(found, outputs([x.double() for x in tensors], "reference", weight.double()))
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["unaligned", "aligned"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_all_gradients_equal_the_definition(shape, dtype, tolerance, aligned):
+    found = errors(on_gpu(shape, dtype, aligned=aligned))
+    assert {name: error for name, error in found.items() if not error <= tolerance} == {}
+
+
+@pytest.mark.parametrize(("bias", "a_shift"), [(-12.0, 0.0), (12.0, 0.0), (20.0, 0.0), (60.0, 0.0), (-2.0, 6.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extreme_steps_and_decays_stay_finite_and_exact(dtype, bias, a_shift):
+    tensors = on_gpu((2, 6, 7, 24, 1, 16), dtype)
+    tensors[5].fill_(bias)
+    tensors[6].add_(a_shift)
+    weight = weight_for(tensors).to(dtype)
+    found = outputs(tensors, "cuda", weight)
+    assert all(torch.isfinite(value).all() for value in found.values())
+    expected = outputs([x.double() for x in tensors], "reference", weight.double())
+    compared = {n: e for n, e in worst(found, expected).items() if expected[n].abs().max() > 1e-20}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert {name: error for name, error in compared.items() if error > tolerance} == {}
+
+
+def test_the_result_is_bit_equal_from_run_to_run_and_fresh_memory_does_not_matter(monkeypatch):
+    tensors = on_gpu((3, 28, 28, 192, 6, 16), torch.bfloat16, aligned=True)
+    weight = weight_for(tensors)
+    first = outputs(tensors, "cuda", weight)
+    again = outputs(tensors, "cuda", weight)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **how: new_empty(*size, **how).fill_(float("nan")))
+    in_dirt = outputs(tensors, "cuda", weight)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], in_dirt[name]) for name in first)
+
+
+def test_segments_side_by_side_give_what_one_sequence_gives(monkeypatch):
+    tensors = on_gpu((1, 28, 31, 96, 3, 16), torch.float32, aligned=True)
+    weight = weight_for(tensors)
+    in_parts = outputs(tensors, "cuda", weight)
+    assert cuda_gpu._plan_of(tensors[0], tensors[4], tensors[6]).segments > 1
+    monkeypatch.setattr(cuda_gpu, "_WARPS_TO_FILL", 1)
+    whole = outputs(tensors, "cuda", weight)
+    assert {n: e for n, e in worst(in_parts, {k: v.double() for k, v in whole.items()}).items() if e > 1e-5} == {}
+
+
+def test_it_can_be_captured_in_a_cuda_graph_forwards_and_backwards():
+    tensors = [x.detach().requires_grad_() for x in on_gpu((2, 14, 14, 96, 3, 16), torch.bfloat16, aligned=True)]
+    weight = weight_for(tensors).to(torch.bfloat16)
+
+    def step():
+        return torch.autograd.grad(scan(*tensors, backend="cuda"), tensors, weight)
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_operator_passes_torchs_own_checks():
+    arguments = (*(x.detach().requires_grad_() for x in on_gpu((2, 5, 6, 24, 2, 16), torch.float32)), True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(cuda_gpu._forward, arguments, test_utils=tests)
+
+
+def test_the_network_compiles_without_a_graph_break_and_equals_the_reference_backend():
+    torch.manual_seed(0)
+    config = MedMambaConfig(variant="nano", num_classes=3)
+    model, slow = (build_model(config, scan=name, device="cuda").eval() for name in ("cuda", "reference"))
+    slow.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 64, 72, device="cuda")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+        expected = slow(images)
+    assert (compiled - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+def test_auto_takes_it():
+    assert backends("cuda")["cuda"] is None
+    assert resolve_backend("auto", "cuda") == "cuda"

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from data_shards.catalog import card, names
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
+from pipelines.bench import bench
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
@@ -391,6 +392,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": status,
     "datasets": datasets,
     "submit": submit,
+    "bench": bench,
 }
 
 
@@ -404,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb is None:
             raise UsageError(_no_such_verb(argv[0]))
-        return verb(argv[1:])
+        return _flushed(verb(argv[1:]))
     except ValidationError as error:
         return _tell(explain(error), WRONG_USE)
     except (UsageError, ConfigError, DriftError) as error:
@@ -412,11 +414,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, WorkflowError) as error:
         return _tell(error, FAILED)
     except BrokenPipeError:
-        # `medmamba ... | head`: whoever read has enough. Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return _nobody_reads()
     except HelpShown:
-        return DONE
+        return _flushed(DONE)
     except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train a Ctrl-C
         return _tell("interrupted; the same command goes on where it stopped", FAILED)
 
@@ -538,6 +538,21 @@ def _readable(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}  {each}" for key, each in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flushed(code: int) -> int:
+    """`code`, once standard output has taken what was printed: after a help text nothing else would ask."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _nobody_reads()
+    return code
+
+
+def _nobody_reads() -> int:
+    # `medmamba ... | head`: whoever read has enough. Python would complain once more when it flushes at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _tell(error: object, code: int) -> int:

@@ -53,6 +53,7 @@ def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path)
     assert told.splitlines()[-1] == GOES_ON
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
     store = tmp_path / "store"
     arguments = ["tune", *TINY, "--tune.epochs", "4", "--tune.trials", "3", "--store", str(store), "--json"]
@@ -70,6 +71,7 @@ def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
     assert {run.info.status for run in runs(store)} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_path):
     store = tmp_path / "store"
     arguments = [*TINY, "--store", str(store), "--json"]

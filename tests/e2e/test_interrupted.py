@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 

@@ -125,7 +125,7 @@ def test_another_configuration_under_the_same_name_is_drift_that_names_the_field
 def test_the_champion_classifies_an_image_file(released, services, tmp_path):
     pixels = phantom(PhantomConfig(side=32), 0, 1, 0)
     Image.fromarray(pixels.squeeze()).save(tmp_path / "image.png")
-    rows = json.loads(medmamba("predict", "image.png", "--json", env=services, cwd=tmp_path).stdout)
+    rows = json.loads(medmamba("predict", "image.png", "--model", MODEL, "--json", env=services, cwd=tmp_path).stdout)
     assert set(rows[0]["scores"]) == {"no lesion", "smooth ellipse", "spiculated mass"}
     assert sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
 

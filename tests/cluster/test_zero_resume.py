@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from ranks import run_ranks
 
 from data_shards.config import DataConfig, PhantomConfig
@@ -13,6 +14,7 @@ from data_shards.convert import convert
 from data_shards.store import open_store
 
 
+@pytest.mark.slow
 def test_two_ranks_at_zero_3_resume_to_the_same_numbers(tmp_path):
     out = open_store(str(tmp_path / "data"))
     convert(DataConfig(phantoms=PhantomConfig(num_patients=24, images_per_patient=2, side=32)), out)

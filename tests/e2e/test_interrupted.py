@@ -13,6 +13,7 @@ import pytest
 from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
+pytestmark = pytest.mark.slow  # eight drivers are started and interrupted
 GOES_ON = "medmamba: interrupted; the same command goes on where it stopped"
 
 
@@ -54,7 +55,6 @@ def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path)
     assert told.splitlines()[-1] == GOES_ON
 
 
-@pytest.mark.slow
 def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
     store = tmp_path / "store"
     arguments = ["tune", *TINY, "--tune.epochs", "4", "--tune.trials", "3", "--store", str(store), "--json"]
@@ -72,7 +72,6 @@ def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
     assert {run.info.status for run in runs(store)} == {"FINISHED"}
 
 
-@pytest.mark.slow
 def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_path):
     store = tmp_path / "store"
     arguments = [*TINY, "--store", str(store), "--json"]

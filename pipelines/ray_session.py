@@ -22,7 +22,7 @@ JOIN_WAIT_S = 300.0
 # Set before Ray is imported. Each can be overridden from outside.
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # ray.train.report waits for this poll: 2 s an epoch by default
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # ray.train.report waits for this poll: 2 s an epoch by default
     "RAY_worker_niceness": "0",  # workers at nice 15 starve beside anything else on a shared machine
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it every task prints a warning
     "RAY_DEDUP_LOGS": "0",

@@ -37,7 +37,7 @@ def pneumoniamnist() -> Recipe:
         data=DataConfig(dataset="pneumoniamnist"),
         model=MedMambaConfig(variant="nano"),
         train=TrainConfig(
-            epochs=12,
+            epochs=9,
             batch_size=64,
             micro_batch=32,
             image_size=32,
@@ -54,7 +54,7 @@ def breastmnist() -> Recipe:
         data=DataConfig(dataset="breastmnist"),
         model=MedMambaConfig(variant="nano"),
         train=TrainConfig(
-            epochs=50,
+            epochs=44,
             batch_size=32,
             micro_batch=32,
             image_size=32,

@@ -74,7 +74,9 @@ def convert(
     image_set = _source(config)
     plans = _plans(image_set, config)
     out.put(SETTINGS, settings)
-    kept = {plan.name: part for plan in plans if (part := find_shard(plan, config, out))}
+    found = {plan.name: find_shard(plan, config, out) for plan in plans}
+    # A shard that lacks images is made again: they may have been mended since.
+    kept = {name: part for name, part in found.items() if part and not part.quarantine}
     tasks = [(config, plan, out.uri) for plan in plans if plan.name not in kept]
     progress(len(kept), len(plans))
     parts = dict(kept)
@@ -112,6 +114,11 @@ def _source(config: DataConfig) -> ImageSet:
 
 
 def _plans(image_set: ImageSet, config: DataConfig) -> list[ShardPlan]:
+    if len(image_set.classes) < 2 and image_set.task != "multilabel":
+        raise ValueError(
+            f"the image set has the one class {', '.join(image_set.classes)}: there is nothing to tell apart; add the "
+            "images of another class, or check --data.source and the label column"
+        )
     splits = assign_splits(
         image_set.rows,
         num_classes=len(image_set.classes),
@@ -169,7 +176,7 @@ def _check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[
         raise ValueError(
             f"{bad} of {bad + good} images ({share:.1%}) cannot be decoded, but max_quarantine allows "
             f"{config.max_quarantine:.1%}: {'; '.join([*named(), 'mend or remove them'])}, or raise "
-            "--data.max-quarantine"
+            "--data.max-quarantine (under another --run)"
         )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,12 +47,7 @@ def open_source(config: DataConfig) -> ImageSet:
     config = resolved(config)
     if config.layout == "phantoms":
         return PhantomSet(config.phantoms, config.seed)
-    if not config.source:
-        address = catalog.card(config.dataset).source if config.dataset in catalog.names() else ""
-        raise ValueError(
-            f"dataset {config.dataset!r} needs its files: {f'get them ({address}) and ' if address else ''}"
-            "say where they lie with --data.source"
-        )
+    _require_source(config)
     if config.layout == "npz":
         from data_shards.source_npz import NpzSet
 
@@ -59,6 +55,25 @@ def open_source(config: DataConfig) -> ImageSet:
     from data_shards.source_files import open_csv, open_folders
 
     return open_csv(config) if config.layout == "csv" else open_folders(config)
+
+
+def check_source(config: DataConfig) -> None:
+    """ValueError where the set's files are not named, or no local path of that name is there: before any work."""
+    config = resolved(config)
+    if config.layout == "phantoms":
+        return
+    _require_source(config)
+    if "://" not in config.source and not Path(config.source).exists():
+        raise ValueError(f"{config.source} is no such source: nothing lies there; check --data.source")
+
+
+def _require_source(config: DataConfig) -> None:
+    if not config.source:
+        address = catalog.card(config.dataset).source if config.dataset in catalog.names() else ""
+        raise ValueError(
+            f"dataset {config.dataset!r} needs its files: {f'get them ({address}) and ' if address else ''}"
+            "say where they lie with --data.source"
+        )
 
 
 def resolved(config: DataConfig) -> DataConfig:

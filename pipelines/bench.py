@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from pipelines.arguments import UsageError, parse
-from pipelines.terminal import console, table
+from pipelines.terminal import Terminal, console, table
 
 COSTED_SIDES = (112, 224, 384, 512)
 
@@ -52,6 +52,10 @@ def bench(argv: Sequence[str]) -> int:
         return dict(locals())
 
     asked = parse(arguments, "bench", argv)
+    if asked["repeats"] < 1:
+        raise UsageError(f"bench: --repeats {asked['repeats']}: a median needs at least 1")
+    if asked["out"] and not Path(asked["out"]).absolute().parent.is_dir():
+        raise UsageError(f"bench: --out {asked['out']}: its folder does not exist; make it first")
     rows = _measure(asked)
     figures = {**_machine(), "rows": [row.to_json() for row in rows], "cost": _cost(asked["networks"])}
     if asked["out"]:
@@ -98,8 +102,9 @@ def _measure(asked: dict[str, Any]) -> list:
         for network, scan in [*itertools.product(names, scans), *((n, "") for n in COMPARED if asked["compare"])]
     ]
     found: list[Row] = []
+    told = Terminal()
     for case in cases:
-        console().print(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {case.precision}", style="dim")
+        told.say(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {case.precision}")
         found.append(measure(case, repeats=asked["repeats"]))
     return found
 

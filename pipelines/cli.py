@@ -18,6 +18,7 @@ import tyro
 from pydantic import ValidationError
 
 from data_shards.catalog import card, names
+from data_shards.source import check_source
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
@@ -179,8 +180,11 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
     terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
 
     def open_context() -> StepContext:
+        states = plan_steps(steps, store, work.run)
+        if any(state.name == "shard" and state.state != "done" for state in states):
+            check_source(work.values.data)  # before anything is written under the run's name
         context = _open_context(work, workflow, store, terminal)
-        _check_divides(work.values, context.placement, plan_steps(steps, store, work.run))
+        _check_divides(work.values, context.placement, states)
         return context
 
     try:
@@ -372,9 +376,15 @@ def submit(argv: Sequence[str]) -> int:
         raise nothing
     if command[0] not in VERBS:  # the cluster would find out too, minutes later
         raise UsageError(_no_such_verb(command[0]))
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    if not address.startswith(("http://", "https://")):
+        raise UsageError(
+            f"submit: {f'--address {address} is no address' if address else 'no address'} of a Ray dashboard; give "
+            "--address http://HOST:8265, or set RAY_API_SERVER_ADDRESS"
+        )
     from pipelines.cluster import submit as submit_job
 
-    return submit_job(address or os.environ.get("RAY_API_SERVER_ADDRESS", ""), command, wait=wait)
+    return submit_job(address, command, wait=wait)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments

@@ -156,7 +156,7 @@ def test_few_undecodable_images_are_counted_and_the_finished_shards_are_kept_whe
     with pytest.raises(ValueError, match="max_quarantine"):
         convert(config, store)
     facts = convert(config.model_copy(update={"max_quarantine": 0.05}), store)
-    assert (facts["quarantine"], facts["num_images"], facts["made"]) == (2, 58, 0)
+    assert (facts["quarantine"], facts["num_images"]) == (2, 58)
     assert len(open_dataset(store).manifest.quarantine) == 2
     with pytest.raises(ValueError, match="max_quarantine"):  # also when it is finished
         convert(config, store)
@@ -223,3 +223,21 @@ def test_on_s3_the_bytes_are_those_of_a_folder(tmp_path, s3):
     assert convert(config, remote)["digest"] == facts["digest"]
     assert contents(local) == contents(remote)
     assert re.fullmatch(r"[0-9a-f]{64}", facts["digest"])
+
+
+def test_mended_images_are_looked_at_again(tmp_path):
+    config, store = folder_config(tmp_path / "set", bad=2), open_store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="max_quarantine"):
+        convert(config, store)
+    for torn in ("0 (1).png", "1 (1).png"):
+        (tmp_path / "set/left" / torn).write_bytes(coded(pixels(7)))
+    assert convert(config, store)["quarantine"] == 0
+
+
+def test_a_set_of_one_class_is_refused(tmp_path):
+    (tmp_path / "set/only").mkdir(parents=True)
+    for number in range(9):
+        (tmp_path / f"set/only/{number}.png").write_bytes(coded(pixels(number)))
+    config = DataConfig(dataset="own", layout="folders", source=str(tmp_path / "set"))
+    with pytest.raises(ValueError, match="nothing to tell apart"):
+        convert(config, open_store(str(tmp_path / "out")))

@@ -76,7 +76,7 @@ def test_every_verb_explains_itself(verb, capsys):
 def test_the_help_of_a_verb_shows_a_recipes_own_values_with_help_texts(capsys):
     main(["train", "--recipe", "breastmnist", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--train.epochs INT Passes over the training split. (default: 50)" in text
+    assert "--train.epochs INT Passes over the training split. (default: 44)" in text
     assert "--model.variant {T,S,B,nano}" in text
     assert "--placement.workers INT" in text
 
@@ -417,3 +417,36 @@ def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path)
     assert main([*force, "weak"]) == 0
     assert list(json.loads(capsys.readouterr().out))[-1] == "promote-forced-2"
     assert open_store("store").head("runs/weak/promote-forced/record.json"), "the first one stays as it was"
+
+
+def test_a_source_that_is_not_there_binds_no_run(tmp_path, capsys):
+    store = tmp_path / "store"
+    wrong = ["shard", "--recipe", "breastmnist", "--run", "r", "--store", str(store), "--data.source", "/nowhere.npz"]
+    assert main(wrong) == 1
+    assert "is no such source" in capsys.readouterr().err
+    assert not (store / "runs/r").exists()
+    assert main([*wrong[:-1], str(tmp_path), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["submit", "--", "status"],
+        ["submit", "--address", "head:6379", "--", "status"],
+        ["bench", "--repeats", "0"],
+        ["bench", "--out", "nowhere/figures.json"],
+        ["bench", "--networks", "Z"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_meant_is_wrong_use_at_once(argv, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_bench_prints_json_and_nothing_else(capsys):
+    assert main(["bench", "--repeats", "1", "--batches", "2", "--sides", "32", "--networks", "nano", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["train_images_per_s"] > 0
+    assert max(row["errors"].values()) < 1e-5

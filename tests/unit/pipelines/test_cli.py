@@ -76,7 +76,7 @@ def test_every_verb_explains_itself(verb, capsys):
 def test_the_help_of_a_verb_shows_a_recipes_own_values_with_help_texts(capsys):
     main(["train", "--recipe", "breastmnist", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--train.epochs INT Passes over the training split. (default: 44)" in text
+    assert "--train.epochs INT Passes over the training split. (default: 50)" in text
     assert "--model.variant {T,S,B,nano}" in text
     assert "--placement.workers INT" in text
 

@@ -130,6 +130,7 @@ def test_the_champion_classifies_an_image_file(released, services, tmp_path):
     assert sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow  # another whole run; the gate itself is tested on a real MLflow in unit/pipelines
 def test_a_worse_model_is_refused_each_time_and_promoted_only_by_force(released, services, client, tmp_path):
     # A learning rate near zero leaves the weights where chance put them.
     worse = ["--run", "worse", *TINY, "--train.optim.lr", "1e-9", "--train.optim.warmup-epochs", "0"]

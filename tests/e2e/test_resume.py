@@ -72,6 +72,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_to_the_same_metrics(unint
     ] == [1]
 
 
+@pytest.mark.slow  # a third driver; the rule itself is tested in unit/pipelines/test_state.py
 def test_a_resume_on_another_number_of_ranks_is_refused_with_a_remedy(tmp_path):
     store = tmp_path / "store"
     arguments = ["train", *TINY, "--train.epochs", "4", "--run", "ranks", "--store", str(store)]

@@ -63,7 +63,7 @@ def check_source(config: DataConfig) -> None:
     if config.layout == "phantoms":
         return
     _require_source(config)
-    if "://" not in config.source and not Path(config.source).exists():
+    if "://" not in config.source and not Path(config.source).expanduser().exists():
         raise ValueError(f"{config.source} is no such source: nothing lies there; check --data.source")
 
 

@@ -51,7 +51,7 @@ def ray_map(task: Callable, items: list) -> Iterator:
 
 
 def _check_reachable(config: DataConfig, placement: Placement) -> None:
-    if placement.nodes > 1 and config.source and "://" not in config.source:
+    if placement.nodes > 1 and config.source and not config.source.startswith("s3://"):
         raise ValueError(
             f"data.source {config.source} is a local path, but this Ray has {placement.nodes} nodes, which do not "
             f"share it; copy the image set to s3:// and name it there"

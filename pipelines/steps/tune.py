@@ -113,6 +113,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     Raises ValueError where every trial failed, where one failed for another reason than that it diverged, and where
     the sweep was ended before its last trial: the step is then not finished, and asked again it goes on.
     """
+    config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
     with tracking.running(out, run=context.run, step="tune", params=params) as parent:

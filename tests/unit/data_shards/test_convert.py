@@ -151,12 +151,17 @@ def test_too_many_undecodable_images_fail_and_nothing_says_the_dataset_is_whole(
     assert store.head(MANIFEST) is None
 
 
-def test_few_undecodable_images_are_counted_and_the_finished_shards_are_kept_when_the_tolerance_is_raised(tmp_path):
-    config, store = folder_config(tmp_path / "set", bad=2), open_store(str(tmp_path / "out"))
+def test_few_undecodable_images_are_counted_and_the_whole_shards_are_kept_when_the_tolerance_is_raised(tmp_path):
+    config = folder_config(tmp_path / "set", bad=2, samples_per_shard=10)
+    store = open_store(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="max_quarantine"):
         convert(config, store)
     facts = convert(config.model_copy(update={"max_quarantine": 0.05}), store)
     assert (facts["quarantine"], facts["num_images"]) == (2, 58)
+    parts = [json.loads(store.get(key)) for key in store.list("parts/")]
+    lacking = sum(bool(part["quarantine"]) for part in parts)
+    assert 0 < lacking < len(parts)
+    assert (facts["made"], facts["kept"]) == (lacking, len(parts) - lacking)
     assert len(open_dataset(store).manifest.quarantine) == 2
     with pytest.raises(ValueError, match="max_quarantine"):  # also when it is finished
         convert(config, store)

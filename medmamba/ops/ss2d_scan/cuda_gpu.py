@@ -16,7 +16,7 @@ from medmamba.ops import nvrtc
 SOURCE = Path(__file__).with_name("scan.cu")
 _ACT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WAYS, _LANES, _QUADS = 4, 32, 4
-_WARPS_TO_FILL = 4 * 132 * 2  # below this many warps a sequence is cut into segments,
+_WARPS_TO_FILL = 12 * 132  # below this many warps a sequence is cut into segments,
 _LEAST_TILES, _MOST_SEGMENTS = 4, 32  # of at least so many tiles, and at most so many segments
 # 12 warps of 168 registers fill a multiprocessor of an H100. With 9 the backward pass takes a third longer.
 _RESIDENT_WARPS, _SHARED_BYTES, _RESERVED_BYTES = 12, 227 << 10, 1 << 10
@@ -197,7 +197,7 @@ def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
         arguments = (u, *small, *parameters, planes, kept if keep else None, ends, sums, plan.shape())
         shared = plan.shared_bytes(backward=False)
         if plan.segments > 1:
-            kernels("forward_carry", (plan.blocks, plan.segments), plan.wide, shared, arguments)
+            kernels("forward_carry", (plan.blocks, plan.segments - 1), plan.wide, shared, arguments)
         kernels("forward", (plan.blocks, plan.segments), plan.wide, shared, arguments)
         y = torch.empty_like(u)
         _merge(kernels, planes, y)
@@ -228,7 +228,7 @@ def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
         if plan.segments > 1:
             carry = (dy, small[0], small[2], *parameters[:3], ends, sums, plan.shape())
             shared = plan.shared_bytes(backward=False)
-            kernels("backward_carry", (plan.blocks, plan.segments), plan.wide, shared, carry)
+            kernels("backward_carry", (plan.blocks, plan.segments - 1), plan.wide, shared, carry)
         arguments = (
             dy, u, *small, *parameters, kept, planes, *of_small, of_parameters, ends, sums, plan.shape(),
         )  # fmt: skip

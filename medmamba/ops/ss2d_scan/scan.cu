@@ -121,11 +121,11 @@ static __device__ __forceinline__ int pixel_of(int way, int position, const Shap
 struct Place {  // which part of the work this block does, and which this thread
     int image, way, group, segment, channel, quad, states;
     bool real;  // the thread's channel exists
-    __device__ Place() {
+    __device__ Place(int first_segment = 0) {
         group = blockIdx.x % GROUPS;
         way = blockIdx.x / GROUPS % 4;
         image = blockIdx.x / GROUPS / 4;
-        segment = blockIdx.y;
+        segment = first_segment + blockIdx.y;
         channel = group * WIDE + threadIdx.x;
         quad = threadIdx.x / 4 * 4;            // first of the four channels, within the block
         states = threadIdx.x % 4 * NJ;         // first of the NJ states
@@ -418,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(WIDE) backward_carry(
     float* dy_s = delta_s + TILE * WIDE;
     float* c_s = dy_s + TILE * WIDE;
     float* dt_s = c_s + TILE * STATES;
-    const Place at;
+    const Place at(1);  // nothing needs what leaves the first segment
     const size_t row = (size_t)at.way * CHANNELS + at.channel;
 
     float own_weight[RANK], a2[4][NJ], dh[4][NJ] = {};

@@ -53,7 +53,8 @@ class Case:
 
 @dataclass
 class Row:
-    """A case and what was measured: images/s, milliseconds, GiB, kernel launches of one training step; or why not."""
+    """A case and what was measured: images/s, milliseconds, GiB; of one training step the kernel launches
+    and the scan's share of its time; or why not."""
 
     case: Case
     train_images_per_s: float | None = None
@@ -61,6 +62,7 @@ class Row:
     latency_ms: float | None = None
     peak_gib: float | None = None
     launches: int | None = None
+    scan_share: float | None = None
     first_step_s: float | None = None
     graphed: bool = False
     why_not: str = ""
@@ -226,6 +228,7 @@ def _measure_training(case: Case, row: Row, repeats: int) -> None:
     _wait(case)
     row.first_step_s = time.monotonic() - began
     row.launches = _launches(case, step)
+    row.scan_share = _scan_share(case, step)
     run, row.graphed = _graphed(case, step)
     row.train_images_per_s = case.batch / _seconds(case, run, repeats)
     if case.device == "cuda":
@@ -284,6 +287,28 @@ def _launches(case: Case, step: Callable[[], None]) -> int | None:
         step()
         torch.cuda.synchronize()
     return sum(event.count for event in traced.key_averages() if event.self_device_time_total > 0)
+
+
+def _scan_share(case: Case, step: Callable[[], None]) -> float | None:
+    """Part of a step's time (on a GPU: of its kernels' time) that scans take, forward and backward; None: no such
+    operator is seen (reference.py is none, and a compiled step hides them)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if case.device == "cuda" else [])]
+    with profile(activities=activities) as traced:
+        began = time.perf_counter()
+        step()
+        _wait(case)
+        step_us = 1e6 * (time.perf_counter() - began)
+    events = traced.key_averages()
+    scans = [event for event in events if event.key.startswith("medmamba::ss2d_scan")]
+    if case.device == "cuda":
+        step_us = sum(event.self_device_time_total for event in events)
+        scan_us = sum(event.device_time_total for event in scans)
+    else:
+        scan_us = sum(event.cpu_time_total for event in scans)
+    return scan_us / step_us if scan_us else None
 
 
 def _seconds(case: Case, run: Callable[[], None], repeats: int) -> float:

@@ -304,7 +304,8 @@ def _scan_share(case: Case, step: Callable[[], None]) -> float | None:
     events = traced.key_averages()
     scans = [event for event in events if event.key.startswith("medmamba::ss2d_scan")]
     if case.device == "cuda":
-        step_us = sum(event.self_device_time_total for event in events)
+        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        step_us = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation)
         scan_us = sum(event.device_time_total for event in scans)
     else:
         scan_us = sum(event.cpu_time_total for event in scans)

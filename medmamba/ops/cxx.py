@@ -20,7 +20,7 @@ from medmamba.ops.build_cache import BuildError, kept
 _NATIVE = "-march=native"
 # What is left out of -ffast-math: a NaN stays a NaN, and sums keep their order.
 _OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-_LINKED = ("-shared", "-fPIC", "-pthread")
+_LINKED = ("-shared", "-fPIC")
 
 
 def build(source: Path, settings: Mapping[str, int]) -> ctypes.CDLL:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from medmamba.ops import cxx
@@ -48,14 +47,15 @@ class _Gradients(ctypes.Structure):
 
 
 def _forward(problem: Problem, y: Tensor, kept: Tensor) -> None:
-    kept_at = ctypes.c_void_p(kept.data_ptr() if kept.numel() else None)
-    _library().scan_forward(ctypes.byref(_read(problem)), _at(y), kept_at, torch.get_num_threads())
+    run, read = _library().scan_forward, ctypes.byref(_read(problem))
+    to = (_at(y), _at(kept) if kept.numel() else None)
+    cpu_operator.spread(len(y) * problem.splits, lambda tasks: run(*map(ctypes.c_int64, tasks), read, *to))
 
 
 def _backward(problem: Problem, dy: Tensor, kept: Tensor, gradients: Gradients) -> None:
-    to = _Gradients(*(x.data_ptr() for x in gradients))
-    threads = torch.get_num_threads()
-    _library().scan_backward(ctypes.byref(_read(problem)), _at(dy), _at(kept), ctypes.byref(to), threads)
+    run, read = _library().scan_backward, ctypes.byref(_read(problem))
+    to = (_at(dy), _at(kept), ctypes.byref(_Gradients(*(x.data_ptr() for x in gradients))))
+    cpu_operator.spread(problem.slots * problem.splits, lambda tasks: run(*map(ctypes.c_int64, tasks), read, *to))
 
 
 scan = cpu_operator.register(cpu_operator.Loops("cpp", _WIDTH, _GROUP, _CHUNK, _forward, _backward))

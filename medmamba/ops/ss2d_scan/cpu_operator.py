@@ -1,11 +1,17 @@
 """What the CPU backends share: how loops over lanes of channels become an operator of torch.
 
-The work is cut into tasks by the shapes alone, so the result is bit-equal on any number of threads.
+The work is cut into tasks by the shapes alone, so the result is bit-equal on any number of threads. The threads are our
+own: calls from several threads at once are safe (numba's own pools are not all so, and their waiting threads would
+fight torch's for the cores), and waiting ones are woken sooner than new ones get a core beside torch's.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -171,3 +177,20 @@ def _problem(u, dt, b, c, weight, bias, a, skip, width: int) -> Problem:
 def _rows(x: Tensor) -> Tensor:
     """dt, B or C as the loops can read it: a view of one product as it lies, anything else copied."""
     return x if x.stride(-1) == 1 and x.stride(1) == x.stride(2) * x.shape[2] else x.contiguous()
+
+
+def spread(num_tasks: int, run: Callable[[tuple[int, int]], None]) -> None:
+    """Runs tasks [0, num_tasks) in equal shares on torch's number of threads; the caller's thread takes the first."""
+    threads = min(torch.get_num_threads(), num_tasks)
+    bounds = [num_tasks * thread // threads for thread in range(threads + 1)]
+    shares = list(itertools.pairwise(bounds))
+    others = [_pool(os.getpid(), threads).submit(run, share) for share in shares[1:]]
+    run(shares[0])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads do not survive a fork, so a forked process makes its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="ss2d_scan")

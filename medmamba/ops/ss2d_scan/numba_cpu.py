@@ -1,18 +1,7 @@
-"""The scan on the CPU without a compiler on the machine: numba's, compiled at the first call and cached on disk.
-
-The tasks are spread over torch.get_num_threads() threads of our own: calls from several threads at once are safe
-(numba's own thread pools are not all so, and their waiting threads would fight torch's for the cores).
-"""
+"""The scan on the CPU without a compiler on the machine: numba's, compiled at the first call and cached on disk."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
 from torch import Tensor
 
 from medmamba.ops.ss2d_scan import cpu_operator
@@ -23,14 +12,14 @@ from medmamba.ops.ss2d_scan.cpu_operator import unusable as unusable  # part of 
 
 def _forward(problem: Problem, y: Tensor, kept: Tensor) -> None:
     arguments = (problem.splits, *_arrays(problem), kept.numel() > 0, _flat(y), _flat(kept))
-    _spread(len(y) * problem.splits, lambda tasks: kernels.forward(tasks, *arguments))
+    cpu_operator.spread(len(y) * problem.splits, lambda tasks: kernels.forward(tasks, *arguments))
 
 
 def _backward(problem: Problem, dy: Tensor, kept: Tensor, gradients: Gradients) -> None:
     shape, strides, *inputs = _arrays(problem)
     to = tuple(_flat(x) for x in gradients)
     arguments = (problem.slots, problem.splits, shape, strides, _flat(dy), *inputs, _flat(kept), to)
-    _spread(problem.slots * problem.splits, lambda tasks: kernels.backward(tasks, *arguments))
+    cpu_operator.spread(problem.slots * problem.splits, lambda tasks: kernels.backward(tasks, *arguments))
 
 
 scan = cpu_operator.register(
@@ -51,20 +40,3 @@ def _arrays(problem: Problem):
 
 def _flat(x: Tensor):
     return x.detach().view(-1).numpy()
-
-
-def _spread(num_tasks: int, run: Callable[[tuple[int, int]], None]) -> None:
-    """Runs tasks [0, num_tasks) in equal shares on torch's number of threads; the caller's thread takes the first."""
-    threads = min(torch.get_num_threads(), num_tasks)
-    bounds = [num_tasks * thread // threads for thread in range(threads + 1)]
-    shares = list(itertools.pairwise(bounds))
-    others = [_pool(os.getpid(), threads).submit(run, share) for share in shares[1:]]
-    run(shares[0])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork, so a forked process makes its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="ss2d_scan")

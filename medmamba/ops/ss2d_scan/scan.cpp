@@ -9,11 +9,8 @@
 // (B,K,chunks,D·N), a block of W channels as (N,W). D is a multiple of NARROW, N of GROUP (cpp_cpu.py pads).
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <vector>
 #if defined(__AVX512F__) && !defined(PORTABLE)
 #include <immintrin.h>
@@ -368,32 +365,19 @@ void backward_task(const Problem& p, Index task, const float* dy, const float* k
     }
 }
 
-// Which thread runs which task changes no result: a task alone writes where it writes.
-template <class Run>
-void spread(Index tasks, int threads, Run run) {
-    std::atomic<Index> next{0};
-    const auto work = [&] {
-        for (Index task; (task = next++) < tasks;) run(task);
-    };
-    std::vector<std::thread> others;
-    try {
-        while (static_cast<Index>(others.size()) + 1 < std::min<Index>(threads, tasks)) others.emplace_back(work);
-    } catch (const std::system_error&) {  // no more threads to be had: those there do it all
-    }
-    work();
-    for (auto& other : others) other.join();
-}
-
 }  // namespace
 
+// Tasks [first, last); which thread runs which changes no result: a task alone writes where it writes.
 extern "C" {
 
-void scan_forward(const Problem* p, float* y, float* kept, int threads) {
-    spread(p->images * p->splits, threads, [=](Index task) { forward_task(*p, task, y, kept); });
+void scan_forward(Index first, Index last, const Problem* p, float* y, float* kept) {
+    for (Index task = first; task < last; ++task) forward_task(*p, task, y, kept);
 }
 
-void scan_backward(const Problem* p, const float* dy, const float* kept, const Gradients* grad, int threads) {
-    spread(p->slots * p->splits, threads, [=](Index task) { backward_task(*p, task, dy, kept, *grad); });
+void scan_backward(
+    Index first, Index last, const Problem* p, const float* dy, const float* kept, const Gradients* grad
+) {
+    for (Index task = first; task < last; ++task) backward_task(*p, task, dy, kept, *grad);
 }
 
 }

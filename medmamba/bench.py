@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import NUM_DIRECTIONS, build_model
-from medmamba.ops.ss2d_scan import backends, scan
+from medmamba.ops.ss2d_scan import backends, resolve_backend, scan
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the operator against float64, relative to the largest value
 COMPARED = {
@@ -99,6 +99,10 @@ def checked(backend: str, device: str, precision: str) -> dict[str, float]:
     reason = backends(device).get(backend, f"there is no backend {backend}; there are {', '.join(backends(device))}")
     if reason:
         raise NotMeasured(f"backend {backend}: {reason}")
+    try:
+        resolve_backend(backend, device)  # builds it
+    except ValueError as error:
+        raise NotMeasured(str(error)) from None
     tensors = _operands(device, getattr(torch, precision))
     found = _outputs(tensors, backend)
     expected = _outputs([x.double() for x in tensors], "reference")

@@ -73,5 +73,5 @@ def _run(command: Sequence[str]) -> str:
     except OSError as error:
         raise BuildError(f"{shlex.join(command)}: {error}") from None
     if done.returncode:
-        raise BuildError(f"{shlex.join(command)} exited with {done.returncode}:\n{done.stderr}")
+        raise BuildError(f"{shlex.join(command)} exited with {done.returncode}:\n{done.stderr.strip()}")
     return done.stdout

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from medmamba.bench import NotMeasured, checked
 from medmamba.ops import ss2d_scan
-from medmamba.ops.build_cache import BuildError
 from medmamba.ops.ss2d_scan import backend_scan, backends, resolve_backend, scan
 
 NAMES = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
@@ -300,8 +300,10 @@ def test_a_compiler_that_fails_leaves_auto_the_next_and_the_named_backend_raises
     monkeypatch.setenv("CXX", str(broken))
     assert resolve_backend("auto", "cpu") == "numba"
     assert re.search(r"cpp cannot be built here.* exited with 4:\nno space left", caplog.text, re.DOTALL)
-    with pytest.raises(BuildError, match="exited with 4:\nno space left"):
-        scan(*inputs((1, 2, 2, 8, 1, 4)), backend="cpp")
+    with pytest.raises(ValueError, match=r"'cpp' cannot run on cpu: .* exited with 4:\nno space left"):
+        resolve_backend("cpp", "cpu")
+    with pytest.raises(NotMeasured, match="no space left"):
+        checked.__wrapped__("cpp", "cpu", "float32")
 
 
 @pytest.mark.parametrize(

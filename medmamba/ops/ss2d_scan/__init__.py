@@ -4,7 +4,7 @@
 
 Its definition is reference.py. A backend is a module beside it with two functions: `scan` of the signature above, and
 `unusable(device_type)`, which says why it cannot run on such a device here (None: it can). One that is compiled on
-first use also has `prepare(device_type)`, which builds and raises BuildError: "auto" asks it before it chooses. A
+first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a backend is taken. A
 module may be imported only when it is asked for, so it may import what is not installed everywhere.
 """
 
@@ -65,15 +65,25 @@ def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
     ValueError: no such backend, or the named one cannot run here (the reason is in the message).
     """
     if name == "auto":
-        preference = _PREFERENCE.get(device_type, _PREFERENCE_ELSEWHERE)
-        chosen = next(n for n in preference if _unusable(n, device_type) is None and _is_built(n, device_type))
-        log.info("scan backend on %s: %s", device_type, chosen)
-        return chosen
+        return _fastest(device_type)
     if name not in _MODULES:
         raise ValueError(f"scan backend {name!r} does not exist; choose auto or one of {', '.join(_MODULES)}")
-    if reason := _unusable(name, device_type):
+    if reason := _unusable(name, device_type) or _unbuilt(name, device_type):
         raise ValueError(f"scan backend {name!r} cannot run on {device_type}: {reason}; choose auto or another")
     return name
+
+
+def _fastest(device_type: str) -> str:
+    *preferred, chosen = _PREFERENCE.get(device_type, _PREFERENCE_ELSEWHERE)
+    for name in preferred:
+        if _unusable(name, device_type):
+            continue
+        if (reason := _unbuilt(name, device_type)) is None:
+            chosen = name
+            break
+        log.warning("scan backend %s cannot be built here, the next one is taken: %s", name, reason)
+    log.info("scan backend on %s: %s", device_type, chosen)
+    return chosen
 
 
 @functools.cache
@@ -84,14 +94,14 @@ def _unusable(name: str, device_type: str) -> str | None:
         return str(error)
 
 
-def _is_built(name: str, device_type: str) -> bool:
+def _unbuilt(name: str, device_type: str) -> str | None:
+    """Why the backend's code cannot be built here; None: it is built now, or needs no building."""
     try:
         if prepare := getattr(_module(name), "prepare", None):
             prepare(device_type)
     except BuildError as error:
-        log.warning("scan backend %s cannot be built here, the next one is taken: %s", name, error)
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def _module(name: str) -> ModuleType:

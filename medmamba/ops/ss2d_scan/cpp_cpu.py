@@ -22,7 +22,8 @@ def unusable(device_type: str) -> str | None:
 
 def prepare(device_type: str) -> None:
     """Builds what every call needs. BuildError: why it cannot be built."""
-    _library()
+    if device_type == "cpu":
+        _library()
 
 
 class _Rows(ctypes.Structure):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import NUM_DIRECTIONS, build_model
-from medmamba.ops.ss2d_scan import backends, scan
+from medmamba.ops.ss2d_scan import backends, resolve_backend, scan
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the operator against float64, relative to the largest value
 COMPARED = {
@@ -53,7 +53,8 @@ class Case:
 
 @dataclass
 class Row:
-    """A case and what was measured: images/s, milliseconds, GiB, kernel launches of one training step; or why not."""
+    """A case and what was measured: images/s, milliseconds, GiB; of one training step the kernel launches
+    and the scan's share of its time; or why not."""
 
     case: Case
     train_images_per_s: float | None = None
@@ -61,6 +62,7 @@ class Row:
     latency_ms: float | None = None
     peak_gib: float | None = None
     launches: int | None = None
+    scan_share: float | None = None
     first_step_s: float | None = None
     graphed: bool = False
     why_not: str = ""
@@ -97,6 +99,10 @@ def checked(backend: str, device: str, precision: str) -> dict[str, float]:
     reason = backends(device).get(backend, f"there is no backend {backend}; there are {', '.join(backends(device))}")
     if reason:
         raise NotMeasured(f"backend {backend}: {reason}")
+    try:
+        resolve_backend(backend, device)  # builds it
+    except ValueError as error:
+        raise NotMeasured(str(error)) from None
     tensors = _operands(device, getattr(torch, precision))
     found = _outputs(tensors, backend)
     expected = _outputs([x.double() for x in tensors], "reference")
@@ -226,6 +232,7 @@ def _measure_training(case: Case, row: Row, repeats: int) -> None:
     _wait(case)
     row.first_step_s = time.monotonic() - began
     row.launches = _launches(case, step)
+    row.scan_share = _scan_share(case, step)
     run, row.graphed = _graphed(case, step)
     row.train_images_per_s = case.batch / _seconds(case, run, repeats)
     if case.device == "cuda":
@@ -284,6 +291,29 @@ def _launches(case: Case, step: Callable[[], None]) -> int | None:
         step()
         torch.cuda.synchronize()
     return sum(event.count for event in traced.key_averages() if event.self_device_time_total > 0)
+
+
+def _scan_share(case: Case, step: Callable[[], None]) -> float | None:
+    """Part of a step's time (on a GPU: of its kernels' time) that scans take, forward and backward; None: no such
+    operator is seen (reference.py is none, and a compiled step hides them)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if case.device == "cuda" else [])]
+    with profile(activities=activities) as traced:
+        began = time.perf_counter()
+        step()
+        _wait(case)
+        step_us = 1e6 * (time.perf_counter() - began)
+    events = traced.key_averages()
+    if case.device == "cuda":
+        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        step_us = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation)
+        # Kernels of the forward pass belong to autograd's wrapper of the operator; totals would count them twice.
+        scan_us = sum(event.self_device_time_total for event in events if "ss2d_scan" in event.key)
+    else:
+        scan_us = sum(event.cpu_time_total for event in events if event.key.startswith("medmamba::ss2d_scan"))
+    return scan_us / step_us if scan_us else None
 
 
 def _seconds(case: Case, run: Callable[[], None], repeats: int) -> float:

@@ -63,7 +63,7 @@ def bench(argv: Sequence[str]) -> int:
     if asked["json"]:
         print(json.dumps(figures, indent=2))
         return 0
-    table(f"Speed on {figures['device']}, torch {figures['torch']}", *_speed_table(rows))
+    table(f"Images a second on {figures['device']}, torch {figures['torch']}", *_speed_table(rows))
     for row in rows:
         if row.why_not:
             console().print(f"{row.case.network} with {row.case.backend}: not measured: {row.why_not}")
@@ -110,7 +110,7 @@ def _measure(asked: dict[str, Any]) -> list:
 
 
 def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:
-    columns = ("network", "batch", "px", "train img/s", "infer img/s", "1 image ms", "peak GiB", "launches")
+    columns = ("network", "batch", "px", "train/s", "infer/s", "1 in ms", "GiB", "launches", "scan %")
     shown = []
     for row in rows:
         case, digits = row.case, 0 if (row.train_images_per_s or 0) >= 100 else 1
@@ -119,9 +119,11 @@ def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:
             _figure(row.latency_ms, 2),
             _figure(row.peak_gib, 2),
             _figure(row.launches, 0),
+            _figure(None if row.scan_share is None else 100 * row.scan_share, 0),
         )
         shown.append((f"{_named(case)}, {case.precision}", case.batch, case.side, *figures))
-    return columns, shown
+    told = [n for n in range(len(columns)) if any(row[n] != "" for row in shown)]  # a CPU has no launches
+    return tuple(columns[n] for n in told), [tuple(row[n] for n in told) for row in shown]
 
 
 def _named(case: Any) -> str:

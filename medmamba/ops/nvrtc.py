@@ -1,32 +1,25 @@
 """CUDA C++ compiled on first use by NVRTC, which comes with every CUDA build of torch: no nvcc, no compiler is needed.
 
-The machine code is kept in the user's cache under the digest of source, settings, chip and compiler. Both libraries
-are called through ctypes: their C interfaces are stable, and torch's wrappers around them are not public.
+The key in the cache holds source, settings, chip and compiler. Both libraries are called through ctypes: their C
+interfaces are stable, and torch's wrappers around them are not public.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-log = logging.getLogger(__name__)
+from medmamba.ops.build_cache import BuildError, kept
 
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_WITHOUT_ASKING = 48 << 10
-
-
-class BuildError(RuntimeError):
-    """CUDA code that cannot be built or loaded here."""
 
 
 class Kernels:
@@ -94,20 +87,9 @@ def unusable() -> str | None:
 
 @functools.cache
 def _build(source: Path, settings: tuple[tuple[str, int], ...], chip: str) -> Kernels:
-    code = source.read_bytes()
-    options = [f"--gpu-architecture={chip}", "--std=c++17", *(f"-D{name}={value}" for name, value in settings)]
-    key = hashlib.sha256(repr((code, options, _version())).encode()).hexdigest()[:32]
-    kept = _cache_folder() / f"{key}.cubin"
-    if not kept.exists():
-        log.info("compiling %s for %s (%s)", source.name, chip, ", ".join(f"{k}={v}" for k, v in settings))
-        began = time.monotonic()
-        image = _compiled(source.name, code, options)
-        log.info("compiled %s in %.1f s; kept in %s", source.name, time.monotonic() - began, kept.parent)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_name(f".{key}.{os.getpid()}")
-        beside.write_bytes(image)
-        os.replace(beside, kept)
-    return Kernels(kept.read_bytes())
+    options = (f"--gpu-architecture={chip}", "--std=c++17", *(f"-D{name}={value}" for name, value in settings))
+    cubin = kept(source, "cubin", (options, _version()), lambda code: _compiled(source.name, code, options))
+    return Kernels(cubin.read_bytes())
 
 
 def _compiled(name: str, code: bytes, options: Sequence[str]) -> bytes:
@@ -172,10 +154,6 @@ def _version() -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _checked_nvrtc(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "cuda"
 
 
 def _checked(status: int, doing: str) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from medmamba.ops.ss2d_scan import resolve_backend
 from pipelines.ray_session import connect
 
 SESSION = """
@@ -39,7 +40,7 @@ except ValueError as error:
     print(error)
 """
     chosen, named, refused = outcome(2, lines, tmp_path).splitlines()
-    assert (chosen, named) == ("numba", "reference")
+    assert (chosen, named) == (resolve_backend("auto", "cpu"), "reference")
     assert "scan backend 'nosuch' does not exist" in refused
 
 

@@ -1,12 +1,15 @@
 """The scan: its definition against a loop over single pixels, and every backend against its definition."""
 
+import re
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from medmamba.ops.ss2d_scan import backends, resolve_backend, scan
+from medmamba.bench import NotMeasured, checked
+from medmamba.ops import ss2d_scan
+from medmamba.ops.ss2d_scan import backend_scan, backends, resolve_backend, scan
 
 NAMES = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
 # (batch, height, width, channels, rank, states): L = 1, less and more than a chunk, not square, channels and states
@@ -22,7 +25,12 @@ SHAPES = [
     (33, 3, 2, 8, 1, 16),
     (1, 28, 28, 8, 1, 16),
 ]
-BACKENDS = [name for name, reason in backends("cpu").items() if reason is None and name != "reference"]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
+    for name, reason in backends("cpu").items()
+    if name in ("numba", "cpp")
+]
+needs_a_compiler = pytest.mark.skipif(backends("cpu")["cpp"] is not None, reason=str(backends("cpu")["cpp"]))
 
 
 def inputs(shape, *, dtype=torch.float32, seed=0):
@@ -200,12 +208,28 @@ def test_inputs_that_lie_anyhow_in_memory_give_the_same_result(backend):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_the_numba_operator_passes_torchs_own_checks():
-    from medmamba.ops.ss2d_scan import numba_cpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["u", "dt", "B", "C", "dt_bias", "A_log"])
+def test_a_nan_reaches_the_result_and_every_gradient_that_it_reaches_in_the_definition(name, backend):
+    tensors = inputs((1, 5, 6, 8, 1, 4))
+    with torch.no_grad():
+        spoilt = tensors[NAMES.index(name)]
+        spoilt[(0,) * spoilt.ndim] = float("nan")
+    expected, found = (outputs(tensors, n) for n in ("reference", backend))
+    wrong = [n for n, value in expected.items() if (value.isnan() & ~found[n].isnan()).any()]
+    assert expected["y"].isnan().any()
+    assert wrong == []
 
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operator_passes_torchs_own_checks(backend):
+    backend_scan(backend)
     *front, a_log, skip = inputs((2, 3, 4, 8, 1, 4))
     arguments = (*front, -a_log.detach().exp(), skip, True)
-    torch.library.opcheck(numba_cpu._forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    operator = getattr(torch.ops.medmamba, f"ss2d_scan_{backend}").default
+    torch.library.opcheck(
+        operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_with_the_reason():
@@ -217,9 +241,80 @@ def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_with_the_reason(
     assert "for the CPU" in backends("cuda")["numba"]
 
 
-def test_auto_takes_numba_on_the_cpu_and_says_so_once(caplog):
-    resolve_backend.cache_clear()
-    with caplog.at_level("INFO", logger="medmamba.ops.ss2d_scan"):
-        assert [resolve_backend("auto", "cpu") for _ in range(3)] == ["numba"] * 3
-    assert [record.message for record in caplog.records] == ["scan backend on cpu: numba"]
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """Nothing chosen, nothing built: a cache of this test's own."""
+    from medmamba.ops import cxx
+
+    def forget():
+        for cached in (resolve_backend, ss2d_scan._unusable, cxx._build):
+            cached.cache_clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    forget()
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
+@needs_a_compiler
+def test_auto_builds_cpp_on_the_cpu_and_says_so_once(fresh, caplog, tmp_path):
+    with caplog.at_level("INFO", logger="medmamba.ops"):
+        assert [resolve_backend("auto", "cpu") for _ in range(3)] == ["cpp"] * 3
+    first, second, last = (record.message for record in caplog.records)
+    assert first == "compiling scan.cpp"
+    assert second.startswith("compiled scan.cpp in ")
+    assert second.endswith(f"kept in {tmp_path}/cache/medmamba/cpp")
+    assert last == "scan backend on cpu: cpp"
     assert resolve_backend("auto", "cuda") == "reference"
+
+
+@needs_a_compiler
+def test_what_was_built_is_used_again_and_other_code_options_or_instructions_are_not(fresh, tmp_path, monkeypatch):
+    from medmamba.ops import cxx
+
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return ONE; }')
+
+    def built():
+        return sorted((tmp_path / "cache" / "medmamba" / "cpp").iterdir())
+
+    assert cxx.build(source, {"ONE": 1}).one() == 1
+    (first,) = built()
+    made = first.stat().st_mtime_ns
+    fresh()
+    assert cxx.build(source, {"ONE": 1}).one() == 1
+    assert built() == [first]
+    assert first.stat().st_mtime_ns == made
+    assert cxx.build(source, {"ONE": 2}).one() == 2
+    monkeypatch.setattr(cxx, "_target", lambda: "another CPU")
+    fresh()
+    assert cxx.build(source, {"ONE": 1}).one() == 1
+    assert len(built()) == 3
+
+
+def test_a_compiler_that_fails_leaves_auto_the_next_and_the_named_backend_raises(fresh, tmp_path, monkeypatch, caplog):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho no space left >&2\nexit 4\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert resolve_backend("auto", "cpu") == "numba"
+    assert re.search(r"cpp cannot be built here.* exited with 4:\nno space left", caplog.text, re.DOTALL)
+    with pytest.raises(ValueError, match=r"'cpp' cannot run on cpu: .* exited with 4:\nno space left"):
+        resolve_backend("cpp", "cpu")
+    with pytest.raises(NotMeasured, match="no space left"):
+        checked.__wrapped__("cpp", "cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [("CXX", "no-such-compiler -v", "CXX=no-such-compiler is not there"), ("PATH", "", "no C\\+\\+ compiler")],
+)
+def test_without_a_compiler_auto_takes_numba_and_the_named_backend_is_refused(
+    fresh, monkeypatch, variable, value, reason
+):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert resolve_backend("auto", "cpu") == "numba"
+    with pytest.raises(ValueError, match=f"'cpp' cannot run on cpu: {reason}"):
+        resolve_backend("cpp", "cpu")

@@ -3,8 +3,9 @@
     scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD) -> y_BHWD
 
 Its definition is reference.py. A backend is a module beside it with two functions: `scan` of the signature above, and
-`unusable(device_type)`, which says why it cannot run on such a device here (None: it can). It may be imported only
-when it is asked for, so it may import what is not installed everywhere.
+`unusable(device_type)`, which says why it cannot run on such a device here (None: it can). One that is compiled on
+first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a backend is taken. A
+module may be imported only when it is asked for, so it may import what is not installed everywhere.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from types import ModuleType
 
 from torch import Tensor
 
+from medmamba.ops.build_cache import BuildError
+
 log = logging.getLogger(__name__)
 
-_MODULES = {"reference": "reference", "numba": "numba_cpu", "cuda": "cuda_gpu"}
+_MODULES = {"reference": "reference", "numba": "numba_cpu", "cpp": "cpp_cpu", "cuda": "cuda_gpu"}
 # What "auto" tries on a device, fastest first.
-_PREFERENCE = {"cpu": ("numba", "reference"), "cuda": ("cuda", "reference")}
+_PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
 
 
@@ -57,19 +60,30 @@ def backends(device_type: str = "cpu") -> dict[str, str | None]:
 
 @functools.cache
 def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
-    """The backend that `name` stands for; "auto" is the first usable one and is logged the first time.
+    """The backend that `name` stands for; "auto" is the first that is usable and can be built, logged the first time.
 
     ValueError: no such backend, or the named one cannot run here (the reason is in the message).
     """
     if name == "auto":
-        usable = [n for n in _PREFERENCE.get(device_type, _PREFERENCE_ELSEWHERE) if _unusable(n, device_type) is None]
-        log.info("scan backend on %s: %s", device_type, usable[0])
-        return usable[0]
+        return _fastest(device_type)
     if name not in _MODULES:
         raise ValueError(f"scan backend {name!r} does not exist; choose auto or one of {', '.join(_MODULES)}")
-    if reason := _unusable(name, device_type):
+    if reason := _unusable(name, device_type) or _unbuilt(name, device_type):
         raise ValueError(f"scan backend {name!r} cannot run on {device_type}: {reason}; choose auto or another")
     return name
+
+
+def _fastest(device_type: str) -> str:
+    *preferred, chosen = _PREFERENCE.get(device_type, _PREFERENCE_ELSEWHERE)
+    for name in preferred:
+        if _unusable(name, device_type):
+            continue
+        if (reason := _unbuilt(name, device_type)) is None:
+            chosen = name
+            break
+        log.warning("scan backend %s cannot be built here, the next one is taken: %s", name, reason)
+    log.info("scan backend on %s: %s", device_type, chosen)
+    return chosen
 
 
 @functools.cache
@@ -78,6 +92,16 @@ def _unusable(name: str, device_type: str) -> str | None:
         return _module(name).unusable(device_type)
     except ImportError as error:
         return str(error)
+
+
+def _unbuilt(name: str, device_type: str) -> str | None:
+    """Why the backend's code cannot be built here; None: it is built now, or needs no building."""
+    try:
+        if prepare := getattr(_module(name), "prepare", None):
+            prepare(device_type)
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def _module(name: str) -> ModuleType:

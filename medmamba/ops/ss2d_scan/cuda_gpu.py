@@ -27,6 +27,13 @@ def unusable(device_type: str) -> str | None:
     return nvrtc.unusable() if device_type in ("cuda", "meta") else "it is for CUDA devices"
 
 
+def prepare(device_type: str) -> None:
+    """Builds the kernels of one width, which says of the others that they can be built. BuildError: why not."""
+    if device_type == "cuda":
+        device = torch.device(device_type, torch.cuda.current_device())
+        _plan(1, 14, 14, 96, 3, 16, torch.float32).kernels(device, vectors=True)
+
+
 def scan(
     u_BHWD: Tensor,
     dt_BHWKR: Tensor,

@@ -150,7 +150,8 @@ def exp2(typing, exponent):
     """2^exponent for exponent <= 127; below -126 it stays 2^-126."""
 
     def generate(context, builder, signature, arguments):
-        x = _call(builder, "llvm.maxnum", arguments[0], _constant(-126.0))
+        least = _constant(-126.0)
+        x = builder.select(builder.fcmp_ordered("<", arguments[0], least), least, arguments[0])  # a NaN stays
         magic = _constant(1.5 * 2**23)  # adding it rounds to an integer and leaves that in the low bits
         rounded = builder.fadd(x, magic)
         fraction = builder.fsub(x, builder.fsub(rounded, magic))

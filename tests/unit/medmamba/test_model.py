@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from medmamba.model import MIN_SIDE, SS2D, PatchMerging, build_model, drop_path
+from medmamba.ops.ss2d_scan import backends, resolve_backend
 
 TINY = MedMambaConfig(dims=(8, 16), depths=(1, 2), num_classes=3)
 
@@ -100,7 +101,7 @@ def scanned_one_sequence_at_a_time(branch, x_BHWC):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("backend", [name for name, why_not in backends("cpu").items() if why_not is None])
 def test_the_scan_branch_equals_four_scans_of_copied_sequences(backend):
     torch.manual_seed(0)
     branch = SS2D(8, 4, backend)
@@ -163,7 +164,7 @@ def test_the_initialisation_is_upstreams():
 
 def test_the_model_says_which_scan_backend_it_runs_on():
     assert build_model(TINY, scan="reference").scan_backend == "reference"
-    assert build_model(TINY).scan_backend == "numba"
+    assert build_model(TINY).scan_backend == resolve_backend("auto", "cpu") != "reference"
     assert build_model(ConvNetConfig(num_classes=2)).scan_backend == "none"
     with pytest.raises(ValueError, match="scan backend 'cuda-magic' does not exist; choose auto or one of"):
         build_model(TINY, scan="cuda-magic")

@@ -6,6 +6,7 @@ import torch
 
 from medmamba.checkpoint import load_state, load_upstream
 from medmamba.model import build_model
+from medmamba.ops.ss2d_scan import backends
 
 # A convolution's bias before a BatchNorm has no influence: its true gradient is zero, the vectors hold noise.
 WITHOUT_INFLUENCE = ("conv33conv33conv11.1.bias", "conv33conv33conv11.4.bias")
@@ -17,7 +18,7 @@ def vectors(shared_dir):
         return {name: torch.from_numpy(stored[name]) for name in stored}
 
 
-@pytest.fixture(params=["reference", "numba"])
+@pytest.fixture(params=[name for name, why_not in backends("cpu").items() if why_not is None])
 def model(request, vectors):
     state, config = load_upstream({name[3:]: value for name, value in vectors.items() if name.startswith("sd/")})
     assert config.resolved_dims == (16, 32, 64, 128)

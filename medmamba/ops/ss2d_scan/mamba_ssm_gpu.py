@@ -1,4 +1,4 @@
-"""The scan by mamba-ssm's compiled kernels, with upstream's arithmetic, for those who have them: the yardstick of `cuda`.
+"""The scan by mamba-ssm's compiled kernels, with upstream's arithmetic, for those who have them: a yardstick.
 
 As in upstream's SS2D: the sequence is copied four times, channels first; dt is lifted in the dtype of the activations
 and delta, u, B and C then enter the kernels in float32; softplus, the bias and D are the kernels'; the four results are
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+_EXTENSION = "selective_scan_cuda"  # what mamba-ssm compiles; mamba_ssm itself also imports triton and transformers
 _CHUNK = 2048  # positions between two states that the forward kernel keeps
 
 
@@ -26,9 +27,9 @@ def unusable(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:
-        _kernels()
+        _extension()
     except ImportError as error:
-        return f"mamba-ssm's kernels are not here ({error}); build mamba-ssm with MAMBA_KEEP_CUDA_BUILD=TRUE"
+        return f"mamba-ssm's scan cannot be imported ({error}); install mamba-ssm with MAMBA_KEEP_CUDA_BUILD=TRUE"
     return None
 
 
@@ -48,7 +49,7 @@ def scan(
     with torch.autocast(u_BHWD.device.type, enabled=False):
         u_BKDL = _in_four_orders(u_BHWD.to(dtype).unsqueeze(3).expand(-1, -1, -1, 4, -1))
         dt_BKRL, B_BKNL, C_BKNL = (_in_four_orders(x.to(dtype)) for x in (dt_BHWKR, B_BHWKN, C_BHWKN))
-        delta_BKDL = dt_weight_KDR.to(dtype) @ dt_BKRL
+        delta_BKDL = torch.einsum("bkrl,kdr->bkdl", dt_BKRL, dt_weight_KDR.to(dtype))
         y_BEL, _ = _forward(
             u_BKDL.float().flatten(1, 2),
             delta_BKDL.float().flatten(1, 2),
@@ -85,43 +86,41 @@ def _summed_in_pixel_order(y_BKDL: Tensor, height: int, width: int) -> Tensor:
 
 
 @functools.cache
-def _kernels() -> ModuleType:
-    """What mamba-ssm's selective_scan_fn calls. Not through mamba_ssm, which also imports triton and transformers."""
-    return importlib.import_module("selective_scan_cuda")
+def _extension() -> ModuleType:
+    """The compiled half of mamba-ssm's selective_scan_fn: its fwd and bwd."""
+    return importlib.import_module(_EXTENSION)
 
 
 # u and delta (B, K·D, L), a (K·D, N), b and c (B, K, N, L), d and bias (K·D), all in float32.
 _INPUTS = "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor d, Tensor bias"
-torch.library.define("medmamba::ss2d_scan_mamba_ssm", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define("medmamba::selective_scan", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
-    "medmamba::ss2d_scan_mamba_ssm_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 7)})"
+    "medmamba::selective_scan_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 7)})"
 )
-_forward = torch.ops.medmamba.ss2d_scan_mamba_ssm.default
-_backward = torch.ops.medmamba.ss2d_scan_mamba_ssm_backward.default
+_forward = torch.ops.medmamba.selective_scan.default
+_backward = torch.ops.medmamba.selective_scan_backward.default
 
 
-@torch.library.impl("medmamba::ss2d_scan_mamba_ssm", "cuda")
 def _run_forward(*inputs):
     """(y, the states at each chunk's end)."""
     u, delta, a, b, c, d, bias = (x.contiguous() for x in inputs)
-    y, kept = _kernels().fwd(u, delta, a, b, c, d, None, bias, True)
+    y, kept = _extension().fwd(u, delta, a, b, c, d, None, bias, True)
     return y, kept
 
 
-@torch.library.register_fake("medmamba::ss2d_scan_mamba_ssm")
+@torch.library.register_fake("medmamba::selective_scan")
 def _fake_forward(u, delta, a, b, c, d, bias):
     images, channels, length = u.shape
     return u.new_empty(u.shape), u.new_empty(images, channels, -(-length // _CHUNK), 2 * a.shape[1])
 
 
-@torch.library.impl("medmamba::ss2d_scan_mamba_ssm_backward", "cuda")
 def _run_backward(*inputs):
     """The gradients of the seven inputs, in their order and shapes."""
     dy, u, delta, a, b, c, d, bias, kept = (x.contiguous() for x in inputs)
-    return tuple(_kernels().bwd(u, delta, a, b, c, d, None, bias, dy, kept, None, None, True, False))
+    return tuple(_extension().bwd(u, delta, a, b, c, d, None, bias, dy, kept, None, None, True, False))
 
 
-@torch.library.register_fake("medmamba::ss2d_scan_mamba_ssm_backward")
+@torch.library.register_fake("medmamba::selective_scan_backward")
 def _fake_backward(dy, *inputs):
     return tuple(x.new_empty(x.shape) for x in inputs[:-1])
 
@@ -135,4 +134,6 @@ def _differentiate(ctx, dy, _):
     return _backward(dy, *ctx.saved_tensors)
 
 
-torch.library.register_autograd("medmamba::ss2d_scan_mamba_ssm", _differentiate, setup_context=_remember)
+torch.library.impl("medmamba::selective_scan", "cuda", _run_forward)
+torch.library.impl("medmamba::selective_scan_backward", "cuda", _run_backward)
+torch.library.register_autograd("medmamba::selective_scan", _differentiate, setup_context=_remember)

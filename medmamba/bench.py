@@ -28,7 +28,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the operator against float
 COMPARED = {
     "resnet50": "ResNet-50",
     "convnext_tiny": "ConvNeXt-T",
-    "swin_t": "Swin-T",
+    "swin_tiny_patch4_window7_224": "Swin-T",
     "vit_small_patch16_224": "ViT-S",
 }
 NUM_CLASSES = 6
@@ -53,11 +53,12 @@ class Case:
 
 @dataclass
 class Row:
-    """A case and what was measured: images/s, milliseconds, GiB; of one training step the kernel launches
-    and the scan's share of its time; or why not."""
+    """A case and what was measured: images/s, megapixels/s (which compare sides), milliseconds, GiB; of one training
+    step the kernel launches and the scan's share of its time; or why not."""
 
     case: Case
     train_images_per_s: float | None = None
+    train_megapixels_per_s: float | None = None
     infer_images_per_s: float | None = None
     latency_ms: float | None = None
     peak_gib: float | None = None
@@ -180,16 +181,14 @@ def _network(case: Case) -> nn.Module:
         config = MedMambaConfig(variant=case.network, num_classes=NUM_CLASSES)  # type: ignore[arg-type]
         return build_model(config, scan=case.backend, device=case.device)
     try:
-        if case.network in ("resnet50", "convnext_tiny", "swin_t"):
-            import torchvision
-
-            model = getattr(torchvision.models, case.network)(num_classes=NUM_CLASSES)
-        else:
-            import timm
-
-            model = timm.create_model(case.network, num_classes=NUM_CLASSES)
-    except (ImportError, RuntimeError) as error:
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision is of another torch
         raise NotMeasured(f"needs the extra compare ({str(error).splitlines()[0]})") from None
+    sized = {"img_size": case.side} if "patch" in case.network else {}  # convolutions take any side
+    try:
+        model = timm.create_model(case.network, num_classes=NUM_CLASSES, **sized)
+    except (AssertionError, ValueError) as error:
+        raise NotMeasured(f"timm has no {case.network} for {case.side} px ({error})") from None
     # MedMamba turns its maps channels-last itself; these follow their weights.
     return model.to(case.device, memory_format=torch.channels_last)
 
@@ -197,8 +196,8 @@ def _network(case: Case) -> nn.Module:
 def _autocast(case: Case) -> contextlib.AbstractContextManager:
     if case.precision == "float32":
         return contextlib.nullcontext()
-    # Its cache of cast weights would outlive a captured graph.
-    return torch.autocast(case.device, torch.bfloat16, cache_enabled=False)
+    # Entered and left within a step: its cache of cast weights ends with it, so a captured graph casts them anew.
+    return torch.autocast(case.device, torch.bfloat16)
 
 
 def _images(case: Case, batch: int) -> Tensor:
@@ -235,6 +234,7 @@ def _measure_training(case: Case, row: Row, repeats: int) -> None:
     row.scan_share = _scan_share(case, step)
     run, row.graphed = _graphed(case, step)
     row.train_images_per_s = case.batch / _seconds(case, run, repeats)
+    row.train_megapixels_per_s = row.train_images_per_s * case.side**2 / 1e6
     if case.device == "cuda":
         row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
 

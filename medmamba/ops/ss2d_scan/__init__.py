@@ -22,9 +22,15 @@ from medmamba.ops.build_cache import BuildError
 
 log = logging.getLogger(__name__)
 
-_MODULES = {"reference": "reference", "numba": "numba_cpu", "cpp": "cpp_cpu", "cuda": "cuda_gpu"}
+_MODULES = {
+    "reference": "reference",
+    "numba": "numba_cpu",
+    "cpp": "cpp_cpu",
+    "cuda": "cuda_gpu",
+    "mamba_ssm": "mamba_ssm_gpu",
+}
 # What "auto" tries on a device, fastest first.
-_PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "reference")}
+_PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "mamba_ssm", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
 
 

@@ -6,14 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import registered
 from finished_run import NO, finish
 from PIL import Image
+from rich.console import Console
 
 from data_shards.store import open_store
+from medmamba.bench import COMPARED, Case, Row
+from pipelines import terminal
+from pipelines.bench import _speed_table
 from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, _forced, _parse, main
 from pipelines.flow import run_steps
 from pipelines.override import override
@@ -451,5 +456,19 @@ def test_bench_prints_json_and_nothing_else(capsys):
     assert "numba" in {row["case"]["backend"] for row in rows}
     for row in rows:
         assert row["train_images_per_s"] > 0
+        assert row["train_megapixels_per_s"] == pytest.approx(row["train_images_per_s"] * 32 * 32 / 1e6)
         assert 0 < row["scan_share"] < 1
         assert max(row["errors"].values()) < 1e-5
+
+
+def test_the_table_of_bench_fits_80_columns_a_line_to_a_row(capsys, monkeypatch):
+    names = [("T", "cuda"), ("T", "mamba_ssm"), *((network, "") for network in COMPARED)]
+    cases = [Case(network, 128, 224, "bfloat16", scan, "cuda", False) for network, scan in names]
+    figures = Row(cases[0], 2431.4, 122.0, 10625.1, 12.34, 17.83, 1348, 0.42)
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=80))
+    terminal.table("Speed", *_speed_table([replace(figures, case=case) for case in cases]))
+    _, *header, ruler = capsys.readouterr().out.splitlines()[:4]
+    assert "Mpx/s" in header[1]
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=200))
+    terminal.table("Speed", *_speed_table([replace(figures, case=case) for case in cases]))
+    assert capsys.readouterr().out.splitlines()[3] == ruler, "narrower than it wants to be: rows are folded"

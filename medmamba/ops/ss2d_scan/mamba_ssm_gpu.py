@@ -1,0 +1,139 @@
+"""The scan by mamba-ssm's compiled kernels, with upstream's arithmetic, for those who have them: a yardstick.
+
+As in upstream's SS2D: the sequence is copied four times, channels first; dt is lifted in the dtype of the activations
+and delta, u, B and C then enter the kernels in float32; softplus, the bias and D are the kernels'; the four results are
+turned back and summed in float32. mamba-ssm sums the gradients of A, B and C with atomics: they vary from run to run.
+Unlike upstream, dt, B and C come as one product over the pixels, so only those few channels are put in four orders.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+_EXTENSION = "selective_scan_cuda"  # what mamba-ssm compiles; mamba_ssm itself also imports triton and transformers
+_CHUNK = 2048  # positions between two states that the forward kernel keeps
+
+
+def unusable(device_type: str) -> str | None:
+    """Why this backend cannot run on such a device; None: it can."""
+    if device_type not in ("cuda", "meta"):
+        return "it is for CUDA devices"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        _extension()
+    except ImportError as error:
+        return f"mamba-ssm's scan cannot be imported ({error}); install mamba-ssm with MAMBA_KEEP_CUDA_BUILD=TRUE"
+    return None
+
+
+def scan(
+    u_BHWD: Tensor,
+    dt_BHWKR: Tensor,
+    B_BHWKN: Tensor,
+    C_BHWKN: Tensor,
+    dt_weight_KDR: Tensor,
+    dt_bias_KD: Tensor,
+    A_log_KDN: Tensor,
+    D_KD: Tensor,
+) -> Tensor:
+    """Returns y_BHWD in u's dtype (see reference.py for the equation)."""
+    height, width = u_BHWD.shape[1:3]
+    dtype = u_BHWD.dtype if u_BHWD.dtype in _ACTIVATIONS else torch.float32
+    with torch.autocast(u_BHWD.device.type, enabled=False):
+        u_BKDL = _in_four_orders(u_BHWD.to(dtype).unsqueeze(3).expand(-1, -1, -1, 4, -1))
+        dt_BKRL, B_BKNL, C_BKNL = (_in_four_orders(x.to(dtype)) for x in (dt_BHWKR, B_BHWKN, C_BHWKN))
+        delta_BKDL = torch.einsum("bkrl,kdr->bkdl", dt_BKRL, dt_weight_KDR.to(dtype))
+        y_BEL, _ = _forward(
+            u_BKDL.float().flatten(1, 2),
+            delta_BKDL.float().flatten(1, 2),
+            -A_log_KDN.float().exp().flatten(0, 1),
+            B_BKNL.float(),
+            C_BKNL.float(),
+            D_KD.float().flatten(),
+            dt_bias_KD.float().flatten(),
+        )
+        y_BKDL = y_BEL.unflatten(1, u_BKDL.shape[1:3])
+        return _summed_in_pixel_order(y_BKDL, height, width).to(u_BHWD.dtype)
+
+
+def _in_four_orders(x_BHWKF: Tensor) -> Tensor:
+    """x of direction k, as the sequence that direction k reads, channels first: (B, K, F, L)."""
+    row, column, row_reversed, column_reversed = x_BHWKF.permute(0, 3, 4, 1, 2).unbind(1)
+    return torch.stack(
+        (
+            row.flatten(2),
+            column.transpose(2, 3).flatten(2),
+            row_reversed.flatten(2).flip(2),
+            column_reversed.transpose(2, 3).flatten(2).flip(2),
+        ),
+        dim=1,
+    )
+
+
+def _summed_in_pixel_order(y_BKDL: Tensor, height: int, width: int) -> Tensor:
+    """The four sequences put back where their pixels lie, and summed: (B, H, W, D)."""
+    row, column, row_reversed, column_reversed = y_BKDL.unbind(1)
+    by_row = (row + row_reversed.flip(2)).unflatten(2, (height, width))
+    by_column = (column + column_reversed.flip(2)).unflatten(2, (width, height))
+    return (by_row + by_column.transpose(2, 3)).permute(0, 2, 3, 1)
+
+
+@functools.cache
+def _extension() -> ModuleType:
+    """The compiled half of mamba-ssm's selective_scan_fn: its fwd and bwd."""
+    return importlib.import_module(_EXTENSION)
+
+
+# u and delta (B, K·D, L), a (K·D, N), b and c (B, K, N, L), d and bias (K·D), all in float32.
+_INPUTS = "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor d, Tensor bias"
+torch.library.define("medmamba::selective_scan", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "medmamba::selective_scan_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 7)})"
+)
+_forward = torch.ops.medmamba.selective_scan.default
+_backward = torch.ops.medmamba.selective_scan_backward.default
+
+
+def _run_forward(*inputs):
+    """(y, the states at each chunk's end)."""
+    u, delta, a, b, c, d, bias = (x.contiguous() for x in inputs)
+    y, kept = _extension().fwd(u, delta, a, b, c, d, None, bias, True)
+    return y, kept
+
+
+@torch.library.register_fake("medmamba::selective_scan")
+def _fake_forward(u, delta, a, b, c, d, bias):
+    images, channels, length = u.shape
+    return u.new_empty(u.shape), u.new_empty(images, channels, -(-length // _CHUNK), 2 * a.shape[1])
+
+
+def _run_backward(*inputs):
+    """The gradients of the seven inputs, in their order and shapes."""
+    dy, u, delta, a, b, c, d, bias, kept = (x.contiguous() for x in inputs)
+    return tuple(_extension().bwd(u, delta, a, b, c, d, None, bias, dy, kept, None, None, True, False))
+
+
+@torch.library.register_fake("medmamba::selective_scan_backward")
+def _fake_backward(dy, *inputs):
+    return tuple(x.new_empty(x.shape) for x in inputs[:-1])
+
+
+def _remember(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, _):
+    return _backward(dy, *ctx.saved_tensors)
+
+
+torch.library.impl("medmamba::selective_scan", "cuda", _run_forward)
+torch.library.impl("medmamba::selective_scan_backward", "cuda", _run_backward)
+torch.library.register_autograd("medmamba::selective_scan", _differentiate, setup_context=_remember)

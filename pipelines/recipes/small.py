@@ -57,7 +57,7 @@ def breastmnist() -> Recipe:
             epochs=50,
             batch_size=32,
             micro_batch=32,
-            image_size=32,
+            image_size=48,
             optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
         ),
         # 78 validation images cannot tell a good drop-path from a lucky one: a wide range makes the test AUC a lottery.

@@ -28,6 +28,7 @@ def bench(argv: Sequence[str]) -> int:
         backends: tuple[str, ...] = (),
         device: str = "auto",
         compile: tyro.conf.FlagCreatePairsOff[bool] = False,
+        combo: tyro.conf.FlagCreatePairsOff[bool] = False,
         compare: tyro.conf.FlagCreatePairsOff[bool] = False,
         repeats: int = 10,
         out: str = "",
@@ -45,6 +46,7 @@ def bench(argv: Sequence[str]) -> int:
             backends: Backends of the scan; empty: all that can run here, and mamba_ssm on a GPU in any case.
             device: cpu, cuda or auto.
             compile: Through torch.compile; its first step takes a minute.
+            combo: Compiled with Inductor's combo_kernels: fewer launches, for small batches; implies --compile.
             compare: Other networks in the same run (needs the extra compare).
             repeats: Timed runs, of which the median counts.
             out: File for the figures as JSON.
@@ -102,7 +104,7 @@ def _measure(asked: dict[str, Any]) -> list:
         itertools.product(asked["batches"] or ((128,) if gpu else (16,)), asked["sides"] or ((224,) if gpu else (64,)))
     )
     cases = [
-        Case(network, batch, side, precision, scan, device, asked["compile"])
+        Case(network, batch, side, precision, scan, device, asked["compile"] or asked["combo"], asked["combo"])
         for (batch, side), precision in itertools.product(sizes, precisions)
         for network, scan in [*itertools.product(names, scans), *((n, "") for n in COMPARED if asked["compare"])]
     ]
@@ -142,7 +144,7 @@ def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:
 
 
 def _how(case: Any) -> str:
-    return _SHORT[case.precision] + (" compiled" if case.compiled else "")
+    return _SHORT[case.precision] + (" compiled" if case.compiled else "") + (" combo" if case.combo else "")
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -33,7 +33,7 @@ COMPARED = {
     "vit_small_patch16_224": "ViT-S",
 }
 NUM_CLASSES = 6
-_WARM_UP_S = 0.5
+_WARM_UP_S = 0.5  # before a GPU is timed: an idle one runs at a fraction of its clock
 
 
 class NotMeasured(Exception):  # noqa: N818 - it says what happened to a row, not what we did wrong

@@ -66,12 +66,11 @@ def bench(argv: Sequence[str]) -> int:
     if asked["json"]:
         print(json.dumps(figures, indent=2))
         return 0
-    common = _how(rows[0].case) if len({_how(row.case) for row in rows}) == 1 else ""
-    told = ", ".join(filter(None, (figures["device"], f"torch {figures['torch']}", common)))
-    table(f"Speed on {told}", *_speed_table(rows))
+    alike = [_how(rows[0].case)] if _are_alike(rows) else []
+    table(f"Speed on {', '.join([figures['device'], 'torch ' + figures['torch'], *alike])}", *_speed_table(rows))
     for row in rows:
         if row.why_not:
-            console().print(f"{row.case.network} with {row.case.backend}: not measured: {row.why_not}")
+            console().print(f"{_named(row.case)}: not measured: {row.why_not}")
     table("Cost of one image", ("network", "side", "GMAC with scan", "scan updates", "parameters"), _cost_rows(figures))
     return 0
 
@@ -111,21 +110,18 @@ def _measure(asked: dict[str, Any]) -> list:
     found: list[Row] = []
     told = Terminal()
     for case in cases:
-        network = f"{COMPARED.get(case.network, case.network)} {case.backend}".rstrip()
-        told.say(f"measuring {network}, batch {case.batch}, {case.side} px, {_how(case)}")
+        told.say(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {_how(case)}")
         found.append(measure(case, repeats=asked["repeats"]))
     return found
 
 
 def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:
-    from medmamba.bench import COMPARED
-
     # Two lines of header, so that the table fits 80 columns.
     columns = (
         *("network", "batch\nx px", "train\nimg/s", "train\nMpx/s"),
         *("infer\nimg/s", "1 img\nms", "peak\nGiB", "laun-\nches", "scan\n%"),
     )
-    shown, alike = [], len({_how(row.case) for row in rows}) == 1  # then the title says how they ran
+    shown, alike = [], _are_alike(rows)
     for row in rows:
         case, digits = row.case, 0 if (row.train_images_per_s or 0) >= 100 else 1
         figures = (
@@ -137,10 +133,21 @@ def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:
             _figure(row.launches, 0),
             _figure(None if row.scan_share is None else 100 * row.scan_share, 0),
         )
-        network = f"{COMPARED.get(case.network, case.network)} {case.backend}".rstrip()
-        shown.append((network if alike else f"{network} {_how(case)}", f"{case.batch}x{case.side}", *figures))
+        network = _named(case) if alike else f"{_named(case)} {_how(case)}"
+        shown.append((network, f"{case.batch}x{case.side}", *figures))
     told = [n for n in range(len(columns)) if any(row[n] != "" for row in shown)]  # a CPU has no launches
     return tuple(columns[n] for n in told), [tuple(row[n] for n in told) for row in shown]
+
+
+def _are_alike(rows: list) -> bool:
+    """Whether the title can say for all of them how they ran."""
+    return len({_how(row.case) for row in rows}) == 1
+
+
+def _named(case: Any) -> str:
+    from medmamba.bench import COMPARED
+
+    return f"{COMPARED.get(case.network, case.network)} {case.backend}".rstrip()
 
 
 def _how(case: Any) -> str:

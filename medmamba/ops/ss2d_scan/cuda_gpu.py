@@ -16,10 +16,10 @@ from medmamba.ops import nvrtc
 SOURCE = Path(__file__).with_name("scan.cu")
 _ACT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WAYS, _LANES, _QUADS = 4, 32, 4
-_WARPS_TO_FILL = 12 * 132  # below this many warps a sequence is cut into segments,
-_LEAST_TILES, _MOST_SEGMENTS = 4, 32  # of at least so many tiles, and at most so many segments
 # 12 warps of 168 registers fill a multiprocessor of an H100. With 9 the backward pass takes a third longer.
 _RESIDENT_WARPS, _SHARED_BYTES, _RESERVED_BYTES = 12, 227 << 10, 1 << 10
+_WARPS_TO_FILL = _RESIDENT_WARPS * 132  # below this many warps a sequence is cut into segments,
+_LEAST_TILES, _MOST_SEGMENTS = 4, 32  # of at least so many tiles, and at most so many segments
 
 
 def unusable(device_type: str) -> str | None:

@@ -227,7 +227,11 @@ def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
     with torch.cuda.device(u.device):
         kernels = plan.kernels(u.device, vectors=_aligned(u, b, c))
         planes = u.new_empty((_WAYS, *u.shape))
-        of_small = [u.new_empty((plan.groups, *x.shape), dtype=torch.float32) for x in (dt, b, c)]
+        of_small = [u.new_empty(x.shape) for x in (dt, b, c)]
+        parts_of_small = None
+        if plan.groups > 1:
+            sizes = [x.numel() for x in of_small]
+            parts_of_small = u.new_empty((plan.groups, sum(sizes)), dtype=torch.float32)
         width = plan.states + plan.rank + 2
         parts = plan.images * plan.segments
         of_parameters = u.new_empty((parts, _WAYS, plan.channels, width), dtype=torch.float32)
@@ -236,19 +240,21 @@ def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
             carry = (dy, small[0], small[2], *parameters[:3], ends, sums, plan.shape())
             shared = plan.shared_bytes(backward=False)
             kernels("backward_carry", (plan.blocks, plan.segments - 1), plan.wide, shared, carry)
-        arguments = (
-            dy, u, *small, *parameters, kept, planes, *of_small, of_parameters, ends, sums, plan.shape(),
-        )  # fmt: skip
+        left = of_small if parts_of_small is None else parts_of_small[0].split(sizes)
+        arguments = (dy, u, *small, *parameters, kept, planes, *left, of_parameters, ends, sums, plan.shape())
         shared = plan.shared_bytes(backward=True)
         kernels("backward", (plan.blocks, plan.segments), plan.wide, shared, arguments)
         du = torch.empty_like(u)
         _merge(kernels, planes, du)
+        if parts_of_small is not None:
+            blocks = -(-parts_of_small[0].numel() // (4 * 256))
+            rows = ctypes.c_longlong(plan.images * _WAYS * plan.height * plan.width)
+            kernels("sum_groups", (blocks, 1), 256, 0, (parts_of_small, *of_small, rows))
         found = [torch.empty_like(x) for x in (a_log, weight, bias, skip)]
         grid = (-(-of_parameters[0].numel() // 128), 1)
         kernels("sum_parameters", grid, 128, 0, (of_parameters, *found, ctypes.c_int(parts)))
     of_a_log, of_weight, of_bias, of_skip = found
-    gradients = [(x[0] if plan.groups == 1 else x.sum(0)).to(u.dtype) for x in of_small]
-    return du, *gradients, of_weight, of_bias, of_a_log, of_skip
+    return du, *of_small, of_weight, of_bias, of_a_log, of_skip
 
 
 @torch.library.register_fake("medmamba::ss2d_scan_cuda_backward")

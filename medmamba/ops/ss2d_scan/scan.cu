@@ -27,6 +27,12 @@ typedef unsigned short act;
 typedef uint2 kept_t;  // as bfloat16 also for half: states have no bound that half could promise
 #endif
 
+#if GROUPS == 1
+typedef act part_t;  // ddt, dB and dC as a block leaves them: done,
+#else
+typedef float part_t;  // or still to be summed over groups
+#endif
+
 extern __shared__ float4 shared[];
 
 struct Small {  // dt, B or C: strides in elements from image to image, pixel to pixel, direction to direction
@@ -64,6 +70,14 @@ static __device__ __forceinline__ act rounded(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
 #endif
     return y;
+#endif
+}
+
+static __device__ __forceinline__ part_t as_part(float x) {
+#if GROUPS == 1
+    return rounded(x);
+#else
+    return x;
 #endif
 }
 
@@ -543,11 +557,12 @@ static __device__ __forceinline__ void across_channels(float x[2 * NJ], float* t
     }
 }
 
-// One segment backwards. du of this direction in pixel order; ddt, dB, dC of this group of channels; gradients of the
-// parameters of this image and segment, a row (A_log (N), weight (R), bias, skip) per channel.
+// One segment backwards. du of this direction in pixel order; ddt, dB, dC of this group of channels (with more than one
+// group they lie behind each other, and a group behind the other); gradients of the parameters of this image and
+// segment, a row (A_log (N), weight (R), bias, skip) per channel.
 extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
     const act* dy, const act* u, Small dt, Small B, Small C, const float* weight, const float* bias,
-    const float* A_log, const float* skip, const kept_t* kept, act* du, float* ddt, float* dB, float* dC,
+    const float* A_log, const float* skip, const kept_t* kept, act* du, part_t* ddt, part_t* dB, part_t* dC,
     float* dparameters, const float4* ends, const float* sums, Shape shape) {
     kept_t* h_s = (kept_t*)shared;  // the states before each of SUB positions
     float* delta_s = (float*)(h_s + SUB * NJ * WIDE);
@@ -574,6 +589,8 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
     load_decay(A_log, at, a2);
     enter(ends, sums, at, shape, -1, a2, dh);
     du += ((size_t)at.way * shape.images + at.image) * shape.length * CHANNELS + at.channel;
+    const size_t group_at = (size_t)at.group * shape.images * shape.length * 4 * (RANK + 2 * STATES);
+    ddt += group_at, dB += group_at, dC += group_at;
 
     ChannelRows u_rows, dy_rows;
     StateRows b_rows, c_rows;
@@ -654,8 +671,8 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
             float total = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) total += small_s[(p * WARPS + w) * 2 * STATES + n];
-            size_t to = (((size_t)at.group * shape.images + at.image) * shape.length + pixel_s[p]) * 4 + at.way;
-            (n < STATES ? dB : dC)[to * STATES + n % STATES] = total;
+            size_t to = ((size_t)at.image * shape.length + pixel_s[p]) * 4 + at.way;
+            (n < STATES ? dB : dC)[to * STATES + n % STATES] = as_part(total);
         }
         {
             float own[TILE];
@@ -675,7 +692,7 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
         }
         // ddt = dlifted . dt_weight: a warp sums over the block's channels, four ranks r at once.
         for (int p = warp; p < count; p += WARPS) {
-            size_t to = (((size_t)at.group * shape.images + at.image) * shape.length + pixel_s[p]) * 4 + at.way;
+            size_t to = ((size_t)at.image * shape.length + pixel_s[p]) * 4 + at.way;
             float dl[WARPS];
 #pragma unroll
             for (int w = 0; w < WARPS; w++) dl[w] = lifted_s[p * WIDE + w * 32 + threadIdx.x % 32];
@@ -690,7 +707,7 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
                 float total = across_states(v);
                 for (int other = 4; other < 32; other *= 2) total += __shfl_xor_sync(ALL, total, other);
                 int r = first + threadIdx.x % 32;
-                if (threadIdx.x % 32 < 4 && r < RANK) ddt[to * RANK + r] = total;
+                if (threadIdx.x % 32 < 4 && r < RANK) ddt[to * RANK + r] = as_part(total);
             }
         }
     }
@@ -728,6 +745,24 @@ extern "C" __global__ void merge(const act* planes, act* to, long long size) {
             to[e] = rounded((value(planes[e]) + value(planes[2 * size + e]))
                 + (value(planes[size + e]) + value(planes[3 * size + e])));
     }
+}
+
+// ddt, dB and dC from what each group of channels left: ddt (rows, R), dB and dC (rows, N) behind each other, in float32.
+extern "C" __global__ void sum_groups(const float* parts, act* ddt, act* dB, act* dC, long long rows) {
+    const long long e = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4, size = rows * (RANK + 2 * STATES);
+    if (e >= size) return;  // rows is a multiple of 4, and so is where each of the three begins
+    float total[4] = {};
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        float x[4];
+        load4(parts + g * size + e, x);
+        for (int i = 0; i < 4; i++) total[i] += x[i];
+    }
+    const long long of_B = e - rows * RANK, of_C = of_B - rows * STATES;
+    act* to = of_B < 0 ? ddt + e : of_C < 0 ? dB + of_B : dC + of_C;
+    union { act part[4]; kept_t whole; } sum;
+    for (int i = 0; i < 4; i++) sum.part[i] = rounded(total[i]);
+    *(kept_t*)to = sum.whole;
 }
 
 // Gradients of the parameters: the sum of `parts` rows, put into four tensors of their own.

@@ -249,6 +249,8 @@ def _measure_inference(case: Case, row: Row, repeats: int) -> None:
     model = _network(case).eval()
     forward = _compiled(model, case)
     for batch in (case.batch, 1):
+        # cuDNN's own choice for one image beats its search: what it times there is mostly the launch.
+        torch.backends.cudnn.benchmark = case.device == "cuda" and batch > 1
         images = _images(case, batch)
 
         def infer(images: Tensor = images) -> None:

@@ -2,8 +2,9 @@
 
     images -> stem (4x4 patches) -> 4 stages of SS-Conv-SSM blocks, patch merging between them -> mean -> head
 
-Shapes: B batch, H W space, C block channels, D = C inner channels of the scan branch, K = 4 directions, N states,
-R rank of dt. Between blocks tensors are channels-last, BHWC. What differs from upstream: nothing in the function;
+Shapes: B batch, H W space, L = H W positions, C block channels, D = C inner channels of the scan branch, K = 4
+directions, N states, R rank of dt. Between blocks tensors are channels-last and of three dimensions, BLC: torch's
+compiler takes any of four for a BCHW map on its way to a convolution and would lay BHWC out with H innermost. What differs from upstream: nothing in the function;
 the four directions share one product for dt, B and C and one scan operator that works in pixel order.
 """
 
@@ -20,6 +21,7 @@ from medmamba.convnet import ConvNet
 from medmamba.ops.ss2d_scan import backend_scan, resolve_backend
 
 NUM_DIRECTIONS = 4
+PATCH = 4  # pixels of an image's side that become one position
 MIN_SIDE = 32  # below, the third patch merging has nothing left to merge
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # the step sizes that a fresh scan starts with
 
@@ -62,10 +64,12 @@ class MedMamba(nn.Module):
                 f"images of shape {tuple(images_B3HW.shape)}: MedMamba takes (B, 3, H, W) with H and W >= {MIN_SIDE}; "
                 "enlarge smaller images (image_size) and repeat the channel of grey ones"
             )
-        x_BHWC = self.patch_embed(images_B3HW)
+        x_BLC = self.patch_embed(images_B3HW)
+        size = images_B3HW.shape[2] // PATCH, images_B3HW.shape[3] // PATCH
         for layer in self.layers:
-            x_BHWC = layer(x_BHWC)
-        return self.head(x_BHWC.mean((1, 2)))
+            x_BLC = layer(x_BLC, size)
+            size = size[0] // 2, size[1] // 2
+        return self.head(x_BLC.mean(1))
 
 
 class PatchEmbed(nn.Module):
@@ -73,13 +77,13 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, 4, stride=4)
+        self.proj = nn.Conv2d(3, dim, PATCH, stride=PATCH)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """(B,3,H,W) -> (B,H/4,W/4,C)."""
+        """(B,3,H,W) -> (B,L,C), L = H/4 W/4."""
         patches = self.proj(images_B3HW.contiguous(memory_format=torch.channels_last))
-        return self.norm(patches.permute(0, 2, 3, 1))
+        return self.norm(_as_rows(patches))
 
 
 class Stage(nn.Module):
@@ -90,11 +94,11 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = PatchMerging(dim) if merge else None
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B,H,W,C) -> (B,H/2,W/2,2C), or unchanged in shape in the last stage."""
+    def forward(self, x_BLC: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B,HW,C) -> (B, H/2 W/2, 2C), or unchanged in shape in the last stage; `size` is (H, W)."""
         for block in self.blocks:
-            x_BHWC = block(x_BHWC)
-        return x_BHWC if self.downsample is None else self.downsample(x_BHWC)
+            x_BLC = block(x_BLC, size)
+        return x_BLC if self.downsample is None else self.downsample(x_BLC, size)
 
 
 class PatchMerging(nn.Module):
@@ -105,12 +109,13 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B,H,W,C) -> (B,H/2,W/2,2C)."""
-        height, width = x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2
+    def forward(self, x_BLC: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B,HW,C) -> (B, H/2 W/2, 2C)."""
+        height, width = size[0] // 2, size[1] // 2
+        x_BHWC = x_BLC.unflatten(1, size)
         cells = x_BHWC[:, : 2 * height, : 2 * width].unflatten(2, (width, 2)).unflatten(1, (height, 2))
         # (B, h, row, w, column, C) -> (B, h, w, column, row, C): upstream's order (0,0), (1,0), (0,1), (1,1)
-        return self.reduction(self.norm(cells.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        return self.reduction(self.norm(cells.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)))
 
 
 class SSConvSSM(nn.Module):
@@ -124,16 +129,23 @@ class SSConvSSM(nn.Module):
         self.ln_1 = nn.LayerNorm(half) if config.branches != "conv" else None
         self.self_attention = SS2D(half, config.d_state, backend) if config.branches != "conv" else None
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B,H,W,C) -> (B,H,W,C)."""
-        left, right = x_BHWC.chunk(2, dim=-1)
+    def forward(self, x_BLC: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B,HW,C) -> (B,HW,C)."""
+        left, right = x_BLC.chunk(2, dim=-1)
         if self.conv33conv33conv11 is not None:
-            maps = left.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-            left = self.conv33conv33conv11(maps).permute(0, 2, 3, 1)
+            left = _as_rows(self.conv33conv33conv11(_as_maps(left, size)))
         if self.self_attention is not None and self.ln_1 is not None:
-            right = drop_path(self.self_attention(self.ln_1(right)), self.drop_path if self.training else 0.0)
+            right = drop_path(self.self_attention(self.ln_1(right), size), self.drop_path if self.training else 0.0)
         # The shuffle with two groups: channel j of left and of right become the neighbours 2j, 2j+1.
-        return torch.stack((left, right), dim=-1).flatten(-2) + x_BHWC
+        return torch.stack((left, right), dim=-1).flatten(-2) + x_BLC
+
+
+def _as_maps(x_BLC: Tensor, size: tuple[int, int]) -> Tensor:
+    return x_BLC.unflatten(1, size).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _as_rows(maps_BCHW: Tensor) -> Tensor:
+    return maps_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _conv_branch(half: int) -> nn.Sequential:
@@ -151,12 +163,12 @@ def _conv_branch(half: int) -> nn.Sequential:
     )
 
 
-def drop_path(x_BHWC: Tensor, chance: float) -> Tensor:
+def drop_path(x_BLC: Tensor, chance: float) -> Tensor:
     """x with each sample zeroed with the given chance, and the others scaled up by 1/(1 - chance)."""
     if chance == 0.0:
-        return x_BHWC
-    keep_B111 = x_BHWC.new_empty((len(x_BHWC), 1, 1, 1)).bernoulli_(1 - chance)
-    return x_BHWC * keep_B111.div_(1 - chance)
+        return x_BLC
+    keep_B11 = x_BLC.new_empty((len(x_BLC), 1, 1)).bernoulli_(1 - chance)
+    return x_BLC * keep_B11.div_(1 - chance)
 
 
 class SS2D(nn.Module):
@@ -177,30 +189,30 @@ class SS2D(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B,H,W,C/2) -> (B,H,W,C/2)."""
+    def forward(self, x_BLC: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B,HW,C/2) -> (B,HW,C/2)."""
         # Two products instead of one that is cut: each result is dense, as the convolution and the gate need it.
         weight_x_DC, weight_z_DC = self.in_proj.weight.chunk(2)
-        z_BHWD = F.linear(x_BHWC, weight_z_DC)
-        maps_BDHW = self.conv2d(F.linear(x_BHWC, weight_x_DC).permute(0, 3, 1, 2))
-        u_BHWD = F.silu(maps_BDHW).permute(0, 2, 3, 1)
-        y_BHWD = self._scan(u_BHWD)
-        return self.out_proj(self.out_norm(y_BHWD) * F.silu(z_BHWD))
+        z_BLD = F.linear(x_BLC, weight_z_DC)
+        u_BLD = F.silu(_as_rows(self.conv2d(_as_maps(F.linear(x_BLC, weight_x_DC), size))))
+        y_BLD = self._scan(u_BLD, size)
+        return self.out_proj(self.out_norm(y_BLD) * F.silu(z_BLD))
 
-    def _scan(self, u_BHWD: Tensor) -> Tensor:
+    def _scan(self, u_BLD: Tensor, size: tuple[int, int]) -> Tensor:
         # One product for the four directions on the pixels as they lie; only its small result is cut. Each direction's
         # B and C come first and its row ends at a multiple of 8, so that a GPU reads and multiplies aligned rows.
         dt_KRD, B_KND, C_KND = self.x_proj_weight.split(self.split, dim=1)
         weight_KFD = torch.cat((B_KND, C_KND, dt_KRD), dim=1)
-        if u_BHWD.is_cuda:
+        if u_BLD.is_cuda:
             weight_KFD = F.pad(weight_KFD, (0, 0, 0, -weight_KFD.shape[1] % 8))
-        projected_BHWKF = F.linear(u_BHWD, weight_KFD.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
+        projected_BLE = F.linear(u_BLD, weight_KFD.flatten(0, 1))
+        projected_BHWKF = projected_BLE.unflatten(-1, (NUM_DIRECTIONS, -1)).unflatten(1, size)
         rank, states, _ = self.split
         B_BHWKN, C_BHWKN, dt_BHWKR = projected_BHWKF[..., : 2 * states + rank].split((states, states, rank), dim=-1)
         A_log_KDN = self.A_logs.unflatten(0, (NUM_DIRECTIONS, -1))
         D_KD = self.Ds.unflatten(0, (NUM_DIRECTIONS, -1))
         weights = (self.dt_projs_weight, self.dt_projs_bias, A_log_KDN, D_KD)
-        return self.scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, *weights)
+        return self.scan(u_BLD.unflatten(1, size), dt_BHWKR, B_BHWKN, C_BHWKN, *weights).flatten(1, 2)
 
 
 @torch.no_grad()

@@ -13,8 +13,10 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -79,13 +81,17 @@ class Row:
 
 
 def measure(case: Case, *, repeats: int = 10) -> Row:
-    """Everything about one case. Never raises for a case that cannot run here: the row says why."""
+    """Everything about one case. Never raises for a case that cannot run here: the row says why. On a GPU a process
+    should measure one case only: see `measure_alone`."""
     row = Row(case)
     try:
         if case.network not in COMPARED:
             row.errors = checked(case.backend, case.device, case.precision)
-        _measure_training(case, row, repeats)
+        step = _measure_training(case, row, repeats)
         _measure_inference(case, row, repeats)
+        # Last: once used, the profiler slows every launch of its process, graphs of many small kernels by a quarter.
+        row.launches = _launches(case, step)
+        row.scan_share = _scan_share(case, step)
     except NotMeasured as reason:
         row.why_not = str(reason)
     except torch.cuda.OutOfMemoryError:
@@ -95,6 +101,14 @@ def measure(case: Case, *, repeats: int = 10) -> Row:
         torch._dynamo.reset()
         torch.cuda.empty_cache()
     return row
+
+
+def measure_alone(case: Case, *, repeats: int = 10) -> Row:
+    """`measure` in a process of its own on a GPU, where what ran before (the profiler, other graphs) would slow it."""
+    if case.device != "cuda":
+        return measure(case, repeats=repeats)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, case, repeats=repeats).result()
 
 
 @functools.cache
@@ -215,7 +229,8 @@ def _compiled(model: nn.Module, case: Case) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, dynamic=False, options={"combo_kernels": True} if case.combo else None)
 
 
-def _measure_training(case: Case, row: Row, repeats: int) -> None:
+def _measure_training(case: Case, row: Row, repeats: int) -> Callable[[], None]:
+    """Fills the row's figures of training; returns one training step."""
     torch.manual_seed(0)
     if case.device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -236,21 +251,18 @@ def _measure_training(case: Case, row: Row, repeats: int) -> None:
     step()
     _wait(case)
     row.first_step_s = time.monotonic() - began
-    row.launches = _launches(case, step)
-    row.scan_share = _scan_share(case, step)
     run, row.graphed = _graphed(case, step)
     row.train_images_per_s = case.batch / _seconds(case, run, repeats)
     row.train_megapixels_per_s = row.train_images_per_s * case.side**2 / 1e6
     if case.device == "cuda":
         row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    return step
 
 
 def _measure_inference(case: Case, row: Row, repeats: int) -> None:
     model = _network(case).eval()
     forward = _compiled(model, case)
     for batch in (case.batch, 1):
-        # cuDNN's own choice for one image beats its search: what it times there is mostly the launch.
-        torch.backends.cudnn.benchmark = case.device == "cuda" and batch > 1
         images = _images(case, batch)
 
         def infer(images: Tensor = images) -> None:

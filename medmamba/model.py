@@ -4,8 +4,9 @@
 
 Shapes: B batch, H W space, L = H W positions, C block channels, D = C inner channels of the scan branch, K = 4
 directions, N states, R rank of dt. Between blocks tensors are channels-last and of three dimensions, BLC: torch's
-compiler takes any of four for a BCHW map on its way to a convolution and would lay BHWC out with H innermost. What differs from upstream: nothing in the function;
-the four directions share one product for dt, B and C and one scan operator that works in pixel order.
+compiler takes any of four for a BCHW map on its way to a convolution and would lay BHWC out with H innermost. What
+differs from upstream: nothing in the function; the four directions share one product for dt, B and C and one scan
+operator that works in pixel order.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def bench(argv: Sequence[str]) -> int:
 def _measure(asked: dict[str, Any]) -> list:
     import torch
 
-    from medmamba.bench import COMPARED, Case, Row, measure
+    from medmamba.bench import COMPARED, Case, Row, measure_alone
     from medmamba.config import VARIANTS
     from medmamba.ops.ss2d_scan import backends
 
@@ -111,7 +111,7 @@ def _measure(asked: dict[str, Any]) -> list:
     told = Terminal()
     for case in cases:
         told.say(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {_how(case)}")
-        found.append(measure(case, repeats=asked["repeats"]))
+        found.append(measure_alone(case, repeats=asked["repeats"]))
     return found
 
 

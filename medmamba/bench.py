@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
@@ -89,7 +90,7 @@ def measure(case: Case, *, repeats: int = 10) -> Row:
             row.errors = checked(case.backend, case.device, case.precision)
         step = _measure_training(case, row, repeats)
         _measure_inference(case, row, repeats)
-        # Last: once used, the profiler slows every launch of its process, graphs of many small kernels by a quarter.
+        # Last: where the profiler has run, graphs of many small kernels are slower from then on (ops/NOTES.md).
         row.launches = _launches(case, step)
         row.scan_share = _scan_share(case, step)
     except NotMeasured as reason:
@@ -104,11 +105,14 @@ def measure(case: Case, *, repeats: int = 10) -> Row:
 
 
 def measure_alone(case: Case, *, repeats: int = 10) -> Row:
-    """`measure` in a process of its own on a GPU, where what ran before (the profiler, other graphs) would slow it."""
+    """`measure` in a process of its own on a GPU, where what ran before would slow it; if it dies, the row says so."""
     if case.device != "cuda":
         return measure(case, repeats=repeats)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, case, repeats=repeats).result()
+        try:
+            return pool.submit(measure, case, repeats=repeats).result()
+        except BrokenProcessPool:
+            return Row(case, why_not="its process died (killed, or a crash in the driver or a kernel)")
 
 
 @functools.cache

@@ -112,7 +112,16 @@ def _measure(asked: dict[str, Any]) -> list:
     for case in cases:
         told.say(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {_how(case)}")
         found.append(measure_alone(case, repeats=asked["repeats"]))
+        told.say(f"  {_in_words(found[-1])}")  # a long run that is stopped has then told what it knew
     return found
+
+
+def _in_words(row: Any) -> str:
+    if row.why_not:
+        return f"not measured: {row.why_not}"
+    told = f"{row.train_images_per_s:,.0f} images/s in training, {row.infer_images_per_s:,.0f} in inference"
+    told += f", one image {row.latency_ms:.2f} ms"
+    return told + (f", peak {row.peak_gib:.2f} GiB" if row.peak_gib else "")
 
 
 def _speed_table(rows: list) -> tuple[tuple[str, ...], list[tuple]]:

@@ -41,6 +41,25 @@ class PhantomConfig(BaseModel):
         return value
 
 
+class LeakConfig(BaseModel):
+    """What is done about images that stand twice. Exact copies have equal pixels, near copies nearly so."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    near: int = Field(default=12, ge=0, le=24)
+    """Bits, of a fingerprint's 168, in which near copies may differ; 0 looks for equal pixels only."""
+    across: Literal["auto", "report", "drop", "move", "refuse"] = "auto"
+    """Copies in different splits. `drop` and `move` spare the split that is held out most (test, then val): drop leaves
+    the other copies out, move takes them there with their groups. `auto`: splits yet to be drawn keep copies together,
+    official splits of the catalogue are reported on, all others refused."""
+    within: Literal["report", "drop"] = "report"
+    """Equal pixels twice in one split, with the same labels: `drop` keeps the first."""
+    labels: Literal["report", "drop", "refuse"] = "report"
+    """Equal pixels under different labels: `drop` leaves all of them out."""
+    datasets: Literal["off", "report", "refuse"] = "report"
+    """Copies in other datasets of the same store."""
+
+
 class DataConfig(BaseModel):
     """Which images, with which labels, in which splits, cut into shards how. Everything here decides the bytes."""
 
@@ -80,8 +99,12 @@ class DataConfig(BaseModel):
     """Shrink images whose longer side is above this many pixels; none keeps the coded pixels as they are."""
     max_quarantine: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of undecodable images above which the step fails; up to it they are set aside and counted."""
-    samples_per_shard: int = Field(default=1000, ge=1)
-    """Images in one shard."""
+    samples_per_shard: int = Field(default=10_000, ge=1)
+    """Images in one shard at most."""
+    shard_bytes: int = Field(default=256_000_000, ge=1)
+    """Bytes of one shard at most, as estimated from the source: its coded bytes, or its pixels where it has no code."""
+    leaks: LeakConfig = LeakConfig()
+    """Images that stand twice, and what is done about them."""
     phantoms: PhantomConfig = PhantomConfig()
     """The synthetic images, used where `dataset` is phantoms."""
 

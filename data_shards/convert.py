@@ -10,10 +10,16 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
+from data_shards.decode import UndecodableImage, decode
+from data_shards.fingerprint import Fingerprints, joined
+from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report
+from data_shards.leakage_page import LEAKS_PAGE, MOST_SHOWN, page
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -21,15 +27,17 @@ from data_shards.manifest import (
     IndexEntry,
     Manifest,
     ShardEntry,
+    channel_statistics,
     count_splits,
     index_bytes,
     index_table,
     manifest_digest,
     open_dataset,
 )
-from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards
+from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_key
+from data_shards.scan import FINGERPRINTS, FOLDER, chunks, fingerprints_bytes, other_datasets, scan_chunk
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
-from data_shards.source import ImageSet, open_source
+from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
 
@@ -37,7 +45,8 @@ SETTINGS = "config.json"
 _log = logging.getLogger(__name__)
 
 Task = tuple[DataConfig, ShardPlan, str]
-RunTasks = Callable[[Callable[[Task], ShardPart], list[Task]], Iterable[ShardPart]]
+ScanTask = tuple[DataConfig, int, int, str]
+RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
 def convert(
@@ -45,23 +54,26 @@ def convert(
     out: Store,
     *,
     run_tasks: RunTasks = map,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
 ) -> dict[str, Any]:
     """Writes the dataset of `config` into `out` (rooted at `datasets/<dataset>/<name>`), or finds it there.
 
     Args:
         config: What to convert.
         out: Where to.
-        run_tasks: Like `map`, with results in any order: how `write_one` is run on tasks that can be pickled.
-        progress: Called with the number of finished shards and of all shards.
+        run_tasks: Like `map`, with results in any order: how `scan_one` and `write_one` are run on tasks that can be
+            pickled.
+        progress: Called with what is done, of how much, in images while they are looked at, then in shards.
 
     Returns:
         Facts: digest (the dataset's version), uri, dataset, counts {split: {class: n}}, num_shards, num_images,
-        bytes, quarantine (number of images), made and kept (shards written now, shards found).
+        bytes, quarantine (number of images), leaks {what: number of copies}, dropped (number of images),
+        made and kept (shards written now, shards found).
 
     Raises:
         ValueError: the store holds a dataset of other settings here, the image set or its splits are at fault, or
             more images than `max_quarantine` cannot be decoded. No manifest is written then.
+        LeakError: an image stands in two splits, and the config refuses that. Nothing is written then.
     """
     if out.head(MANIFEST) is not None:
         _refuse_drift(config, out)
@@ -72,20 +84,34 @@ def convert(
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
-    plans = _plans(image_set, config)
+    _check_classes(image_set)
     out.put(SETTINGS, settings)
+    prints = _scanned(image_set, config, out, run_tasks, progress)
+    guarded = _guarded(image_set, prints, config, out)
+    rows = [image_set.rows[i] for i in guarded.rows]
+    plans = plan_shards(rows, guarded.splits, config, sizes=prints.size[guarded.rows].tolist())
     found = {plan.name: find_shard(plan, config, out) for plan in plans}
     # A shard that lacks images is made again: they may have been mended since.
-    kept = {name: part for name, part in found.items() if part and not part.quarantine}
-    tasks = [(config, plan, out.uri) for plan in plans if plan.name not in kept]
-    progress(len(kept), len(plans))
-    parts = dict(kept)
+    parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
+    tasks = [(config, plan, out.uri) for plan in plans if plan.name not in parts]
+    progress(len(parts), len(plans), "shards")
     for part in run_tasks(write_one, tasks):
-        parts[part.name] = part
-        progress(len(parts), len(plans))
+        parts[part.name] = _Part(part)
+        progress(len(parts), len(plans), "shards")
     _remove_strays(plans, out)
+    _write_report(guarded, prints, image_set, config, out)
     _commit([parts[plan.name] for plan in plans], plans, image_set, config, out)
+    for key in list(out.list(FOLDER)):
+        out.delete(key)
     return _facts(open_dataset(out), made=len(tasks))
+
+
+def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
+    """Looks at the images of one run of rows; where it starts, and their fingerprints. Runs in any process."""
+    config, start, end, uri = task
+    settings = config_digest(config) + config.source
+    found = scan_chunk(_source(config), start, end, max_side=config.max_side, settings=settings, out=open_store(uri))
+    return start, found
 
 
 def write_one(task: Task) -> ShardPart:
@@ -96,9 +122,8 @@ def write_one(task: Task) -> ShardPart:
 
 def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
     """(key, path inside the set, frame) of every sample. It is recomputed from the source, as it is never stored."""
-    for plan in _plans(open_source(config), config):
-        for planned in plan.rows:
-            yield planned.key, planned.row.where, planned.row.frame
+    for row in open_source(config).rows:
+        yield _key(row, config), row.where, row.frame
 
 
 def _findable(config: DataConfig) -> DataConfig:
@@ -113,21 +138,84 @@ def _source(config: DataConfig) -> ImageSet:
     return open_source(config)
 
 
-def _plans(image_set: ImageSet, config: DataConfig) -> list[ShardPlan]:
+def _key(row: Row, config: DataConfig) -> str:
+    return sample_key(config.dataset, config.salt, row.where, row.frame)
+
+
+def _check_classes(image_set: ImageSet) -> None:
     if len(image_set.classes) < 2 and image_set.task != "multilabel":
         raise ValueError(
             f"the image set has the one class {', '.join(image_set.classes)}: there is nothing to tell apart; add the "
             "images of another class, or check --data.source and the label column"
         )
-    splits = assign_splits(
-        image_set.rows,
+
+
+def _scanned(
+    image_set: ImageSet,
+    config: DataConfig,
+    out: Store,
+    run_tasks: RunTasks,
+    progress: Callable[[int, int, str], None],
+) -> Fingerprints:
+    num = len(image_set.rows)
+    tasks = [(config, start, end, out.uri) for start, end in chunks(num)]
+    parts: dict[int, Fingerprints] = {}
+    progress(0, num, "images looked at")
+    for start, part in run_tasks(scan_one, tasks):
+        parts[start] = part
+        progress(sum(map(len, parts.values())), num, "images looked at")
+    return joined(parts[start] for start in sorted(parts))
+
+
+def _guarded(image_set: ImageSet, prints: Fingerprints, config: DataConfig, out: Store) -> Guarded:
+    draw = functools.partial(
+        assign_splits,
         num_classes=len(image_set.classes),
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         seed=config.seed,
         classes=image_set.classes,
     )
-    return plan_shards(image_set.rows, splits, config)
+    return guard(
+        image_set.rows,
+        prints,
+        config.leaks,
+        draw=draw,
+        key_of=lambda row: _key(row, config),
+        official=config.dataset in names() and card(config.dataset).split_policy == "official",
+        others=() if config.leaks.datasets == "off" else other_datasets(out, config.dataset),
+    )
+
+
+def _write_report(guarded: Guarded, prints: Fingerprints, image_set: ImageSet, config: DataConfig, out: Store) -> None:
+    """Fingerprints, and the report as JSON and as a page."""
+    rows = [image_set.rows[i] for i in guarded.rows]
+    kept = Fingerprints(*(column[guarded.rows] for column in (prints.state, prints.pixels, prints.bits, prints.size)))
+    keys = [_key(row, config) for row in rows]
+    out.put(FINGERPRINTS, fingerprints_bytes(keys, rows, guarded.splits, kept))
+    shown = {copy.key for finding in guarded.report.findings[:MOST_SHOWN] for copy in finding.copies}
+    by_key = {key: row for row in image_set.rows if (key := _key(row, config)) in shown} if shown else {}
+
+    def picture(copy: Copy) -> np.ndarray | None:
+        try:
+            return None if copy.dataset else decode(image_set.read(by_key[copy.key]))
+        except UndecodableImage:
+            return None
+
+    title = f"{config.dataset}/{config.name}"
+    told = page(guarded.report, title=title, classes=image_set.classes, picture=picture)
+    out.put(LEAKS, (guarded.report.model_dump_json(indent=1) + "\n").encode())
+    out.put(LEAKS_PAGE, told.encode())
+
+
+class _Part:
+    """What the driver keeps of a written shard: its samples as columns, for there may be a million."""
+
+    def __init__(self, part: ShardPart):
+        self.table, self.quarantine = index_table(part), part.quarantine
+        self.entry = ShardEntry(name=part.name, bytes=part.bytes, sha256=part.sha256, count=len(part.samples))
+        self.rgb = any(sample.channels == 3 for sample in part.samples)
+        self.histogram_CV = np.array(part.histogram) if part.split == "train" else np.zeros((3, 256), np.int64)
 
 
 def _remove_strays(plans: Sequence[ShardPlan], out: Store) -> None:
@@ -139,35 +227,41 @@ def _remove_strays(plans: Sequence[ShardPlan], out: Store) -> None:
 
 
 def _commit(
-    parts: Sequence[ShardPart], plans: Sequence[ShardPlan], image_set: ImageSet, config: DataConfig, out: Store
+    parts: Sequence[_Part], plans: Sequence[ShardPlan], image_set: ImageSet, config: DataConfig, out: Store
 ) -> None:
     """Index, then manifest."""
     import pyarrow as pa
 
     quarantine = tuple(sorted((q for part in parts for q in part.quarantine), key=lambda q: q.key))
-    num_images = sum(len(part.samples) for part in parts)
+    table = pa.concat_tables(part.table for part in parts)
     reasons = {q.key: q.reason for q in quarantine}
-    _check_quarantine(config, len(quarantine), num_images, lambda: _named(plans, reasons))
+    _check_quarantine(config, len(quarantine), len(table), lambda: _named(plans, reasons))
     if quarantine:  # told here only: no file name goes into the store
         _log.warning("%d images set aside: %s", len(quarantine), "; ".join(_named(plans, reasons)))
-    table = pa.concat_tables(index_table(part) for part in parts)
     index = index_bytes(table)
+    channels: Literal[1, 3] = 3 if any(part.rgb for part in parts) else 1
+    mean, std = channel_statistics(np.sum([part.histogram_CV for part in parts], axis=0)[:channels])
     manifest = Manifest(
         dataset=config.dataset,
-        task=image_set.task,
+        task=image_set.task,  # type: ignore[arg-type]
         classes=image_set.classes,
         licence=card(config.dataset).licence if config.dataset in names() else "not stated",
         config_sha256=config_digest(config),
-        channels=3 if any(sample.channels == 3 for part in parts for sample in part.samples) else 1,
+        channels=channels,
+        mean=mean,
+        std=std,
         splits=count_splits(table, image_set.classes),
-        shards=tuple(
-            ShardEntry(name=part.name, bytes=part.bytes, sha256=part.sha256, count=len(part.samples)) for part in parts
-        ),
+        shards=tuple(part.entry for part in parts),
         quarantine=quarantine,
         index=IndexEntry(bytes=len(index), sha256=manifest_digest(index)),
     )
+    data = (manifest.model_dump_json(indent=1) + "\n").encode()
     out.put(INDEX, index)
-    out.put(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    if not out.put(MANIFEST, data, if_absent=True) and out.get(MANIFEST) != data:
+        raise ValueError(
+            f"{out.uri} was finished with other settings while this conversion ran: give one of the two a name of its "
+            "own with --data.name"
+        )
 
 
 def _check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[], list[str]]) -> None:
@@ -218,7 +312,7 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
 
 
 def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
-    manifest = dataset.manifest
+    manifest, leaks = dataset.manifest, read_report(dataset.store)
     return {
         "digest": dataset.digest,
         "uri": dataset.store.uri,
@@ -228,6 +322,8 @@ def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
         "num_images": len(dataset.table),
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "quarantine": len(manifest.quarantine),
+        "leaks": leaks.counts,
+        "dropped": len(leaks.dropped),
         "made": made,
         "kept": len(manifest.shards) - made,
     }

@@ -43,7 +43,10 @@ class UndecodableImage(ValueError):  # noqa: N818 - it says what the image is, n
 def decode(data: bytes | np.ndarray, *, max_side: int | None = None) -> np.ndarray:
     """Pixels, uint8 (H, W, 1) or (H, W, 3); shrunk so that no side exceeds `max_side`. Raises UndecodableImage."""
     if isinstance(data, np.ndarray):
-        return _pixels(_shrunk(Image.fromarray(_plain(data)), max_side))
+        plain = _plain(data)
+        if max_side is None or max(plain.shape[:2]) <= max_side:
+            return plain[:, :, None] if plain.ndim == 2 else plain
+        return _pixels(_shrunk(Image.fromarray(plain), max_side))
     image = _opened(data)
     try:
         image = ImageOps.exif_transpose(image)
@@ -54,23 +57,21 @@ def decode(data: bytes | np.ndarray, *, max_side: int | None = None) -> np.ndarr
         raise UndecodableImage(_short(error)) from error
 
 
-def stored_bytes(data: bytes | np.ndarray, *, max_side: int | None = None) -> tuple[bytes, str, tuple[int, int, int]]:
-    """What a shard keeps of an image: coded bytes without metadata, their ending ("png" or "jpg"), and (H, W, C).
+def stored_bytes(data: bytes | np.ndarray, *, max_side: int | None = None) -> tuple[bytes, str, np.ndarray]:
+    """What a shard keeps of an image: coded bytes without metadata, their ending ("png" or "jpg"), and its pixels.
 
     8-bit grey and RGB keep their coded pixels as JPEG or PNG, with everything but the pixels cut out. All else, also
-    a turned or shrunk image, becomes a PNG. The bytes are decoded again before they are returned, and equal the
-    source's pixels. The same data gives the same bytes. Raises UndecodableImage.
+    a turned or shrunk image, becomes a PNG. Bytes that were cut are decoded again before they are returned, and equal
+    the source's pixels. The same data gives the same bytes. Raises UndecodableImage.
     """
     pixels = decode(data, max_side=max_side)
     if isinstance(data, bytes):
         kept = _without_metadata(data, pixels.shape)
         if kept is not None and np.array_equal(decode(kept[0]), pixels):
-            return *kept, pixels.shape
+            return *kept, pixels
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    coded = buffer.getvalue()
-    assert np.array_equal(decode(coded), pixels), "a PNG gives back what was put in"
-    return coded, "png", pixels.shape
+    return buffer.getvalue(), "png", pixels
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -72,6 +73,10 @@ class Manifest(_Frozen):
     """Digest of the settings that decided the bytes (`plan.config_digest`)."""
     channels: Literal[1, 3]
     """3 if any image is RGB: batches then hold grey ones as RGB too."""
+    mean: tuple[float, ...]
+    """Of the train split's pixels, per channel, where white is 1."""
+    std: tuple[float, ...]
+    """Standard deviation of the same."""
     splits: dict[str, SplitCounts]
     shards: tuple[ShardEntry, ...]
     quarantine: tuple[Quarantined, ...]
@@ -174,6 +179,21 @@ def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCoun
         )
     _check_groups(table)
     return counts
+
+
+def channel_statistics(histogram_CV: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, in [0, 1], from how many pixels have each of the 256 values.
+
+    From whole numbers, so they do not depend on the order in which shards were made.
+    """
+    means, deviations = [], []
+    for counts in histogram_CV.tolist():
+        num = max(1, sum(counts))
+        total = sum(value * count for value, count in enumerate(counts))
+        squares = sum(value * value * count for value, count in enumerate(counts))
+        means.append(total / (255 * num))
+        deviations.append(math.sqrt((squares * num - total * total) / (num * num)) / 255)
+    return tuple(means), tuple(deviations)
 
 
 def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 # What names a conversion, says where its source stands, or judges it, without changing a byte of it.
 _NOT_IN_THE_BYTES = {"name", "source", "max_quarantine"}
+_DEFAULTS = 2  # 2: shards end by size, copies of an image are dealt out together
+# What a sample takes in a tar beside its image: three headers, its label and JSON, and what fills up the blocks.
+_OVERHEAD_BYTES = 3072
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedRow:
     """A row of the source under the names that the shards know it by."""
 
@@ -53,9 +56,10 @@ def config_digest(config: DataConfig) -> str:
     """sha256 of every setting that decides the bytes, whatever the conversion is called and wherever its source is.
 
     Settings at their default are left out, so that a setting added later does not move the version of datasets made
-    before. The defaults themselves may therefore never change (a test holds them).
+    before. The defaults themselves may therefore change only together with _DEFAULTS (a test holds them).
     """
-    return digest_of(config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES, exclude_defaults=True))
+    settings = config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES, exclude_defaults=True)
+    return digest_of([_DEFAULTS, settings])
 
 
 def shard_digest(plan: ShardPlan, config: DataConfig) -> str:
@@ -67,18 +71,22 @@ def shard_digest(plan: ShardPlan, config: DataConfig) -> str:
     return digest_of([config_digest(config), config.source, plan.name, plan.split, rows])
 
 
-def plan_shards(rows: Sequence[Row], splits: Sequence[str], config: DataConfig) -> list[ShardPlan]:
-    """The shards of a dataset, split by split, each shuffled from `config.seed` and cut into parts of equal size.
+def plan_shards(
+    rows: Sequence[Row], splits: Sequence[str], config: DataConfig, *, sizes: Sequence[int] | None = None
+) -> list[ShardPlan]:
+    """The shards of a dataset, split by split, each shuffled from `config.seed` and cut into parts of equal counts.
 
     The order does not depend on that of the rows, and any prefix of a split's shards is a fair sample of it.
-    A row without a group is a group of its own.
+    A row without a group is a group of its own. `sizes`: bytes of each row's image, by which shards stay below
+    `config.shard_bytes` on average.
 
     Raises:
         ValueError: two rows are the same image (path and frame).
     """
     planned: dict[str, list[PlannedRow]] = {split: [] for split in SPLITS}
+    num_bytes = dict.fromkeys(SPLITS, 0)
     seen: dict[str, Row] = {}
-    for row, split in zip(rows, splits, strict=True):
+    for row, split, size in zip(rows, splits, sizes or [0] * len(rows), strict=True):
         key = sample_key(config.dataset, config.salt, row.where, row.frame)
         if key in seen:
             raise ValueError(
@@ -88,7 +96,13 @@ def plan_shards(rows: Sequence[Row], splits: Sequence[str], config: DataConfig) 
         seen[key] = row
         group = key if row.group is None else group_key(config.dataset, config.salt, row.group)
         planned[split].append(PlannedRow(key, group, row))
-    return [shard for split in SPLITS for shard in _cut(split, _shuffled(planned[split], config.seed), config)]
+        num_bytes[split] += size + _OVERHEAD_BYTES
+    found = []
+    for split in SPLITS:
+        by_count = -(-len(planned[split]) // config.samples_per_shard)
+        num_shards = min(max(by_count, -(-num_bytes[split] // config.shard_bytes)), len(planned[split]))
+        found += _cut(split, _shuffled(planned[split], config.seed), num_shards)
+    return found
 
 
 def _shuffled(rows: list[PlannedRow], seed: int) -> list[PlannedRow]:
@@ -96,8 +110,7 @@ def _shuffled(rows: list[PlannedRow], seed: int) -> list[PlannedRow]:
     return sorted(rows, key=lambda planned: _hex("order", seed, planned.key))
 
 
-def _cut(split: str, rows: list[PlannedRow], config: DataConfig) -> list[ShardPlan]:
-    num_shards = -(-len(rows) // config.samples_per_shard)
+def _cut(split: str, rows: list[PlannedRow], num_shards: int) -> list[ShardPlan]:
     ends = [len(rows) * i // num_shards for i in range(num_shards + 1)] if num_shards else []
     return [
         ShardPlan(f"{split}-{i:05d}", split, tuple(rows[start:end]))

@@ -14,8 +14,9 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_shards.decode import UndecodableImage, stored_bytes
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
 IMAGE_MEMBERS = ("png", "jpg")
 
 
-class Sample(BaseModel):
+class Sample(NamedTuple):
     """One image in a shard; `offset` and `size` are those of the coded image in the tar, in bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     labels: tuple[int, ...]
@@ -65,6 +64,8 @@ class ShardPart(BaseModel):
     sha256: str
     samples: tuple[Sample, ...]
     quarantine: tuple[Quarantined, ...]
+    histogram: tuple[tuple[int, ...], ...]
+    """How many pixels have each of the 256 values: three rows for RGB; grey counts in each of them."""
 
 
 def tar_key(name: str) -> str:
@@ -92,34 +93,26 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
 
     An image that cannot be decoded is set aside in the part's `quarantine` with its reason.
     """
-    buffer = io.BytesIO()
+    tar = _Tar()
     samples: list[Sample] = []
     quarantine: list[Quarantined] = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for planned in plan.rows:
-            try:
-                image, member, shape = stored_bytes(image_set.read(planned.row), max_side=config.max_side)
-            except UndecodableImage as error:
-                quarantine.append(Quarantined(key=planned.key, reason=error.reason))
-                continue
-            members = {member: image, "json": _facts(planned, plan.split)}
-            if image_set.task != "multilabel":
-                members["cls"] = str(planned.row.labels[0]).encode()
-            offset = _add(tar, planned.key, members)[member]
-            height, width, channels = shape
-            samples.append(
-                Sample(
-                    key=planned.key,
-                    labels=planned.row.labels,
-                    group=planned.group,
-                    offset=offset,
-                    size=len(image),
-                    height=height,
-                    width=width,
-                    channels=channels,
-                )
-            )
-    data = buffer.getvalue()
+    histogram_CV = np.zeros((3, 256), np.int64)
+    for planned in plan.rows:
+        try:
+            image, member, pixels_HWC = stored_bytes(image_set.read(planned.row), max_side=config.max_side)
+        except UndecodableImage as error:
+            quarantine.append(Quarantined(key=planned.key, reason=error.reason))
+            continue
+        members = {member: image, "json": _facts(planned, plan.split)}
+        if image_set.task != "multilabel":
+            members["cls"] = str(planned.row.labels[0]).encode()
+        offset = tar.add(planned.key, members)[member]
+        samples.append(
+            Sample(planned.key, planned.row.labels, planned.group, offset, len(image), *pixels_HWC.shape)  # type: ignore[arg-type]
+        )
+        planes = [np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels_HWC, 2, 0)]
+        histogram_CV += planes  # one plane counts for all three
+    data = tar.whole()
     part = ShardPart(
         name=plan.name,
         split=plan.split,
@@ -128,6 +121,7 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
         sha256=hashlib.sha256(data).hexdigest(),
         samples=tuple(samples),
         quarantine=tuple(quarantine),
+        histogram=tuple(tuple(row) for row in histogram_CV.tolist()),
     )
     out.put(tar_key(plan.name), data)
     out.put(part_key(plan.name), part.model_dump_json().encode())
@@ -152,12 +146,37 @@ def _facts(planned: PlannedRow, split: str) -> bytes:
     return json.dumps(facts, separators=(",", ":")).encode()
 
 
-def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> dict[str, int]:
-    """Appends the members of a sample; the position of each one's data in the tar."""
-    offsets = {}
-    for extension, data in sorted(members.items()):
-        info = tarfile.TarInfo(f"{key}.{extension}")  # owner, group and time are all zero or empty
-        info.size, info.mode = len(data), 0o444
-        offsets[extension] = tar.offset + tarfile.BLOCKSIZE
-        tar.addfile(info, io.BytesIO(data))
-    return offsets
+class _Tar:
+    """A tar in memory, of files that all belong to nobody and have no time."""
+
+    # tarfile makes each header anew from its fields, which takes a third of the time of converting images of 28 px.
+    # Of ours only name, size and checksum differ, so they are set in one header that tarfile has made.
+    _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 156)
+
+    def __init__(self) -> None:
+        blank = tarfile.TarInfo("")
+        blank.mode = 0o444
+        self._header = bytearray(blank.tobuf(tarfile.USTAR_FORMAT))
+        self._header[self._SIZE], self._header[self._CHECKSUM] = bytes(11), b" " * 8
+        self._sum = sum(self._header)
+        self._buffer = io.BytesIO()
+
+    def add(self, key: str, members: dict[str, bytes]) -> dict[str, int]:
+        """Appends the members of a sample; the position of each one's data in the tar."""
+        offsets = {}
+        for extension, data in sorted(members.items()):
+            name, size = f"{key}.{extension}".encode(), b"%011o" % len(data)
+            self._header[self._NAME] = name.ljust(100, b"\0")
+            self._header[self._SIZE] = size
+            self._header[self._CHECKSUM] = b"%06o\0 " % (self._sum + sum(name) + sum(size))
+            self._buffer.write(self._header)
+            offsets[extension] = self._buffer.tell()
+            self._buffer.write(data)
+            self._buffer.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offsets
+
+    def whole(self) -> bytes:
+        """The tar with its end."""
+        end = self._buffer.tell() + 2 * tarfile.BLOCKSIZE
+        self._buffer.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+        return self._buffer.getvalue()

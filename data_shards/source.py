@@ -15,7 +15,7 @@ from data_shards import catalog, phantoms
 from data_shards.config import DataConfig, PhantomConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image. `where` is its path inside the set; `labels` are class indices; unknown split and group are None."""
 

@@ -15,8 +15,8 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
     """Writes `datasets/<dataset>/<name>/` in the store; returns convert's facts and the dataset's folder as "data"."""
     data = f"datasets/{config.dataset}/{config.name}"
 
-    def progress(done: int, total: int) -> None:
-        context.show.progress("shard", {"done": done, "total": total, "unit": "shards"})
+    def progress(done: int, total: int, unit: str) -> None:
+        context.show.progress("shard", {"done": done, "total": total, "unit": unit})
 
     _check_reachable(config, placement)
     # Whoever may read MLflow shall not learn the salt.

@@ -1,0 +1,367 @@
+"""The firewall between splits: images that stand twice, found before anything is written, and what is done about it.
+
+Two images are exact copies where their decoded pixels are equal, near copies where their fingerprints differ in few
+bits (fingerprint.py). Copies of a copy belong to one cluster. Legend: N images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_shards.config import LeakConfig
+from data_shards.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
+from data_shards.manifest import ManifestError
+from data_shards.near import clusters, near_clusters
+from data_shards.source import Row
+from data_shards.split import SPLITS, LeakError
+from data_shards.store import Store, StoreKeyError
+
+LEAKS = "leakage.json"
+MOST_FINDINGS = 10_000
+_HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out the most, then val
+
+Draw = Callable[[Sequence[Row]], list[str]]
+"""Gives each row its split; raises where a group is torn apart or a split lacks a class."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Copy(_Frozen):
+    """One image of a finding."""
+
+    key: str
+    split: str
+    labels: tuple[int, ...]
+    dataset: str = ""
+    """Empty: this one."""
+    fate: Literal["kept", "dropped", "moved"] = "kept"
+
+
+class Finding(_Frozen):
+    """Images that are the same."""
+
+    kind: Literal["exact", "near"]
+    where: Literal["across splits", "within a split", "across datasets"]
+    conflict: bool
+    """Whether equal pixels have different labels."""
+    copies: tuple[Copy, ...]
+
+
+class LeakReport(_Frozen):
+    """What was found among the images of a dataset, and what was done. `leakage.json` beside the manifest."""
+
+    format: Literal[1] = 1
+    images: int
+    undecodable: int
+    blank: int
+    """Images without structure, compared by their pixels only."""
+    near: int
+    """Bits in which near copies may differ."""
+    across: Literal["report", "drop", "move", "refuse"]
+    """What was done about copies in different splits."""
+    counts: dict[str, int]
+    """Copies beyond the first of their kind, by what they are."""
+    dropped: tuple[str, ...]
+    """Keys of images that were left out."""
+    findings: tuple[Finding, ...]
+    """The worst first; at most 10,000."""
+    more: int
+    """Findings beyond those."""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Which rows go on, in which split, and why: `rows[i]` are positions in the image set."""
+
+    rows: list[int]
+    splits: list[str]
+    report: LeakReport
+
+
+@dataclass(frozen=True)
+class OtherDataset:
+    """The images of another dataset in the store, to compare with."""
+
+    name: str
+    keys: Sequence[str]
+    splits: Sequence[str]
+    labels: Sequence[tuple[int, ...]]
+    prints: Fingerprints
+
+
+def guard(
+    rows: Sequence[Row],
+    prints: Fingerprints,
+    config: LeakConfig,
+    *,
+    draw: Draw,
+    key_of: Callable[[Row], str],
+    official: bool,
+    others: Iterable[OtherDataset] = (),
+) -> Guarded:
+    """The rows that go on, with their splits, and a report of all copies.
+
+    Args:
+        rows: Of the image set.
+        prints: Their fingerprints.
+        config: What is to be done about copies.
+        draw: Gives rows their splits; where they have none yet, rows of one group are given the same.
+        key_of: A row's key in the shards.
+        official: Whether splits that the rows have are those of a published set, which are kept as they are.
+        others: Datasets to compare with.
+
+    Raises:
+        LeakError: a copy stands in two splits (or in another dataset, or under another label), and the config refuses.
+    """
+    exact, alike = _clusters(prints, config.near)
+    drawn = all(row.split is None for row in rows)
+    across = _policy(config, drawn=drawn, official=official)
+    together = _components(rows, alike) if across == "move" else None
+    first = draw(_in_groups(rows, together) if drawn and together is not None else rows)
+    found = _Found(rows, exact, alike, first, key_of)
+    splits, dropped = list(first), np.zeros(len(rows), bool)
+    conflicts = found.conflicts()
+    if config.labels == "refuse" and conflicts:
+        found.refuse(conflicts, "equal pixels under different labels", "--data.leaks.labels drop or report")
+    if config.labels == "drop":
+        dropped[[i for members in conflicts for i in members]] = True
+    torn = found.torn(~dropped)
+    if across == "refuse" and torn:
+        found.refuse(torn, "copies of one image in different splits", "--data.leaks.across drop, move or report")
+    if across == "drop":
+        dropped[[i for members in torn for i in members if first[i] != found.held_out(members)]] = True
+    if across == "move" and torn and together is not None:
+        splits = _moved(splits, together, torn)
+    if config.within == "drop":
+        dropped[found.spare(splits, ~dropped)] = True
+    findings = found.findings(splits, dropped)
+    elsewhere = [finding for other in others for finding in found.elsewhere(other, prints, config.near)]
+    if config.datasets == "refuse" and elsewhere:
+        raise LeakError(
+            f"{len(elsewhere)} images are also in the dataset {elsewhere[0].copies[1].dataset!r} of this store "
+            f"(e.g. key {elsewhere[0].copies[0].key}): use another store, or --data.leaks.datasets report"
+        )
+    kept = [i for i in range(len(rows)) if not dropped[i]]
+    report = LeakReport(
+        images=len(rows),
+        undecodable=int((prints.state == UNDECODABLE).sum()),
+        blank=int(len(rows) - np.isin(prints.state, (UNDECODABLE, SHARP)).sum()),
+        near=config.near,
+        across=across,
+        counts={**found.counts(together if drawn else None), "also in other datasets": len(elsewhere)},
+        dropped=tuple(sorted(key_of(rows[i]) for i in np.flatnonzero(dropped).tolist())),
+        findings=tuple([*findings, *elsewhere][:MOST_FINDINGS]),
+        more=max(0, len(findings) + len(elsewhere) - MOST_FINDINGS),
+    )
+    return Guarded(kept, draw([replace(rows[i], split=splits[i]) for i in kept]), report)
+
+
+def read_report(store: Store) -> LeakReport:
+    """The report of a finished dataset. ManifestError where it is missing or none."""
+    try:
+        return LeakReport.model_validate_json(store.get(LEAKS))
+    except (StoreKeyError, ValidationError) as error:
+        raise ManifestError(
+            f"{store.uri} has no whole {LEAKS} ({' '.join(str(error).split())[:120]}): delete the manifest there and "
+            "run the shard step again (finished shards are kept)"
+        ) from error
+
+
+def _policy(config: LeakConfig, *, drawn: bool, official: bool) -> Literal["report", "drop", "move", "refuse"]:
+    if config.across != "auto":
+        return config.across
+    if drawn:
+        return "move"  # nothing is fixed yet, so copies are dealt out together and nothing is lost
+    return "report" if official else "refuse"
+
+
+def _clusters(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the clusters of exact copies, and of exact and near copies together: (N,) int64 each."""
+    exact = clusters(prints.pixels)
+    lone = np.flatnonzero(prints.state == UNDECODABLE)
+    exact[lone] = len(prints) + lone  # what cannot be seen is like nothing
+    if near == 0:
+        return exact, exact
+    sharp = np.flatnonzero(prints.state == SHARP)
+    return exact, _united(exact, sharp, near_clusters(prints.bits[sharp], most=near))
+
+
+def _united(first: np.ndarray, among: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The finest clustering of which both are parts; `second` numbers the images `among` only."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    first = np.unique(first, return_inverse=True)[1]
+    second = np.unique(second, return_inverse=True)[1]
+    num_first, num = int(first.max(initial=-1)) + 1, int(first.max(initial=-1) + second.max(initial=-1)) + 2
+    edges = coo_array((np.ones(len(among), np.int8), (first[among], num_first + second)), shape=(num, num))
+    return connected_components(edges, directed=False)[1][first].astype(np.int64)
+
+
+def _components(rows: Sequence[Row], alike: np.ndarray) -> np.ndarray:
+    """Numbers of what must stay together: groups that share copies."""
+    numbers: dict[str, int] = {}
+    named = [(i, numbers.setdefault(row.group, len(numbers))) for i, row in enumerate(rows) if row.group is not None]
+    if not named:
+        return alike
+    among, group = (np.array(column, np.int64) for column in zip(*named, strict=True))
+    return _united(alike, among, group)
+
+
+def _in_groups(rows: Sequence[Row], together: np.ndarray) -> list[Row]:
+    """The rows with groups that hold copies together. A row that stands alone stays without a group, so that sets
+    without copies are drawn as if nobody had looked."""
+    first = np.unique(together, return_index=True, return_inverse=True)
+    home, times = first[1][first[2]].tolist(), np.bincount(first[2])[first[2]].tolist()
+    found = []
+    for i, row in enumerate(rows):
+        first_row = rows[home[i]]
+        found.append(row if times[i] == 1 else replace(row, group=first_row.group or f"{first_row.where} and its like"))
+    return found
+
+
+def _moved(splits: list[str], together: np.ndarray, torn: list[list[int]]) -> list[str]:
+    """Whole groups move to where the most held out of their copies is."""
+    target: dict[int, str] = {}
+    for members in torn:
+        home = int(together[members[0]])
+        target[home] = max([*(splits[i] for i in members), target.get(home, SPLITS[0])], key=_HELD_OUT.__getitem__)
+    return [target.get(int(home), split) for home, split in zip(together, splits, strict=True)]
+
+
+class _Found:
+    """The clusters of several images, and what they mean under the splits first given."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        exact: np.ndarray,
+        alike: np.ndarray,
+        splits: Sequence[str],
+        key_of: Callable[[Row], str],
+    ):
+        self.rows, self.exact, self.splits, self.key_of = rows, exact, splits, key_of
+        self.same, self.like = _several(exact), _several(alike)
+
+    def conflicts(self) -> list[list[int]]:
+        """Equal images under different labels."""
+        return [members for members in self.same if len({self.rows[i].labels for i in members}) > 1]
+
+    def torn(self, allowed: np.ndarray) -> list[list[int]]:
+        """Members of each cluster that stands in more than one split."""
+        kept = [[i for i in members if allowed[i]] for members in self.like]
+        return [members for members in kept if len({self.splits[i] for i in members}) > 1]
+
+    def held_out(self, members: Sequence[int]) -> str:
+        """The split that the members should rather be tested in than trained on."""
+        return max((self.splits[i] for i in members), key=_HELD_OUT.__getitem__)
+
+    def spare(self, splits: Sequence[str], allowed: np.ndarray) -> list[int]:
+        """All but the first of equal images with equal labels in one split."""
+        seen: set[tuple] = set()
+        spare = []
+        for members in self.same:
+            for i in members:
+                if allowed[i] and (home := (self.exact[i], splits[i], self.rows[i].labels)) in seen:
+                    spare.append(i)
+                elif allowed[i]:
+                    seen.add(home)
+        return spare
+
+    def findings(self, splits: Sequence[str], dropped: np.ndarray) -> list[Finding]:
+        """Every cluster, the worst first: in different splits, then under different labels, then exact."""
+        conflicts = {int(self.exact[members[0]]) for members in self.conflicts()}
+        found = []
+        for members in self.like:
+            numbers = {int(self.exact[i]) for i in members}
+            finding = Finding(
+                kind="exact" if len(numbers) < len(members) else "near",
+                where="across splits" if len({self.splits[i] for i in members}) > 1 else "within a split",
+                conflict=bool(numbers & conflicts),
+                copies=tuple(self._copy(i, splits, dropped) for i in members[:50]),
+            )
+            found.append(finding)
+        return sorted(found, key=lambda f: (f.where, not f.conflict, f.kind, f.copies[0].key))
+
+    def _copy(self, i: int, splits: Sequence[str], dropped: np.ndarray) -> Copy:
+        fate = "dropped" if dropped[i] else "moved" if splits[i] != self.splits[i] else "kept"
+        return Copy(key=self.key_of(self.rows[i]), split=self.splits[i], labels=self.rows[i].labels, fate=fate)
+
+    def counts(self, together: np.ndarray | None) -> dict[str, int]:
+        """Copies beyond the first, by kind and place; an image counts once, at its worst."""
+        counts = Counter(
+            {f"{kind} {where}": 0 for where in ("across splits", "within a split") for kind in ("exact", "near")}
+        )
+        for members in self.like:
+            of_image: dict[int, list[int]] = {}
+            for i in members:
+                of_image.setdefault(int(self.exact[i]), []).append(i)
+            for same in of_image.values():
+                where = _where([self.splits[i] for i in same])
+                counts[f"exact {where}"] += len(same) - 1
+            counts[f"near {_where([self.splits[i] for i in members])}"] += len(of_image) - 1
+        counts["under different labels"] = sum(len(members) for members in self.conflicts())
+        if together is not None:  # copies of different groups, which the draw keeps on one side
+            groups = ({self.rows[i].group or str(i) for i in members} for members in self.like)
+            counts["dealt out together"] = sum(len(names) - 1 for names in groups)
+        return dict(counts)
+
+    def elsewhere(self, other: OtherDataset, prints: Fingerprints, near: int) -> list[Finding]:
+        """Images of this dataset that the other one holds too, each with the first that is like it there."""
+        num = len(prints)
+        both = joined([prints, other.prints])
+        exact, alike = _clusters(both, near)
+        theirs: dict[int, int] = {}
+        for j in range(len(both) - 1, num - 1, -1):
+            theirs[int(alike[j])] = j
+        same = {int(number) for number in exact[num:]}
+        shared = np.flatnonzero(np.isin(alike[:num], np.fromiter(theirs, np.int64, len(theirs)))).tolist()
+        return [
+            Finding(
+                kind="exact" if int(exact[i]) in same else "near",
+                where="across datasets",
+                conflict=False,
+                copies=(self._copy(i, self.splits, np.zeros(num, bool)), _theirs(other, theirs[int(alike[i])] - num)),
+            )
+            for i in shared
+        ]
+
+    def refuse(self, clusters_: list[list[int]], what: str, remedy: str) -> None:
+        """Raises, with the first of them by the names that their owner knows."""
+        shown = []
+        for members in clusters_[:3]:
+            one = members[0]
+            here = self.splits[one], self.rows[one].labels
+            two = next((i for i in members if (self.splits[i], self.rows[i].labels) != here), members[1])
+            kind = "equal pixels" if self.exact[one] == self.exact[two] else "nearly equal"
+            named = [f"{self.rows[i].where!r} ({self.splits[i]}, label {self.rows[i].labels})" for i in (one, two)]
+            shown.append(f"{' = '.join(named)}: {kind}")
+        raise LeakError(
+            f"{len(clusters_)} times {what} ({'; '.join(shown)}): a model would be tested on what it has seen; mend "
+            f"the set, or say what to do with {remedy}"
+        )
+
+
+def _theirs(other: OtherDataset, j: int) -> Copy:
+    return Copy(key=other.keys[j], split=other.splits[j], labels=tuple(other.labels[j]), dataset=other.name)
+
+
+def _where(splits: Iterable[str]) -> str:
+    return "across splits" if len(set(splits)) > 1 else "within a split"
+
+
+def _several(numbers: np.ndarray) -> list[list[int]]:
+    """The members, in order, of every cluster that has more than one."""
+    _, number, times = np.unique(numbers, return_inverse=True, return_counts=True)
+    among = np.flatnonzero(times[number] > 1)  # few: most images stand alone
+    order = among[np.argsort(number[among], kind="stable")]
+    cuts = np.flatnonzero(np.diff(number[order])) + 1
+    return [part.tolist() for part in np.split(order, cuts) if len(part)]

@@ -1,0 +1,116 @@
+"""Which of many fingerprints are equal or nearly so: clusters, in memory that grows with the images, not the pairs.
+
+Fingerprints that differ in at most `most` bits agree entirely in at least one of `most` + 1 bands of bits, so only
+those that share a band are compared (Norouzi et al., arXiv 1307.2982). numba, because it is loops over pairs.
+"""
+
+# An intrinsic is called without the typing context that it is defined with.
+# mypy: disable-error-code="call-arg, var-annotated"
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from data_shards.fingerprint import NUM_BITS
+
+
+def clusters(keys: np.ndarray) -> np.ndarray:
+    """Equal rows of (N, w) uint64 get the same number, counted from 0: (N,) int64."""
+    whole = np.ascontiguousarray(keys).view([("", keys.dtype)] * keys.shape[1]).ravel()
+    return np.unique(whole, return_inverse=True)[1].reshape(len(keys)).astype(np.int64)
+
+
+def near_clusters(bits: np.ndarray, *, most: int) -> np.ndarray:
+    """The number of its cluster for each of N fingerprints (N, 3) uint64: (N,) int64.
+
+    Two that differ in at most `most` bits share a cluster; so do two that a chain of such pairs leads to.
+    """
+    same = clusters(bits)
+    _, first = np.unique(same, return_index=True)
+    distinct = np.ascontiguousarray(bits[first])
+    parent = np.arange(len(distinct))
+    for band in _bands(most):
+        values = _cut(distinct, band)
+        order = np.argsort(values, kind="stable")
+        _join(distinct, values, order, parent, most)
+    return _roots(parent)[same]
+
+
+def _bands(most: int) -> list[tuple[int, int]]:
+    # Bits of one band are taken far from each other: the signs of neighbouring frequencies say much the same.
+    ends = [NUM_BITS * i // (most + 1) for i in range(most + 2)]
+    return list(itertools.pairwise(ends))
+
+
+def _cut(bits: np.ndarray, band: tuple[int, int]) -> np.ndarray:
+    """Bits [start, end) of each fingerprint, in an order that spreads frequencies over bands, as whole numbers."""
+    values = np.zeros(len(bits), np.uint64)
+    for place, position in enumerate(range(*band)):
+        bit = position * 71 % NUM_BITS  # 71 and 168 share no factor: each bit is in one band
+        values |= ((bits[:, bit // 64] >> np.uint64(bit % 64)) & np.uint64(1)) << np.uint64(place % 64)
+    return values
+
+
+@intrinsic
+def _ones(typing, value):
+    """How many bits of a uint64 are 1."""
+
+    def code(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), code
+
+
+@njit(cache=True)
+def _join(bits, values, order, parent, most):
+    """Unites the clusters of all pairs with equal `values` and a distance of at most `most`."""
+    num = len(order)
+    start = 0
+    while start < num:
+        end = start + 1
+        while end < num and values[order[end]] == values[order[start]]:
+            end += 1
+        for i in range(start, end):
+            a = order[i]
+            a0, a1, a2 = bits[a, 0], bits[a, 1], bits[a, 2]
+            for j in range(i + 1, end):
+                b = order[j]
+                distance = _ones(a0 ^ bits[b, 0])
+                if distance > most:
+                    continue
+                distance += _ones(a1 ^ bits[b, 1])
+                if distance > most:
+                    continue
+                distance += _ones(a2 ^ bits[b, 2])
+                if distance <= most:
+                    _unite(parent, a, b)
+        start = end
+
+
+@njit(cache=True)
+def _unite(parent, a, b):
+    while parent[a] != a:
+        parent[a] = parent[parent[a]]
+        a = parent[a]
+    while parent[b] != b:
+        parent[b] = parent[parent[b]]
+        b = parent[b]
+    if a < b:
+        parent[b] = a
+    else:
+        parent[a] = b
+
+
+@njit(cache=True)
+def _roots(parent):
+    roots = np.empty_like(parent)
+    for i in range(len(parent)):
+        root = i
+        while parent[root] != root:
+            root = parent[root]
+        roots[i] = root
+    return roots

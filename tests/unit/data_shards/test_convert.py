@@ -70,10 +70,12 @@ def test_a_second_run_makes_nothing(tmp_path):
     assert second == {**first, "made": 0, "kept": first["num_shards"]}
 
 
-def test_progress_counts_the_shards(tmp_path):
+def test_progress_counts_the_images_looked_at_and_then_the_shards(tmp_path):
     config, seen = npz_config(tmp_path), []
-    facts = convert(config, open_store(str(tmp_path / "out")), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, facts["num_shards"]) for done in range(facts["num_shards"] + 1)]
+    facts = convert(config, open_store(str(tmp_path / "out")), progress=lambda *told: seen.append(told))
+    images, shards = ([told[:2] for told in seen if told[2] == unit] for unit in ("images looked at", "shards"))
+    assert images == [(0, 73), (32, 73), (64, 73), (73, 73)]
+    assert shards == [(done, facts["num_shards"]) for done in range(facts["num_shards"] + 1)]
 
 
 def test_killed_halfway_and_run_again_it_keeps_what_is_finished_and_the_bytes_are_the_same(tmp_path):

@@ -102,4 +102,4 @@ def test_no_default_that_decides_bytes_has_changed():
         "phantoms": {
             "num_patients": 300, "images_per_patient": 4, "side": 64, "speckle": 0.3, "contrast": [0.5, 0.85],
         },
-    }, "give a new setting a default that means the bytes of before, and add it here, or raise plan._DEFAULTS"  # fmt: skip
+    }, "give a new setting a default that means the bytes of before, or raise plan._DEFAULTS"  # fmt: skip

@@ -160,10 +160,10 @@ def _scanned(
     num = len(image_set.rows)
     tasks = [(config, start, end, out.uri) for start, end in chunks(num)]
     parts: dict[int, Fingerprints] = {}
-    progress(0, num, "images looked at")
+    progress(0, num, "images")
     for start, part in run_tasks(scan_one, tasks):
         parts[start] = part
-        progress(sum(map(len, parts.values())), num, "images looked at")
+        progress(sum(map(len, parts.values())), num, "images")
     return joined(parts[start] for start in sorted(parts))
 
 

@@ -58,7 +58,7 @@ def fingerprint(image_set: ImageSet, rows: Sequence[Row], *, max_side: int | Non
         except UndecodableImage:
             continue  # it goes into quarantine when its shard is made
         size[i] = len(source) if isinstance(source, bytes) else source.nbytes
-        state[i], pixels[i], thumbnails[i] = SHARP, _digest(image), _thumbnail(image)
+        state[i], pixels[i], thumbnails[i] = SHARP, pixel_digest(image), _thumbnail(image)
     state[(state == SHARP) & _blank(thumbnails)] = BLANK
     bits = _bits(thumbnails)
     bits[state != SHARP] = 0
@@ -72,7 +72,8 @@ def joined(parts: Iterable[Fingerprints]) -> Fingerprints:
     return Fingerprints(*(np.concatenate([getattr(part, name) for part in found]) for name in columns))
 
 
-def _digest(image_HWC: np.ndarray) -> np.ndarray:
+def pixel_digest(image_HWC: np.ndarray) -> np.ndarray:
+    """(2,) uint64 that only images of the same shape and pixels share."""
     hashed = hashlib.sha256(np.array(image_HWC.shape, "<i8").tobytes())
     hashed.update(np.ascontiguousarray(image_HWC).data)
     return np.frombuffer(hashed.digest()[:16], "<u8")

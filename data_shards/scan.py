@@ -14,7 +14,7 @@ import numpy as np
 
 from data_shards.fingerprint import Fingerprints, fingerprint
 from data_shards.leakage import OtherDataset
-from data_shards.manifest import MANIFEST
+from data_shards.manifest import MANIFEST, ManifestError
 from data_shards.plan import digest_of
 from data_shards.source import ImageSet, Row
 from data_shards.store import Store, StoreKeyError, open_store
@@ -83,6 +83,21 @@ def fingerprints_bytes(keys: Sequence[str], rows: Sequence[Row], splits: Sequenc
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", version="2.6", store_schema=False)
     return buffer.getvalue()
+
+
+def stored_digests(out: Store) -> dict[str, bytes]:
+    """The digest of its pixels for every key of a finished dataset. ManifestError where they are missing or damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(io.BytesIO(out.get(FINGERPRINTS)), columns=["key", "pixels"])
+    except (StoreKeyError, pa.ArrowException, OSError) as error:
+        raise ManifestError(
+            f"{out.uri} has no whole {FINGERPRINTS} ({' '.join(str(error).split())[:120]}): delete the manifest there "
+            "and run the shard step again (finished shards are kept)"
+        ) from error
+    return dict(zip(table["key"].to_pylist(), table["pixels"].to_pylist(), strict=True))
 
 
 def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:

@@ -287,6 +287,13 @@ def datasets(argv: Sequence[str]) -> int:
     return DONE
 
 
+def shards(argv: Sequence[str]) -> int:
+    """Look at a finished dataset: verify it, draw a contact sheet, tell which images stand twice."""
+    from pipelines.shards import shards
+
+    return shards(argv, open_at=lambda uri: _open(uri or _default_store()))
+
+
 def status(argv: Sequence[str]) -> int:
     """List the runs in the store and where their steps stand."""
 
@@ -401,6 +408,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": predict,
     "status": status,
     "datasets": datasets,
+    "shards": shards,
     "submit": submit,
     "bench": bench,
 }

@@ -16,7 +16,8 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
     data = f"datasets/{config.dataset}/{config.name}"
 
     def progress(done: int, total: int, unit: str) -> None:
-        context.show.progress("shard", {"done": done, "total": total, "unit": unit})
+        name = "shard" if unit == "shards" else "compare"
+        context.show.progress(name, {"done": done, "total": total, "unit": unit})
 
     _check_reachable(config, placement)
     # Whoever may read MLflow shall not learn the salt.

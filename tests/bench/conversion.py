@@ -155,7 +155,7 @@ def _case(case: dict) -> dict:
     again_began = time.monotonic()
     again = convert(config, out, run_tasks=ray_map)
     assert again == {**facts, "made": 0, "kept": facts["num_shards"]}, "a second run finds what the first one made"
-    looked, planned = marks["images looked at"], marks["shards"]
+    looked, planned = marks["images"], marks["shards"]
     return {
         **{name: case[name] for name in ("images", "store", "workers")},
         "ray_start_s": ray_start_s,

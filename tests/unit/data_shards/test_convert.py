@@ -73,7 +73,7 @@ def test_a_second_run_makes_nothing(tmp_path):
 def test_progress_counts_the_images_looked_at_and_then_the_shards(tmp_path):
     config, seen = npz_config(tmp_path), []
     facts = convert(config, open_store(str(tmp_path / "out")), progress=lambda *told: seen.append(told))
-    images, shards = ([told[:2] for told in seen if told[2] == unit] for unit in ("images looked at", "shards"))
+    images, shards = ([told[:2] for told in seen if told[2] == unit] for unit in ("images", "shards"))
     assert images == [(0, 73), (32, 73), (64, 73), (73, 73)]
     assert shards == [(done, facts["num_shards"]) for done in range(facts["num_shards"] + 1)]
 

@@ -1,0 +1,185 @@
+"""Reads a finished dataset again, all of it, and says everything in which it is not what its manifest promises."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_shards.decode import UndecodableImage, decode
+from data_shards.fingerprint import pixel_digest
+from data_shards.leakage import read_report
+from data_shards.manifest import Dataset, ManifestError, ShardEntry, SplitIndex, channel_statistics, open_dataset
+from data_shards.scan import FINGERPRINTS, stored_digests
+from data_shards.shard import IMAGE_MEMBERS, tar_key
+from data_shards.split import LeakError
+from data_shards.store import Store, StoreError, StoreKeyError, open_store
+
+MOST_TOLD = 20  # problems of one shard
+
+ShardTask = tuple[str, str, ShardEntry, SplitIndex, dict[str, bytes], bool]
+RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
+
+
+@dataclass
+class Verified:
+    """What was read, and what is wrong with it."""
+
+    uri: str
+    digest: str = ""
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    """Objects that are none of the dataset's: nothing reads them."""
+
+
+@dataclass
+class _ReadShard:
+    name: str
+    samples: int
+    bytes: int
+    histogram: np.ndarray
+    problems: list[str]
+
+
+def verify(
+    out: Store, *, run_tasks: RunTasks = map, progress: Callable[[int, int, str], None] = lambda done, total, unit: None
+) -> Verified:
+    """Every object, tar member and pixel of the dataset in `out` against manifest, index and fingerprints.
+
+    Args:
+        out: The dataset's store, datasets/<dataset>/<name>.
+        run_tasks: Like `map`, with results in any order: how `read_shard` is run on tasks that can be pickled.
+        progress: Called with what is done, of how much, in shards.
+    """
+    found = Verified(out.uri)
+    try:
+        dataset = open_dataset(out)
+        read_report(out)
+        digests = stored_digests(out)
+    except (ManifestError, LeakError, StoreError) as error:
+        found.problems.append(str(error))
+        return found
+    found.digest = dataset.digest
+    train = np.zeros((3, 256), np.int64)
+    tasks = list(_tasks(dataset, digests))
+    for done, read in enumerate(run_tasks(read_shard, tasks), 1):
+        found.shards, found.samples, found.bytes = done, found.samples + read.samples, found.bytes + read.bytes
+        found.problems += read.problems
+        train += read.histogram if read.name.startswith("train-") else 0
+        progress(done, len(tasks), "shards")
+    manifest = dataset.manifest
+    if not found.problems and channel_statistics(train[: manifest.channels]) != (manifest.mean, manifest.std):
+        found.problems.append("the manifest's mean and std are not those of the train split's pixels")
+    expected = {tar_key(shard.name) for shard in manifest.shards}
+    found.strays = sorted(set(out.list("shards/")) - expected)
+    found.problems.sort()
+    return found
+
+
+def read_shard(task: ShardTask) -> _ReadShard:
+    """One shard, read again; runs in any process."""
+    uri, split, entry, index, digests, has_cls = task
+    read = _ReadShard(entry.name, 0, 0, np.zeros((3, 256), np.int64), [])
+    key = tar_key(entry.name)
+    try:
+        data = open_store(uri).get(key)
+    except StoreKeyError:
+        read.problems.append(f"{key} is missing")
+        return read
+    except StoreError as error:
+        read.problems.append(str(error))
+        return read
+    read.bytes = len(data)
+    if (len(data), hashlib.sha256(data).hexdigest()) != (entry.bytes, entry.sha256):
+        read.problems.append(
+            f"{key} has {len(data)} bytes and not the manifest's {entry.bytes}"
+            if len(data) != entry.bytes
+            else f"{key} has another sha256 than the manifest"
+        )
+    try:
+        samples = _members(data)
+    except (tarfile.TarError, ValueError) as error:
+        read.problems.append(f"{key} is no whole tar ({error})")
+        return read
+    if list(samples) != index.key.tolist():
+        read.problems.append(f"{key} holds {len(samples)} samples, not the {len(index)} of the index in their order")
+    for position, name in enumerate(index.key.tolist()):
+        if name in samples:
+            problem = _sample_problem(samples[name], index, position, split, digests.get(name), has_cls, read)
+            if problem:
+                read.problems.append(f"{key}: sample {name} {problem}")
+    read.samples = len(samples)
+    hidden = len(read.problems) - MOST_TOLD
+    if hidden > 0:
+        read.problems[MOST_TOLD:] = [f"{key}: and {hidden} problems more"]
+    return read
+
+
+def _tasks(dataset: Dataset, digests: dict[str, bytes]) -> Iterator[ShardTask]:
+    manifest = dataset.manifest
+    has_cls = manifest.task != "multilabel"
+    for position, entry in enumerate(manifest.shards):
+        split = entry.name.partition("-")[0]
+        whole = dataset.index(split)
+        chosen = whole.shard == position
+        index = SplitIndex(**{name: getattr(whole, name)[chosen] for name in SplitIndex.__dataclass_fields__})
+        known = {key: digests[key] for key in index.key.tolist() if key in digests}
+        yield dataset.store.uri, split, entry, index, known, has_cls
+
+
+def _members(data: bytes) -> dict[str, dict[str, tuple[int, bytes]]]:
+    """Of each sample in the tar: extension -> where its bytes begin, and they."""
+    samples: dict[str, dict[str, tuple[int, bytes]]] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for info in tar:
+            key, _, extension = info.name.partition(".")
+            members = samples.setdefault(key, {})
+            if extension in members:
+                raise ValueError(f"{info.name} stands there twice")
+            members[extension] = info.offset_data, data[info.offset_data : info.offset_data + info.size]
+    return samples
+
+
+def _sample_problem(
+    members: dict[str, tuple[int, bytes]],
+    index: SplitIndex,
+    i: int,
+    split: str,
+    digest: bytes | None,
+    has_cls: bool,
+    read: _ReadShard,
+) -> str:
+    images = [extension for extension in members if extension in IMAGE_MEMBERS]
+    if len(images) != 1 or set(members) != {images[0], "json", *(["cls"] if has_cls else [])}:
+        return f"has the members {', '.join(sorted(members))}"
+    labels = np.flatnonzero(index.labels[i]).tolist()
+    expected = {"group": str(index.group[i]), "key": str(index.key[i]), "labels": labels, "split": split}
+    try:
+        if json.loads(members["json"][1]) != expected:
+            return "says other labels, group or split than the index"
+    except ValueError:
+        return "has a .json that is none"
+    if has_cls and members["cls"][1] != str(labels[0]).encode():
+        return "has another class than the index"
+    offset, image = members[images[0]]
+    if (offset, len(image)) != (index.offset[i], index.size[i]):
+        return "lies elsewhere than the index says"
+    try:
+        pixels_HWC = decode(image)
+    except UndecodableImage as error:
+        return f"cannot be decoded ({error.reason})"
+    if pixels_HWC.shape != (index.height[i], index.width[i], index.channels[i]):
+        return f"has the shape {pixels_HWC.shape}"
+    if digest is None or pixel_digest(pixels_HWC).tobytes() != digest:
+        return f"has other pixels than {FINGERPRINTS} says"
+    read.histogram += [np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels_HWC, 2, 0)]
+    return ""

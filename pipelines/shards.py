@@ -1,0 +1,205 @@
+"""`medmamba shards`: a finished dataset verified, looked at, and asked for images that stand twice."""
+
+from __future__ import annotations
+
+import json as json_
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.color import Color
+from rich.style import Style
+from rich.text import Text
+
+from data_shards.contact_sheet import chosen, fitted, sheet
+from data_shards.leakage import LeakReport, read_report
+from data_shards.leakage_page import LEAKS_PAGE
+from data_shards.manifest import MANIFEST, open_dataset
+from data_shards.store import Store
+from data_shards.verify import verify
+from pipelines.arguments import UsageError, parse
+from pipelines.terminal import Terminal, console, table
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+_SHOWN_SIDE = 16  # pixels, which are columns, of an image in the terminal
+
+
+def shards(argv: Sequence[str], *, open_at: Callable[[str], Store]) -> int:
+    """Look at a finished dataset: verify it, draw a contact sheet, tell which images stand twice."""
+    verbs = {"verify": _verify, "show": _show, "leaks": _leaks}
+    if not argv or argv[0] in ("-h", "--help"):
+        console().print("usage: medmamba shards {verify,show,leaks} [DATASET[/NAME]] [--store STORE]\n")
+        for name, verb in verbs.items():
+            console().print(f"  {name:<8} {(verb.__doc__ or '').splitlines()[0]}")
+        return 0
+    if argv[0] not in verbs:
+        raise UsageError(f"shards: there is no {argv[0]!r}: choose {', '.join(verbs)}")
+    return verbs[argv[0]](argv[1:], open_at)
+
+
+def _verify(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
+    """Read every byte of a dataset again and hold it to its manifest; exit code 1 where something is wrong."""
+
+    def arguments(
+        dataset: tyro.conf.Positional[str] = "", store: str = "", json: Flag = False
+    ) -> tuple[str, str, bool]:
+        """Read every byte of a dataset again and hold it to its manifest; exit code 1 where something is wrong.
+
+        Args:
+            dataset: DATASET or DATASET/NAME, as under datasets/ in the store; empty: the only one there.
+            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
+            json: Print JSON.
+        """
+        return dataset, store, json
+
+    name, uri, as_json = parse(arguments, "shards verify", argv)
+    out = _dataset(open_at(uri), name)
+    from pipelines import ray_session
+    from pipelines.steps.shard import ray_map
+
+    terminal = Terminal()
+    terminal.say("connecting to Ray")
+    ray_session.connect()
+
+    def progress(done: int, total: int, unit: str) -> None:
+        terminal.progress("verify", {"done": done, "total": total, "unit": unit})
+
+    try:
+        found = verify(out, run_tasks=ray_map, progress=progress)
+    finally:
+        terminal.close()
+    if as_json:
+        print(json_.dumps(asdict(found), indent=2))
+        return 1 if found.problems else 0
+    for problem in found.problems:
+        console().print(f"wrong: {problem}")
+    for stray in found.strays:
+        console().print(f"none of the dataset's (nothing reads it, it may be deleted): {stray}")
+    verdict = f"{len(found.problems)} problems" if found.problems else "as the manifest says"
+    console().print(
+        f"{out.uri}: {found.shards:,} shards, {found.samples:,} samples, {found.bytes / 1e6:,.0f} MB read: {verdict}"
+    )
+    return 1 if found.problems else 0
+
+
+def _show(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
+    """Draw images of each class: a contact sheet as a PNG, and in the terminal."""
+
+    def arguments(
+        dataset: tyro.conf.Positional[str] = "",
+        split: str = "train",
+        per_class: int = 8,
+        out: str = "",
+        store: str = "",
+    ) -> tuple[str, str, int, str, str]:
+        """Draw images of each class: a contact sheet as a PNG, and in the terminal.
+
+        Args:
+            dataset: DATASET or DATASET/NAME, as under datasets/ in the store; empty: the only one there.
+            split: train, val or test.
+            per_class: Images of each class.
+            out: PNG to write; empty: contact-sheet.png in this folder.
+            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
+        """
+        return dataset, split, per_class, out, store
+
+    name, split, per_class, target, uri = parse(arguments, "shards show", argv)
+    if per_class < 1:
+        raise UsageError(f"shards show: --per-class {per_class}: a sheet needs at least 1")
+    path = Path(target or "contact-sheet.png")
+    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
+        raise UsageError(f"shards show: --out {path}: give a .png in a folder that exists")
+    dataset = open_dataset(_dataset(open_at(uri), name))
+    try:
+        rows = list(chosen(dataset, split, per_class=per_class))
+    except ValueError as error:
+        raise UsageError(f"shards show: {error}") from None
+    sheet(rows).save(path)
+    screen = console()
+    if screen.is_terminal:
+        fit = max(1, screen.width // (_SHOWN_SIDE + 1))
+        for label, images in rows:
+            screen.print(label)
+            screen.print(_blocks([fitted(pixels, _SHOWN_SIDE) for pixels in images[:fit]]))
+    counts = dataset.manifest.splits[split].classes
+    table(f"{dataset.store.uri}, {split}", ("class", "images"), [(label, f"{n:,}") for label, n in counts.items()])
+    screen.print(f"{sum(len(images) for _, images in rows)} of them are in {path}")
+    return 0
+
+
+def _leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
+    """Tell which images stand twice: across splits, under two labels, in other datasets."""
+
+    def arguments(
+        dataset: tyro.conf.Positional[str] = "", store: str = "", json: Flag = False
+    ) -> tuple[str, str, bool]:
+        """Tell which images stand twice: across splits, under two labels, in other datasets.
+
+        Args:
+            dataset: DATASET or DATASET/NAME, as under datasets/ in the store; empty: the only one there.
+            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
+            json: Print the whole report as JSON.
+        """
+        return dataset, store, json
+
+    name, uri, as_json = parse(arguments, "shards leaks", argv)
+    out = _dataset(open_at(uri), name)
+    report = read_report(out)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return 0
+    _print_leaks(report, out)
+    return 0
+
+
+def _print_leaks(report: LeakReport, out: Store) -> None:
+    table(
+        f"Images that stand twice in {out.uri}",
+        ("copies beyond the first", "images"),
+        [(what, f"{count:,}") for what, count in report.counts.items()],
+    )
+    worst = [f for f in report.findings if f.where != "within a split" or f.conflict][:10]
+    if worst:
+        rows = [(f.kind, f.where + (", different labels" if f.conflict else ""), _copies(f.copies)) for f in worst]
+        table("The worst", ("kind", "where", "copies"), rows)
+    console().print(
+        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {out.uri}/{LEAKS_PAGE}"
+    )
+
+
+def _copies(copies: Sequence[Any]) -> str:
+    told = [" ".join(filter(None, (c.dataset, c.split, c.key[:8], "" if c.fate == "kept" else c.fate))) for c in copies]
+    return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+
+
+def _dataset(store: Store, name: str) -> Store:
+    """Where the dataset lies. UsageError, listing what there is, where it is none or not said which."""
+    keys = store.at("datasets").list()
+    there = sorted(
+        key.removesuffix(f"/{MANIFEST}") for key in keys if key.count("/") == 2 and key.endswith(f"/{MANIFEST}")
+    )
+    if not there:
+        raise UsageError(f"{store.uri} holds no finished dataset: `medmamba shard` makes one, or name another --store")
+    matching = [each for each in there if not name or each == name or each.partition("/")[0] == name]
+    if len(matching) != 1:
+        how = "which one is not said" if not name else f"{name!r} is {len(matching) or 'none'} of them"
+        raise UsageError(f"{store.uri} holds the datasets {', '.join(there)}, and {how}: give DATASET/NAME")
+    return store.at("datasets", *matching[0].split("/"))
+
+
+def _blocks(images: list[Image.Image]) -> Text:
+    """Images side by side as characters: each shows two pixels, one above the other."""
+    strip = np.zeros((_SHOWN_SIDE, len(images) * (_SHOWN_SIDE + 1), 3), np.uint8)
+    for place, image in enumerate(images):
+        left = place * (_SHOWN_SIDE + 1)
+        strip[: image.height, left : left + image.width] = np.asarray(image)
+    drawn = Text()
+    for upper, lower in zip(strip[::2], strip[1::2], strict=True):
+        for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
+            drawn.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+        drawn.append("\n")
+    return drawn

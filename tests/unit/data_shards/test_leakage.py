@@ -1,0 +1,227 @@
+"""Copies of images across splits, groups, labels and datasets: found, told, and dealt with as the config says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_sets import coded
+
+from data_shards.config import DataConfig, LeakConfig
+from data_shards.convert import convert, key_map
+from data_shards.leakage import LEAKS, LeakReport, read_report
+from data_shards.leakage_page import LEAKS_PAGE
+from data_shards.manifest import MANIFEST, ManifestError, open_dataset
+from data_shards.split import LeakError
+from data_shards.store import open_store
+
+
+def image(number: int, side: int = 48) -> np.ndarray:
+    """Smooth structure, unlike any other number's."""
+    small = np.random.default_rng(number).integers(0, 256, (10, 10), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def write_set(folder: Path, rows: list[tuple[str, int, str, str, str]], *, columns=("split", "group")) -> Path:
+    """A CSV set; each row is (file, number of its image, label, split, group); a number below 0 is a near copy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(["file", "label", *columns])]
+    for name, number, label, split, group in rows:
+        near = Image.fromarray(image(abs(number))).point(lambda value: min(255, value + 6))
+        pixels = image(number) if number >= 0 else np.asarray(near)
+        (folder / name).write_bytes(coded(pixels))
+        chosen = {"split": split, "group": group}
+        lines.append(",".join([name, label, *(chosen[column] for column in columns)]))
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def distinct(first: int = 100) -> list[tuple[str, int, str, str, str]]:
+    """Two classes in three splits, twelve images of twelve patients."""
+    return [
+        (f"{split}{i}.png", first + 10 * n + i, "ab"[i % 2], split, f"patient {split} {i}")
+        for n, split in enumerate(("train", "val", "test"))
+        for i in range(4)
+    ]
+
+
+def config_of(folder: Path, **changes) -> DataConfig:
+    settings = {"dataset": "mine", "layout": "csv", "source": str(folder), "group_column": "group"}
+    return DataConfig(**{**settings, "split_column": "split", **changes})
+
+
+COPIES = [
+    ("copy in train.png", 120, "a", "train", "patient x"),  # of test0
+    ("near copy in val.png", -121, "b", "val", "patient y"),  # of test1
+]
+
+
+def names_in(store, config: DataConfig) -> dict[str, list[str]]:
+    places = {key: where for key, where, _ in key_map(config)}
+    dataset = open_dataset(store)
+    return {split: sorted(places[key] for key in dataset.index(split).key) for split in ("train", "val", "test")}
+
+
+def test_a_set_without_copies_is_reported_as_such(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    facts = convert(config_of(write_set(tmp_path / "set", distinct())), store)
+    report = read_report(store)
+    assert (report.images, report.findings, report.dropped, facts["dropped"]) == (12, (), (), 0)
+    assert set(report.counts.values()) == {0}
+    assert "No image stands twice" in store.get(LEAKS_PAGE).decode()
+
+
+def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_anything_is_written(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]))
+    with pytest.raises(LeakError, match=r"2 times copies of one image") as caught:
+        convert(config, store)
+    told = str(caught.value)
+    assert "'copy in train.png' (train, label (0,)) = 'test0.png' (test, label (0,)): equal pixels" in told
+    assert "'near copy in val.png' (val, label (1,)) = 'test1.png' (test, label (1,)): nearly equal" in told
+    assert "--data.leaks.across" in told
+    assert [key for key in store.list() if key != "config.json"] == []
+
+
+def test_near_0_looks_for_equal_pixels_only(tmp_path):
+    config = config_of(write_set(tmp_path / "set", [*distinct(), COPIES[1]]), leaks={"near": 0})
+    assert convert(config, open_store(str(tmp_path / "out")))["leaks"]["near across splits"] == 0
+
+
+def test_report_keeps_every_image_where_it_was_and_tells_both_copies(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"})
+    facts = convert(config, store)
+    assert facts["num_images"] == 14
+    assert facts["leaks"] == {
+        **{"exact across splits": 1, "near across splits": 1, "exact within a split": 0, "near within a split": 0},
+        **{"under different labels": 0, "also in other datasets": 0},
+    }
+    places = {key: where for key, where, _ in key_map(config)}
+    found = {
+        (finding.kind, *sorted((places[copy.key], copy.split, copy.fate) for copy in finding.copies))
+        for finding in read_report(store).findings
+    }
+    assert found == {
+        ("exact", ("copy in train.png", "train", "kept"), ("test0.png", "test", "kept")),
+        ("near", ("near copy in val.png", "val", "kept"), ("test1.png", "test", "kept")),
+    }
+
+
+def test_drop_leaves_out_the_copies_that_are_held_out_less_and_names_them_in_the_report(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "drop"})
+    facts = convert(config, store)
+    assert (facts["num_images"], facts["dropped"]) == (12, 2)
+    assert names_in(store, config)["test"] == [f"test{i}.png" for i in range(4)]
+    places = {key: where for key, where, _ in key_map(config)}
+    assert sorted(places[key] for key in read_report(store).dropped) == ["copy in train.png", "near copy in val.png"]
+    assert {c.fate for f in read_report(store).findings for c in f.copies if c.split != "test"} == {"dropped"}
+
+
+def test_move_takes_a_copy_to_the_split_that_is_held_out_more_with_its_whole_group(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    companion = ("companion.png", 500, "a", "train", "patient x")
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES, companion]), leaks={"across": "move"})
+    convert(config, store)
+    found = names_in(store, config)
+    assert {"copy in train.png", "companion.png", "near copy in val.png"} <= set(found["test"])
+    assert len(found["train"]) == 4
+
+
+def test_splits_that_are_drawn_keep_copies_of_different_patients_on_one_side(tmp_path):
+    rows = [(f"{i}.png", 1000 + i, "ab"[i % 2], "", f"p{i}") for i in range(60)]
+    rows += [(f"copy {i}.png", 1000 + i, "ab"[i % 2], "", f"q{i}") for i in range(0, 60, 3)]
+    folder = write_set(tmp_path / "set", rows, columns=("group",))
+    store = open_store(str(tmp_path / "out"))
+    config = config_of(folder, split_column="", val_fraction=0.3, test_fraction=0.3)
+    facts = convert(config, store)
+    home = {name: split for split, names in names_in(store, config).items() for name in names}
+    assert [i for i in range(0, 60, 3) if home[f"{i}.png"] != home[f"copy {i}.png"]] == []
+    assert (facts["leaks"]["exact across splits"], facts["leaks"]["dealt out together"]) == (0, 20)
+    assert len(set(home.values())) == 3
+    # Drawn without a look at copies, as `report` has it, some would have been torn apart.
+    blind = convert(config.model_copy(update={"leaks": LeakConfig(across="report")}), open_store(str(tmp_path / "b")))
+    assert blind["leaks"]["exact across splits"] > 0
+
+
+def test_official_splits_of_the_catalogue_are_reported_on_and_kept(tmp_path, shared_dir):
+    config = DataConfig(dataset="pneumoniamnist", source=str(shared_dir / "data" / "pneumoniamnist.npz"))
+    facts = convert(config, open_store(str(tmp_path / "out")))
+    assert facts["num_images"] == 5856
+    exact = facts["leaks"]["exact within a split"] + facts["leaks"]["exact across splits"]
+    arrays = np.load(config.source)
+    every = np.concatenate([arrays[f"{split}_images"] for split in ("train", "val", "test")])
+    assert exact == 5856 - len(np.unique(every.reshape(len(every), -1), axis=0)) > 0
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("report", 13), ("drop", 11)])
+def test_equal_pixels_under_two_labels_are_told_and_may_be_dropped(tmp_path, policy, kept):
+    other_label = ("again.png", 100, "b", "train", "patient z")  # train0 is of class a
+    config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), leaks={"labels": policy})
+    store = open_store(str(tmp_path / "out"))
+    facts = convert(config, store)
+    assert facts["num_images"] == kept
+    assert facts["leaks"]["under different labels"] == 2
+    assert [finding.conflict for finding in read_report(store).findings] == [True]
+    assert "different labels" in store.get(LEAKS_PAGE).decode()
+
+
+def test_equal_pixels_under_two_labels_may_be_refused(tmp_path):
+    other_label = ("again.png", 100, "b", "train", "patient z")
+    config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), leaks={"labels": "refuse"})
+    with pytest.raises(LeakError, match=r"1 times equal pixels under different labels.*--data\.leaks\.labels"):
+        convert(config, open_store(str(tmp_path / "out")))
+
+
+def test_equal_pixels_twice_in_a_split_may_be_reduced_to_one(tmp_path):
+    again = ("again.png", 100, "a", "train", "patient z")
+    config = config_of(write_set(tmp_path / "set", [*distinct(), again]), leaks={"within": "drop"})
+    facts = convert(config, open_store(str(tmp_path / "out")))
+    assert (facts["num_images"], facts["dropped"], facts["leaks"]["exact within a split"]) == (12, 1, 1)
+
+
+def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_path):
+    root = open_store(str(tmp_path / "store"))
+    convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
+    shared = [*distinct(first=700)[:-1], ("from the other.png", 102, "b", "test", "patient w")]
+    config = config_of(write_set(tmp_path / "b", shared), dataset="other")
+    store = root.at("datasets/other/default")
+    with pytest.raises(LeakError, match=r"1 images are also in the dataset 'mine/default'"):
+        convert(config.model_copy(update={"leaks": LeakConfig(datasets="refuse")}), store)
+    assert convert(config, store)["leaks"]["also in other datasets"] == 1
+    (finding,) = read_report(store).findings
+    assert [(copy.dataset, copy.split) for copy in finding.copies] == [("", "test"), ("mine/default", "train")]
+    # Another conversion of the same images is no leak.
+    again = convert(config.model_copy(update={"name": "small", "max_side": 16}), root.at("datasets/other/small"))
+    assert again["leaks"]["also in other datasets"] == 1
+
+
+def test_the_page_shows_the_copies_and_no_name_that_only_the_owner_knows(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"}), store)
+    page = store.get(LEAKS_PAGE).decode()
+    assert page.count("data:image/png;base64,") == 4
+    assert "copy in train" not in page + store.get(LEAKS).decode()
+
+
+def test_the_report_does_not_depend_on_the_number_of_tasks_or_their_order(tmp_path):
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"})
+    one, two = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
+    convert(config, one)
+    convert(config, two, run_tasks=lambda run, tasks: [run(task) for task in tasks[::-1]])
+    assert one.get(LEAKS) == two.get(LEAKS)
+    assert one.get(MANIFEST) == two.get(MANIFEST)
+
+
+def test_a_dataset_whose_report_is_lost_says_how_to_make_it_again(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    convert(config_of(write_set(tmp_path / "set", distinct())), store)
+    report = json.loads(store.get(LEAKS))
+    assert LeakReport.model_validate(report).images == 12
+    store.put(LEAKS, b"{}")
+    with pytest.raises(ManifestError, match=r"no whole leakage\.json.*run the shard step again"):
+        read_report(store)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -60,6 +62,35 @@ def service(command: list[str], *, url: str, env: dict[str, str] | None = None, 
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running Ray: `address` for drivers, `dashboard` for jobs."""
+
+    address: str
+    dashboard: str
+
+
+@contextlib.contextmanager
+def ray_cluster(env: dict[str, str], *, log: Path) -> Iterator[RayHead]:
+    """A Ray head of two CPUs with ports and a folder of its own, ended by its process group."""
+    folder = tempfile.mkdtemp(prefix="mm-ray-")  # short: Ray's sockets lie in it, and their paths may have 107 bytes
+    port, dashboard = free_port(), free_port()
+    ports = {"port": port, "dashboard-port": dashboard, "ray-client-server-port": free_port()}
+    ports |= {"dashboard-agent-listen-port": free_port(), "metrics-export-port": free_port()}
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--{name}={number}" for name, number in ports.items()]
+    command += [f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    # A job's `python` is looked up on the head's PATH.
+    env = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", **env}
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        with service(command, url=f"{url}/api/version", env=env, log=log):
+            yield RayHead(f"127.0.0.1:{port}", url)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(url: str) -> bool:

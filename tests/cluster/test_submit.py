@@ -1,19 +1,16 @@
 """`medmamba submit` against a real Ray that was started separately and demands a token."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import free_port, service
+from conftest import ray_cluster
 
 from pipelines.cluster import ClusterError, submit
 from pipelines.provenance import COMMIT_VARIABLE, git_commit
@@ -26,26 +23,10 @@ SECRETS = {"AWS_ACCESS_KEY_ID": "AKIDTESTKEY", "AWS_SECRET_ACCESS_KEY": "s3cr3t-
 @pytest.fixture(scope="module")
 def ray_head(tmp_path_factory):
     """The dashboard's address of a Ray head with ports and a folder of its own, ended by its process group."""
-    folder = Path(
-        tempfile.mkdtemp(prefix="mm-ray-")
-    )  # short: Ray's sockets lie in it, and their paths may have 107 bytes
-    dashboard = free_port()
-    ports = {"port": free_port(), "dashboard-port": dashboard, "ray-client-server-port": free_port()}
-    ports |= {"dashboard-agent-listen-port": free_port(), "metrics-export-port": free_port()}
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    command += [f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-    env = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the job's `python` is looked up there
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-    }
-    address = f"http://127.0.0.1:{dashboard}"
-    log = tmp_path_factory.mktemp("ray") / "head.log"
-    with service(command, url=f"{address}/api/version", env=env, log=log):
-        _wait_for_jobs_api(address)
-        yield address
-    shutil.rmtree(folder, ignore_errors=True)
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    with ray_cluster(env, log=tmp_path_factory.mktemp("ray") / "head.log") as head:
+        _wait_for_jobs_api(head.dashboard)
+        yield head.dashboard
 
 
 @pytest.fixture

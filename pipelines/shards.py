@@ -32,7 +32,7 @@ def shards(argv: Sequence[str], *, open_at: Callable[[str], Store]) -> int:
     """Look at a finished dataset: verify it, draw a contact sheet, tell which images stand twice."""
     verbs = {"verify": _verify, "show": _show, "leaks": _leaks}
     if not argv or argv[0] in ("-h", "--help"):
-        console().print("usage: medmamba shards {verify,show,leaks} [DATASET[/NAME]] [--store STORE]\n")
+        console().print("usage: medmamba shards {verify,show,leaks} [DATASET[/NAME]] [--store STORE] [--help]\n")
         for name, verb in verbs.items():
             console().print(f"  {name:<8} {(verb.__doc__ or '').splitlines()[0]}")
         return 0

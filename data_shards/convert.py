@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
 from data_shards.fingerprint import Fingerprints, joined
 from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report
-from data_shards.leakage_page import LEAKS_PAGE, MOST_SHOWN, page
+from data_shards.leakage_page import LEAKS_PAGE, page
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -34,7 +34,7 @@ from data_shards.manifest import (
     manifest_digest,
     open_dataset,
 )
-from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_key
+from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_keys
 from data_shards.scan import FINGERPRINTS, FOLDER, chunks, fingerprints_bytes, other_datasets, scan_chunk
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
@@ -86,10 +86,15 @@ def convert(
     image_set = _source(config)
     _check_classes(image_set)
     out.put(SETTINGS, settings)
+    keys = sample_keys(image_set.rows, config)
     prints = _scanned(image_set, config, out, run_tasks, progress)
-    guarded = _guarded(image_set, prints, config, out)
-    rows = [image_set.rows[i] for i in guarded.rows]
-    plans = plan_shards(rows, guarded.splits, config, sizes=prints.size[guarded.rows].tolist())
+    guarded = _guarded(image_set, keys, prints, config, out)
+    chosen = _Chosen(
+        [image_set.rows[i] for i in guarded.rows],
+        [keys[i] for i in guarded.rows],
+        Fingerprints(*(column[guarded.rows] for column in (prints.state, prints.pixels, prints.bits, prints.size))),
+    )
+    plans = plan_shards(chosen.rows, guarded.splits, config, keys=chosen.keys, sizes=chosen.prints.size.tolist())
     found = {plan.name: find_shard(plan, config, out) for plan in plans}
     # A shard that lacks images is made again: they may have been mended since.
     parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
@@ -99,7 +104,7 @@ def convert(
         parts[part.name] = _Part(part)
         progress(len(parts), len(plans), "shards")
     _remove_strays(plans, out)
-    _write_report(guarded, prints, image_set, config, out)
+    _write_report(guarded, chosen, image_set, config, out)
     _commit([parts[plan.name] for plan in plans], plans, image_set, config, out)
     for key in list(out.list(FOLDER)):
         out.delete(key)
@@ -122,8 +127,17 @@ def write_one(task: Task) -> ShardPart:
 
 def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
     """(key, path inside the set, frame) of every sample. It is recomputed from the source, as it is never stored."""
-    for row in open_source(config).rows:
-        yield _key(row, config), row.where, row.frame
+    rows = open_source(config).rows
+    for row, key in zip(rows, sample_keys(rows, config), strict=True):
+        yield key, row.where, row.frame
+
+
+class _Chosen(NamedTuple):
+    """The rows that go on, with what is known of each."""
+
+    rows: list[Row]
+    keys: list[str]
+    prints: Fingerprints
 
 
 def _findable(config: DataConfig) -> DataConfig:
@@ -136,10 +150,6 @@ def _findable(config: DataConfig) -> DataConfig:
 @functools.lru_cache(maxsize=1)
 def _source(config: DataConfig) -> ImageSet:
     return open_source(config)
-
-
-def _key(row: Row, config: DataConfig) -> str:
-    return sample_key(config.dataset, config.salt, row.where, row.frame)
 
 
 def _check_classes(image_set: ImageSet) -> None:
@@ -167,7 +177,7 @@ def _scanned(
     return joined(parts[start] for start in sorted(parts))
 
 
-def _guarded(image_set: ImageSet, prints: Fingerprints, config: DataConfig, out: Store) -> Guarded:
+def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, out: Store) -> Guarded:
     draw = functools.partial(
         assign_splits,
         num_classes=len(image_set.classes),
@@ -181,24 +191,19 @@ def _guarded(image_set: ImageSet, prints: Fingerprints, config: DataConfig, out:
         prints,
         config.leaks,
         draw=draw,
-        key_of=lambda row: _key(row, config),
+        keys=keys,
         official=config.dataset in names() and card(config.dataset).split_policy == "official",
         others=() if config.leaks.datasets == "off" else other_datasets(out, config.dataset),
     )
 
 
-def _write_report(guarded: Guarded, prints: Fingerprints, image_set: ImageSet, config: DataConfig, out: Store) -> None:
+def _write_report(guarded: Guarded, chosen: _Chosen, image_set: ImageSet, config: DataConfig, out: Store) -> None:
     """Fingerprints, and the report as JSON and as a page."""
-    rows = [image_set.rows[i] for i in guarded.rows]
-    kept = Fingerprints(*(column[guarded.rows] for column in (prints.state, prints.pixels, prints.bits, prints.size)))
-    keys = [_key(row, config) for row in rows]
-    out.put(FINGERPRINTS, fingerprints_bytes(keys, rows, guarded.splits, kept))
-    shown = {copy.key for finding in guarded.report.findings[:MOST_SHOWN] for copy in finding.copies}
-    by_key = {key: row for row in image_set.rows if (key := _key(row, config)) in shown} if shown else {}
+    out.put(FINGERPRINTS, fingerprints_bytes(chosen.keys, chosen.rows, guarded.splits, chosen.prints))
 
     def picture(copy: Copy) -> np.ndarray | None:
         try:
-            return None if copy.dataset else decode(image_set.read(by_key[copy.key]))
+            return None if copy.dataset else decode(image_set.read(image_set.rows[copy.row]))
         except UndecodableImage:
             return None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_shards.config import LeakConfig
 from data_shards.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
@@ -43,6 +43,8 @@ class Copy(_Frozen):
     dataset: str = ""
     """Empty: this one."""
     fate: Literal["kept", "dropped", "moved"] = "kept"
+    row: int = Field(default=-1, exclude=True)
+    """Which of the image set's rows it is, while that is at hand."""
 
 
 class Finding(_Frozen):
@@ -103,7 +105,7 @@ def guard(
     config: LeakConfig,
     *,
     draw: Draw,
-    key_of: Callable[[Row], str],
+    keys: Sequence[str],
     official: bool,
     others: Iterable[OtherDataset] = (),
 ) -> Guarded:
@@ -114,7 +116,7 @@ def guard(
         prints: Their fingerprints.
         config: What is to be done about copies.
         draw: Gives rows their splits; where they have none yet, rows of one group are given the same.
-        key_of: A row's key in the shards.
+        keys: Theirs in the shards.
         official: Whether splits that the rows have are those of a published set, which are kept as they are.
         others: Datasets to compare with.
 
@@ -126,7 +128,7 @@ def guard(
     across = _policy(config, drawn=drawn, official=official)
     together = _components(rows, alike) if across == "move" else None
     first = draw(_in_groups(rows, together) if drawn and together is not None else rows)
-    found = _Found(rows, exact, alike, first, key_of)
+    found = _Found(rows, keys, exact, alike, first)
     splits, dropped = list(first), np.zeros(len(rows), bool)
     conflicts = found.conflicts()
     if config.labels == "refuse" and conflicts:
@@ -157,11 +159,13 @@ def guard(
         near=config.near,
         across=across,
         counts={**found.counts(together if drawn else None), "also in other datasets": len(elsewhere)},
-        dropped=tuple(sorted(key_of(rows[i]) for i in np.flatnonzero(dropped).tolist())),
+        dropped=tuple(sorted(keys[i] for i in np.flatnonzero(dropped).tolist())),
         findings=tuple([*findings, *elsewhere][:MOST_FINDINGS]),
         more=max(0, len(findings) + len(elsewhere) - MOST_FINDINGS),
     )
-    return Guarded(kept, draw([replace(rows[i], split=splits[i]) for i in kept]), report)
+    if len(kept) < len(rows) or splits != first:  # no group may be torn by it, no class lost
+        splits = draw([replace(rows[i], split=splits[i]) for i in kept])
+    return Guarded(kept, splits, report)
 
 
 def read_report(store: Store) -> LeakReport:
@@ -243,12 +247,12 @@ class _Found:
     def __init__(
         self,
         rows: Sequence[Row],
+        keys: Sequence[str],
         exact: np.ndarray,
         alike: np.ndarray,
         splits: Sequence[str],
-        key_of: Callable[[Row], str],
     ):
-        self.rows, self.exact, self.splits, self.key_of = rows, exact, splits, key_of
+        self.rows, self.keys, self.exact, self.splits = rows, keys, exact, splits
         self.same, self.like = _several(exact), _several(alike)
 
     def conflicts(self) -> list[list[int]]:
@@ -293,7 +297,7 @@ class _Found:
 
     def _copy(self, i: int, splits: Sequence[str], dropped: np.ndarray) -> Copy:
         fate = "dropped" if dropped[i] else "moved" if splits[i] != self.splits[i] else "kept"
-        return Copy(key=self.key_of(self.rows[i]), split=self.splits[i], labels=self.rows[i].labels, fate=fate)
+        return Copy(key=self.keys[i], split=self.splits[i], labels=self.rows[i].labels, fate=fate, row=i)
 
     def counts(self, together: np.ndarray | None) -> dict[str, int]:
         """Copies beyond the first, by kind and place; an image counts once, at its worst."""

@@ -71,29 +71,42 @@ def shard_digest(plan: ShardPlan, config: DataConfig) -> str:
     return digest_of([config_digest(config), config.source, plan.name, plan.split, rows])
 
 
+def sample_keys(rows: Sequence[Row], config: DataConfig) -> list[str]:
+    """The key of each row. ValueError where two rows are the same image (path and frame)."""
+    keys = [sample_key(config.dataset, config.salt, row.where, row.frame) for row in rows]
+    if len(set(keys)) < len(keys):
+        seen: dict[str, Row] = {}
+        for key, row in zip(keys, rows, strict=True):
+            if key in seen:
+                raise ValueError(
+                    f"{row.where!r} (frame {row.frame}) stands twice in the image set, with labels "
+                    f"{seen[key].labels} and {row.labels}: each image may be listed once"
+                )
+            seen[key] = row
+    return keys
+
+
 def plan_shards(
-    rows: Sequence[Row], splits: Sequence[str], config: DataConfig, *, sizes: Sequence[int] | None = None
+    rows: Sequence[Row],
+    splits: Sequence[str],
+    config: DataConfig,
+    *,
+    keys: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[ShardPlan]:
     """The shards of a dataset, split by split, each shuffled from `config.seed` and cut into parts of equal counts.
 
     The order does not depend on that of the rows, and any prefix of a split's shards is a fair sample of it.
-    A row without a group is a group of its own. `sizes`: bytes of each row's image, by which shards stay below
-    `config.shard_bytes` on average.
+    A row without a group is a group of its own. `keys`: those of the rows, where they are known already; `sizes`: bytes
+    of each row's image, by which shards stay below `config.shard_bytes` on average.
 
     Raises:
         ValueError: two rows are the same image (path and frame).
     """
     planned: dict[str, list[PlannedRow]] = {split: [] for split in SPLITS}
     num_bytes = dict.fromkeys(SPLITS, 0)
-    seen: dict[str, Row] = {}
-    for row, split, size in zip(rows, splits, sizes or [0] * len(rows), strict=True):
-        key = sample_key(config.dataset, config.salt, row.where, row.frame)
-        if key in seen:
-            raise ValueError(
-                f"{row.where!r} (frame {row.frame}) stands twice in the image set, with labels "
-                f"{seen[key].labels} and {row.labels}: each image may be listed once"
-            )
-        seen[key] = row
+    keys = sample_keys(rows, config) if keys is None else keys
+    for row, split, key, size in zip(rows, splits, keys, sizes or [0] * len(rows), strict=True):
         group = key if row.group is None else group_key(config.dataset, config.salt, row.group)
         planned[split].append(PlannedRow(key, group, row))
         num_bytes[split] += size + _OVERHEAD_BYTES
@@ -107,7 +120,7 @@ def plan_shards(
 
 def _shuffled(rows: list[PlannedRow], seed: int) -> list[PlannedRow]:
     # By hash rather than by a random generator: stable over library versions and blind to the rows' order.
-    return sorted(rows, key=lambda planned: _hex("order", seed, planned.key))
+    return sorted(rows, key=lambda planned: _sha256(f'["order",{seed},"{planned.key}"]')[:20])
 
 
 def _cut(split: str, rows: list[PlannedRow], num_shards: int) -> list[ShardPlan]:
@@ -120,7 +133,11 @@ def _cut(split: str, rows: list[PlannedRow], num_shards: int) -> list[ShardPlan]
 
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON value in its one canonical spelling."""
-    return hashlib.sha256(_canonical_json(value).encode()).hexdigest()
+    return _sha256(_canonical_json(value))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hex(*parts: str | int) -> str:

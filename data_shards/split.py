@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -61,7 +61,7 @@ def check_splits(
 ) -> None:
     """LeakError if a group stands in two splits, ValueError if a split lacks a class."""
     homes: dict[str, str] = {}
-    present: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+    present: dict[str, dict[int, int]] = {split: defaultdict(int) for split in SPLITS}
     for row, split in zip(rows, splits, strict=True):
         if split not in present:
             raise ValueError(f"split {split!r} is unknown: a split is train, val or test")
@@ -70,7 +70,8 @@ def check_splits(
                 f"group {row.group!r} stands in {homes[row.group]} and in {split}: a group belongs into one split, so "
                 "mend the split column, or leave it out to have splits drawn by group"
             )
-        present[split].update(row.labels)
+        for label in row.labels:
+            present[split][label] += 1
     for split, counts in present.items():
         for index in range(num_classes):
             if not counts[index]:

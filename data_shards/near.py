@@ -35,6 +35,8 @@ def near_clusters(bits: np.ndarray, *, most: int) -> np.ndarray:
     parent = np.arange(len(distinct))
     for band in _bands(most):
         values = _cut(distinct, band)
+        if band[1] - band[0] <= 16:
+            values = values.astype(np.uint16)  # which numpy sorts by radix, ten times faster
         order = np.argsort(values, kind="stable")
         _join(distinct, values, order, parent, most)
     return _roots(parent)[same]

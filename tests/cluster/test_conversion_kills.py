@@ -37,8 +37,9 @@ convert(DataConfig.model_validate_json(sys.argv[1]), open_store(sys.argv[2]), ru
 
 
 @pytest.fixture(scope="module")
-def ray_address(tmp_path_factory):
-    with ray_cluster(AUTH, log=tmp_path_factory.mktemp("ray") / "head.log") as head:
+def ray_address(tmp_path_factory, s3_server):
+    # Keys are each node's own: no driver passes them on.
+    with ray_cluster({**AUTH, **s3_server.env}, log=tmp_path_factory.mktemp("ray") / "head.log") as head:
         yield head.address
 
 

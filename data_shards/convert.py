@@ -72,6 +72,8 @@ def convert(
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
+    for note in image_set.notes:  # told here only: no file name goes into the store
+        _log.warning("%s", note)
     plans = _plans(image_set, config)
     out.put(SETTINGS, settings)
     found = {plan.name: find_shard(plan, config, out) for plan in plans}

@@ -136,6 +136,19 @@ def fetch(
     return Verdict(target, verdict.size_bytes, verdict.checked, verdict.digest, "", "fetched")
 
 
+def check_room(wanted: Mapping[str, PublishedFile], folder: Path) -> None:
+    """FetchError where the files of known size, less what of them is there, do not fit on the folder's disk."""
+    known = sum(file.size_bytes for file in wanted.values())
+    there = sum(
+        path.stat().st_size
+        for name, file in wanted.items()
+        for path in (folder / name, folder / f"{name}.part")
+        if file.size_bytes and path.is_file()
+    )
+    # The folder is made later; its disk is that of the nearest one that is there.
+    _check_room(next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir()), known - there)
+
+
 def _already_there(file: PublishedFile, target: Path) -> Verdict:
     verdict = verify(file, target)
     if verdict.fault:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -163,7 +164,12 @@ def _plain_name(info: zipfile.ZipInfo, called: str) -> str:
     if not name.isascii() and not info.flag_bits & _NAME_IS_UTF8:
         name = _as_utf8(name, called)
     name = name.replace("\\", "/")
-    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name) or "\0" in name:
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise ValueError(
+            f"{called} holds {name!r}, a name with control characters, as only damaged or hostile zips have it: get it "
+            "again from its publisher, or unpack it and give the folder"
+        )
+    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
         raise ValueError(
             f"{called} holds {name!r}, which leads out of it: names inside an archive are relative and without '..', "
             "so get it again from its publisher, or pack it again"

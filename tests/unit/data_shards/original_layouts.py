@@ -158,6 +158,50 @@ def xlsx(rows) -> bytes:
     return buffer.getvalue()
 
 
+def xlsx_by_excel() -> bytes:
+    """What Excel itself writes where openpyxl writes otherwise: texts in a part of their own, with runs of formats in
+    them; an extent that is too small (some exporters); a formula with its value; a cell of formatting alone."""
+    main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    types = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+    package = "http://schemas.openxmlformats.org/package/2006"
+    texts = ["file", "label", "patient", "a.png", "<r><t>b</t></r><r><rPr><b/></rPr><t>.png</t></r>", "x"]
+    rows = [
+        [("s", 0), ("s", 1), ("s", 2)],
+        [("s", 3), ("s", 5), ("n", "7.0"), ("n", "")],
+        [("s", 4), ("str", '<f>UPPER("y")</f>y'), ("b", 1)],
+    ]
+
+    def cell(place: str, kind: str, value: object) -> str:
+        formula, _, shown = str(value).rpartition("</f>")
+        inside = f"{formula}{'</f>' * bool(formula)}<v>{shown}</v>" if shown else ""
+        return f'<c r="{place}" t="{kind}">{inside}</c>'
+
+    lines = [
+        f'<row r="{r}">{"".join(cell(f"{chr(65 + c)}{r}", *value) for c, value in enumerate(row))}</row>'
+        for r, row in enumerate(rows, 1)
+    ]
+    strings = "".join(f"<si>{text if text.startswith('<') else f'<t>{text}</t>'}</si>" for text in texts)
+    parts = {
+        "[Content_Types].xml": f'''<Types xmlns="{package}/content-types">
+            <Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>
+            <Override PartName="/xl/workbook.xml" ContentType="{types}.sheet.main+xml"/>
+            <Override PartName="/xl/worksheets/sheet1.xml" ContentType="{types}.worksheet+xml"/>
+            <Override PartName="/xl/sharedStrings.xml" ContentType="{types}.sharedStrings+xml"/></Types>''',
+        "_rels/.rels": f'''<Relationships xmlns="{package}/relationships">
+            <Relationship Id="r1" Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>''',
+        "xl/workbook.xml": f'''<workbook {main} xmlns:r="{office}"><sheets>
+            <sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>''',
+        "xl/_rels/workbook.xml.rels": f'''<Relationships xmlns="{package}/relationships">
+            <Relationship Id="r1" Type="{office}/worksheet" Target="worksheets/sheet1.xml"/>
+            <Relationship Id="r2" Type="{office}/sharedStrings" Target="sharedStrings.xml"/></Relationships>''',
+        "xl/worksheets/sheet1.xml": f"""<worksheet {main}><dimension ref="A1"/>
+            <sheetData>{"".join(lines)}</sheetData></worksheet>""",
+        "xl/sharedStrings.xml": f"<sst {main}>{strings}</sst>",
+    }
+    return zip_of({name: text.encode() for name, text in parts.items()})
+
+
 def cpn_x_ray(folder: Path) -> Imitation:
     """A zip that holds one zip with a space-ridden name, which holds a folder with the class folders."""
     files, counts = _by_class("cpn-x-ray", lambda label, i: f"{label} ({i + 1}).png", ("L", "RGB", "L"))

@@ -415,7 +415,7 @@ def size_of(path):
     return -1
 
 
-@pytest.mark.parametrize("came", [0, 1, 60_000, 199_999])
+@pytest.mark.parametrize("came", [0, 60_000, 199_999])
 def test_a_killed_fetch_is_gone_on_with_by_the_next(site, get, tmp_path, came):
     site.script.append(stalls_after(came))
     process = in_another_process(site, tmp_path / "set.bin")

@@ -203,6 +203,7 @@ WHOLE = zip_of(FILES)
         (named("a/../../x.png"), "leads out of it"),
         (named("C:/x.png"), "leads out of it"),
         (named("a\\..\\..\\x.png"), "leads out of it"),
+        (named("a\n/x.png"), r"holds 'a\\n/x.png', a name with control characters"),
         (named("a/x.png", "a/x.png"), "holds 'a/x.png' twice"),
         (named("a/x.png", "a//x.png"), "holds 'a/x.png' twice"),
         (flagged(WHOLE, SECOND, 1), "is encrypted: unpack the archive with its password"),

@@ -15,6 +15,7 @@ from original_layouts import (
     pad_ufes_20,
     write,
     xlsx,
+    xlsx_by_excel,
     zip_of,
 )
 
@@ -199,6 +200,16 @@ def test_cells_of_excel_are_read_as_a_csv_would_say_them(tmp_path):
     assert images.classes == ("1", "2")
     assert [row.group for row in images.rows] == ["7", "p8", "True"]
     assert own(tmp_path / "t.XLSX", group_column="patient").rows == images.rows
+
+
+def test_a_workbook_as_excel_writes_it_is_read(tmp_path):
+    write(tmp_path, {"t.xlsx": xlsx_by_excel(), "a.png": b"", "b.png": b""})
+    images = own(tmp_path, group_column="patient")
+    assert images.classes == ("x", "y")
+    assert [(row.where, row.labels, row.group) for row in images.rows] == [
+        ("a.png", (0,), "7"),
+        ("b.png", (1,), "True"),
+    ]
 
 
 @pytest.mark.parametrize(

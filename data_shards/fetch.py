@@ -212,6 +212,7 @@ def _attempt(file: PublishedFile, part: PartFile, say: Say, progress: Progress, 
             # A server that looks at Range but not at If-Range.
             part.begin({})
             raise _Broken("the file has changed on the server: from the beginning")
+        total = total or (part.notes.get("total", 0) if start else 0)  # a part may leave the whole unsaid
         _check_size(file, total)
         _check_room(part.path.parent, (total or file.size_bytes) - start)
         if start == 0:

@@ -139,6 +139,19 @@ def ignores_conditions(handler: Handler) -> None:
     serve(handler)
 
 
+def leaves_the_whole_unsaid(num: int) -> Act:
+    """So many bytes of the range that was asked for, then the end; the length of the file is not told."""
+
+    def act(handler: Handler) -> None:
+        start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        end = len(handler.site.body) - 1
+        handler.head(206, None, Content_Range=f"bytes {start}-{end}/*", Connection="close")
+        handler.wfile.write(handler.site.body[start : start + num])
+        handler.hang_up()
+
+    return act
+
+
 def without_length(handler: Handler) -> None:
     """A body that ends with the connection."""
     handler.head(200, None, Connection="close")

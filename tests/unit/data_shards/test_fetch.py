@@ -23,6 +23,7 @@ from http_server import (
     ignores_ranges,
     in_chunks,
     in_chunks_that_break_off,
+    leaves_the_whole_unsaid,
     running,
     serve,
     stalls_after,
@@ -248,6 +249,13 @@ def test_a_body_of_unknown_length_comes_whole(site, get, tmp_path, act):
     get(known(site), progress=lambda done, total: totals.add(total))
     assert (tmp_path / "set.bin").read_bytes() == BODY
     assert totals == {0}
+
+
+def test_a_part_whose_whole_is_unsaid_ends_where_the_first_answer_said(site, get, tmp_path):
+    site.script += [drops_after(50_000), leaves_the_whole_unsaid(20_000)]
+    get(PublishedFile(url=site.url))
+    assert (tmp_path / "set.bin").read_bytes() == BODY
+    assert site.ranges == ["", "bytes=50000-", "bytes=70000-"]
 
 
 def test_chunks_that_break_off_are_gone_on_with(site, get, tmp_path):

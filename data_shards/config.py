@@ -70,25 +70,32 @@ class DataConfig(BaseModel):
     name: str = "default"
     """Name of this conversion; its shards lie in the store under datasets/<dataset>/<name>."""
     source: str = ""
-    """Where the image set lies: an .npz file, a folder, a .tar, or a CSV beside its images; local or s3://."""
+    """Where the image set lies: an .npz file, a folder, a .zip, a .tar, or a table beside its images; local or s3://."""
     layout: Literal["catalog", "npz", "folders", "csv", "phantoms"] = "catalog"
-    """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `csv` a table of files and labels."""
+    """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `csv` a table of files and labels
+    (CSV or XLSX)."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their indices; empty: the catalogue's, or the labels found, sorted."""
     task: Literal["catalog", "multiclass", "ordinal", "multilabel"] = "catalog"
     """What a label means; `catalog` is the catalogue's task, or multiclass for a set that is not in it."""
     csv: str = ""
-    """Path of the CSV inside the source; empty: the catalogue's, or the only .csv there."""
+    """Path of the table inside the source, .csv or .xlsx; empty: the catalogue's, or the only .csv, or .xlsx, there."""
     image_column: str = ""
-    """CSV column with the image's path, relative to the CSV; empty: the catalogue's, or `file`."""
+    """Column with the image's path, relative to the table; empty: the catalogue's, or `file`."""
     label_column: str = ""
-    """CSV column with the label (several separated by `|` if multilabel); empty: the catalogue's, or `label`."""
+    """Column with the label (several separated by `|` if multilabel); empty: the catalogue's, or `label`."""
     group_column: str = ""
-    """CSV column with the patient, or whatever must not stand in two splits; empty: the catalogue's, or none."""
+    """Column with the patient, or whatever must not stand in two splits; empty: the catalogue's, or none."""
     split_column: str = ""
-    """CSV column saying train, val or test; empty: the catalogue's, or none, and splits are drawn."""
+    """Column saying train, val or test; empty: the catalogue's, or none, and splits are drawn; `-`: none in any
+    case."""
+    split_values: tuple[str, ...] = ()
+    """What other words of the split column mean, as value=split: `1=train 0=test`; empty: the catalogue's, or none."""
+    rows_without_file: Literal["refuse", "drop"] = "refuse"
+    """Rows of the table whose image is not there: `refuse` the set, or `drop` them and tell how many they were."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Share of the samples drawn for validation, where the set has no official split."""
+    """Share of the samples drawn for validation, where the set has no official split; of the official training
+    samples, where it has only train and test."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the samples drawn for the test, where the set has no official split."""
     seed: int = Field(default=0, ge=0)
@@ -118,6 +125,16 @@ class DataConfig(BaseModel):
     def _inside_the_source(cls, value: str) -> str:
         if value.startswith("/") or ".." in PurePosixPath(value).parts:
             raise ValueError(f"csv is {value!r}, but it is a path inside the source: give it relative to the source")
+        return value
+
+    @field_validator("split_values")
+    @classmethod
+    def _value_and_split(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in value:
+            if pair.rpartition("=")[0] == "" or pair.rpartition("=")[2] not in ("train", "val", "test"):
+                raise ValueError(
+                    f"split_values has {pair!r}, but it says value=split: write for example 1=train 0=test"
+                )
         return value
 
     @model_validator(mode="after")

@@ -84,6 +84,8 @@ def convert(
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
+    for note in image_set.notes:  # told here only: no file name goes into the store
+        _log.warning("%s", note)
     _check_classes(image_set)
     out.put(SETTINGS, settings)
     keys = sample_keys(image_set.rows, config)
@@ -192,7 +194,7 @@ def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config:
         config.leaks,
         draw=draw,
         keys=keys,
-        official=config.dataset in names() and card(config.dataset).split_policy == "official",
+        official=config.dataset in names() and card(config.dataset).split_policy.startswith("official"),
         others=() if config.leaks.datasets == "off" else other_datasets(out, config.dataset),
     )
 

@@ -1,15 +1,19 @@
-"""The files of an image set, wherever they lie: a folder, a tar, or below an s3:// prefix.
+"""The files of an image set, wherever they lie: a folder, a tar, a zip, or below an s3:// prefix.
 
-What must be at hand (a tar or .npz from S3, unpacked arrays) is kept once per machine in a cache folder.
+Zips among them count as if they had been unpacked where they lie. What must be at hand (an archive or .npz from S3, a
+zip inside a zip, unpacked arrays) is kept once per machine in a cache folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import posixpath
 import secrets
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -17,6 +21,8 @@ from data_shards.store import S3Store, StoreError, open_store
 
 _PART_BYTES = 64 << 20
 _JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
+# Published sets have one zip in another; archives that hold themselves have no end.
+_DEEPEST_ZIP = 3
 
 
 class Files(Protocol):
@@ -29,23 +35,92 @@ class Files(Protocol):
         """The whole file."""
         ...
 
+    def local(self, name: str) -> Path:
+        """The file as one on this machine, fetched or unpacked into the cache where it is none yet."""
+        ...
+
 
 def open_files(uri: str) -> Files:
-    """The files of a folder, a .tar, or an s3:// prefix. ValueError if there is nothing, or no such kind."""
-    if uri.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".rar")):
+    """The files of a folder, a .tar, a .zip, or an s3:// prefix, those inside of zips too.
+
+    ValueError if there is nothing, no such kind, or an archive is damaged or hostile.
+    """
+    return _with_those_in_zips(_open(uri), uri)
+
+
+def _open(uri: str) -> Files:
+    if uri.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")):
         raise ValueError(
             f"{uri} is compressed, so single images cannot be read out of it: unpack it, to a folder or a .tar"
         )
     if uri.lower().endswith(".tar"):
         return TarFiles(local_copy(uri))
+    if uri.lower().endswith(".zip"):
+        from data_shards.files_zip import ZipFiles
+
+        return ZipFiles(local_copy(uri))
     if uri.startswith("s3://"):
         store = open_store(uri)
         assert isinstance(store, S3Store), uri
         return StoreFiles(store)
     folder = _local(uri)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file of no known kind: a source is a folder, a .tar, a .csv or an .npz")
+        raise ValueError(f"{folder} is a file of no known kind: a source is a folder, .zip, .tar, .csv, .xlsx or .npz")
     return FolderFiles(folder)
+
+
+def _with_those_in_zips(files: Files, called: str, depth: int = 0) -> Files:
+    zips = [name for name in files.names if name.lower().endswith(".zip")]
+    if not zips:
+        return files
+    if depth == _DEEPEST_ZIP:
+        raise ValueError(
+            f"{zips[0]!r} lies in a zip, in a zip, in a zip of {called}: they are followed {_DEEPEST_ZIP} deep, so "
+            "unpack it and give the folder"
+        )
+    from data_shards.files_zip import ZipFiles
+
+    inner = {}
+    for name in zips:
+        where = f"{called}/{name}"
+        inner[name] = _with_those_in_zips(ZipFiles(files.local(name), called=where), where, depth + 1)
+    return NestedFiles(files, inner, called)
+
+
+class NestedFiles:
+    """Files, and those of the zips among them at the paths that unpacking each zip beside itself would give.
+
+    Where somebody has done so and kept the zip, the unpacked file counts, once.
+    """
+
+    def __init__(self, outer: Files, zips: dict[str, Files], called: str):
+        self._homes = {name: (outer, name) for name in outer.names if name not in zips}
+        unpacked = set(self._homes)
+        folders = list(outer.folders)
+        for zip_name, files in zips.items():
+            folder = posixpath.dirname(zip_name)
+            folders += [posixpath.join(folder, each) for each in files.folders]
+            for name in files.names:
+                path = posixpath.join(folder, name)
+                if path in unpacked:
+                    continue
+                if path in self._homes:
+                    raise ValueError(
+                        f"two zips of {called} hold {path!r}: a name may stand once, so remove one of them or unpack "
+                        "them to folders of their own"
+                    )
+                self._homes[path] = (files, name)
+        self.names, self.folders = sorted(self._homes), with_parents(folders, self._homes)
+
+    def read(self, name: str) -> bytes:
+        """The whole file."""
+        files, inside = self._homes[name]
+        return files.read(inside)
+
+    def local(self, name: str) -> Path:
+        """See Files."""
+        files, inside = self._homes[name]
+        return files.local(inside)
 
 
 class FolderFiles:
@@ -64,6 +139,10 @@ class FolderFiles:
     def read(self, name: str) -> bytes:
         """The whole file."""
         return (self._folder / name).read_bytes()
+
+    def local(self, name: str) -> Path:
+        """See Files."""
+        return self._folder / name
 
 
 class TarFiles:
@@ -97,6 +176,20 @@ class TarFiles:
             file.seek(offset)
             return file.read(size)
 
+    def local(self, name: str) -> Path:
+        """See Files."""
+        offset, size = self._places[name]
+        stat = self._path.stat()
+        identity = f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{offset}"
+
+        def copy(target: Path) -> None:
+            with self._path.open("rb") as file, target.open("wb") as out:
+                file.seek(offset)
+                for start in range(0, size, _PART_BYTES):
+                    out.write(file.read(min(_PART_BYTES, size - start)))
+
+        return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", copy)
+
 
 class StoreFiles:
     """The objects below an s3:// prefix, each fetched when it is read."""
@@ -112,6 +205,10 @@ class StoreFiles:
     def read(self, name: str) -> bytes:
         """The whole object."""
         return self._store.get(name)
+
+    def local(self, name: str) -> Path:
+        """See Files."""
+        return local_copy(f"{self._store.uri}/{name}")
 
 
 def with_parents(folders: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -156,13 +253,29 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     target = root / key
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".tmp-{secrets.token_hex(8)}")
-        try:
-            write(beside)
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with _one_at_a_time(target.parent):
+            if target.exists():
+                return target
+            beside = target.with_name(f".tmp-{secrets.token_hex(8)}")
+            try:
+                write(beside)
+                os.replace(beside, target)
+            finally:
+                beside.unlink(missing_ok=True)
     return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """The shard tasks of a node begin together; gigabytes are unpacked by the first while the others wait.
+
+    A lock of the kernel's, so that a killed process leaves none behind. Where the file system knows no locks each
+    writes its own copy and the last one stays, which is as correct.
+    """
+    with (folder / ".lock").open("wb") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _local(uri: str) -> Path:

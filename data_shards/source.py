@@ -14,6 +14,11 @@ import numpy as np
 from data_shards import catalog, phantoms
 from data_shards.config import DataConfig, PhantomConfig
 
+# As a setting: no such column, whatever the catalogue says.
+NO_COLUMN = "-"
+# What a card says of its table, where the configuration leaves it open.
+_OF_TABLES = ("csv", "image_column", "label_column", "group_column", "split_column", "split_values")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -32,6 +37,8 @@ class ImageSet(Protocol):
     classes: tuple[str, ...]
     task: str
     rows: list[Row]
+    notes: tuple[str, ...]
+    """What its owner should be told of it, a sentence each: file names may stand there."""
 
     def read(self, row: Row) -> bytes | np.ndarray:
         """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C)."""
@@ -82,13 +89,16 @@ def resolved(config: DataConfig) -> DataConfig:
     Raises ValueError for a dataset that is neither in the catalogue nor given a layout.
     """
     if config.dataset not in catalog.names() and config.layout not in ("catalog", "phantoms"):
-        return config.model_copy(update={"task": "multiclass"} if config.task == "catalog" else {})
+        own = {"task": "multiclass"} if config.task == "catalog" else {}
+        return config.model_copy(update=own | ({"split_column": ""} if config.split_column == NO_COLUMN else {}))
     card = catalog.card(config.dataset)
     update: dict[str, Any] = {
         field: getattr(card, field) for field in ("layout", "task") if getattr(config, field) == "catalog"
     }
-    columns = ("csv", "image_column", "label_column", "group_column", "split_column") if card.layout == "csv" else ()
+    columns = _OF_TABLES if card.layout == "csv" else ()
     update |= {field: getattr(card, field) for field in ("classes", *columns) if not getattr(config, field)}
+    if config.split_column == NO_COLUMN:
+        update |= {"split_column": ""}
     config = config.model_copy(update=update)
     if config.layout == "phantoms" and config.classes != phantoms.CLASSES:
         raise ValueError(f"classes are {config.classes}, but phantoms are {phantoms.CLASSES}: leave --data.classes out")
@@ -102,6 +112,7 @@ class PhantomSet:
         self._config, self._seed = config, seed
         self.classes: tuple[str, ...] = phantoms.CLASSES
         self.task: str = "multiclass"
+        self.notes: tuple[str, ...] = ()
         self.rows = [
             Row(f"patient{patient:05d}", image, (phantoms.diagnosis(patient),), None, f"patient{patient:05d}")
             for patient in range(config.num_patients)

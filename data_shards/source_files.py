@@ -1,10 +1,9 @@
-"""Image sets of single files: a folder per class, or a CSV that names files, labels, groups and splits."""
+"""Image sets of single files: a folder per class, or a table that names files, labels, groups and splits."""
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -13,6 +12,7 @@ from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage
 from data_shards.files import Files, open_files
 from data_shards.source import Row
+from data_shards.table import ENDINGS, Table, tables_among
 
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -25,9 +25,18 @@ _LABEL_SEPARATOR = "|"
 class FileSet:
     """Images that are files below `root` of `files`; a row's `where` is relative to it, in a tar as in a folder."""
 
-    def __init__(self, files: Files, root: str, rows: list[Row], *, classes: tuple[str, ...], task: str):
+    def __init__(
+        self,
+        files: Files,
+        root: str,
+        rows: list[Row],
+        *,
+        classes: tuple[str, ...],
+        task: str,
+        notes: tuple[str, ...] = (),
+    ):
         self._files, self._root = files, root
-        self.rows, self.classes, self.task = rows, classes, task
+        self.rows, self.classes, self.task, self.notes = rows, classes, task, notes
 
     def read(self, row: Row) -> bytes:
         """The file's bytes, as they are. UndecodableImage where the file is there but cannot be read."""
@@ -83,82 +92,91 @@ def _class_root(files: Files, classes: Sequence[str]) -> str:
 
 
 def open_csv(config: DataConfig) -> FileSet:
-    """A set whose CSV names each image, its label, and maybe its group and split."""
+    """A set whose table, CSV or XLSX, names each image, its label, and maybe its group and split."""
     source, wanted = config.source, config.csv
-    if source.lower().endswith(".csv"):
+    if source.lower().endswith(ENDINGS):
         folder, _, wanted = source.rpartition("/")
         source = folder or ("/" if source.startswith("/") else ".")
     files = open_files(source)
-    path = _table_path(files, wanted, source)
-    table = _Table(path, files.read(path))
+    table = _table(files, wanted, source)
     places = _places(table, config.image_column or "file", files.names)
     labels, classes = _labels(table, config)
     groups = table.column(config.group_column, "group") if config.group_column else None
-    splits = table.column(config.split_column, "split") if config.split_column else None
+    splits = _splits(table, config) if config.split_column else None
     rows = []
     for i, (where, indices) in enumerate(zip(places, labels, strict=True)):
         if groups and not groups[i]:
             raise ValueError(
                 f"{table.line(i)} has no {config.group_column!r}: every image needs its group, so fill it in"
             )
-        if splits and splits[i].lower() not in _SPLIT_WORDS:
-            raise ValueError(f"split {splits[i]!r} in {table.line(i)} is unknown: write train, val or test")
-        split = _SPLIT_WORDS[splits[i].lower()] if splits else None
-        rows.append(Row(where, 0, indices, split, groups[i] if groups else None))
+        if where:
+            rows.append(Row(where, 0, indices, splits[i] if splits else None, groups[i] if groups else None))
+    notes = (*_missing(table, places, config), *_unlisted(table, places, files.names))
     rows.sort(key=lambda row: row.where)
-    return FileSet(files, table.folder, rows, classes=classes, task=config.task)
+    return FileSet(files, table.folder, rows, classes=classes, task=config.task, notes=notes)
 
 
-class _Table:
-    """The CSV: columns by name, cells without the space around them."""
-
-    def __init__(self, path: str, data: bytes):
-        self.path, self.folder = path, posixpath.dirname(path)
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-        head = text.partition("\n")[0]
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-        try:
-            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num} of {path} is no CSV ({error}): mend it") from error
-        if len(rows) < 2:
-            raise ValueError(f"{path} has no rows: it needs a line of column names, then a line per image")
-        self.names, self._lines = rows[0][1], [line for line, _ in rows[1:]]
-        for line, cells in rows[1:]:
-            if len(cells) != len(self.names):
-                raise ValueError(f"line {line} of {path} has {len(cells)} cells for {len(self.names)} columns: mend it")
-        self._cells = [cells for _, cells in rows[1:]]
-
-    def column(self, name: str, use: str) -> list[str]:
-        if name not in self.names:
+def _splits(table: Table, config: DataConfig) -> list[str]:
+    meaning = _SPLIT_WORDS | {
+        value.strip().lower(): split for value, _, split in (pair.rpartition("=") for pair in config.split_values)
+    }
+    splits = table.column(config.split_column, "split")
+    for i, value in enumerate(splits):
+        if value.lower() not in meaning:
             raise ValueError(
-                f"{self.path} has no column {name!r} (it has {', '.join(self.names)}): name the column with "
-                f"the {use} in --data.{use}-column"
+                f"split {value!r} in {table.line(i)} is unknown: write train, val or test, or say what it means with "
+                f"--data.split-values {value}=train"
             )
-        position = self.names.index(name)
-        return [cells[position] for cells in self._cells]
-
-    def line(self, index: int) -> str:
-        return f"line {self._lines[index]} of {self.path}"
+    return [meaning[value.lower()] for value in splits]
 
 
-def _table_path(files: Files, wanted: str, source: str) -> str:
-    tables = [name for name in files.names if name.lower().endswith(".csv")]
-    matching = [name for name in tables if name == wanted or name.endswith(f"/{wanted}")] if wanted else tables
-    matching = [name for name in matching if name == wanted] or matching
+def _missing(table: Table, places: Sequence[str], config: DataConfig) -> tuple[str, ...]:
+    """What to tell of rows without a file. ValueError where there are any and they may not be dropped."""
+    missing = [i for i, where in enumerate(places) if not where]
+    if not missing:
+        return ()
+    values = table.column(config.image_column or "file", "image")
+    examples = ", ".join(f"{values[i]!r} in {table.line(i)}" for i in missing[:3])
+    told = f"{len(missing)} of {len(values)} rows of {table.path} name an image that is not there ({examples})"
+    if config.rows_without_file == "drop" and len(missing) < len(values):
+        return (f"{told}: dropped",)
+    raise ValueError(
+        f"{told}: add the files, mend --data.image-column, or leave the rows out with --data.rows-without-file drop"
+    )
+
+
+def _unlisted(table: Table, places: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """What to tell of files that no row names: nobody has said what they show, so they are no images of the set."""
+    named = {posixpath.normpath(posixpath.join(table.folder, where)) for where in places if where}
+    others = [name for name in names if name not in named and not name.lower().endswith(ENDINGS)]
+    if not others:
+        return ()
+    return (f"{len(others)} files have no row in {table.path} and are left out: {', '.join(others[:3])}",)
+
+
+def _table(files: Files, wanted: str, source: str) -> Table:
+    tables = tables_among(files.names)
+    if wanted:
+        matching = [name for name in tables if name == wanted or name.endswith(f"/{wanted}")]
+        matching = [name for name in matching if name == wanted] or matching
+    else:
+        # Some sets come with the same table twice.
+        matching = [name for name in tables if name.lower().endswith(".csv")] or tables
     if len(matching) != 1:
-        there = ", ".join(tables[:5]) or "no CSV at all"
+        there = ", ".join(tables[:5]) or "no table at all"
         raise ValueError(
             f"{source} holds {len(matching)} files {wanted or '*.csv'} (it has {there}): name the one with the "
             "labels in --data.csv"
         )
-    return matching[0]
+    try:
+        return Table(matching[0], files.read(matching[0]))
+    except OSError as error:
+        raise ValueError(
+            f"{matching[0]} of {source} cannot be read ({error.strerror or error}): get it again"
+        ) from error
 
 
-def _labels(table: _Table, config: DataConfig) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+def _labels(table: Table, config: DataConfig) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
     """Class indices of each line, and the class names. A label is a name, or an index where names are given."""
     values = table.column(config.label_column or "label", "label")
     several = config.task == "multilabel"
@@ -187,30 +205,34 @@ def _names_found(parts: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _places(table: _Table, column: str, names: Sequence[str]) -> list[str]:
-    """The path of each line's image relative to the CSV; bare names may lie in subfolders or lack their ending."""
+def _places(table: Table, column: str, names: Sequence[str]) -> list[str]:
+    """The path of each line's image relative to the table, "" where there is none.
+
+    Bare names may lie in subfolders, lack their ending, or differ from the file's in case or in how accents are coded.
+    """
     known = set(names)
     by_name: dict[str, set[str]] = defaultdict(set)
+    loosely: dict[str, set[str]] = defaultdict(set)
     for name in names:
         path = PurePosixPath(name)
-        by_name[path.name].add(name)
-        by_name[path.stem].add(name)
+        for each in (path.name, path.stem):
+            by_name[each].add(name)
+            loosely[_loose(each)].add(name)
     places: list[str] = []
     lines: dict[str, int] = {}
-    missing = []
     for i, value in enumerate(table.column(column, "image")):
         file = posixpath.normpath(posixpath.join(table.folder, value.replace("\\", "/")))
         if file not in known:
-            candidates = by_name[value] - {table.path}
+            candidates = (by_name.get(value) or loosely.get(_loose(value)) or set()) - {table.path}
             if len(candidates) > 1:
                 raise ValueError(
                     f"image {value!r} in {table.line(i)} may be any of {', '.join(sorted(candidates)[:3])}: write its "
-                    "path"
+                    "path, or remove the others"
                 )
             if not candidates:
-                missing.append(i)
+                places.append("")
                 continue
-            file = candidates.pop()
+            (file,) = candidates
         if file in lines:
             raise ValueError(
                 f"image {value!r} stands in {table.line(lines[file])} and again in {table.line(i)}: an image may stand "
@@ -218,11 +240,8 @@ def _places(table: _Table, column: str, names: Sequence[str]) -> list[str]:
             )
         lines[file] = i
         places.append(posixpath.relpath(file, table.folder) if table.folder else file)
-    if missing:
-        values = table.column(column, "image")
-        examples = ", ".join(f"{values[i]!r} in {table.line(i)}" for i in missing[:3])
-        raise ValueError(
-            f"{len(missing)} of {len(values)} rows of {table.path} name an image that is not there ({examples}): add "
-            "the files, remove the rows, or mend --data.image-column"
-        )
     return places
+
+
+def _loose(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -37,8 +37,9 @@ def assign_splits(
 ) -> list[str]:
     """The split of each row, "train", "val" or "test".
 
-    Given splits are kept as they are. Otherwise whole groups are dealt out, so that each split gets its share of
-    every class; a row without a group is a group of its own. `classes` are the names for messages.
+    Given splits are kept as they are; where they are train and test only, val is drawn from train (`val_fraction` of
+    it). Without given splits all three are drawn. Drawing deals out whole groups, so that each split gets its share
+    of every class; a row without a group is a group of its own. `classes` are the names for messages.
     LeakError if a given split tears a group apart; ValueError if only some rows have a split, or if a class would be
     missing from a split.
     """
@@ -49,6 +50,11 @@ def assign_splits(
         )
     if without == 0:
         splits = [str(row.split) for row in rows]
+        if {"train", "test"} == set(splits):
+            train = [i for i, split in enumerate(splits) if split == "train"]
+            fractions = np.array([1 - val_fraction, val_fraction])
+            for i, split in zip(train, _drawn([rows[i] for i in train], num_classes, fractions, seed), strict=True):
+                splits[i] = split
     else:
         fractions = np.array([1 - val_fraction - test_fraction, val_fraction, test_fraction])
         splits = _drawn(rows, num_classes, fractions, seed)

@@ -17,11 +17,12 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from data_shards.catalog import card, names
+from data_shards.catalog import card
 from data_shards.source import check_source
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
+from pipelines.datasets import datasets
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
@@ -253,38 +254,6 @@ def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> 
 
 
 # ------------------------------------------------------------------------------------------------ verbs that look
-
-
-def datasets(argv: Sequence[str]) -> int:
-    """List the catalogue, or show one dataset of it."""
-
-    def arguments(name: tyro.conf.Positional[str] = "", json: Flag = False) -> tuple[str, bool]:
-        """List the catalogue, or show one dataset of it.
-
-        Args:
-            name: Dataset to show; empty lists all.
-            json: Print JSON.
-        """
-        return name, json
-
-    name, as_json = parse(arguments, "datasets", argv)
-    try:
-        cards = [card(name)] if name else [card(each) for each in names()]
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if as_json:
-        dumped = [each.model_dump(mode="json") for each in cards]
-        print(json.dumps(dumped[0] if name else dumped, indent=2))
-    elif name:
-        rows = [(key, _readable(value)) for key, value in cards[0].model_dump(mode="json").items()]
-        table(cards[0].title, ("field", "value"), rows)
-    else:
-        shown = [
-            (c.name, c.modality, f"{len(c.classes)} ({c.task})", c.num_images or "", c.split_policy, c.licence)
-            for c in cards
-        ]
-        table("Datasets", ("name", "modality", "classes", "images", "split", "licence"), shown)
-    return DONE
 
 
 def shards(argv: Sequence[str]) -> int:
@@ -550,12 +519,6 @@ def _print_predictions(rows: list[dict]) -> None:
         best = sorted(row["scores"].items(), key=lambda pair: -pair[1])
         shown.append((row["image"], row["class"], "  ".join(f"{name} {value:.3f}" for name, value in best)))
     table(f"{rows[0]['model']} version {rows[0]['version']}", ("image", "class", "probabilities"), shown)
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{key}  {each}" for key, each in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flushed(code: int) -> int:

@@ -11,6 +11,21 @@ from pydantic import BaseModel, ConfigDict
 from data_shards.config import Task
 
 
+class PublishedFile(BaseModel):
+    """A file as its publisher offers it; what is not known is empty, and never guessed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str
+    """Address that gives the file itself, not a page about it."""
+    size_bytes: int = 0
+    """Its size; 0: unknown."""
+    md5: str = ""
+    """Its MD5 in hex; empty: unknown."""
+    sha256: str = ""
+    """Its SHA-256 in hex; empty: unknown."""
+
+
 class DatasetCard(BaseModel):
     """A dataset's facts. Classes stand in the order of their indices."""
 
@@ -35,7 +50,7 @@ class DatasetCard(BaseModel):
     layout: Literal["npz", "folders", "csv", "phantoms"]
     """How the files are laid out."""
     csv: str = ""
-    """The table's path inside the set; empty: the only .csv there."""
+    """The table's path inside the set; empty: the only table there."""
     image_column: str = ""
     """Column with the image's file name."""
     label_column: str = ""
@@ -44,10 +59,17 @@ class DatasetCard(BaseModel):
     """Column with what must not stand in two splits."""
     split_column: str = ""
     """Column with the official split."""
-    split_policy: Literal["official", "by group", "by image"]
-    """official: as published; by group: drawn, no group in two splits; by image: drawn, as groups are unknown."""
-    files: dict[str, str] = {}
-    """MD5 of each published file."""
+    split_values: tuple[str, ...] = ()
+    """What the split column says, as value=split, where it is not train, val or test."""
+    split_policy: Literal["official", "official test", "by group", "by image"]
+    """official: as published; official test: val is drawn by group out of the published train; by group: drawn, no
+    group in two splits; by image: drawn, as groups are unknown."""
+    files: dict[str, PublishedFile] = {}
+    """The published files by name; none where the set must be asked for."""
+    fetch: tuple[str, ...] = ()
+    """Which of the files are fetched where none is named; empty: all, as each holds a part of the set."""
+    citation: str = ""
+    """What to cite wherever results are shown."""
     notes: str = ""
     """What else one should know before use."""
 

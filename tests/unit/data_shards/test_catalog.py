@@ -2,11 +2,13 @@
 
 import hashlib
 import re
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
 
 from data_shards import catalog, phantoms
+from data_shards.config import DataConfig
 
 PUBLISHED = {  # name: (classes, images)
     "pad-ufes-20": (6, 2298),
@@ -40,9 +42,34 @@ def test_each_card_is_whole(name):
     assert len(set(card.classes)) == len(card.classes)
     assert card.licence
     assert card.source
-    assert all(re.fullmatch("[0-9a-f]{32}", md5) for md5 in card.files.values())
-    assert (card.layout == "npz") == (len(card.files) == 4) == (card.split_policy == "official")
+    assert (card.layout == "npz") == (card.split_policy == "official")
     assert (card.layout == "csv") == bool(card.label_column)
+    assert (card.split_policy == "official test") == bool(card.split_column)
+    assert DataConfig(split_values=card.split_values).split_values == card.split_values
+    assert card.citation or name == "phantoms"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_files_of_a_card_have_plain_names_https_addresses_and_whole_checksums(name):
+    card = catalog.card(name)
+    assert bool(card.files) == (name not in ("phantoms", "cervical-us", "otoscopy2024"))
+    assert set(card.fetch) <= set(card.files)
+    for file, published in card.files.items():
+        assert file == str(PurePosixPath(file))
+        assert not PurePosixPath(file).is_absolute()
+        assert ".." not in PurePosixPath(file).parts
+        assert re.fullmatch(r"https://[a-z0-9.-]+/[^\s#]+", published.url)
+        assert re.fullmatch("([0-9a-f]{32})?", published.md5)
+        assert re.fullmatch("([0-9a-f]{64})?", published.sha256)
+        assert published.size_bytes >= 0
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("mnist")])
+def test_each_medmnist_set_has_its_four_sizes_with_their_md5_and_the_smallest_is_fetched(name):
+    card = catalog.card(name)
+    assert [*card.files] == [f"{name}{size}.npz" for size in ("", "_64", "_128", "_224")]
+    assert all(file.md5 for file in card.files.values())
+    assert card.fetch == (f"{name}.npz",)
 
 
 def test_retinamnist_is_ordinal_and_no_other():
@@ -57,7 +84,8 @@ def test_the_phantoms_have_the_classes_of_their_card():
 def test_real_files_have_the_checksum_and_counts_of_their_card(shared_dir, name):
     path = shared_dir / "data" / f"{name}.npz"
     card = catalog.card(name)
-    assert hashlib.md5(path.read_bytes()).hexdigest() == card.files[path.name]
+    assert hashlib.md5(path.read_bytes()).hexdigest() == card.files[path.name].md5
+    assert path.stat().st_size == card.files[path.name].size_bytes
     with np.load(path) as arrays:
         assert sum(len(arrays[f"{split}_labels"]) for split in ("train", "val", "test")) == card.num_images
 

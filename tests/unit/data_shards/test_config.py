@@ -18,6 +18,8 @@ from data_shards.config import DataConfig, PhantomConfig
         ({"samples_per_shard": 0}, "greater than or equal to 1"),
         ({"classes": ("a", "a")}, "one class twice"),
         ({"task": "binary"}, "multilabel"),
+        ({"split_values": ("1",)}, "it says value=split"),
+        ({"split_values": ("1=dev",)}, "write for example 1=train 0=test"),
     ],
 )
 def test_an_unknown_or_impossible_field_is_refused(fields, message):

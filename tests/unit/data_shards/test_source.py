@@ -7,6 +7,7 @@ from collections import Counter
 import boto3
 import numpy as np
 import pytest
+from original_layouts import zip_of
 from PIL import Image
 
 from data_shards.config import DataConfig, PhantomConfig
@@ -146,6 +147,8 @@ def test_sources_on_s3_give_the_same_rows(tmp_path, s3, shared_dir):
     for name, data in (FOLDERS | {"table.csv": CSV.encode()}).items():
         open_store(s3).put(f"set/{name}", data)
     open_store(s3).put("set.tar", tar_of(FOLDERS))
+    open_store(s3).put("set.zip", zip_of(FOLDERS))
+    open_store(s3).put("parts/a.zip", zip_of(FOLDERS))
     open_store(s3).put("b.npz", shared_dir / "data" / "breastmnist.npz")
     for layout in ("folders", "csv"):
         there = open_source(config(f"{s3}/set", layout=layout))
@@ -153,7 +156,10 @@ def test_sources_on_s3_give_the_same_rows(tmp_path, s3, shared_dir):
         assert there.rows == here.rows
         assert there.read(there.rows[2]) == here.read(here.rows[2])
     assert open_source(config(f"{s3}/set/table.csv", layout="csv")).rows == here.rows
-    assert len(open_source(config(f"{s3}/set.tar", layout="folders")).rows) == len(FOLDERS)
+    for source in ("set.tar", "set.zip", "parts"):
+        there = open_source(config(f"{s3}/{source}", layout="folders"))
+        assert there.rows == open_source(config(local, layout="folders")).rows
+        assert there.read(there.rows[2]) == FOLDERS[there.rows[2].where]
     assert len(open_source(DataConfig(dataset="breastmnist", source=f"{s3}/b.npz")).rows) == 780
 
 
@@ -166,8 +172,8 @@ def test_semicolons_and_bare_names_in_subfolders_are_understood(tmp_path):
     table = "Image_name;Plane;Patient_num\n" + "".join(
         f"x{i};{('Other', 'Fetal brain')[i % 2]};{i // 2}\n" for i in range(8)
     )
-    write(tmp_path, {f"Images/x{i}.png": png(i) for i in range(8)} | {"t.csv": table})
-    card = {"dataset": "fetal-planes-db", "classes": ("Fetal brain", "Other")}
+    write(tmp_path, {f"Images/x{i}.png": png(i) for i in range(8)} | {"FETAL_PLANES_DB_data.csv": table})
+    card = {"dataset": "fetal-planes-db", "classes": ("Fetal brain", "Other"), "split_column": "-"}
     images = open_source(DataConfig(source=str(tmp_path), **card))
     assert [(r.where, r.labels, r.group) for r in images.rows][:2] == [
         ("Images/x0.png", (1,), "0"),
@@ -264,6 +270,7 @@ def case(message, files=None, **fields):
         case("'malignant' .* is none of the classes", FOLDERS, layout="folders", classes=("benign",)),
         case("holds 0 files", FOLDERS, layout="csv"),
         case("holds 2 files", {"a.csv": CSV, "b.csv": CSV}, layout="csv"),
+        case("holds 2 files", {"a.xlsx": b"", "b.xlsx": b""}, layout="csv"),
         case("has no rows", {"a.csv": "file,label\n"}, layout="csv"),
         case("not UTF-8", {"a.csv": b"file,label\n\xff\xfe,1\n"}, layout="csv"),
         case("line 3 of a.csv has 1 cells", {"a.csv": "file,label\na,b\nc\n"}, layout="csv"),

@@ -1,7 +1,7 @@
 """Splits: disjoint in groups, fair in classes, repeatable, and loud where they cannot be."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -81,6 +81,22 @@ def test_rows_with_several_labels_or_none_are_dealt_out_too():
 def test_given_splits_are_kept():
     rows = [Sample((i % 2,), split=split) for split in ("train", "test", "val") for i in range(4)]
     assert drawn(rows, 2) == [row.split for row in rows]
+
+
+def test_where_only_train_and_test_are_given_val_is_drawn_by_group_out_of_train():
+    rows = [replace(row, split="test" if int(row.group.split()[1]) % 3 == 0 else "train") for row in patients(600)]
+    splits = drawn(rows)
+    assert [s == "test" for s in splits] == [row.split == "test" for row in rows]
+    given = Counter(row.split for row in rows)
+    assert Counter(splits)["val"] / given["train"] == pytest.approx(0.15, abs=0.01)
+    assert len({(row.group, s) for row, s in zip(rows, splits, strict=True)}) == 600
+    assert drawn(rows) == splits != drawn(rows, seed=1)
+
+
+def test_where_only_train_and_val_are_given_no_test_is_made_up():
+    rows = [Sample((0,), split=split) for split in ("train", "val")]
+    with pytest.raises(ValueError, match="missing from the test split"):
+        drawn(rows, 1)
 
 
 def test_a_group_in_two_given_splits_is_named():

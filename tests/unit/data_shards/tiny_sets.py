@@ -21,6 +21,7 @@ class InMemorySet:
     images: dict[str, np.ndarray | bytes]
     classes: tuple[str, ...] = ("a", "b")
     task: str = "multiclass"
+    notes: tuple[str, ...] = ()
     reads: list[str] = field(default_factory=list)
 
     def read(self, row: Row) -> np.ndarray | bytes:

@@ -1,0 +1,208 @@
+"""The members of a zip, read at their offsets without unpacking it; only a zip inside it is unpacked, once per machine.
+
+The format is PKWARE's APPNOTE; the standard library reads the table of contents, and every claim in it is checked here
+before a byte is believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_shards.files import cached, hidden, with_parents
+
+_CHUNK_BYTES = 1 << 20
+# Coded images shrink by a few percent, tables tenfold. Deflate reaches 1:1032, and bombs come close to it.
+_MOST_SHRUNK = 200
+_NEVER_A_BOMB_BYTES = 64 << 20
+_HEADER_BYTES = 30
+_NAME_IS_UTF8, _ENCRYPTED = 0x800, 0x1
+# What the standard library raises on a table of contents that is not one.
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, EOFError, IndexError)
+
+
+@dataclass(frozen=True)
+class _Member:
+    raw_name: bytes
+    offset: int
+    coded_bytes: int
+    size_bytes: int
+    crc: int
+    deflated: bool
+
+
+class ZipFiles:
+    """The members of a zip. `called` is how messages name it, where it was found inside another archive.
+
+    Reads with pread on one handle: threads and forked processes may share it. Raises ValueError with the value, the
+    rule and a remedy for whatever makes the archive as a whole unfit; a single damaged member is an OSError when read.
+    """
+
+    def __init__(self, path: Path, *, called: str = ""):
+        self._path, self._called = path, called or str(path)
+        self._file = path.open("rb", buffering=0)
+        self._members: dict[str, _Member] = {}
+        folders = []
+        for info in self._contents():
+            name = _plain_name(info, self._called)
+            if any(hidden(part) for part in PurePosixPath(name).parts):
+                continue
+            if info.is_dir() or info.orig_filename.endswith("\\"):
+                folders.append(name)
+            elif name in self._members:
+                raise ValueError(
+                    f"{self._called} holds {name!r} twice: a name may stand once, so unpack it and keep the right one"
+                )
+            else:
+                self._members[name] = _checked(info, name, self._called)
+        self._check_places()
+        self.names, self.folders = sorted(self._members), with_parents(folders, self._members)
+
+    def read(self, name: str) -> bytes:
+        """The whole file. OSError where its bytes are not those that were packed."""
+        return b"".join(self._chunks(name))
+
+    def local(self, name: str) -> Path:
+        """The file, unpacked into the machine's cache."""
+        member, stat = self._members[name], self._path.stat()
+        identity = f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{member.offset}|{member.crc}"
+
+        def unpack(target: Path) -> None:
+            free = shutil.disk_usage(target.parent).free
+            if member.size_bytes > free:
+                raise ValueError(
+                    f"{name} in {self._called} unpacks to {member.size_bytes:,} bytes, but {target.parent} has "
+                    f"{free:,} free: make room, or set XDG_CACHE_HOME to a larger disk"
+                )
+            try:
+                with target.open("wb") as out:
+                    out.writelines(self._chunks(name))
+            except OSError as error:
+                raise ValueError(
+                    f"{name} in {self._called} cannot be unpacked into {target.parent}: "
+                    f"{error.strerror or error}; get the archive again, or make room"
+                ) from error
+
+        return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", unpack)
+
+    def _contents(self) -> list[zipfile.ZipInfo]:
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                return archive.infolist()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self._called} has a name that says it is UTF-8 and is not ({error}): pack it again, or unpack it "
+                "and give the folder"
+            ) from error
+        except _DAMAGE as error:
+            raise ValueError(f"{self._called} is no whole zip ({error}): get it again") from error
+
+    def _check_places(self) -> None:
+        """Members lie one after the other inside the file; bombs let many claim the same bytes."""
+        end, before = 0, ""
+        for name, member in sorted(self._members.items(), key=lambda item: item[1].offset):
+            if member.offset < end:
+                raise ValueError(
+                    f"{name!r} and {before!r} lie on the same bytes of {self._called}, as only damaged or hostile zips "
+                    "have it: get it again from its publisher"
+                )
+            end, before = member.offset + _HEADER_BYTES + member.coded_bytes, name
+        if end > self._path.stat().st_size:
+            raise ValueError(f"{self._called} ends in the middle of {before!r}: get it again")
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        member, crc, size = self._members[name], 0, 0
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS) if member.deflated else None
+        for coded in self._coded(member):
+            try:
+                # One byte more than declared shows that there is more than declared; a bomb goes off no further.
+                part = inflate.decompress(coded, member.size_bytes - size + 1) if inflate else coded
+            except zlib.error as error:
+                raise _damaged() from error
+            crc, size = zlib.crc32(part, crc), size + len(part)
+            if size > member.size_bytes:
+                raise _damaged()
+            yield part
+        if size != member.size_bytes or crc != member.crc:
+            raise _damaged()
+
+    def _coded(self, member: _Member) -> Iterator[bytes]:
+        # The local header repeats the name: a class folder must not change with a byte in the table of contents.
+        header = self._pread(_HEADER_BYTES + len(member.raw_name), member.offset)
+        if not header.startswith(b"PK\3\4") or header[_HEADER_BYTES:] != member.raw_name:
+            raise _damaged()
+        at = member.offset + _HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26))
+        left = member.coded_bytes
+        while left:
+            part = self._pread(min(left, _CHUNK_BYTES), at)
+            if not part:
+                raise _damaged()
+            yield part
+            at, left = at + len(part), left - len(part)
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
+
+
+def _damaged() -> OSError:
+    return OSError(errno.EIO, "damaged in its zip")
+
+
+def _plain_name(info: zipfile.ZipInfo, called: str) -> str:
+    """The member's path with '/' between its parts. ValueError for one that leads out of the archive."""
+    name = info.orig_filename
+    if not name.isascii() and not info.flag_bits & _NAME_IS_UTF8:
+        name = _as_utf8(name, called)
+    name = name.replace("\\", "/")
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise ValueError(
+            f"{called} holds {name!r}, a name with control characters, as only damaged or hostile zips have it: get it "
+            "again from its publisher, or unpack it and give the folder"
+        )
+    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
+        raise ValueError(
+            f"{called} holds {name!r}, which leads out of it: names inside an archive are relative and without '..', "
+            "so get it again from its publisher, or pack it again"
+        )
+    return str(PurePosixPath(name))
+
+
+def _as_utf8(name: str, called: str) -> str:
+    # Without the flag a name counts as code page 437; most programs that forget the flag write UTF-8 all the same.
+    try:
+        return name.encode("cp437").decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(
+            f"{called} holds a name that is neither ASCII nor UTF-8 ({name!r} if read as code page 437): unpack it "
+            "with its own encoding (unzip -O) and give the folder"
+        ) from error
+
+
+def _checked(info: zipfile.ZipInfo, name: str, called: str) -> _Member:
+    if info.flag_bits & _ENCRYPTED:
+        raise ValueError(f"{name!r} in {called} is encrypted: unpack the archive with its password and give the folder")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = zipfile.compressor_names.get(info.compress_type, str(info.compress_type))  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name!r} in {called} is packed with {method}, but only stored and deflated members can be read: unpack "
+            "the archive and give the folder"
+        )
+    coded, size = info.compress_size, info.file_size
+    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    if (not deflated and coded != size) or (size > _NEVER_A_BOMB_BYTES and size > _MOST_SHRUNK * coded):
+        raise ValueError(
+            f"{name!r} in {called} claims to become {size:,} bytes out of {coded:,}, as only damaged or hostile zips "
+            "have it: get it again from its publisher, or, if you trust it, unpack it and give the folder"
+        )
+    raw_name = info.orig_filename.encode("utf-8" if info.flag_bits & _NAME_IS_UTF8 else "cp437")
+    return _Member(raw_name, info.header_offset, coded, size, info.CRC, deflated)

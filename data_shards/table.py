@@ -1,0 +1,102 @@
+"""The table of an image set: the rows of a CSV or of the first sheet of an XLSX, as text, with columns by name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+# A sheet of 400,000 rows is some 200 MB of XML.
+_MAX_SHEET_BYTES = 2 << 30
+ENDINGS = (".csv", ".xlsx")
+
+
+class Table:
+    """Columns by name, cells without the space around them; lines that are empty are left out.
+
+    ValueError, naming the line, where the data is no such table.
+    """
+
+    def __init__(self, path: str, data: bytes):
+        self.path, self.folder = path, posixpath.dirname(path)
+        lines = [(n, cells) for n, cells in (_xlsx if _is_xlsx(path) else _csv)(path, data) if any(cells)]
+        if len(lines) < 2:
+            raise ValueError(f"{path} has no rows: it needs a line of column names, then a line per image")
+        self.names = lines[0][1]
+        self._lines = [line for line, _ in lines[1:]]
+        for line, cells in lines[1:]:
+            if len(cells) != len(self.names):
+                raise ValueError(f"line {line} of {path} has {len(cells)} cells for {len(self.names)} columns: mend it")
+        self._cells = [cells for _, cells in lines[1:]]
+
+    def column(self, name: str, use: str) -> list[str]:
+        """The cells below `name`. `use` is what messages say the column holds, and the setting that names it."""
+        if self.names.count(name) != 1:
+            fault = f"has {self.names.count(name) or 'no'} column{'s' * (name in self.names)} {name!r}"
+            raise ValueError(
+                f"{self.path} {fault} (it has {', '.join(self.names)}): name the column with "
+                f"the {use} in --data.{use}-column"
+            )
+        position = self.names.index(name)
+        return [cells[position] for cells in self._cells]
+
+    def line(self, index: int) -> str:
+        """Where row `index` stands, for messages."""
+        return f"line {self._lines[index]} of {self.path}"
+
+
+def _is_xlsx(path: str) -> bool:
+    return path.lower().endswith(".xlsx")
+
+
+def _csv(path: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
+    head = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    try:
+        for cells in reader:
+            yield reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} of {path} is no CSV ({error}): mend it") from error
+
+
+def _xlsx(path: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
+    import openpyxl  # only who has such a table pays for loading it
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > _MAX_SHEET_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes")
+        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # some programs write a wrong extent, and columns would be lost
+        rows = [[_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
+    except Exception as error:  # the file is anybody's, and openpyxl raises whatever its parsers raise
+        raise ValueError(
+            f"{path} is no XLSX that can be read ({' '.join(str(error).split())[:120]}): save it again, or as CSV"
+        ) from error
+    # Cells beyond the last name are the formatting of empty ones; short rows end in empty cells.
+    width = max((i + 1 for row in rows[:1] for i, cell in enumerate(row) if cell), default=0)
+    for number, row in enumerate(rows, 1):
+        if not any(row[width:]):
+            row = [*row[:width], *[""] * (width - len(row))]
+        yield number, row
+
+
+def _text(cell: Any) -> str:
+    """A cell as a CSV would have it: Excel keeps 1 as 1.0, and True as TRUE is a matter of its display."""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    return "" if cell is None else str(cell).strip()
+
+
+def tables_among(names: Iterable[str]) -> list[str]:
+    """The names of tables."""
+    return [name for name in names if name.lower().endswith(ENDINGS)]

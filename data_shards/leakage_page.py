@@ -55,7 +55,7 @@ def _section(
     number: int, finding: Finding, classes: tuple[str, ...], picture: Callable[[Copy], np.ndarray | None]
 ) -> str:
     mark = "across" if finding.where != "within a split" else ""
-    conflict = ' <span class="conflict">different labels</span>' if finding.conflict else ""
+    conflict = ', <span class="conflict">different labels</span>' if finding.conflict else ""
     figures = "".join(_figure(copy, classes, picture(copy)) for copy in finding.copies[:_MOST_COPIES])
     rest = len(finding.copies) - _MOST_COPIES
     more = f"<p>and {rest} more</p>" if rest > 0 else ""

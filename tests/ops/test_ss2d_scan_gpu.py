@@ -174,13 +174,14 @@ def test_the_network_compiles_without_a_graph_break_and_equals_the_reference_bac
 
 def test_compiled_training_keeps_the_map_once_and_as_the_operator_reads_it():
     batch, height, width, dim = 2, 12, 20, 192
-    block = SSConvSSM(dim, MedMambaConfig(variant="nano", num_classes=3), drop_path=0.0, backend="cuda").cuda()
+    config = MedMambaConfig(variant="nano", num_classes=3)
+    first, second = (SSConvSSM(dim, config, drop_path=0.0, backend="cuda").cuda() for _ in range(2))
     x = torch.randn(batch, height * width, dim, device="cuda", requires_grad=True)
-    compiled = torch.compile(block, dynamic=False)
-    _, codes = run_and_get_code(lambda: compiled(x, (height, width)).sum().backward())
+    compiled = torch.compile(lambda x: second(first(x, (height, width)), (height, width)), dynamic=False)
+    _, codes = run_and_get_code(lambda: compiled(x).sum().backward())
     code = "\n".join(codes)
     assert "ss2d_scan_cuda_backward" in code
-    # What the compiler writes for u where it takes it for a BCHW map: the same shape with H innermost.
+    # What the compiler wrote for u when it took it for a BCHW map on its way to a convolution: H innermost.
     assert f"({batch}, {height}, {width}, {dim}), ({height * width * dim}, 1, " not in code
 
 

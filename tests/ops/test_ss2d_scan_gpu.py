@@ -181,7 +181,7 @@ def test_compiled_training_keeps_the_map_once_and_as_the_operator_reads_it():
     _, codes = run_and_get_code(lambda: compiled(x).sum().backward())
     code = "\n".join(codes)
     assert "ss2d_scan_cuda_backward" in code
-    # What the compiler wrote for u when it took it for a BCHW map on its way to a convolution: H innermost.
+    # What the compiler writes for u where it takes it for a BCHW map on its way to a convolution: H innermost.
     assert f"({batch}, {height}, {width}, {dim}), ({height * width * dim}, 1, " not in code
 
 

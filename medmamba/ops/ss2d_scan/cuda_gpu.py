@@ -53,8 +53,9 @@ def scan(
         inputs[2:] = [F.pad(x, (0, lacking)) for x in inputs[2:]]
         parameters[2] = F.pad(parameters[2], (0, lacking))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters))
-    # The operator takes and gives rows: torch's compiler takes a map of four dimensions for one on its way to a
-    # convolution, lays it out with H innermost, and copies it back for the operator, in training twice.
+    # The operator takes and gives rows. A map of four dimensions that is kept for the backward pass is to torch's
+    # compiler one on its way to a convolution: it would keep u once more with H innermost, and copy it back there. With
+    # T and a batch of 128 on an H200 that is 1.4 of 42.3 ms a step, and 0.3 GiB.
     y_BLD, _ = _forward(inputs[0].flatten(1, 2), *inputs[1:], *parameters, keep)
     return y_BLD.unflatten(1, u_BHWD.shape[1:3]).to(u_BHWD.dtype)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from test_ss2d_scan import NAMES, inputs, worst
+from torch._inductor.utils import run_and_get_code
 
 from medmamba.config import MedMambaConfig
-from medmamba.model import build_model
+from medmamba.model import SSConvSSM, build_model
 from medmamba.ops.ss2d_scan import backends, cuda_gpu, mamba_ssm_gpu, resolve_backend, scan
 
 pytestmark = [
@@ -116,7 +117,7 @@ def test_segments_side_by_side_give_what_one_sequence_gives(monkeypatch):
     tensors = on_gpu((1, 28, 31, 96, 3, 16), torch.float32, aligned=True)
     weight = weight_for(tensors)
     in_parts = outputs(tensors, "cuda", weight)
-    assert cuda_gpu._plan_of(tensors[0], tensors[4], tensors[6]).segments > 1
+    assert cuda_gpu._plan_of(tensors[0].flatten(1, 2), tensors[1], tensors[6]).segments > 1
     monkeypatch.setattr(cuda_gpu, "_WARPS_TO_FILL", 1)
     whole = outputs(tensors, "cuda", weight)
     assert {n: e for n, e in worst(in_parts, {k: v.double() for k, v in whole.items()}).items() if e > 1e-5} == {}
@@ -149,6 +150,7 @@ def test_the_operator_passes_torchs_own_checks(backend):
     if backend == "cuda":
         operator, extra = cuda_gpu._forward, (True,)
         arguments = on_gpu((2, 5, 6, 24, 2, 16), torch.float32)
+        arguments[0] = arguments[0].flatten(1, 2)
     else:
         operator, extra = mamba_ssm_gpu._forward, ()
         sizes = (2, 96, 30), (2, 96, 30), (96, 16), (2, 4, 16, 30), (2, 4, 16, 30), (96,), (96,)
@@ -168,6 +170,19 @@ def test_the_network_compiles_without_a_graph_break_and_equals_the_reference_bac
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
         expected = slow(images)
     assert (compiled - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+def test_compiled_training_keeps_the_map_once_and_as_the_operator_reads_it():
+    batch, height, width, dim = 2, 12, 20, 192
+    config = MedMambaConfig(variant="nano", num_classes=3)
+    first, second = (SSConvSSM(dim, config, drop_path=0.0, backend="cuda").cuda() for _ in range(2))
+    x = torch.randn(batch, height * width, dim, device="cuda", requires_grad=True)
+    compiled = torch.compile(lambda x: second(first(x, (height, width)), (height, width)), dynamic=False)
+    _, codes = run_and_get_code(lambda: compiled(x).sum().backward())
+    code = "\n".join(codes)
+    assert "ss2d_scan_cuda_backward" in code
+    # What the compiler writes for u where it takes it for a BCHW map on its way to a convolution: H innermost.
+    assert f"({batch}, {height}, {width}, {dim}), ({height * width * dim}, 1, " not in code
 
 
 def test_auto_takes_it():

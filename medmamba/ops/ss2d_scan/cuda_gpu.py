@@ -53,10 +53,14 @@ def scan(
         inputs[2:] = [F.pad(x, (0, lacking)) for x in inputs[2:]]
         parameters[2] = F.pad(parameters[2], (0, lacking))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters))
-    y_BHWD, _ = _forward(*inputs, *parameters, keep)
-    return y_BHWD.to(u_BHWD.dtype)
+    # The operator takes and gives rows. A map of four dimensions that is kept for the backward pass is to torch's
+    # compiler one on its way to a convolution: it would keep u once more with H innermost, and copy it back there. With
+    # T and a batch of 128 on an H200 that is 1.4 of 42.3 ms a step, and 0.3 GiB.
+    y_BLD, _ = _forward(inputs[0].flatten(1, 2), *inputs[1:], *parameters, keep)
+    return y_BLD.unflatten(1, u_BHWD.shape[1:3]).to(u_BHWD.dtype)
 
 
+# u is (B, H·W, D); the others are as `scan` has them.
 _INPUTS = "Tensor u, Tensor dt, Tensor b, Tensor c, Tensor weight, Tensor bias, Tensor a_log, Tensor skip"
 torch.library.define("medmamba::ss2d_scan_cuda", f"({_INPUTS}, bool keep) -> (Tensor, Tensor)")
 torch.library.define(
@@ -184,14 +188,15 @@ def _plan(images: int, height: int, width: int, channels: int, rank: int, states
     return next((plan for plan in plans if plan.is_resident), plans[-len(wider) - 1])
 
 
-def _plan_of(u: Tensor, weight: Tensor, a_log: Tensor) -> _Plan:
-    return _plan(*u.shape, weight.shape[2], a_log.shape[2], u.dtype)
+def _plan_of(u: Tensor, dt: Tensor, a_log: Tensor) -> _Plan:
+    images, height, width, _, rank = dt.shape
+    return _plan(images, height, width, u.shape[2], rank, a_log.shape[2], u.dtype)
 
 
 @torch.library.impl("medmamba::ss2d_scan_cuda", "cuda")
 def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
-    """(y_BHWD, the states at each tile's start, empty unless `keep`)."""
-    plan = _plan_of(u, weight, a_log)
+    """(y_BLD, the states at each tile's start, empty unless `keep`)."""
+    plan = _plan_of(u, dt, a_log)
     u = u.contiguous()
     dt, b, c = (_rows(x) for x in (dt, b, c))
     small = [_small(x) for x in (dt, b, c)]
@@ -213,13 +218,13 @@ def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
 
 @torch.library.register_fake("medmamba::ss2d_scan_cuda")
 def _fake_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
-    return u.new_empty(u.shape), _new_kept(u, _plan_of(u, weight, a_log), keep)
+    return u.new_empty(u.shape), _new_kept(u, _plan_of(u, dt, a_log), keep)
 
 
 @torch.library.impl("medmamba::ss2d_scan_cuda_backward", "cuda")
 def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
     """The gradients of the eight inputs, in their order and shapes."""
-    plan = _plan_of(u, weight, a_log)
+    plan = _plan_of(u, dt, a_log)
     dy, u = dy.contiguous(), u.contiguous()
     dt, b, c = (_rows(x) for x in (dt, b, c))
     small = [_small(x) for x in (dt, b, c)]

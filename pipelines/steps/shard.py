@@ -26,7 +26,8 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
         facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
         counts = {f"num_{split}": sum(classes.values()) for split, classes in facts["counts"].items()}
         told = {name: facts[name] for name in ("num_images", "num_shards", "quarantine", "bytes")}
-        context.tracking.log_metrics(run_id, told | counts)
+        copies = {f"copies {what}": count for what, count in facts["leaks"].items()}
+        context.tracking.log_metrics(run_id, told | counts | copies)
     return {**facts, "data": data, "max_side": config.max_side, "mlflow_run": run_id}
 
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from data_shards.store import S3Store, StoreError, open_store
+from data_shards.s3_store import S3Store
+from data_shards.store import StoreError, open_store
 
 _PART_BYTES = 64 << 20
 _JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")

@@ -151,6 +151,18 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
+def open_server(s3, tmp_path_factory) -> Iterator[str]:
+    """Address of an S3 server with the bucket `open` that checks no signature, so that headers may be taken away."""
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", endpoint.rpartition(":")[2]]
+    with service(command, url=endpoint, log=tmp_path_factory.mktemp("moto") / "moto.log"):
+        import boto3
+
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="open")
+        yield endpoint
+
+
+@pytest.fixture
 def s3(s3_server, monkeypatch, request) -> str:
     """A fresh prefix in the bucket, with the credentials in this process's environment."""
     for name, value in s3_server.env.items():

@@ -1,6 +1,7 @@
 """The lease over a store that ignores conditional writes: one driver at a time, and what ends it."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -28,9 +29,9 @@ def test_of_drivers_that_start_at_once_one_works_and_the_others_are_told_who(sto
     def drive(name):
         together.wait()
         try:
-            with lease(store, ".lease", name, settle_s=0.7):
+            with lease(store, ".lease", name, settle_s=1.5):
                 held.append(name)
-                time.sleep(1.5)  # longer than the others look
+                time.sleep(2)  # longer than the others look
         except LeaseError as error:
             refused.append(str(error))
 
@@ -39,7 +40,7 @@ def test_of_drivers_that_start_at_once_one_works_and_the_others_are_told_who(sto
     [thread.join() for thread in threads]
     assert len(held) == 1
     assert len(refused) == 3
-    assert all(f"{held[0]} is at work" in text or "driver" in text for text in refused)
+    assert all(re.search(r"driver \d is at work", text) for text in refused)
     assert store.head(".lease") is None
 
 
@@ -62,14 +63,14 @@ def test_a_second_driver_waits_until_the_first_has_finished(store):
 def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(store):
     script = (
         "import sys, time; from data_shards.lease import lease; from data_shards.store import open_store\n"
-        "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=3, settle_s=0.1):\n"
+        "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=2, settle_s=0.1):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, store.uri], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(LeaseError, match="the killed one is at work .* ends 3 s after"), lease(store, ".lease", "me"):
+    with pytest.raises(LeaseError, match=r"the killed one is at work .* ends 2 s after"), lease(store, ".lease", "me"):
         pass
-    time.sleep(4)
+    time.sleep(3)
     with pytest.raises(LeaseError, match="the killed one"), lease(store, ".lease", "me"):
         pass
     process.kill()
@@ -82,11 +83,9 @@ def test_a_lease_that_was_taken_away_is_noticed(store):
     with lease(store, ".lease", "first", ttl_s=1.5, settle_s=0.1) as held:
         held.check()
         store.put(".lease", json.dumps({"owner": "thief", "ttl_s": 60, "token": "x"}).encode())
-        deadline = time.monotonic() + 20
+        time.sleep(1.5)
         with pytest.raises(LeaseError, match="another driver has taken it"):
-            while time.monotonic() < deadline:
-                held.check()
-                time.sleep(0.05)
+            held.check()
     assert b"thief" in store.get(".lease")
 
 

@@ -20,7 +20,6 @@ from data_shards.s3_errors import Trouble, trouble_of
 
 PATIENCE_S = 120.0  # no attempt begins later than this after its operation began
 SILENCE_S = 20.0  # an attempt ends when the server has been silent for so long
-CONNECT_S = 3.0
 # Keys that are wrong do not get better, but two workers may look while a file of keys is being rewritten.
 PATIENCE_OF = {Trouble.EXPIRED: 20.0, Trouble.REFUSED: 0.5}
 
@@ -141,7 +140,7 @@ def _connected(key: tuple, failed: Connection | None) -> Connection:
     from botocore.config import Config
 
     config = Config(
-        connect_timeout=CONNECT_S,
+        connect_timeout=key[1] / 2,  # each block of a body must be taken within this time, too
         read_timeout=key[1],
         retries={"total_max_attempts": 1, "mode": "standard"},
         max_pool_connections=32,

@@ -36,7 +36,6 @@ _BROKEN = {
     "IncompleteBody",
     "MalformedXML",
     "RequestTimeout",
-    "RequestTimeTooSkewed",
     "ConditionalRequestConflict",
     "OperationAborted",
     "409",
@@ -115,6 +114,8 @@ def _refusal(error: Any, bucket: str, uri: str) -> str:
         return f"refused ({code}): these credentials must be allowed to read and write below {uri}"
     if trouble is Trouble.REFUSED and code != "400":
         return f"wrong credentials ({code}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if code == "RequestTimeTooSkewed":
+        return "this machine's clock is not that of the S3 server: set it"
     if trouble is Trouble.SLOW_DOWN:
         return f"the S3 server keeps asking to slow down ({code}): use fewer workers, or run again when it is less busy"
     if trouble is Trouble.BROKEN:

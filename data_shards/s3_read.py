@@ -25,7 +25,7 @@ class Reading:
         self.tag = ""  # the ETag as far as it tells of the bytes
         self._place, self._start, self._length = place, start, length
         self._pieces: list[bytes] = []
-        self._received = 0
+        self._received, self._end = 0, 0
         self._seen = ""
 
     def go_on(self, client: Any) -> bytes:
@@ -37,6 +37,8 @@ class Reading:
         """
         from botocore.exceptions import ClientError, FlexibleChecksumError
 
+        if self._received and self._start + self._received == self._end:
+            self._begin_anew()  # nothing is missing: it failed at the very end
         at = self._start + self._received
         is_range = at > 0 or self._length is not None
         ask = {"IfMatch": self.etag} if self.etag else {}
@@ -45,7 +47,7 @@ class Reading:
         try:
             answer = client.get_object(**self._place, **ask)
             with contextlib.closing(answer["Body"]) as body:
-                end = self._end(answer, at, is_range)
+                self._end = self._end_of(answer, at, is_range)
                 while piece := body.read(_PIECE_BYTES):
                     self._pieces.append(piece)
                     self._received += len(piece)
@@ -53,25 +55,27 @@ class Reading:
             self._begin_anew()
             raise
         except ClientError as error:
-            if code_of(error) == "InvalidRange":  # beyond the end, as with a file
+            if code_of(error) == "InvalidRange" and not self.etag:  # beyond the end, as with a file
                 return b""
-            if code_of(error) in ("PreconditionFailed", "412"):
+            if code_of(error) in ("InvalidRange", "PreconditionFailed", "412"):
                 raise self._replaced() from error
             raise
-        if self._start + self._received != end:
-            if not is_range or self._start + self._received > end:
+        if self._start + self._received != self._end:
+            arrived = f"{self._received} of {self._end - self._start} bytes arrived"
+            if not is_range or self._start + self._received > self._end:
                 self._begin_anew()
-            raise DamagedError(f"{self._received} of {end - self._start} bytes arrived")
+            raise DamagedError(arrived)
         data = b"".join(self._pieces)
         if len(data) == self.total:
             self._check(data)
         return data
 
-    def _end(self, answer: dict[str, Any], at: int, is_range: bool) -> int:
+    def _end_of(self, answer: dict[str, Any], at: int, is_range: bool) -> int:
         """Where the wanted bytes end in the object; raises where the answer is about others."""
-        if self.etag and answer["ETag"] != self.etag:  # a server that does not heed If-Match
+        etag = answer.get("ETag", "")
+        if self.etag and etag != self.etag:  # a server that does not heed If-Match
             raise self._replaced()
-        self.etag, self.tag = answer["ETag"], comparable_etag(answer)
+        self.etag, self.tag = etag, comparable_etag(answer)
         if not is_range:
             self.total = answer["ContentLength"]
             return self.total

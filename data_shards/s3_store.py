@@ -9,7 +9,7 @@ import operator
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,10 +34,10 @@ _heeds: dict[tuple[str, str], bool] = {}
 class S3Store(Store):
     """Objects below a prefix of an S3 bucket.
 
-    Time: no attempt begins later than `patience_s` after its operation began, and one ends when the server has been
-    silent for `silence_s` (3 s where it does not connect). A dead server is therefore told after 143 s at the latest,
-    expired keys after 20 s, wrong ones after 1 s. An object of more than 64 MiB is written in parts, and `fetch` reads
-    in windows of 16 MiB: each of them is an operation of its own.
+    Time: no attempt begins later than `patience_s` (120 s) after its operation began, and one ends when the server has
+    been silent for `silence_s` (20 s). So a server that is dead, or fails each time, is told after 140 s at the latest,
+    expired keys after 20 s, wrong ones at once. An object of more than 64 MiB is written in parts, and `fetch` reads in
+    windows of 16 MiB: each of them is an operation of its own.
 
     Content: every body is compared with its announced length, and a whole object with its ETag, which is its MD5
     unless the bucket encrypts with keys of KMS or of the customer. A range alone and a listing have no checksum in S3:
@@ -56,16 +56,17 @@ class S3Store(Store):
     @property
     def conditional(self) -> bool:
         """See Store. Asked with a probe object, once per process and bucket."""
-        place = (self.client.meta.endpoint_url, self.bucket)
-        if place not in _heeds:
-            _heeds[place] = self._heeds_conditions()
-            if not _heeds[place]:
-                tell_unconditional(self)
-        return _heeds[place]
+        if self._heeds is None:
+            self._learn(self._heeds_conditions())
+        return bool(self._heeds)
 
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
         """See Store. S3 shows an object only when all of it has arrived."""
         with self._errors(f"cannot write {key}"):
+            if if_absent and self._heeds is False:
+                if self._head(key) is not None:
+                    return False
+                if_absent = False  # another may come between
             if size_of(data) > MULTIPART_BYTES:
                 return self._put_in_parts(key, data, if_absent=if_absent)
             return self._put_whole(key, data.read_bytes() if isinstance(data, Path) else data, if_absent=if_absent)
@@ -80,7 +81,7 @@ class S3Store(Store):
         """See Store. All windows are of one and the same object; what does not fit its ETag is fetched again."""
         seen = ""
         with self._errors(f"cannot read {key}", key=key):
-            for _ in range(3):
+            for _ in range(5):
                 try:
                     wanted = self._copy(key, path)
                 except ReplacedError:
@@ -163,8 +164,10 @@ class S3Store(Store):
                 if if_absent and code_of(error) in _EXISTS:
                     # An attempt whose answer was lost may have written it: then these are our bytes.
                     return tries.unsure and self.holds(key, body)
-                if if_absent and code_of(error) == "NotImplemented":
-                    return self._head(key) is None and self._put_whole(key, body, if_absent=False)
+                if condition and code_of(error) == "NotImplemented":
+                    self._learn(False)
+                    condition = {}
+                    continue
                 tries.failed(error)
 
     def _put_in_parts(self, key: str, data: bytes | Path, *, if_absent: bool) -> bool:
@@ -200,7 +203,8 @@ class S3Store(Store):
                     return False
                 if is_lost or code_of(error) == "ConditionalRequestConflict":
                     return None
-                if code_of(error) == "NotImplemented" and condition:
+                if condition and code_of(error) == "NotImplemented":
+                    self._learn(False)
                     condition = {}
                     continue
                 tries.failed(error)
@@ -210,7 +214,10 @@ class S3Store(Store):
         with path.open("wb") as out:
             reading = Reading(self._place(key), 0, _WINDOW_BYTES)
             while True:
-                out.write(self._read(reading))
+                data = self._read(reading)
+                if reading.total and not data:
+                    raise ReplacedError("it became shorter while it was read")
+                out.write(data)
                 if out.tell() >= reading.total:
                     return reading.tag
                 reading = Reading(self._place(key), out.tell(), _WINDOW_BYTES, etag=reading.etag)
@@ -263,11 +270,20 @@ class S3Store(Store):
         until = min(time.monotonic() + self._patience_s, self._until)
         return Tries(self.bucket, until=until, silence_s=self._silence_s)
 
+    @property
+    def _heeds(self) -> bool | None:
+        """What is known of the server's conditional writes."""
+        return _heeds.get((self.client.meta.endpoint_url, self.bucket))
+
+    def _learn(self, heeds: bool) -> None:
+        if _heeds.setdefault((self.client.meta.endpoint_url, self.bucket), heeds) is heeds is False:
+            tell_unconditional(self)
+
     def _heeds_conditions(self) -> bool:
         key = f".probe-{secrets.token_hex(8)}"
         self.put(key, secrets.token_bytes(16), if_absent=True)
         try:
-            return not self.put(key, b"second", if_absent=True)
+            return self._heeds is None and not self.put(key, b"second", if_absent=True)
         finally:
             with contextlib.suppress(StoreError):
                 self.delete(key)
@@ -292,4 +308,5 @@ class S3Store(Store):
 
 
 def _server_time(answer: dict[str, Any]) -> datetime:
-    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)

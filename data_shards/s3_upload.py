@@ -85,7 +85,7 @@ def comparable_etag(answer: dict[str, Any]) -> str:
     """The ETag of an answer as 32 hex digits, with "-N" for N parts; "" where it says nothing about the bytes."""
     if "kms" in answer.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in answer:
         return ""
-    etag = answer["ETag"].strip('"').lower()
+    etag = answer.get("ETag", "").strip('"').lower()
     return etag if re.fullmatch(r"[0-9a-f]{32}(-\d+)?", etag) else ""
 
 

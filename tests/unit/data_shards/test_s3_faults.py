@@ -298,6 +298,7 @@ def test_a_server_that_ignores_conditions_is_asked_once_and_the_user_is_told(ope
         assert len([record for record in caplog.records if "If-None-Match" in record.message]) == 1
         assert list(store.list()) == []
         assert store.put("k", b"one", if_absent=True)
+        assert not store.put("k", b"two", if_absent=True)  # as far as one can see by looking first
         assert store.ensure("k", b"two")
         assert store.get("k") == b"two"
 

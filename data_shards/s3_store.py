@@ -130,7 +130,8 @@ class S3Store(Store):
         aborted = []
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
-                if (_server_time(page) - upload["Initiated"]).total_seconds() >= older_than_s:
+                age_s = (_server_time(page) - upload["Initiated"]).total_seconds()
+                if max(0, age_s) >= older_than_s:  # the one is in whole seconds, the other not
                     parts = Parts({"Bucket": self.bucket, "Key": upload["Key"]}, upload["UploadId"])
                     with self._errors("cannot abort an upload"):
                         self._ask(parts.abort)

@@ -150,6 +150,23 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
         yield S3Server(endpoint, env, "s3://medmamba-tests")
 
 
+@pytest.fixture(scope="session")
+def radosgw_server(tmp_path_factory) -> Iterator[S3Server]:
+    """A second real S3 server, where it is installed."""
+    import radosgw
+
+    if lacking := radosgw.missing():
+        pytest.skip(f"{', '.join(lacking)} is not installed (Debian's radosgw, ceph-mon and ceph-osd)")
+    with radosgw.radosgw(tmp_path_factory.mktemp("radosgw"), mon=free_port(), port=free_port()) as env:
+        import boto3
+
+        endpoint, keys = env["AWS_ENDPOINT_URL_S3"], {name.lower(): env[name] for name in env if "KEY" in name}
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys).create_bucket(
+            Bucket="medmamba-tests"
+        )
+        yield S3Server(endpoint, env, "s3://medmamba-tests")
+
+
 @pytest.fixture
 def open_server(s3, tmp_path_factory) -> Iterator[str]:
     """Address of an S3 server with the bucket `open` that checks no signature, so that headers may be taken away."""

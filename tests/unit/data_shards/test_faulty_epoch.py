@@ -40,19 +40,19 @@ def check_complete(dataset, epoch) -> int:
     return sum(int(batch.mask.sum()) for found in epoch.values() for batch in found)
 
 
-def convert_and_read(configs, folder, s3, s3_server, monkeypatch, schedule, *, processes) -> int:
+def convert_and_read(configs, folder, server, monkeypatch, schedule, *, processes) -> int:
     """Both through the proxy, and both without faults into a folder; the number of samples seen."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     samples = 0
     for number, config in enumerate(configs):
-        clean, uri = open_store(str(folder / f"{number}")), f"{s3}/{number}"
+        clean, uri = open_store(str(folder / f"{number}")), f"{server.uri}/faulty-epoch-{folder.name}/{number}"
         convert(config, clean)
-        with fault_proxy(s3_server.endpoint, schedule) as address:
+        with fault_proxy(server.endpoint, schedule) as address:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 facts = convert(config, open_store(uri), run_tasks=lambda run, tasks: pool.map(run, tasks))
             epoch = seen(open_store(uri))
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
         assert facts["made"] == facts["num_shards"]
         assert written(open_store(uri)) == written(clean)
         for split, found in seen(clean).items():
@@ -68,16 +68,21 @@ def phantoms(num_patients: int, **settings) -> DataConfig:
     return DataConfig(phantoms=PhantomConfig(num_patients=num_patients, images_per_patient=2, side=32), **settings)
 
 
-def test_an_epoch_over_faults_is_that_over_none(tmp_path, s3, s3_server, monkeypatch):
+@pytest.mark.usefixtures("s3")  # its keys, in the environment
+def test_an_epoch_over_faults_is_that_over_none(tmp_path, s3_server, monkeypatch):
     schedule = Schedule(rate=0.4, seed=5, stall_s=0.2)
     config = phantoms(60, samples_per_shard=12)
-    convert_and_read([config], tmp_path, s3, s3_server, monkeypatch, schedule, processes=2)
+    convert_and_read([config], tmp_path, s3_server, monkeypatch, schedule, processes=2)
     assert set(schedule.counts) == set(KINDS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_thousand_faults_lose_and_repeat_nothing(tmp_path, s3, s3_server, monkeypatch, shared_dir, capsys):
+@pytest.mark.parametrize("kind", ["moto", "radosgw"])
+def test_a_thousand_faults_lose_and_repeat_nothing(kind, tmp_path, request, monkeypatch, shared_dir, capsys):
+    server = request.getfixturevalue("s3_server" if kind == "moto" else "radosgw_server")
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
     schedule = Schedule(rate=0.4, seed=7, stall_s=5)
     sets = partial(DataConfig, layout="npz")
     configs = [
@@ -85,9 +90,11 @@ def test_a_thousand_faults_lose_and_repeat_nothing(tmp_path, s3, s3_server, monk
         sets(dataset="pneumoniamnist", source=str(shared_dir / "data/pneumoniamnist.npz"), samples_per_shard=16),
         sets(dataset="breastmnist", source=str(shared_dir / "data/breastmnist.npz"), samples_per_shard=8),
     ]
-    samples = convert_and_read(configs, tmp_path, s3, s3_server, monkeypatch, schedule, processes=4)
+    samples = convert_and_read(configs, tmp_path, server, monkeypatch, schedule, processes=4)
     with capsys.disabled():
-        print(f"\n{schedule.counts.total()} faults in {len(schedule.requests)} requests, {samples} samples seen")
+        print(
+            f"\n{kind}: {schedule.counts.total()} faults in {len(schedule.requests)} requests, {samples} samples seen"
+        )
         for kind in KINDS:
             print(f"  {kind:15} {schedule.counts[kind]:5}")
     assert schedule.counts.total() >= 1000

@@ -94,5 +94,6 @@ def _wait(address: str, folder: Path, most_s: float = 120) -> None:
             urllib.request.urlopen(address, timeout=2)
             return
         except OSError:
-            assert time.monotonic() < deadline, (folder / "radosgw.out").read_text()[-2000:]
+            said = "\n".join(path.read_text()[-1000:] for path in (*folder.glob("*.out"), folder / "client.rgw.log"))
+            assert time.monotonic() < deadline, said
             time.sleep(0.2)

@@ -40,33 +40,33 @@ class Lease:
                 "work: run again once no other conversion of this dataset runs; what is finished is kept"
             )
 
-    def _write(self) -> None:
+    def _write(self, store: Store) -> None:
         began = time.monotonic()  # its age counts from before it was written
-        self._store.put(self._key, json.dumps(self._content(), indent=1).encode())
+        content = {"owner": self._owner, "ttl_s": self._ttl_s, "token": self._token}
+        store.put(self._key, json.dumps(content, indent=1).encode())
         self._renewed = began
 
-    def _content(self) -> dict[str, Any]:
-        return {"owner": self._owner, "ttl_s": self._ttl_s, "token": self._token}
-
-    def _is_ours(self) -> bool:
-        found = _read(self._store, self._key)
+    def _is_ours(self, store: Store) -> bool:
+        found = _read(store, self._key)
         return found is not None and found["token"] == self._token
 
     def _keep(self) -> None:
         """Renews until it has ended, or somebody else has taken it."""
         while not self._ended.wait(self._ttl_s / 3):
             try:
-                if not self._is_ours():
+                store = self._store._impatient()
+                if not self._is_ours(store):
                     self._lost = "another driver has taken it"
                     return
-                self._write()
+                self._write(store)
             except StoreError as error:  # `check` knows how long it has been
                 _log.warning("the lease %s could not be renewed: %s", self._key, error)
 
     def _give_back(self) -> None:
-        with contextlib.suppress(StoreError):
-            if not self._lost and self._is_ours():
-                self._store.delete(self._key)
+        store = self._store._impatient()
+        with contextlib.suppress(StoreError):  # then it ends by itself
+            if not self._lost and self._is_ours(store):
+                store.delete(self._key)
 
 
 @contextlib.contextmanager
@@ -122,9 +122,9 @@ def _take(held: Lease, *, settle_s: float, until: float) -> None:
     while True:
         found = _read(store, key)
         if found is None or _is_over(store, key, found):
-            held._write()
+            held._write(store)
             time.sleep(settle_s)
-            if held._is_ours():
+            if held._is_ours(store):
                 return
             found = _read(store, key) or {"owner": "another driver"}
         if time.monotonic() > until:
@@ -145,7 +145,11 @@ def _is_over(store: Store, key: str, found: dict[str, Any]) -> bool:
 def _read(store: Store, key: str) -> dict[str, Any] | None:
     """What the lease object says; None where there is none, or nothing that could be one."""
     try:
-        found = json.loads(store.get(key))
-    except (StoreKeyError, ValueError):
+        data = store.get(key)
+    except StoreKeyError:
+        return None
+    try:
+        found = json.loads(data)
+    except ValueError:
         return None
     return found if isinstance(found, dict) and {"owner", "ttl_s", "token"} <= found.keys() else None

@@ -11,7 +11,8 @@ import pytest
 from fault_proxy import Schedule, fault_proxy
 
 from data_shards.lease import LeaseError, lease, one_driver
-from data_shards.store import open_store
+from data_shards.s3_store import S3Store
+from data_shards.store import StoreError, open_store
 
 
 @pytest.fixture
@@ -62,7 +63,8 @@ def test_a_second_driver_waits_until_the_first_has_finished(store):
 
 def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(store):
     script = (
-        "import sys, time; from data_shards.lease import lease; from data_shards.store import open_store\n"
+        "import sys, time; from data_shards.lease import lease; from data_shards.s3_store import S3Store
+from data_shards.store import StoreError, open_store\n"
         "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=2, settle_s=0.1):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
@@ -87,6 +89,18 @@ def test_a_lease_that_was_taken_away_is_noticed(store):
         with pytest.raises(LeaseError, match="another driver has taken it"):
             held.check()
     assert b"thief" in store.get(".lease")
+
+
+def test_a_store_that_cannot_be_asked_is_not_taken_for_one_without_a_lease(open_server, monkeypatch):
+    schedule = Schedule(always="internal_error")
+    with fault_proxy(open_server, schedule) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        with (
+            pytest.raises(StoreError, match="keeps failing"),
+            lease(S3Store("open", "leased", patience_s=0.3), ".lease", "me"),
+        ):
+            pass
+    assert {request.method for request in schedule.requests} == {"GET"}
 
 
 def test_a_store_with_conditional_writes_needs_no_lease(tmp_path, store):

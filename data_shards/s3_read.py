@@ -94,7 +94,7 @@ class Reading:
         if found in (wanted, ""):
             return
         if found == self._seen:
-            _log.warning("%s: its ETag is %s, but its bytes make %s", self._place["Key"], wanted, found)
+            _log.info("%s: its ETag is %s, but its bytes make %s", self._place["Key"], wanted, found)
             return
         self._begin_anew()
         self._seen = found

@@ -93,7 +93,10 @@ class S3Store(Store):
                 if found in ("", wanted, seen):
                     return
                 seen = found
-            raise DamagedError("its bytes do not fit its ETag, or it is replaced all the time")
+        raise StoreError(
+            f"{self.uri}: {key} was replaced while it was read, or came damaged, five times over: read it again when "
+            "nobody writes it"
+        )
 
     def head(self, key: str) -> int | None:
         answer = self._head(key)
@@ -190,7 +193,10 @@ class S3Store(Store):
                         parts.abort(self.client)
             if done is not None:
                 return done
-        raise DamagedError("the server lost its parts three times")
+        raise StoreError(
+            f"{self.uri}: cannot write {key}: three times another writer of it came between, or the server forgot its "
+            "parts: run again"
+        )
 
     def _completed(self, parts: Parts, key: str, data: bytes | Path, *, if_absent: bool) -> bool | None:
         """True: written; False: another object was there first; None: the server wants all parts again."""

@@ -32,7 +32,8 @@ def faults(s3, s3_server, monkeypatch):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Objects of more than 5 MiB go in parts of 5 MiB, the least that S3 allows."""
+    """Objects of more than 5 MiB go in parts of 5 MiB, the least that S3 allows; they come in windows of 4 MiB."""
+    monkeypatch.setattr(s3_store, "_WINDOW_BYTES", 4 << 20)
     monkeypatch.setattr(s3_store, "MULTIPART_BYTES", 5 << 20)
     monkeypatch.setattr(s3_upload, "_PART_BYTES", 5 << 20)
     return os.urandom(12 << 20)
@@ -247,6 +248,20 @@ def test_a_large_object_goes_in_parts_through_faults(s3, faults, small_parts, tm
     assert (tmp_path / "copy").read_bytes() == small_parts
     store.clean(older_than_s=0)  # what was begun without that we heard of it
     assert uploads(store) == []
+
+
+@pytest.mark.parametrize("new_bytes", [3 << 20, 12 << 20], ids=["shorter", "as long"])
+def test_an_object_that_is_replaced_between_two_windows_is_fetched_anew(s3, faults, small_parts, tmp_path, new_bytes):
+    store, new = open_store(s3), small_parts[::-1][:new_bytes]
+    store.put("k", small_parts)
+
+    def replace(request):
+        if request.range.startswith(f"bytes={4 << 20}-"):
+            faults.meanwhile = lambda request: None
+            store.put("k", new)
+
+    faults.meanwhile = replace
+    assert copied(store, tmp_path) == new
 
 
 def test_a_large_object_is_written_only_where_nothing_is(s3, faults, small_parts):

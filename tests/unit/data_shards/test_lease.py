@@ -64,14 +64,14 @@ def test_a_second_driver_waits_until_the_first_has_finished(store):
 def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(store):
     script = (
         "import sys, time; from data_shards.lease import lease; from data_shards.store import open_store\n"
-        "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=2, settle_s=0.1):\n"
+        "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=3, settle_s=0.1):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, store.uri], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(LeaseError, match=r"the killed one is at work .* ends 2 s after"), lease(store, ".lease", "me"):
+    with pytest.raises(LeaseError, match=r"the killed one is at work .* ends 3 s after"), lease(store, ".lease", "me"):
         pass
-    time.sleep(3)
+    time.sleep(4)
     with pytest.raises(LeaseError, match="the killed one"), lease(store, ".lease", "me"):
         pass
     process.kill()
@@ -81,10 +81,11 @@ def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(sto
 
 
 def test_a_lease_that_was_taken_away_is_noticed(store):
-    with lease(store, ".lease", "first", ttl_s=1.5, settle_s=0.1) as held:
+    with lease(store, ".lease", "first", ttl_s=6, settle_s=0.1) as held:
         held.check()
         store.put(".lease", json.dumps({"owner": "thief", "ttl_s": 60, "token": "x"}).encode())
-        time.sleep(1.5)
+        (keeper,) = (thread for thread in threading.enumerate() if thread.name == "lease .lease")
+        keeper.join(30)
         with pytest.raises(LeaseError, match="another driver has taken it"):
             held.check()
     assert b"thief" in store.get(".lease")

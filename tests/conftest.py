@@ -167,15 +167,16 @@ def radosgw_server(tmp_path_factory) -> Iterator[S3Server]:
         yield S3Server(endpoint, env, "s3://medmamba-tests")
 
 
-@pytest.fixture
-def open_server(s3, tmp_path_factory) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def open_server(tmp_path_factory) -> Iterator[str]:
     """Address of an S3 server with the bucket `open` that checks no signature, so that headers may be taken away."""
     endpoint = f"http://127.0.0.1:{free_port()}"
     command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", endpoint.rpartition(":")[2]]
     with service(command, url=endpoint, log=tmp_path_factory.mktemp("moto") / "moto.log"):
         import boto3
 
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="open")
+        any_key = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=endpoint, **any_key).create_bucket(Bucket="open")
         yield endpoint
 
 

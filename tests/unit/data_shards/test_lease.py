@@ -16,12 +16,12 @@ from data_shards.store import StoreError, open_store
 
 
 @pytest.fixture
-def store(open_server, monkeypatch):
+def store(open_server, s3, monkeypatch):
     """On a server that ignores conditions, through a proxy that breaks some of what passes."""
     schedule = Schedule(rate=0.1, kinds=("internal_error", "lost_answer", "truncated", "flipped_put"), seed=1)
     with fault_proxy(open_server, schedule, without=("If-None-Match", "If-Match")) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
-        yield open_store("s3://open/leased")
+        yield open_store(f"s3://open/{s3.rpartition('/')[2]}")
 
 
 def test_of_drivers_that_start_at_once_one_works_and_the_others_are_told_who(store):
@@ -91,6 +91,7 @@ def test_a_lease_that_was_taken_away_is_noticed(store):
     assert b"thief" in store.get(".lease")
 
 
+@pytest.mark.usefixtures("s3")
 def test_a_store_that_cannot_be_asked_is_not_taken_for_one_without_a_lease(open_server, monkeypatch):
     schedule = Schedule(always="internal_error")
     with fault_proxy(open_server, schedule) as address:

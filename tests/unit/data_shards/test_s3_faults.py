@@ -101,6 +101,7 @@ def test_a_broken_body_goes_on_at_the_byte_where_it_stopped(s3, faults):
     assert 0 < starts[0] <= starts[1]
 
 
+@pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("without", [(), ("If-Match",)], ids=["If-Match", "If-Match ignored"])
 def test_an_object_that_is_replaced_while_it_is_read_is_never_spliced(open_server, monkeypatch, tmp_path, without):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", open_server)
@@ -315,6 +316,7 @@ def test_the_parts_of_a_killed_process_are_aborted_by_age_and_only_below_our_pre
     assert uploads(other) != []
 
 
+@pytest.mark.usefixtures("s3")
 def test_a_server_that_ignores_conditions_is_asked_once_and_the_user_is_told(open_server, monkeypatch, caplog):
     schedule = Schedule()
     with fault_proxy(open_server, schedule, without=("If-None-Match", "If-Match")) as address:

@@ -83,7 +83,7 @@ def test_a_thousand_faults_lose_and_repeat_nothing(kind, tmp_path, request, monk
     server = request.getfixturevalue("s3_server" if kind == "moto" else "radosgw_server")
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
-    schedule = Schedule(rate=0.4, seed=7, stall_s=5)
+    schedule = Schedule(rate=0.45, seed=7, stall_s=5)
     sets = partial(DataConfig, layout="npz")
     configs = [
         phantoms(150, samples_per_shard=10),

@@ -61,6 +61,7 @@ def test_a_second_driver_waits_until_the_first_has_finished(store):
     assert order == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(store):
     script = (
         "import sys, time; from data_shards.lease import lease; from data_shards.store import open_store\n"

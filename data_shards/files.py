@@ -20,6 +20,7 @@ from typing import Protocol
 from data_shards.s3_store import S3Store
 from data_shards.store import StoreError, open_store
 
+_PART_BYTES = 64 << 20
 _JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # Published sets have one zip in another; archives that hold themselves have no end.
 _DEEPEST_ZIP = 3

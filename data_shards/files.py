@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from data_shards.store import S3Store, StoreError, open_store
+from data_shards.s3_store import S3Store
+from data_shards.store import StoreError, open_store
 
 _PART_BYTES = 64 << 20
 _JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
@@ -235,13 +236,12 @@ def local_copy(uri: str) -> Path:
     if size is None:
         raise ValueError(f"{uri} is no such source: there is no such object; check --data.source")
     # A replaced object has another tag, so an old copy is never taken for the new one.
-    identity = f"{uri}|{size}|{store.tag(name)}"
+    tag = store.tag(name)
+    identity = f"{uri}|{size}|{tag}"
 
     def fetch(target: Path) -> None:
-        with target.open("wb") as out:
-            for start in range(0, size, _PART_BYTES):
-                out.write(store.get(name, start=start, length=_PART_BYTES))
-        if target.stat().st_size != size:
+        store.fetch(name, target)
+        if store.tag(name) != tag:
             raise StoreError(f"{uri} changed while it was fetched: run again when it is whole")
 
     return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{name}", fetch)

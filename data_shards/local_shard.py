@@ -13,8 +13,6 @@ from data_shards.manifest import MANIFEST, Manifest, ShardEntry
 from data_shards.shard import tar_key
 from data_shards.store import Store, StoreKeyError
 
-_PART_BYTES = 16 << 20
-
 
 class ShardError(ValueError):
     """A shard that is missing or does not hold the bytes its manifest promises."""
@@ -44,9 +42,11 @@ class LocalShards:
         entry = self.manifest.shards[shard]
         path = self.store.path(tar_key(entry.name)) or cache_folder() / f"{entry.sha256}.tar"
         mapped, found = _mapped(path)
-        if found != entry.sha256 and not self.store.is_local:  # no copy yet, or one damaged on this machine's disk
-            self._fetch(entry, path)
-            mapped, found = _mapped(path)
+        # No copy yet, or one damaged on this machine's disk; a second time if it was damaged on the way.
+        for _ in range(0 if self.store.is_local else 2):
+            if found != entry.sha256:
+                self._fetch(entry, path)
+                mapped, found = _mapped(path)
         if mapped is None or found != entry.sha256:
             raise ShardError(
                 f"shard {tar_key(entry.name)} of {self.store.uri} has the sha256 {found}, but the manifest says "
@@ -60,9 +60,8 @@ class LocalShards:
         # Copied beside and renamed, so that another rank on this machine never maps a part of a shard.
         with tempfile.NamedTemporaryFile(dir=copy.parent, prefix=".tmp-", delete=False) as beside:
             try:
-                for start in range(0, entry.bytes, _PART_BYTES):
-                    beside.write(self.store.get(tar_key(entry.name), start=start, length=_PART_BYTES))
                 beside.close()
+                self.store.fetch(tar_key(entry.name), Path(beside.name))
                 os.replace(beside.name, copy)
             except StoreKeyError:
                 Path(beside.name).unlink()

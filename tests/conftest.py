@@ -150,6 +150,36 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
         yield S3Server(endpoint, env, "s3://medmamba-tests")
 
 
+@pytest.fixture(scope="session")
+def radosgw_server(tmp_path_factory) -> Iterator[S3Server]:
+    """A second real S3 server, where it is installed."""
+    import radosgw
+
+    if lacking := radosgw.missing():
+        pytest.skip(f"{', '.join(lacking)} is not installed (Debian's radosgw, ceph-mon and ceph-osd)")
+    with radosgw.radosgw(tmp_path_factory.mktemp("radosgw"), mon=free_port(), port=free_port()) as env:
+        import boto3
+
+        endpoint, keys = env["AWS_ENDPOINT_URL_S3"], {name.lower(): env[name] for name in env if "KEY" in name}
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys).create_bucket(
+            Bucket="medmamba-tests"
+        )
+        yield S3Server(endpoint, env, "s3://medmamba-tests")
+
+
+@pytest.fixture(scope="session")
+def open_server(tmp_path_factory) -> Iterator[str]:
+    """Address of an S3 server with the bucket `open` that checks no signature, so that headers may be taken away."""
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", endpoint.rpartition(":")[2]]
+    with service(command, url=endpoint, log=tmp_path_factory.mktemp("moto") / "moto.log"):
+        import boto3
+
+        any_key = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=endpoint, **any_key).create_bucket(Bucket="open")
+        yield endpoint
+
+
 @pytest.fixture
 def s3(s3_server, monkeypatch, request) -> str:
     """A fresh prefix in the bucket, with the credentials in this process's environment."""

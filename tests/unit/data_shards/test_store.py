@@ -54,6 +54,50 @@ def test_exactly_one_of_many_writers_wins(store):
     assert store.get("k") == b"%d" % won[0]
 
 
+def test_two_writers_of_the_same_bytes_both_succeed_and_other_bytes_are_replaced(store):
+    assert store.ensure("k", b"same")
+    assert not store.ensure("k", b"same")
+    assert store.ensure("k", b"else")
+    assert store.get("k") == b"else"
+
+
+def test_a_store_knows_whether_it_holds_these_bytes(store, tmp_path):
+    (tmp_path / "file").write_bytes(b"0123456789")
+    store.put("k", b"0123456789")
+    assert store.holds("k", b"0123456789")
+    assert store.holds("k", tmp_path / "file")
+    assert not any(store.holds("k", data) for data in (b"", b"012345678", b"0123456780"))
+    assert not store.holds("gone", b"")
+
+
+def test_an_object_is_fetched_into_a_file(store, tmp_path):
+    for data in (b"", b"0123456789"):
+        store.put("k", data)
+        store.fetch("k", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == data
+    with pytest.raises(StoreKeyError, match="has no object gone"):
+        store.fetch("gone", tmp_path / "copy")
+
+
+def test_an_object_has_an_age(store):
+    store.put("k", b"")
+    first = store.age_s("k")
+    time.sleep(1.1)
+    assert 1 <= store.age_s("k") - first < 60
+    with pytest.raises(StoreKeyError, match="has no object gone"):
+        store.age_s("gone")
+
+
+def test_what_killed_writers_left_in_a_folder_is_removed_once_it_is_old(tmp_path):
+    store = open_store(str(tmp_path))
+    store.put("a/k", b"whole")
+    for name, age_s in (("a/.tmp-old", 7200), (".tmp-new", 0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    assert store.clean(older_than_s=3600) == ("a/.tmp-old",)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".tmp-new", "k"]
+
+
 def test_a_listing_is_sorted_relative_and_by_prefix(store):
     for key in ("x/b", "x/a.tar", "x.y", "z"):
         store.put(key, b"")

@@ -1,0 +1,155 @@
+"""One driver at a time, for stores that ignore conditional writes: a lease, which is an object that is kept fresh."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from data_shards.store import Store, StoreError, StoreKeyError
+
+_log = logging.getLogger(__name__)
+
+
+class LeaseError(StoreError):
+    """Somebody else holds the lease, or it was lost: says who and what to do."""
+
+
+class Lease:
+    """A held lease; ask `check` before a write that must not happen twice."""
+
+    def __init__(self, store: Store, key: str, owner: str, *, ttl_s: float):
+        self._store, self._key, self._owner, self._ttl_s = store, key, owner, ttl_s
+        self._token = secrets.token_hex(16)
+        self._renewed = time.monotonic()
+        self._lost = ""
+        self._ended = threading.Event()
+
+    def check(self) -> None:
+        """Raises LeaseError if it is no longer certain that nobody else works here."""
+        if not self._lost and time.monotonic() - self._renewed > self._ttl_s:
+            self._lost = f"it could not be renewed for {self._ttl_s:g} s"
+        if self._lost:
+            raise LeaseError(
+                f"the lease {self._key} of {self._store.uri} was lost ({self._lost}), so another driver may be at "
+                "work: run again once no other conversion of this dataset runs; what is finished is kept"
+            )
+
+    def _write(self, store: Store) -> None:
+        began = time.monotonic()  # its age counts from before it was written
+        content = {"owner": self._owner, "ttl_s": self._ttl_s, "token": self._token}
+        store.put(self._key, json.dumps(content, indent=1).encode())
+        self._renewed = began
+
+    def _is_ours(self, store: Store) -> bool:
+        found = _read(store, self._key)
+        return found is not None and found["token"] == self._token
+
+    def _keep(self) -> None:
+        """Renews until it has ended, or somebody else has taken it."""
+        while not self._ended.wait(self._ttl_s / 3):
+            try:
+                store = self._store._impatient()
+                if not self._is_ours(store):
+                    self._lost = "another driver has taken it"
+                    return
+                self._write(store)
+            except StoreError as error:  # `check` knows how long it has been
+                _log.warning("the lease %s could not be renewed: %s", self._key, error)
+
+    def _give_back(self) -> None:
+        store = self._store._impatient()
+        with contextlib.suppress(StoreError):  # then it ends by itself
+            if not self._lost and self._is_ours(store):
+                store.delete(self._key)
+
+
+@contextlib.contextmanager
+def lease(
+    store: Store, key: str, owner: str, *, ttl_s: float = 60.0, settle_s: float = 2.0, wait_s: float = 0.0
+) -> Iterator[Lease]:
+    """Holds the lease object `key` while the block lasts, renewed every `ttl_s` / 3 and deleted at the end.
+
+    What it can do: a second driver that starts while a first one works is kept out; the lease of a killed driver ends
+    `ttl_s` after its last renewal, by the store's own clock, so the machines' clocks need not agree.
+
+    What it cannot do, because nothing in such a store happens at once for two: two drivers that start within a moment
+    of each other both write the object, wait `settle_s` and look whose write stayed. If the write of one is under way
+    for longer than that, both go on, until the next renewal of one of them (`ttl_s` / 3) finds the other's. A driver
+    that was stopped for longer than `ttl_s` finds out only at its next `check`. So `check` before each write that must
+    not happen twice, and write nothing under such a lease that two drivers would not write alike.
+
+    Args:
+        store: Where the dataset lies.
+        key: Of the lease object, in that store.
+        owner: Who this is, for the message that another driver gets.
+        ttl_s: How long the lease outlives its last renewal; clocks of stores tick in seconds.
+        settle_s: How long a write may take to be seen by others.
+        wait_s: How long to wait for another's lease to end.
+
+    Raises:
+        LeaseError: another driver holds it.
+    """
+    held = Lease(store, key, owner, ttl_s=ttl_s)
+    _take(held, settle_s=settle_s, until=time.monotonic() + wait_s)
+    keeper = threading.Thread(target=held._keep, name=f"lease {key}", daemon=True)
+    keeper.start()
+    try:
+        yield held
+    finally:
+        held._ended.set()
+        keeper.join()
+        held._give_back()
+
+
+@contextlib.contextmanager
+def one_driver(store: Store, key: str, owner: str, *, wait_s: float = 0.0) -> Iterator[Lease | None]:
+    """A lease where the store needs one, else None at once: conditional writes let any number of drivers work."""
+    if store.conditional:
+        yield None
+        return
+    with lease(store, key, owner, wait_s=wait_s) as held:
+        yield held
+
+
+def _take(held: Lease, *, settle_s: float, until: float) -> None:
+    store, key = held._store, held._key
+    while True:
+        found = _read(store, key)
+        if found is None or _is_over(store, key, found):
+            held._write(store)
+            time.sleep(settle_s)
+            if held._is_ours(store):
+                return
+            found = _read(store, key) or {"owner": "another driver"}
+        if time.monotonic() > until:
+            raise LeaseError(
+                f"{found['owner']} is at work in {store.uri} (its lease {key} is fresh): wait until it has finished; "
+                f"if it was killed, its lease ends {found.get('ttl_s', held._ttl_s):g} s after it was last renewed"
+            )
+        time.sleep(min(1.0, held._ttl_s / 10))
+
+
+def _is_over(store: Store, key: str, found: dict[str, Any]) -> bool:
+    try:
+        return store.age_s(key) > found["ttl_s"]
+    except StoreKeyError:
+        return True
+
+
+def _read(store: Store, key: str) -> dict[str, Any] | None:
+    """What the lease object says; None where there is none, or nothing that could be one."""
+    try:
+        data = store.get(key)
+    except StoreKeyError:
+        return None
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"owner", "ttl_s", "token"} <= found.keys() else None

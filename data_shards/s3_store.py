@@ -1,0 +1,322 @@
+"""Objects below a prefix of an S3 bucket, through a network that fails: tried again, read on, checked."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import operator
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_shards.s3_client import PATIENCE_S, SILENCE_S, Tries, connect
+from data_shards.s3_errors import DamagedError, ReplacedError, code_of, explain, failures
+from data_shards.s3_read import Reading
+from data_shards.s3_upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
+from data_shards.store import Store, StoreError, StoreKeyError, checked_key, tell_unconditional
+
+_WINDOW_BYTES = 16 << 20
+_EXISTS = ("PreconditionFailed", "412")
+_MARKERS = {  # how the next page is asked for: argument -> where the last page tells it
+    "list_objects_v2": {"ContinuationToken": "NextContinuationToken"},
+    "list_multipart_uploads": {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
+}
+_T = TypeVar("_T")
+# (endpoint, bucket) -> whether it heeds If-None-Match; asked once per process.
+_heeds: dict[tuple[str, str], bool] = {}
+
+
+class S3Store(Store):
+    """Objects below a prefix of an S3 bucket.
+
+    Time: no attempt begins later than `patience_s` (120 s) after its operation began, and one ends when the server has
+    been silent for `silence_s` (20 s). So a server that is dead, or fails each time, is told after 140 s at the latest,
+    expired keys after 20 s, wrong ones at once. An object of more than 64 MiB is written in parts, and `fetch` reads in
+    windows of 16 MiB: each of them is an operation of its own.
+
+    Content: every body is compared with its announced length, and a whole object with its ETag, which is its MD5
+    unless the bucket encrypts with keys of KMS or of the customer. A range alone and a listing have no checksum in S3:
+    whoever reads a range needs a digest of his own.
+
+    Conditions: radosgw 16 heeds If-None-Match for whole objects but not at the end of an upload in parts. There two
+    writers of one large object both win, and the later one's stays.
+    """
+
+    is_local = False
+
+    def __init__(self, bucket: str, prefix: str, *, patience_s: float = PATIENCE_S, silence_s: float = SILENCE_S):
+        self.bucket, self.prefix = bucket, prefix
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._root = f"{prefix}/" if prefix else ""
+        self._patience_s, self._silence_s = patience_s, silence_s
+        self._until = float("inf")  # of all operations together
+
+    @property
+    def conditional(self) -> bool:
+        """See Store. Asked with a probe object, once per process and bucket."""
+        if self._heeds is None:
+            self._learn(self._heeds_conditions())
+        return bool(self._heeds)
+
+    def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
+        """See Store. S3 shows an object only when all of it has arrived."""
+        with self._errors(f"cannot write {key}"):
+            if if_absent and self._heeds is False:
+                if self._head(key) is not None:
+                    return False
+                if_absent = False  # another may come between
+            if size_of(data) > MULTIPART_BYTES:
+                return self._put_in_parts(key, data, if_absent=if_absent)
+            return self._put_whole(key, data.read_bytes() if isinstance(data, Path) else data, if_absent=if_absent)
+
+    def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+        if length == 0:
+            return b""
+        with self._errors(f"cannot read {key}", key=key):
+            return self._read(Reading(self._place(key), start, length))
+
+    def fetch(self, key: str, path: Path) -> None:
+        """See Store. All windows are of one and the same object; what does not fit its ETag is fetched again."""
+        seen = ""
+        with self._errors(f"cannot read {key}", key=key):
+            for _ in range(5):
+                try:
+                    wanted = self._copy(key, path)
+                except ReplacedError:
+                    continue
+                found = etag_of(path, like=wanted)
+                if found in ("", wanted, seen):
+                    return
+                seen = found
+        raise StoreError(
+            f"{self.uri}: {key} was replaced while it was read, or came damaged, five times over: read it again when "
+            "nobody writes it"
+        )
+
+    def head(self, key: str) -> int | None:
+        answer = self._head(key)
+        return None if answer is None else answer["ContentLength"]
+
+    def tag(self, key: str) -> str:
+        return self._found(key)["ETag"]
+
+    def age_s(self, key: str) -> float:
+        answer = self._found(key)
+        return (_server_time(answer) - answer["LastModified"]).total_seconds()
+
+    def holds(self, key: str, data: bytes | Path) -> bool:
+        """See Store. By size and ETag; the bytes are fetched only where the ETag is not that of the same bytes."""
+        answer = self._head(key)
+        if answer is None or answer["ContentLength"] != size_of(data):
+            return False
+        tag = comparable_etag(answer)
+        return (tag != "" and etag_of(data, like=tag) == tag) or super().holds(key, data)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        return (key for key in self.raw_keys(prefix) if key and not key.endswith("/"))
+
+    def raw_keys(self, prefix: str = "") -> Iterator[str]:
+        """As `list`, with the empty objects that consoles and pyarrow put where a folder is meant ("x/", "")."""
+        for page in self._pages("list_objects_v2", prefix):
+            for entry in page.get("Contents", ()):
+                yield entry["Key"].removeprefix(self._root)
+
+    def delete(self, key: str) -> None:
+        place = self._place(key)
+        with self._errors(f"cannot delete {key}"):
+            self._ask(lambda client: client.delete_object(**place))
+
+    def clean(self, *, older_than_s: float) -> tuple[str, ...]:
+        """See Store: uploads in parts that were never completed, which nobody sees but the one who pays."""
+        aborted = []
+        for page in self._pages("list_multipart_uploads", ""):
+            for upload in page.get("Uploads", ()):
+                age_s = (_server_time(page) - upload["Initiated"]).total_seconds()
+                if max(0, age_s) >= older_than_s:  # the one is in whole seconds, the other not
+                    parts = Parts({"Bucket": self.bucket, "Key": upload["Key"]}, upload["UploadId"])
+                    with self._errors("cannot abort an upload"):
+                        self._ask(parts.abort)
+                    aborted.append(upload["Key"].removeprefix(self._root))
+        return tuple(sorted(aborted))
+
+    def path(self, key: str) -> None:
+        return None
+
+    @property
+    def client(self) -> Any:
+        """boto3's client of this process."""
+        with self._errors("cannot connect"):
+            return connect(self._silence_s).client
+
+    def _put_whole(self, key: str, body: bytes, *, if_absent: bool) -> bool:
+        place, condition = self._place(key), {"IfNoneMatch": "*"} if if_absent else {}
+        checksum = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        tries = self._tries()
+        while True:
+            try:
+                answer = tries.client().put_object(Body=body, ContentMD5=checksum, **place, **condition)
+                tag = comparable_etag(answer)
+                if etag_of(body, like=tag) == tag or self._read(Reading(place)) == body:
+                    return True
+                # A server that does not look at Content-MD5 has stored what came. It is put right, unless somebody
+                # else has done so since.
+                condition = {"IfMatch": answer["ETag"]} if if_absent else {}
+                raise DamagedError(f"the server stored other bytes than were sent (its ETag is {tag})")
+            except failures() as error:
+                if if_absent and code_of(error) in _EXISTS:
+                    # An attempt whose answer was lost may have written it: then these are our bytes.
+                    return tries.unsure and self.holds(key, body)
+                if condition and code_of(error) == "NotImplemented":
+                    self._learn(False)
+                    condition = {}
+                    continue
+                tries.failed(error)
+
+    def _put_in_parts(self, key: str, data: bytes | Path, *, if_absent: bool) -> bool:
+        place = self._place(key)
+        for _ in range(3):
+            if if_absent and self._head(key) is not None:
+                return False  # not sent in vain
+            begun = self._ask(lambda client: client.create_multipart_upload(**place))
+            parts, done = Parts(place, begun["UploadId"]), None
+            try:
+                parts.send(data, self._tries)
+                done = self._completed(parts, key, data, if_absent=if_absent)
+            finally:
+                if not done:
+                    with contextlib.suppress(*failures()):
+                        parts.abort(self.client)
+            if done is not None:
+                return done
+        raise StoreError(
+            f"{self.uri}: cannot write {key}: three times another writer of it came between, or the server forgot its "
+            "parts: run again"
+        )
+
+    def _completed(self, parts: Parts, key: str, data: bytes | Path, *, if_absent: bool) -> bool | None:
+        """True: written; False: another object was there first; None: the server wants all parts again."""
+        tries, condition = self._tries(), {"IfNoneMatch": "*"} if if_absent else {}
+        while True:
+            try:
+                parts.complete(tries.client(), **condition)
+                return True
+            except failures() as error:
+                is_there, is_lost = code_of(error) in _EXISTS, code_of(error) in ("NoSuchUpload", "404")
+                if (is_there or is_lost) and tries.unsure and self.holds(key, data):
+                    return True  # by an attempt whose answer was lost
+                if is_there:
+                    return False
+                if is_lost or code_of(error) == "ConditionalRequestConflict":
+                    return None
+                if condition and code_of(error) == "NotImplemented":
+                    self._learn(False)
+                    condition = {}
+                    continue
+                tries.failed(error)
+
+    def _copy(self, key: str, path: Path) -> str:
+        """Fetches window by window; the ETag as far as it tells of the bytes."""
+        with path.open("wb") as out:
+            reading = Reading(self._place(key), 0, _WINDOW_BYTES)
+            while True:
+                data = self._read(reading)
+                if reading.total and not data:
+                    raise ReplacedError("it became shorter while it was read")
+                out.write(data)
+                if out.tell() >= reading.total:
+                    return reading.tag if reading.total > _WINDOW_BYTES else ""  # one window is checked as it is read
+                reading = Reading(self._place(key), out.tell(), _WINDOW_BYTES, etag=reading.etag)
+
+    def _read(self, reading: Reading) -> bytes:
+        return self._ask(reading.go_on)
+
+    def _head(self, key: str) -> dict[str, Any] | None:
+        place = self._place(key)
+
+        def look(client: Any) -> dict[str, Any] | None:
+            try:
+                return client.head_object(**place)
+            except failures() as error:
+                if code_of(error) in ("404", "NoSuchKey", "NotFound"):
+                    return None
+                if code_of(error) in ("400", "403"):  # the answer to GET says why
+                    client.get_object(**place)["Body"].close()
+                raise
+
+        with self._errors(f"cannot read {key}"):
+            return self._ask(look)
+
+    def _found(self, key: str) -> dict[str, Any]:
+        answer = self._head(key)
+        if answer is None:
+            raise StoreKeyError(f"{self.uri} has no object {key}")
+        return answer
+
+    def _pages(self, operation: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """The pages of a listing below our prefix, each tried again on its own."""
+        ask = {"Bucket": self.bucket, "Prefix": self._root + prefix}
+        while True:
+            with self._errors("cannot list"):
+                page = self._ask(operator.methodcaller(operation, **ask))
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            ask |= {name: page[next_name] for name, next_name in _MARKERS[operation].items()}
+
+    def _ask(self, call: Callable[[Any], _T]) -> _T:
+        tries = self._tries()
+        while True:
+            try:
+                return call(tries.client())
+            except failures() as error:
+                tries.failed(error)
+
+    def _tries(self) -> Tries:
+        until = min(time.monotonic() + self._patience_s, self._until)
+        return Tries(self.bucket, until=until, silence_s=self._silence_s)
+
+    @property
+    def _heeds(self) -> bool | None:
+        """What is known of the server's conditional writes."""
+        return _heeds.get((self.client.meta.endpoint_url, self.bucket))
+
+    def _learn(self, heeds: bool) -> None:
+        if _heeds.setdefault((self.client.meta.endpoint_url, self.bucket), heeds) is heeds is False:
+            tell_unconditional(self)
+
+    def _heeds_conditions(self) -> bool:
+        key = f".probe-{secrets.token_hex(8)}"
+        self.put(key, secrets.token_bytes(16), if_absent=True)
+        try:
+            return self._heeds is None and not self.put(key, b"second", if_absent=True)
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete(key)
+
+    def _impatient(self) -> Store:
+        impatient = S3Store(self.bucket, self.prefix, patience_s=4, silence_s=4)
+        impatient._until = time.monotonic() + 4
+        return impatient
+
+    def _place(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._root + checked_key(key)}
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str, *, key: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except failures() as error:
+            if key is not None and code_of(error) in ("NoSuchKey", "404"):
+                raise StoreKeyError(f"{self.uri} has no object {key}") from error
+            reason = explain(error, bucket=self.bucket, uri=self.uri)
+            raise StoreError(f"{self.uri}: {doing}: {reason}") from error
+
+
+def _server_time(answer: dict[str, Any]) -> datetime:
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)

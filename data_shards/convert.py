@@ -300,7 +300,8 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
     """Raises where the finished dataset in the store was made with other settings."""
     wanted = _settings(config)
     try:
-        found = json.loads(out.get(SETTINGS))
+        # What was no setting yet when the dataset was made is at its default.
+        found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
     except (StoreKeyError, json.JSONDecodeError):
         found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
     ignored = {"name", "max_quarantine"}

@@ -18,7 +18,7 @@ pytest.importorskip("pylibjpeg", reason="compressed DICOM needs the extra `dicom
 
 from dicom_files import PATIENT, dicom_file, header, item, written
 from PIL import Image
-from pydicom.encaps import encapsulate, generate_fragments
+from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
@@ -566,6 +566,11 @@ def of(patient, study="1.2.3", pixels=GREY, **fields):
     return dicom_file(pixels, PatientID=patient, StudyInstanceUID=study, **fields)
 
 
+def noise(seed):
+    """Pixels like no others: copies in two splits would be refused."""
+    return np.random.default_rng(seed).integers(0, 4096, (16, 16), dtype="<u2")
+
+
 def test_each_frame_is_a_row_or_only_the_first_and_all_frames_are_of_one_group(tmp_path):
     frames = np.stack([GREY, GREY + 1, GREY + 2])
     files = {"a/cine": of("p1", NumberOfFrames=3, pixels=frames), "b/1.2.840.1": of("p2"), "b/x.png": jpeg(RGB)}
@@ -675,7 +680,7 @@ def test_of_a_large_file_on_s3_only_the_header_and_the_frame_are_fetched(tmp_pat
 
 
 def test_files_that_may_identify_the_patient_are_counted_and_set_aside_or_kept(tmp_path, caplog):
-    files = {f"{label}/{i}": of(f"{label}{i}", f"1.{i}", BurnedInAnnotation="YES" if i == 0 else "NO")
+    files = {f"{label}/{i}": of(f"{label}{i}", f"1.{i}", noise(100 * ord(label) + i), BurnedInAnnotation="NO" if i else "YES")
              for label in "ab" for i in range(20)}  # fmt: skip
     config = dicom_set(tmp_path / "set", files).model_copy(update={"max_quarantine": 0.1})
     facts = convert(config, open_store(str(tmp_path / "out")))
@@ -693,7 +698,11 @@ def test_files_of_a_kind_that_often_has_names_burned_in_and_does_not_say_so_are_
 
 
 def test_without_pydicom_a_set_of_dicom_files_fails_early_and_a_few_are_set_aside(tmp_path):
-    few = {f"{label}/{i}.png": jpeg(SIXTEEN + i, format="PNG") for label in "ab" for i in range(20)}
+    few = {
+        f"{label}/{i}.png": jpeg(noise(100 * ord(label) + i).astype(np.uint8), format="PNG")
+        for label in "ab"
+        for i in range(20)
+    }
     dicom_set(tmp_path / "few", few | {"a/scan.dcm": of("p")})
     dicom_set(tmp_path / "most", {f"{label}/{i}.dcm": of(f"{label}{i}") for label in "ab" for i in range(20)})
     script = (
@@ -745,7 +754,7 @@ def contents(store):
 
 def test_nothing_of_a_header_is_in_any_object_of_the_store(shared_dir, tmp_path):
     """Also not of a file that is set aside, or of one whose damaged header stands in pydicom's messages."""
-    files = {f"right/{number}.dcm": of(f"QUIRK-{number}-Y", f"1.2.3.{number}") for number in range(12)}
+    files = {f"right/{number}.dcm": of(f"QUIRK-{number}-Y", f"1.2.3.{number}", noise(number)) for number in range(12)}
     files |= {f"left/{name}": (shared_dir / "data" / "dicom" / name).read_bytes() for name in SHARED}
     config = dicom_set(tmp_path / "set", files).model_copy(update={"max_quarantine": 0.2})
     damaged = header(GREY, PatientID="damaged-1", StudyInstanceUID="1.2.999", WindowCenter=1)
@@ -762,11 +771,10 @@ def test_nothing_of_a_header_is_in_any_object_of_the_store(shared_dir, tmp_path)
 
 def test_a_frame_in_a_shard_is_a_png_of_its_pixels():
     pixels = shown(dicom_file(RGB))
-    kept, ending, shape = stored_bytes(pixels)
-    assert (ending, shape) == ("png", (12, 10, 3))
+    kept, ending, _ = stored_bytes(pixels)
+    assert ending == "png"
     assert np.array_equal(decode(kept), pixels)
-    assert [kind for kind, *_ in Image.open(io.BytesIO(kept)).info.items()] == []
-    assert list(generate_fragments(encapsulate([b"ab"])))
+    assert Image.open(io.BytesIO(kept)).info == {}
 
 
 def test_headers_are_read_in_parts_of_a_set(monkeypatch, tmp_path):

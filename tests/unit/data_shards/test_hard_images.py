@@ -68,6 +68,13 @@ def over_black(pixels, alpha):
     return np.rint(pixels.astype(float) * alpha / 255).astype(np.uint8)
 
 
+def without(pixels):
+    """The pixels with black where they are as in the first corner."""
+    corner = pixels[0, 0]
+    same = pixels == corner if pixels.ndim == 2 else (pixels == corner).all(axis=2, keepdims=True)
+    return np.where(same, 0, pixels)
+
+
 def packed_12(values):
     pairs = values.reshape(-1, 2).astype(int)
     return np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
@@ -103,14 +110,14 @@ EXACT = {
         png(rows(np.dstack([RGB16, ALPHA.astype(np.uint16) * 257])), 16, 6), over_black(RGB, ALPHA)
     ),
     "16-bit png with a clear grey": (
-        png(rows(GREY16), 16, 0, (b"tRNS", struct.pack(">H", int(GREY16[0, 0])))), np.where(GREY == GREY[0, 0], 0, GREY)
+        png(rows(GREY16), 16, 0, (b"tRNS", struct.pack(">H", int(GREY16[0, 0])))), without(GREY)
     ),
     "png with a clear grey": (
-        png(rows(GREY), 8, 0, (b"tRNS", struct.pack(">H", int(GREY[0, 0])))), np.where(GREY == GREY[0, 0], 0, GREY)
+        png(rows(GREY), 8, 0, (b"tRNS", struct.pack(">H", int(GREY[0, 0])))), without(GREY)
     ),
     "png with a clear colour": (
         png(rows(RGB), 8, 2, (b"tRNS", struct.pack(">3H", *RGB[0, 0].tolist()))),
-        np.where((RGB == RGB[0, 0]).all(axis=2, keepdims=True), 0, RGB),
+        without(RGB),
     ),
     "png palette with transparency": (
         png(rows(GREY), 8, 3, (b"PLTE", PALETTE.tobytes()), (b"tRNS", bytes([0, 128, 77]))),
@@ -123,7 +130,7 @@ EXACT = {
     "16-bit jpeg 2000": (saved(GREY16, "JPEG2000"), GREY),
     "jpeg 2000 with alpha": (saved(np.dstack([RGB, np.full_like(GREY, 255)]), "JPEG2000"), RGB),
     "gif with a clear colour": (
-        saved(Image.fromarray(GREY), "GIF", transparency=int(GREY[0, 0])), np.where(GREY == GREY[0, 0], 0, GREY)
+        saved(Image.fromarray(GREY), "GIF", transparency=int(GREY[0, 0])), without(GREY)
     ),
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ SETTINGS = "config.json"
 _log = logging.getLogger(__name__)
 
 Task = tuple[DataConfig, ShardPlan, str]
-ScanTask = tuple[DataConfig, int, int, str]
+ScanTask = tuple[DataConfig, int, list[Row], str]
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
@@ -87,8 +87,8 @@ def convert(
     for note in image_set.notes:  # told here only: no file name goes into the store
         _log.warning("%s", note)
     _check_classes(image_set)
-    out.put(SETTINGS, settings)
     keys = sample_keys(image_set.rows, config)
+    out.put(SETTINGS, settings)
     prints = _scanned(image_set, config, out, run_tasks, progress)
     guarded = _guarded(image_set, keys, prints, config, out)
     chosen = _Chosen(
@@ -115,10 +115,10 @@ def convert(
 
 def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
     """Looks at the images of one run of rows; where it starts, and their fingerprints. Runs in any process."""
-    config, start, end, uri = task
+    config, start, rows, uri = task
     settings = config_digest(config) + config.source
-    found = scan_chunk(_source(config), start, end, max_side=config.max_side, settings=settings, out=open_store(uri))
-    return start, found
+    image_set, out = _source(config), open_store(uri)
+    return start, scan_chunk(image_set, start, rows, max_side=config.max_side, settings=settings, out=out)
 
 
 def write_one(task: Task) -> ShardPart:
@@ -170,7 +170,8 @@ def _scanned(
     progress: Callable[[int, int, str], None],
 ) -> Fingerprints:
     num = len(image_set.rows)
-    tasks = [(config, start, end, out.uri) for start, end in chunks(num)]
+    # With their rows, as a process that finds the rows of DICOM files itself reads the headers of all of them.
+    tasks = [(config, start, image_set.rows[start:end], out.uri) for start, end in chunks(num)]
     parts: dict[int, Fingerprints] = {}
     progress(0, num, "images")
     for start, part in run_tasks(scan_one, tasks):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -107,13 +108,29 @@ def _images(path: Path, split: str) -> np.ndarray:
                 shutil.copyfileobj(source, out, 1 << 22)
 
         unpacked = cached(key, unpack)
-    return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    with _told_damage(path, name):
+        return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+
+
+# What zipfile, zlib and numpy raise on damaged bytes; RuntimeError where they seem to be encrypted.
+_DAMAGE = (
+    ValueError,
+    EOFError,
+    OSError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is no .npz file ({error}): get it again, or set --data.layout") from error
 
 
@@ -121,7 +138,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 def _told_damage(path: Path, name: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise ValueError(f"array {name!r} of {path} is damaged ({error}): get the file again") from error
 
 

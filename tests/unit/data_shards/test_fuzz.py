@@ -12,6 +12,7 @@ import resource
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from data_shards.shard import ShardPart, find_shard, part_key, read_samples, tar
 from data_shards.source import open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, open_store
+from data_shards.verify import verify
 
 SHORT, LONG = 60, int(os.environ.get("MEDMAMBA_FUZZ_EXAMPLES", "3000"))
 # Far above what an example takes, far below what a hang does.
@@ -79,11 +81,26 @@ def images():
         yield buffer.getvalue()
 
 
-def check_image(data):
+def result_of(function, *args):
+    """What it returns, None where it refuses with a fit reason; anything else that it raises is a finding."""
     try:
-        kept, ending, _ = stored_bytes(data)
+        return function(*args)
     except UndecodableImage as error:
-        assert 0 < len(error.reason) <= 120
+        reason = error.reason
+    except ValueError as error:
+        reason = str(error)
+        if function in (stored_bytes, decode, dicom.frame):
+            raise
+    assert reason
+    assert "\n" not in reason
+    assert len(reason) <= 120 or function not in (stored_bytes, decode, dicom.frame)
+    assert not any(value in reason for value in PATIENT.values())
+    return None
+
+
+def check_image(data):
+    kept, ending, _ = result_of(stored_bytes, data) or (None,) * 3
+    if kept is None:
         return
     assert ending in ("png", "jpg")
     assert np.array_equal(decode(kept), decode(data))
@@ -120,7 +137,7 @@ def dicom_fields(draw):
     real = st.one_of(st.floats(-1e6, 1e6).map(lambda x: f"{x:.6g}"), st.sampled_from(["0", "1", "0.5", "-1", "1e300"]))
     kinds = {
         "Rows": whole, "Columns": whole, "SamplesPerPixel": whole, "BitsAllocated": whole, "BitsStored": whole,
-        "HighBit": whole, "PixelRepresentation": whole, "PlanarConfiguration": whole, "PixelPaddingValue": whole,
+        "HighBit": whole, "PixelRepresentation": whole, "PlanarConfiguration": whole, "PixelPaddingValue": st.sampled_from([0, 1, 255, 32767]),
         "NumberOfFrames": st.integers(-(2**31), 2**31 - 1), "WindowCenter": st.lists(real, max_size=3),
         "WindowWidth": st.lists(real, max_size=3), "RescaleSlope": real, "RescaleIntercept": real,
         "VOILUTFunction": st.sampled_from(["LINEAR", "SIGMOID", "LINEAR_EXACT", "X"]),
@@ -137,12 +154,8 @@ def check_dicom(data):
     assert 1 <= facts.num_frames <= 8 * len(data) or facts.num_frames <= 8 << 20
     for frame in {0, 1, facts.num_frames - 1}:
         for config in (DicomConfig(), DicomConfig(window=(40, 400))):
-            try:
-                shown = dicom.frame(io.BytesIO(data), frame, config)
-            except UndecodableImage as error:
-                assert 0 < len(error.reason) <= 120
-                assert not any(value in error.reason for value in PATIENT.values())
-            else:
+            shown = result_of(dicom.frame, io.BytesIO(data), frame, config)
+            if shown is not None:
                 assert shown.dtype == np.uint8
                 assert shown.ndim == 2 or shown.shape[2:] == (3,)
                 assert shown.size > 0
@@ -186,19 +199,18 @@ def check_npz(folder, data):
     read_all(DataConfig(dataset="x", layout="npz", source=str(folder / "set.npz")))
 
 
+def opened(config):
+    images = open_source(config)
+    assign_splits(images.rows, num_classes=len(images.classes), val_fraction=0.2, test_fraction=0.2, seed=0)
+    return images
+
+
 def read_all(config):
-    try:
-        images = open_source(config)
-        rows = images.rows
-        assign_splits(rows, num_classes=len(images.classes), val_fraction=0.2, test_fraction=0.2, seed=0)
-    except ValueError as error:
-        assert str(error)
-        return
-    for row in rows[:20]:
-        try:
-            decode(images.read(row))
-        except UndecodableImage as error:
-            assert error.reason
+    images = result_of(opened, config)
+    for row in images.rows[:20] if images else ():
+        source = result_of(images.read, row)
+        if source is not None:
+            result_of(decode, source)
 
 
 def npz(save):
@@ -232,10 +244,11 @@ def written() -> dict[str, bytes]:
 
 
 def laid_down(folder: Path, **changed: bytes) -> Store:
-    store = open_store(str(folder / "store"))
-    for key, data in {**written(), **changed}.items():
-        store.put(key, data)
-    return store
+    for key, data in {**written(), **changed}.items():  # by hand, as a store syncs each to the disk
+        path = folder / "store" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return open_store(str(folder / "store"))
 
 
 @in_folder
@@ -251,15 +264,28 @@ def check_index(folder, data):
 
 
 def dataset_of(store):
-    try:
-        dataset = open_dataset(store)
-        for split in dataset.manifest.splits:
-            assert len(dataset.index(split)) == dataset.manifest.splits[split].samples
-    except ValueError as error:
-        assert str(error)
+    dataset = result_of(open_dataset, store)
+    for split in dataset.manifest.splits if dataset else ():
+        index = result_of(dataset.index, split)
+        assert index is None or len(index) == dataset.manifest.splits[split].samples
 
 
-def a_shard() -> dict[str, bytes]:
+@st.composite
+def one_object_damaged(draw):
+    key = draw(st.sampled_from(sorted(written())))
+    return key, draw(damaged([written()[key]]))
+
+
+@in_folder
+def check_verify(folder, damage):
+    """Damage is told wherever a digest knows of it."""
+    key, data = damage
+    found = verify(laid_down(folder, **{key: data}))
+    known = key == INDEX or key.startswith("shards/")
+    assert found.problems or data == written()[key] or not known
+
+
+def a_shard() -> dict[str, Any]:
     images = in_memory_set(6)
     config = DataConfig(dataset="tiny", layout="folders", source="/x")
     (plan,) = plan_shards(images.rows, ["train"] * 6, config)
@@ -278,11 +304,8 @@ SHARD = a_shard()
 
 
 def check_shard(data):
-    try:
-        for sample in read_samples(data):
-            assert isinstance(sample["image"], bytes)
-    except ValueError as error:
-        assert str(error)
+    for sample in result_of(lambda: list(read_samples(data))) or ():
+        assert isinstance(sample["image"], bytes)
 
 
 @in_folder
@@ -305,6 +328,7 @@ KINDS = {
     "manifest": (check_manifest, st.one_of(damaged([MANIFEST_JSON]), altered_json(MANIFEST_JSON))),
     "index": (check_index, damaged([written()[INDEX]])),
     "shard": (check_shard, damaged([SHARD["tar"]])),
+    "verify": (check_verify, one_object_damaged()),
     "commit mark": (check_part, st.one_of(damaged([SHARD["part"]]), altered_json(SHARD["part"]))),
 }
 

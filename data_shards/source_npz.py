@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import struct
@@ -153,6 +154,12 @@ def _header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[tuple[int,
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
+        claimed, there = file.tell() + math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
+    if claimed != there and not dtype.hasobject:  # before so much memory is asked for
+        raise ValueError(
+            f"array {name!r} of {path} is damaged ({there} bytes, but its shape {shape} takes {claimed}): get the file "
+            "again"
+        )
     if dtype.hasobject:
         raise ValueError(
             f"array {name!r} of {path.name} holds Python objects, which are never unpickled: write numbers"

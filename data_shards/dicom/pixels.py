@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -128,10 +128,20 @@ def _native(opened: Opened, layout: Layout, index: int) -> np.ndarray:
 
 def _read(opened: Opened, first: int, last: int) -> bytes:
     opened.file.seek(opened.at + first)
-    coded = opened.file.read(last - first)
-    if len(coded) < last - first:
-        raise UndecodableImage(f"the file ends {last - first - len(coded)} bytes before the end of the frame")
-    return coded
+    return _Whole(opened.file).read(last - first)
+
+
+class _Whole:
+    """A file that gives as much as is asked for, or refuses: pydicom takes half a fragment for all of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._read(size)
+        if len(data) < size:
+            raise UndecodableImage(f"the file ends {size - len(data)} bytes before the end of the frame")
+        return data
 
 
 def _swapped(opened: Opened, first: int, last: int) -> bytes:
@@ -153,12 +163,26 @@ def _compressed(opened: Opened, layout: Layout, index: int) -> np.ndarray:
         interpretation = check_jpeg2000(codestream, shape, interpretation)
     elif opened.syntax != RLELossless:
         interpretation = check_jpeg(codestream, shape, interpretation)
+    coded = encapsulate([codestream])
+    # RLE does not say how many rows it holds, and the decoder leaves out what is too much.
+    taller = replace(layout, rows=layout.rows + 1)
+    if opened.syntax == RLELossless and _decompressed(opened, taller, coded, interpretation) is not None:
+        raise UndecodableImage(f"more pixels in the frame than the {layout.rows} rows of the header")
+    stored = _decompressed(opened, layout, coded, interpretation)
+    if stored is None:
+        raise UndecodableImage(f"{UID(opened.syntax).name} pixels that cannot be decoded")
+    return stored
+
+
+def _decompressed(opened: Opened, layout: Layout, coded: bytes, interpretation: str) -> np.ndarray | None:
     try:
-        return _decoded(opened, layout, encapsulate([codestream]), interpretation)
+        return _decoded(opened, layout, coded, interpretation)
     except UndecodableImage:
         raise
-    except Exception as error:  # whatever a decoder raises; its message may be several lines
-        raise UndecodableImage(f"{UID(opened.syntax).name} pixels that cannot be decoded") from error
+    except BaseException as error:  # whatever a decoder raises; a panic of pylibjpeg-rle, in Rust, is no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            return None
+        raise
 
 
 def _codestream(opened: Opened, layout: Layout, index: int) -> bytes:
@@ -179,7 +203,12 @@ def _codestream(opened: Opened, layout: Layout, index: int) -> bytes:
     if table not in (0, layout.frames):
         raise UndecodableImage(f"{table} frames in the pixels, but the header says {layout.frames}")
     file.seek(opened.at)
-    codestream = get_frame(file, index, number_of_frames=layout.frames, extended_offsets=extended)
+    try:
+        codestream = get_frame(_Whole(file), index, number_of_frames=layout.frames, extended_offsets=extended)
+    except UndecodableImage:
+        raise
+    except (ValueError, struct.error) as error:
+        raise UndecodableImage("the fragments of compressed pixels are damaged or too few") from error
     if not codestream:
         raise UndecodableImage("the frame is empty")
     return codestream

@@ -440,6 +440,11 @@ def j2k(pixels, **options):
     return jpeg(pixels, format="JPEG2000", no_jp2=True, quality=None, **options)
 
 
+def rle_frame(*segments):
+    starts = np.cumsum([64, *map(len, segments[:-1])]).tolist()
+    return struct.pack("<16L", len(starts), *starts, *[0] * (15 - len(starts))) + b"".join(segments)
+
+
 SIXTEEN = np.random.default_rng(4).integers(0, 256, (16, 16), dtype=np.uint8)
 TEAL = np.asarray(Image.new("RGB", (32, 24), "teal"))
 JPEG, J2K = jpeg(SIXTEEN), j2k(SIXTEEN)
@@ -496,8 +501,16 @@ REFUSALS = {
         dicom_file(TEAL, JPEG2000Lossless, PixelData=[j2k(TEAL, mct=1)], PhotometricInterpretation="YBR_FULL"),
         "a colour transform of its own",
     ),
-    "rle cut short": (dicom_file(SIXTEEN, RLELossless, PixelData=[struct.pack("<16L", 1, 64, *[0] * 14) + b"\x05abc"]),
-                      "RLE Lossless pixels that cannot be decoded"),
+    "rle cut short": (
+        dicom_file(SIXTEEN, RLELossless, PixelData=[rle_frame(b"\x05abc")]), "RLE Lossless pixels that cannot"
+    ),
+    "rle at which the decoder panics": (
+        dicom_file(SIXTEEN.astype("<u2"), RLELossless, PixelData=[rle_frame(b"\x82\x07" * 3, b"\x81\x07" * 2)]),
+        "RLE Lossless pixels that cannot be decoded",
+    ),
+    "rle of more rows": (
+        dicom_file(SIXTEEN, RLELossless, PixelData=[rle_frame(b"\x81\x07" * 3)]), "more pixels in the frame than the 16"
+    ),
     "two pictures in one frame": (dicom_file(SIXTEEN, JPEGBaseline8Bit, PixelData=[JPEG + JPEG]), "more than one JPEG"),
     "fewer frames than the header says": (
         dicom_file(TWO, JPEGBaseline8Bit, NumberOfFrames=2, PixelData=[JPEG]), "1 frames in the pixels, but the header"
@@ -525,6 +538,30 @@ def test_what_contradicts_itself_is_refused_and_says_why(file, reason):
     else:
         assert shown(file).shape == GREY.shape
         refused(file, "the file ends 100 bytes before the end of the frame", frame=1)
+
+
+CUT = {
+    "plain": dicom_file(GREY),
+    "frames": dicom_file(np.stack([GREY, GREY + 1]), NumberOfFrames=2),
+    "deflated": dicom_file(GREY, DeflatedExplicitVRLittleEndian),
+    "jpeg": dicom_file(SIXTEEN, JPEGBaseline8Bit, PixelData=[JPEG]),
+    "jpeg 2000": dicom_file(SIXTEEN, JPEG2000Lossless, PixelData=[J2K]),
+    # Ends in a run of equal pixels whose value, the last byte, the decoder does not miss.
+    "rle": dicom_file(np.full((8, 16), 7, np.uint8), RLELossless, PixelData=[rle_frame(b"\x81\x07")]),
+}
+
+
+@pytest.mark.parametrize("file", CUT.values(), ids=CUT)
+def test_no_cut_through_a_file_gives_other_pixels(file):
+    whole = shown(file)
+    reasons = 0
+    for end in range(len(file)):
+        try:
+            assert np.array_equal(shown(file[:end]), whole)
+        except UndecodableImage:
+            reasons += 1
+    # But for the mark behind the pixels, the byte that fills up, or a second frame every byte is needed.
+    assert len(file) - reasons <= max(16, 2 * whole.size + 16 if file is CUT["frames"] else 0)
 
 
 def test_a_deflated_bomb_is_not_blown_up(monkeypatch):

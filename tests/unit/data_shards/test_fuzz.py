@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis", reason="the fuzz tests need hypothesis, which is in the extra `dev`")
-pytest.importorskip("pydicom", reason="DICOM needs the extra `dicom`")
+pydicom = pytest.importorskip("pydicom", reason="DICOM needs the extra `dicom`")
 
 from damage import altered_json, damaged
 from dicom_files import PATIENT, dicom_file
@@ -128,16 +128,20 @@ def dicom_files():
     yield dicom_file(RGB, JPEGBaseline8Bit, PixelData=[coded(RGB, "JPEG")], PhotometricInterpretation="YBR_FULL_422")
     yield dicom_file(GREY, JPEG2000Lossless, PixelData=[j2k.getvalue()])
     yield dicom_file(GREY, "1.2.840.10008.1.2.5", PixelData=[rle])
+    # What cannot be written here: JPEG-LS, lossless JPEG and more.
+    packaged = (Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm")
+    yield from (path.read_bytes() for path in sorted(packaged) if path.stat().st_size < 20_000)
 
 
 @st.composite
 def dicom_fields(draw):
     """A whole file whose header says anything."""
+    padding = st.sampled_from([0, 1, 255, 32767])
     whole = st.sampled_from([0, 1, 2, 3, 7, 8, 9, 12, 15, 16, 17, 32, 64, 255, 65535])
     real = st.one_of(st.floats(-1e6, 1e6).map(lambda x: f"{x:.6g}"), st.sampled_from(["0", "1", "0.5", "-1", "1e300"]))
     kinds = {
         "Rows": whole, "Columns": whole, "SamplesPerPixel": whole, "BitsAllocated": whole, "BitsStored": whole,
-        "HighBit": whole, "PixelRepresentation": whole, "PlanarConfiguration": whole, "PixelPaddingValue": st.sampled_from([0, 1, 255, 32767]),
+        "HighBit": whole, "PixelRepresentation": whole, "PlanarConfiguration": whole, "PixelPaddingValue": padding,
         "NumberOfFrames": st.integers(-(2**31), 2**31 - 1), "WindowCenter": st.lists(real, max_size=3),
         "WindowWidth": st.lists(real, max_size=3), "RescaleSlope": real, "RescaleIntercept": real,
         "VOILUTFunction": st.sampled_from(["LINEAR", "SIGMOID", "LINEAR_EXACT", "X"]),

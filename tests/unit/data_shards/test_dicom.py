@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -670,7 +671,7 @@ def test_a_dicom_file_that_is_named_as_a_picture_is_known_by_its_content_and_los
         images.read(images.rows[1])
 
 
-def test_folder_tar_and_s3_give_the_same_rows_and_pixels(tmp_path, s3):
+def test_folder_tar_zip_and_s3_give_the_same_rows_and_pixels(tmp_path, s3):
     frames = np.stack([GREY, GREY * 2])
     streams = [jpeg(SIXTEEN), jpeg(SIXTEEN.T.copy())]
     files = {
@@ -680,11 +681,13 @@ def test_folder_tar_and_s3_give_the_same_rows_and_pixels(tmp_path, s3):
     config = dicom_set(tmp_path / "set", files)
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         tar.add(tmp_path / "set", arcname=".")
-    for name, file in files.items():
-        open_store(s3).put(name, file)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, file in files.items():
+            archive.writestr(name, file)
+            open_store(s3).put(name, file)
     here = open_source(config)
     assert len(here.rows) == 5
-    for source in (str(tmp_path / "set.tar"), s3):
+    for source in (str(tmp_path / "set.tar"), str(tmp_path / "set.zip"), s3):
         there = open_source(config.model_copy(update={"source": source}))
         assert there.rows == here.rows
         for row in here.rows:

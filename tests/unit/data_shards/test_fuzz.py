@@ -11,6 +11,7 @@ import os
 import resource
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from damage import altered_json, damaged
 from dicom_files import PATIENT, dicom_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from original_layouts import xlsx
 from PIL import Image
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit
 from tiny_sets import coded, in_memory_set, pixels
@@ -189,10 +191,33 @@ def check_tar(folder, data):
 
 
 @in_folder
-def check_table(folder, data):
+def check_zip(folder, data):
+    (folder / "set.zip").write_bytes(data)
+    read_all(DataConfig(dataset="x", layout="folders", source=str(folder / "set.zip")))
+
+
+def zip_of(files, how):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", how) as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data, how)
+    return buffer.getvalue()
+
+
+def check_csv(data):
+    check_table((data, "t.csv"))
+
+
+def check_xlsx(data):
+    check_table((data, "t.xlsx"))
+
+
+@in_folder
+def check_table(folder, data_and_name):
+    data, name = data_and_name
     for i in range(3):
         (folder / f"{i}.png").write_bytes(PNG)
-    (folder / "t.csv").write_bytes(data)
+    (folder / name).write_bytes(data)
     columns = {"label_column": "label", "group_column": "patient", "split_column": "split"}
     read_all(DataConfig(dataset="x", layout="csv", source=str(folder), **columns))
 
@@ -227,6 +252,7 @@ def npz(save):
     return buffer.getvalue()
 
 
+CELLS = [["file", "label", "patient", "split"], ["0.png", "a", "p0", "train"], ["1.png", "b", "p1", "test"]]
 TABLES = [
     b"file,label,patient,split\n0.png,a,p0,train\n1.png,b,p1,val\n2.png,a,p2,test\n",
     b'\xef\xbb\xbfpatient;split;label;file\r\n"p0";train;1;"0.png"\r\n"p1";test;0;1.png\r\n',
@@ -327,7 +353,10 @@ KINDS = {
     "dicom": (check_dicom, damaged(list(dicom_files()))),
     "dicom header": (check_dicom, dicom_fields()),
     "tar": (check_tar, damaged([tar_of(TREE)])),
-    "table": (check_table, st.one_of(damaged(TABLES), st.text(max_size=200).map(str.encode))),
+    "zip": (check_zip, damaged([zip_of(TREE, zipfile.ZIP_STORED), zip_of(TREE, zipfile.ZIP_DEFLATED)])),
+    "zip in zip": (check_zip, damaged([zip_of({"inner.zip": zip_of(TREE, zipfile.ZIP_DEFLATED)}, zipfile.ZIP_STORED)])),
+    "workbook": (check_xlsx, damaged([xlsx(CELLS)])),
+    "table": (check_csv, st.one_of(damaged(TABLES), st.text(max_size=200).map(str.encode))),
     "npz": (check_npz, damaged([npz(np.savez), npz(np.savez_compressed)])),
     "manifest": (check_manifest, st.one_of(damaged([MANIFEST_JSON]), altered_json(MANIFEST_JSON))),
     "index": (check_index, damaged([written()[INDEX]])),

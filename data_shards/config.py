@@ -1,5 +1,6 @@
 """What decides the bytes of a dataset: the `data` part of a recipe."""
 
+import math
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -60,6 +61,28 @@ class LeakConfig(BaseModel):
     """Copies in other datasets of the same store."""
 
 
+class DicomConfig(BaseModel):
+    """How DICOM files become images: which frames, shown how. Other files are untouched by it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    frames: Literal["each", "first"] = "each"
+    """Of a file with several frames each is a sample (all of one group), or only the first one is."""
+    window: tuple[float, float] | None = None
+    """Center and width of one window for all grey images, for example in Hounsfield units; none: the file's own."""
+    view: int = Field(default=0, ge=0)
+    """Which of a file's own windows or VOI LUTs is used, from 0; a file without so many is set aside."""
+    identifying: Literal["set-aside", "keep"] = "set-aside"
+    """What becomes of files that say that their pixels may identify the patient (burned-in annotation, a face)."""
+
+    @field_validator("window")
+    @classmethod
+    def _window_shows_something(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not (math.isfinite(value[0]) and 1 <= value[1] < math.inf):
+            raise ValueError(f"window is {value}, but it is a center and a width of at least 1: give both")
+        return value
+
+
 class DataConfig(BaseModel):
     """Which images, with which labels, in which splits, cut into shards how. Everything here decides the bytes."""
 
@@ -112,6 +135,8 @@ class DataConfig(BaseModel):
     """Bytes of one shard at most, as estimated from the source: its coded bytes, or its pixels where it has no code."""
     leaks: LeakConfig = LeakConfig()
     """Images that stand twice, and what is done about them."""
+    dicom: DicomConfig = DicomConfig()
+    """How DICOM files become images; they may lie in a `folders` or `csv` set beside others."""
     phantoms: PhantomConfig = PhantomConfig()
     """The synthetic images, used where `dataset` is phantoms."""
 

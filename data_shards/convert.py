@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from data_shards.decode import UndecodableImage, decode
 from data_shards.fingerprint import Fingerprints, joined
 from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report
 from data_shards.leakage_page import LEAKS_PAGE, page
+from data_shards.lease import Lease, one_driver
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -42,10 +44,12 @@ from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
 
 SETTINGS = "config.json"
+LEASE = "conversion.lease"
+_ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
 _log = logging.getLogger(__name__)
 
 Task = tuple[DataConfig, ShardPlan, str]
-ScanTask = tuple[DataConfig, int, int, str]
+ScanTask = tuple[DataConfig, int, list[Row], str]
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
@@ -80,6 +84,23 @@ def convert(
         dataset = open_dataset(out)
         _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
         return _facts(dataset, made=0)
+    # Two drivers of the same settings write the same bytes, so they may both work; where a store cannot say who was
+    # first, only one does.
+    with one_driver(out, LEASE, f"{socket.gethostname()}, process {os.getpid()}") as held:
+        made = _converted(config, out, run_tasks, progress, held)
+    return _facts(open_dataset(out), made=made)
+
+
+def _converted(
+    config: DataConfig,
+    out: Store,
+    run_tasks: RunTasks,
+    progress: Callable[[int, int, str], None],
+    held: Lease | None,
+) -> int:
+    """Everything up to the manifest; how many shards were written."""
+    for key in out.clean(older_than_s=_ABANDONED_S):
+        _log.warning("removed what a killed writer left behind of %s", key)
     settings = json.dumps(_settings(config), indent=1).encode()
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
@@ -87,8 +108,8 @@ def convert(
     for note in image_set.notes:  # told here only: no file name goes into the store
         _log.warning("%s", note)
     _check_classes(image_set)
-    out.put(SETTINGS, settings)
     keys = sample_keys(image_set.rows, config)
+    out.ensure(SETTINGS, settings)
     prints = _scanned(image_set, config, out, run_tasks, progress)
     guarded = _guarded(image_set, keys, prints, config, out)
     chosen = _Chosen(
@@ -105,20 +126,22 @@ def convert(
     for part in run_tasks(write_one, tasks):
         parts[part.name] = _Part(part)
         progress(len(parts), len(plans), "shards")
+    if held is not None:
+        held.check()
     _remove_strays(plans, out)
     _write_report(guarded, chosen, image_set, config, out)
     _commit([parts[plan.name] for plan in plans], plans, image_set, config, out)
     for key in list(out.list(FOLDER)):
         out.delete(key)
-    return _facts(open_dataset(out), made=len(tasks))
+    return len(tasks)
 
 
 def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
     """Looks at the images of one run of rows; where it starts, and their fingerprints. Runs in any process."""
-    config, start, end, uri = task
+    config, start, rows, uri = task
     settings = config_digest(config) + config.source
-    found = scan_chunk(_source(config), start, end, max_side=config.max_side, settings=settings, out=open_store(uri))
-    return start, found
+    image_set, out = _source(config), open_store(uri)
+    return start, scan_chunk(image_set, start, rows, max_side=config.max_side, settings=settings, out=out)
 
 
 def write_one(task: Task) -> ShardPart:
@@ -170,7 +193,8 @@ def _scanned(
     progress: Callable[[int, int, str], None],
 ) -> Fingerprints:
     num = len(image_set.rows)
-    tasks = [(config, start, end, out.uri) for start, end in chunks(num)]
+    # With their rows, as a process that finds the rows of DICOM files itself reads the headers of all of them.
+    tasks = [(config, start, image_set.rows[start:end], out.uri) for start, end in chunks(num)]
     parts: dict[int, Fingerprints] = {}
     progress(0, num, "images")
     for start, part in run_tasks(scan_one, tasks):
@@ -201,7 +225,7 @@ def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config:
 
 def _write_report(guarded: Guarded, chosen: _Chosen, image_set: ImageSet, config: DataConfig, out: Store) -> None:
     """Fingerprints, and the report as JSON and as a page."""
-    out.put(FINGERPRINTS, fingerprints_bytes(chosen.keys, chosen.rows, guarded.splits, chosen.prints))
+    out.ensure(FINGERPRINTS, fingerprints_bytes(chosen.keys, chosen.rows, guarded.splits, chosen.prints))
 
     def picture(copy: Copy) -> np.ndarray | None:
         try:
@@ -211,8 +235,8 @@ def _write_report(guarded: Guarded, chosen: _Chosen, image_set: ImageSet, config
 
     title = f"{config.dataset}/{config.name}"
     told = page(guarded.report, title=title, classes=image_set.classes, picture=picture)
-    out.put(LEAKS, (guarded.report.model_dump_json(indent=1) + "\n").encode())
-    out.put(LEAKS_PAGE, told.encode())
+    out.ensure(LEAKS, (guarded.report.model_dump_json(indent=1) + "\n").encode())
+    out.ensure(LEAKS_PAGE, told.encode())
 
 
 class _Part:
@@ -263,7 +287,7 @@ def _commit(
         index=IndexEntry(bytes=len(index), sha256=manifest_digest(index)),
     )
     data = (manifest.model_dump_json(indent=1) + "\n").encode()
-    out.put(INDEX, index)
+    out.ensure(INDEX, index)
     if not out.put(MANIFEST, data, if_absent=True) and out.get(MANIFEST) != data:
         raise ValueError(
             f"{out.uri} was finished with other settings while this conversion ran: give one of the two a name of its "
@@ -300,7 +324,8 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
     """Raises where the finished dataset in the store was made with other settings."""
     wanted = _settings(config)
     try:
-        found = json.loads(out.get(SETTINGS))
+        # What was no setting yet when the dataset was made is at its default.
+        found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
     except (StoreKeyError, json.JSONDecodeError):
         found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
     ignored = {"name", "max_quarantine"}

@@ -1,7 +1,8 @@
 """Any source image -> uint8 pixels, grey or RGB, or a named reason why not; and the coded bytes that a shard keeps.
 
-Transparent pixels are laid over black. 16-bit grey maps its full range onto 8 bits, so images stay comparable.
-Orientation from EXIF is applied; colour profiles are ignored.
+Transparent pixels are laid over black. 12- and 16-bit grey maps its full range onto 8 bits, so images stay comparable;
+signed, wider and floating-point pixels have no such range and are refused. Orientation from EXIF is applied; colour
+profiles are ignored.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.
 MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
+# Tags of a TIFF.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+_SIGNATURES = {
+    b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP", b"GIF8": "GIF",
+}  # fmt: skip
 # What Pillow raises on damaged files; the fault boundary is one image.
 _DAMAGE = (
     OSError,
@@ -49,8 +56,10 @@ def decode(data: bytes | np.ndarray, *, max_side: int | None = None) -> np.ndarr
         return _pixels(_shrunk(Image.fromarray(plain), max_side))
     image = _opened(data)
     try:
-        image = ImageOps.exif_transpose(image)
-        return _pixels(_shrunk(_grey_or_rgb(image), max_side))
+        pixels = _pixels(_shrunk(_grey_or_rgb(ImageOps.exif_transpose(image), image), max_side))
+        # A PNG of 16-bit grey and alpha (byte 25 is 4) is opened as RGBA.
+        is_grey = image.format == "PNG" and data[25] == 4
+        return np.ascontiguousarray(pixels[:, :, :1]) if is_grey else pixels
     except UndecodableImage:
         raise
     except _DAMAGE as error:
@@ -90,7 +99,9 @@ def _opened(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         frames = getattr(image, "n_frames", 1)
     except Image.UnidentifiedImageError as error:
-        raise UndecodableImage("not an image of a known format") from error
+        known = next((name for signature, name in _SIGNATURES.items() if data.startswith(signature)), "")
+        reason = f"a damaged {known}, or of a kind that is not supported" if known else "not an image of a known format"
+        raise UndecodableImage(reason) from error
     except _DAMAGE as error:
         raise UndecodableImage(_short(error)) from error
     if image.width * image.height > MAX_PIXELS:
@@ -101,14 +112,26 @@ def _opened(data: bytes) -> Image.Image:
     return image
 
 
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
+def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:
+    """The upright image in mode L or RGB; `source` is the opened file, which knows how its pixels are coded."""
     image.load()
-    if image.mode.startswith("I"):
-        return _from_16_bits(np.asarray(image))
+    tags = getattr(source, "tag_v2", {})
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise UndecodableImage("signed pixels")
     if image.mode == "F":
         raise UndecodableImage("floating-point pixels")
+    if image.mode.startswith("I"):
+        bits = tags.get(_BITS, (16,))[0]
+        if bits > 16:
+            raise UndecodableImage(f"{bits}-bit pixels")
+        grey = _from_16_bits(np.asarray(image), bits)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow sees to this only where it is 8 bits or fewer
+            grey = 255 - grey
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[np.asarray(image) == clear] = 0
+        return Image.fromarray(grey)
     if image.has_transparency_data:
-        image = image.convert("RGBA" if image.mode in ("P", "PA", "RGB", "RGBA", "RGBa") else "LA")
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         black = Image.new(image.mode, image.size, (*(0,) * (len(image.mode) - 1), 255))
         image = Image.alpha_composite(black, image) if image.mode == "RGBA" else _over_black(image)
     if image.mode in ("L", "RGB"):
@@ -121,10 +144,12 @@ def _over_black(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(grey * alpha / 255).astype(np.uint8))
 
 
-def _from_16_bits(values: np.ndarray) -> Image.Image:
-    if values.min() < 0 or values.max() > 65535:
-        raise UndecodableImage(f"pixels from {values.min()} to {values.max()} are not 16-bit grey")
-    return Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+def _from_16_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    most = (1 << bits) - 1
+    if values.min() < 0 or values.max() > most:
+        raise UndecodableImage(f"pixels from {values.min()} to {values.max()} are not {bits}-bit grey")
+    # By table: a division per pixel takes eight bytes of memory for each.
+    return np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)[values]
 
 
 def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -196,7 +221,7 @@ def _bare_jpeg(data: bytes) -> bytes | None:
                 kept.append(data[position:end])
         position = end
     # Pillow also reads files whose end marker is lost.
-    return b"".join([*kept, b"\xff\xd9"]) if data[position:] in (b"", b"\xff\xd9") else None
+    return b"".join([*kept, b"\xff\xd9"]) if data[position : position + 2] in (b"", b"\xff\xd9") else None
 
 
 def _end_of_scan(data: bytes, position: int) -> int:

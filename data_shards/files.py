@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import io
 import os
 import posixpath
 import secrets
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
+from data_shards.ranged_file import RangedFile
 from data_shards.s3_store import S3Store
 from data_shards.store import StoreError, open_store
 
@@ -38,6 +41,10 @@ class Files(Protocol):
 
     def local(self, name: str) -> Path:
         """The file as one on this machine, fetched or unpacked into the cache where it is none yet."""
+        ...
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The file, of which only what is asked for is read, `buffer_bytes` at least; of a zip's member all."""
         ...
 
 
@@ -118,6 +125,11 @@ class NestedFiles:
         files, inside = self._homes[name]
         return files.read(inside)
 
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """See Files."""
+        files, inside = self._homes[name]
+        return files.open(inside, buffer_bytes=buffer_bytes)
+
     def local(self, name: str) -> Path:
         """See Files."""
         files, inside = self._homes[name]
@@ -144,6 +156,10 @@ class FolderFiles:
     def local(self, name: str) -> Path:
         """See Files."""
         return self._folder / name
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The file, of which only what is asked for is read."""
+        return (self._folder / name).open("rb", buffering=buffer_bytes)
 
 
 class TarFiles:
@@ -172,10 +188,18 @@ class TarFiles:
 
     def read(self, name: str) -> bytes:
         """The whole file."""
+        return self._part(name, 0, self._places[name][1])
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The file, of which only what is asked for is read."""
+        parts = RangedFile(functools.partial(self._part, name), lambda: self._places[name][1])
+        return io.BufferedReader(parts, buffer_bytes)
+
+    def _part(self, name: str, start: int, length: int) -> bytes:
         offset, size = self._places[name]
         with self._path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+            file.seek(offset + start)
+            return file.read(max(0, min(length, size - start)))
 
     def local(self, name: str) -> Path:
         """See Files."""
@@ -210,6 +234,20 @@ class StoreFiles:
     def local(self, name: str) -> Path:
         """See Files."""
         return local_copy(f"{self._store.uri}/{name}")
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The object, of which only what is asked for is fetched."""
+        parts = RangedFile(functools.partial(self._part, name), functools.partial(self._size, name))
+        return io.BufferedReader(parts, buffer_bytes)
+
+    def _part(self, name: str, start: int, length: int) -> bytes:
+        return self._store.get(name, start=start, length=length)
+
+    def _size(self, name: str) -> int:
+        size = self._store.head(name)
+        if size is None:
+            raise StoreError(f"{self._store.uri}/{name} was there when it was listed and is no more: run again")
+        return size
 
 
 def with_parents(folders: Iterable[str], names: Iterable[str]) -> list[str]:

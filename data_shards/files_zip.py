@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from data_shards.files import cached, hidden, with_parents
 
@@ -71,6 +73,10 @@ class ZipFiles:
     def read(self, name: str) -> bytes:
         """The whole file. OSError where its bytes are not those that were packed."""
         return b"".join(self._chunks(name))
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The whole file in memory: only its end shows whether its bytes are those that were packed."""
+        return io.BytesIO(self.read(name))
 
     def local(self, name: str) -> Path:
         """The file, unpacked into the machine's cache."""

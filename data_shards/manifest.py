@@ -217,7 +217,13 @@ def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
         )
     manifest = _parse(store, data)
     table = _verified_index(store, manifest)
-    if count_splits(table, manifest.classes) != manifest.splits:
+    try:
+        same = count_splits(table, manifest.classes) == manifest.splits and _same_shards(table, manifest)
+    except LeakError:
+        raise
+    except ValueError:  # a label that is none of the classes, or a class without images
+        same = False
+    if not same:
         raise ManifestError(f"{store.uri}/{MANIFEST} counts other samples than its index holds: {_REMAKE}")
     return Dataset(store, manifest, found, table)
 
@@ -258,6 +264,7 @@ def _parse(store: Store, data: bytes) -> Manifest:
 
 
 def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     data = _read(store, INDEX)
@@ -266,7 +273,20 @@ def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
         raise ManifestError(
             f"{store.uri}/{INDEX} has the sha256 {found}, but {manifest.index.sha256} is in its manifest: {_REMAKE}"
         )
-    return pq.read_table(io.BytesIO(data))
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        if table.schema.equals(_schema()):
+            table.validate(full=True)
+            return table
+        problem = f"its columns are {', '.join(table.schema.names)}"
+    except (pa.ArrowException, OSError) as error:
+        problem = " ".join(str(error).split())[:120]
+    raise ManifestError(f"{store.uri}/{INDEX} is no index of format 1 ({problem}): {_REMAKE}")
+
+
+def _same_shards(table: pa.Table, manifest: Manifest) -> bool:
+    found = {pair["values"]: pair["counts"] for pair in table["shard"].value_counts().to_pylist()}
+    return found == {shard.name: shard.count for shard in manifest.shards if shard.count}
 
 
 def _rows_of(table: pa.Table, split: str) -> pa.Table:

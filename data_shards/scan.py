@@ -32,10 +32,9 @@ def chunks(num: int) -> list[tuple[int, int]]:
 
 
 def scan_chunk(
-    image_set: ImageSet, start: int, end: int, *, max_side: int | None, settings: str, out: Store
+    image_set: ImageSet, start: int, rows: Sequence[Row], *, max_side: int | None, settings: str, out: Store
 ) -> Fingerprints:
-    """The fingerprints of rows [start, end): those that an earlier run left in the store, or made now."""
-    rows = image_set.rows[start:end]
+    """The fingerprints of rows that begin at `start`: those that an earlier run left in the store, or made now."""
     digest = digest_of([settings, [(row.where, row.frame) for row in rows]])
     key = f"{FOLDER}{start:09d}-{digest[:20]}.npz"
     kept = _kept(key, out)

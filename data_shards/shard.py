@@ -123,22 +123,42 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
         quarantine=tuple(quarantine),
         histogram=tuple(tuple(row) for row in histogram_CV.tolist()),
     )
-    out.put(tar_key(plan.name), data)
-    out.put(part_key(plan.name), part.model_dump_json().encode())
+    out.ensure(tar_key(plan.name), data)
+    out.ensure(part_key(plan.name), part.model_dump_json().encode())
     return part
 
 
 def read_samples(shard: bytes | Path) -> Iterator[dict[str, Any]]:
-    """The samples of a shard in order: the fields of their `.json`, with `member` (png or jpg) and `image` (bytes)."""
+    """The samples of a shard in order: the fields of their `.json`, with `member` (png or jpg) and `image` (bytes).
+
+    Raises ValueError where it is no whole shard.
+    """
     data = shard.read_bytes() if isinstance(shard, Path) else shard
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        members: dict[str, dict[str, bytes]] = {}
-        for info in tar:
-            key, _, extension = info.name.partition(".")
-            members.setdefault(key, {})[extension] = tar.extractfile(info).read()  # type: ignore[union-attr]
-    for found in members.values():
-        member = next(extension for extension in IMAGE_MEMBERS if extension in found)
-        yield {**json.loads(found["json"]), "member": member, "image": found[member]}
+    for key, found in _members(data).items():
+        image = [extension for extension in found if extension in IMAGE_MEMBERS]
+        try:
+            facts = json.loads(found.get("json", b""))
+        except ValueError:
+            facts = None
+        if len(image) != 1 or not isinstance(facts, dict):
+            raise ValueError(
+                f"sample {key!r} of the shard has the members {', '.join(found) or 'none'}, not one image and a .json: "
+                "get the shard again"
+            )
+        yield {**facts, "member": image[0], "image": found[image[0]]}
+
+
+def _members(data: bytes) -> dict[str, dict[str, bytes]]:
+    members: dict[str, dict[str, bytes]] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                file = tar.extractfile(info)
+                members.setdefault(key, {})[extension] = file.read() if file else b""
+    except (tarfile.TarError, ValueError, OSError, EOFError, KeyError) as error:
+        raise ValueError(f"the shard is no whole tar ({error}): get it again") from error
+    return members
 
 
 def _facts(planned: PlannedRow, split: str) -> bytes:

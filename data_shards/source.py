@@ -36,9 +36,11 @@ class ImageSet(Protocol):
 
     classes: tuple[str, ...]
     task: str
-    rows: list[Row]
     notes: tuple[str, ...]
     """What its owner should be told of it, a sentence each: file names may stand there."""
+
+    @property
+    def rows(self) -> list[Row]: ...
 
     def read(self, row: Row) -> bytes | np.ndarray:
         """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C)."""

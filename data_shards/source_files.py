@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
+import numpy as np
+
+from data_shards import dicom
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage
+from data_shards.dicom.rows import with_frames
 from data_shards.files import Files, open_files
 from data_shards.source import Row
 from data_shards.table import ENDINGS, Table, tables_among
@@ -20,6 +27,9 @@ _SPLIT_WORDS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _LABEL_SEPARATOR = "|"
+# What one read fetches at least, from a DICOM file or one whose name does not say what it is: at planning most headers
+# lie in the first, at conversion most slices in one. Files that are named as pictures are read whole.
+_HEADER_BYTES, _FILE_BYTES = 64 << 10, 1 << 20
 
 
 class FileSet:
@@ -30,20 +40,37 @@ class FileSet:
         files: Files,
         root: str,
         rows: list[Row],
+        config: DataConfig,
         *,
         classes: tuple[str, ...],
-        task: str,
         notes: tuple[str, ...] = (),
     ):
-        self._files, self._root = files, root
-        self.rows, self.classes, self.task, self.notes = rows, classes, task, notes
+        self._files, self._root, self._rows, self._config = files, root, rows, config
+        self.classes, self.task, self.notes = classes, str(config.task), notes
 
-    def read(self, row: Row) -> bytes:
-        """The file's bytes, as they are. UndecodableImage where the file is there but cannot be read."""
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        """The images. Those of DICOM files are counted when they are first asked for: a shard's writer never does."""
+        return with_frames(self._rows, functools.partial(self._open, _HEADER_BYTES), self._config)
+
+    def read(self, row: Row) -> bytes | np.ndarray:
+        """The file's bytes, as they are, or the pixels of a DICOM file's frame.
+
+        UndecodableImage where the file is there but cannot be read, or is a DICOM file that cannot be displayed.
+        """
         try:
-            return self._files.read(posixpath.normpath(posixpath.join(self._root, row.where)))
+            with self._open(_FILE_BYTES, row.where) as file:
+                if not dicom.is_dicom(file):
+                    return file.read()
+                return dicom.frame(file, row.frame, self._config.dicom, alone=dicom.named_as_image(row.where))
         except OSError as error:  # a link to nowhere, no right to read it, a bad block
             raise UndecodableImage(f"cannot be read: {error.strerror or type(error).__name__}") from error
+
+    def _open(self, buffer_bytes: int, where: str) -> BinaryIO:
+        name = posixpath.normpath(posixpath.join(self._root, where))
+        if dicom.named_as_image(where):  # in one request
+            return io.BytesIO(self._files.read(name))
+        return self._files.open(name, buffer_bytes=buffer_bytes)
 
 
 def open_folders(config: DataConfig) -> FileSet:
@@ -74,7 +101,7 @@ def open_folders(config: DataConfig) -> FileSet:
             what = "is empty" if name in found else f"is missing (there are {', '.join(found)})"
             raise ValueError(f"class folder {name!r} of {source} {what}: put its images there, or mend --data.classes")
         rows += [Row(where, 0, (index,), None, None) for where in members]
-    return FileSet(files, root, rows, classes=classes, task=config.task)
+    return FileSet(files, root, rows, config, classes=classes)
 
 
 def _folders_in(files: Files, root: str) -> list[str]:
@@ -113,7 +140,7 @@ def open_csv(config: DataConfig) -> FileSet:
             rows.append(Row(where, 0, indices, splits[i] if splits else None, groups[i] if groups else None))
     notes = (*_missing(table, places, config), *_unlisted(table, places, files.names))
     rows.sort(key=lambda row: row.where)
-    return FileSet(files, table.folder, rows, classes=classes, task=config.task, notes=notes)
+    return FileSet(files, table.folder, rows, config, classes=classes, notes=notes)
 
 
 def _splits(table: Table, config: DataConfig) -> list[str]:

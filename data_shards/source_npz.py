@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -107,13 +109,29 @@ def _images(path: Path, split: str) -> np.ndarray:
                 shutil.copyfileobj(source, out, 1 << 22)
 
         unpacked = cached(key, unpack)
-    return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    with _told_damage(path, name):
+        return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+
+
+# What zipfile, zlib and numpy raise on damaged bytes; RuntimeError where they seem to be encrypted.
+_DAMAGE = (
+    ValueError,
+    EOFError,
+    OSError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is no .npz file ({error}): get it again, or set --data.layout") from error
 
 
@@ -121,7 +139,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 def _told_damage(path: Path, name: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise ValueError(f"array {name!r} of {path} is damaged ({error}): get the file again") from error
 
 
@@ -136,6 +154,12 @@ def _header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[tuple[int,
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
+        claimed, there = file.tell() + math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
+    if claimed != there and not dtype.hasobject:  # before so much memory is asked for
+        raise ValueError(
+            f"array {name!r} of {path} is damaged ({there} bytes, but its shape {shape} takes {claimed}): get the file "
+            "again"
+        )
     if dtype.hasobject:
         raise ValueError(
             f"array {name!r} of {path.name} holds Python objects, which are never unpickled: write numbers"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_sets import coded, npz_config, pixels
 
-from data_shards.config import DataConfig
+from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert, key_map, write_one
 from data_shards.manifest import MANIFEST, open_dataset
 from data_shards.store import open_store
@@ -112,6 +112,17 @@ def test_other_settings_under_the_same_name_are_an_error_that_names_each_of_them
     with pytest.raises(ValueError, match=r"data\.source"):
         convert(config.model_copy(update={"source": "/elsewhere.npz"}), store)
     assert contents(store) == before
+
+
+def test_a_setting_that_came_later_is_no_drift_while_it_is_at_its_default(tmp_path):
+    config, store = npz_config(tmp_path), open_store(str(tmp_path / "out"))
+    first = convert(config, store)
+    settings = json.loads(store.get("config.json"))
+    del settings["dicom.frames"]
+    store.put("config.json", json.dumps(settings).encode())
+    assert convert(config, store)["digest"] == first["digest"]
+    with pytest.raises(ValueError, match=r"data\.dicom\.frames: 'each' -> 'first'"):
+        convert(config.model_copy(update={"dicom": DicomConfig(frames="first")}), store)
 
 
 def test_the_salt_is_not_written_beside_the_keys_it_hides(tmp_path):

@@ -107,3 +107,28 @@ def test_a_group_in_two_splits_is_refused_also_when_index_and_manifest_agree(sto
 def test_the_same_index_gives_the_same_bytes(store):
     table = open_dataset(store).table
     assert index_bytes(table) == index_bytes(table) == store.get(INDEX)
+
+
+@pytest.mark.parametrize("change", ["torn", "other columns", "other types", "no list of labels"])
+def test_an_index_that_is_none_is_refused_also_when_its_digest_is_that_of_the_manifest(store, change):
+    data = store.get(INDEX)
+    table = open_dataset(store).table
+    if change == "torn":
+        data = data[:200] + bytes(200) + data[400:]
+    elif change == "other columns":
+        data = index_bytes(table.drop_columns(["group"]))
+    elif change == "other types":
+        data = index_bytes(table.set_column(5, "offset", table["offset"].cast(pa.float64())))
+    else:
+        data = index_bytes(table.set_column(1, "labels", table["offset"]))
+    store.put(INDEX, data)
+    edit(store, index={"name": INDEX, "bytes": len(data), "sha256": manifest_digest(data)})
+    with pytest.raises(ManifestError, match=r"samples\.parquet is no index of format 1"):
+        open_dataset(store)
+
+
+@pytest.mark.parametrize("changes", [{"shards": []}, {"classes": ["a", "b"]}, {"classes": ["a", "b", "c", "d"]}])
+def test_a_manifest_of_other_shards_or_classes_than_its_index_is_refused(store, changes):
+    edit(store, **changes)
+    with pytest.raises(ManifestError, match="counts other samples than its index holds"):
+        open_dataset(store)

@@ -118,3 +118,13 @@ def test_a_multilabel_shard_has_lists_of_labels_and_no_single_class(tmp_path):
     tar = store.get(tar_key(plan.name))
     assert b".cls" not in tar
     assert sorted(tuple(sample["labels"]) for sample in read_samples(tar)) == sorted(labels)
+
+
+def test_what_is_no_whole_shard_says_so(tmp_path):
+    images, store = in_memory_set(3), open_store(str(tmp_path))
+    (plan,) = plan_shards(images.rows, ["test"] * 3, CONFIG)
+    write_shard(plan, images, CONFIG, store)
+    tar = store.get(tar_key(plan.name))
+    for damaged in (b"", tar[:700], tar.replace(b".json", b".jsom"), tar.replace(b'"key"', b"'key'"), b"\xff" * 2000):
+        with pytest.raises(ValueError, match=r"no whole tar|not one image and a \.json"):
+            list(read_samples(damaged))

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zipfile
 from collections import Counter
 
 import boto3
@@ -237,7 +238,9 @@ def test_a_faulty_npz_is_named(tmp_path, changed, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [lambda d: b"no zip", lambda d: d[:300], lambda d: d[:100] + b"\0" * 40 + d[140:]])
+@pytest.mark.parametrize(
+    "damage", [lambda d: b"no zip", lambda d: d[:300], lambda d: d[:100] + b"\0" * 40 + d[140:], lambda d: d[1:]]
+)
 def test_a_damaged_npz_is_named_and_leaves_nothing_in_the_cache(tmp_path, damage, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     noise = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
@@ -247,6 +250,23 @@ def test_a_damaged_npz_is_named_and_leaves_nothing_in_the_cache(tmp_path, damage
         open_source(config(path, layout="npz"))
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "train_images" in p.name]
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["train_images", "val_labels"])
+def test_an_array_that_claims_more_than_it_holds_is_named_before_memory_is_asked_for(tmp_path, name):
+    path = npz(tmp_path / "a.npz", compressed=False)
+    with zipfile.ZipFile(path) as archive:
+        files = {member: archive.read(member) for member in archive.namelist()}
+    claim = b"'shape': (4, 1), }" if name == "val_labels" else b"'shape': (4, 8, 8), }"
+    larger = claim.replace(b"(4,", b"(4000000000000,")
+    header = claim + b" " * (len(larger) - len(claim))
+    assert header in files[f"{name}.npy"]
+    files[f"{name}.npy"] = files[f"{name}.npy"].replace(header, larger)
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in files.items():
+            archive.writestr(member, data)
+    with pytest.raises(ValueError, match=f"array '{name}' of .* is damaged .*4000000000000.* get the file again"):
+        open_source(config(path, layout="npz"))
 
 
 def case(message, files=None, **fields):

@@ -1,0 +1,101 @@
+"""Rows of files -> rows of frames: how many images each DICOM file of a set holds, and whose they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from data_shards import dicom
+from data_shards.config import DataConfig
+from data_shards.source import Row
+
+_log = logging.getLogger(__name__)
+# Headers are read by threads, as a store far away takes some 20 ms to answer. So many are asked for ahead: all at once
+# would take a kilobyte each for its future.
+_AT_ONCE, _AHEAD = 16, 4096
+
+
+def with_frames(rows: Sequence[Row], open_file: Callable[[str], BinaryIO], config: DataConfig) -> list[Row]:
+    """The rows, with one for every frame of each DICOM file, and with groups for them if the set names none.
+
+    The group is the patient ID, else that of another file of the same study, else the study, else the file: whatever
+    keeps frames and slices of one person on one side of a split. Only headers are read, and only of files that are
+    not named as PNG, JPEG and so on.
+
+    Raises ValueError where most of the files are DICOM and the extra for it is not installed, and where all belong to
+    one patient, so that no split could be drawn.
+    """
+    found = _found([row.where for row in rows if not dicom.named_as_image(row.where)], open_file)
+    if not found:
+        return list(rows)
+    if not dicom.usable() and len(found) > len(rows) / 2:
+        raise ValueError(
+            f"{len(found)} of {len(rows)} images are DICOM files, which need the extra dicom: {dicom.EXTRA}"
+        )
+    _tell(list(found.values()), config)
+    patients = {facts.study: facts.patient for facts in found.values() if facts.study and facts.patient}
+    expanded = []
+    for row in rows:
+        facts = found.get(row.where)
+        if facts is not None and not config.group_column:
+            row = dataclasses.replace(row, group=_group(facts, patients, row.where))
+        frames = facts.num_frames if facts is not None and config.dicom.frames == "each" else 1
+        expanded += [row] if frames == 1 else [dataclasses.replace(row, frame=frame) for frame in range(frames)]
+    _require_patients(rows, expanded, config)
+    return expanded
+
+
+def _found(wheres: Sequence[str], open_file: Callable[[str], BinaryIO]) -> dict[str, dicom.Facts]:
+    """What is known of those files that are DICOM, by their path."""
+
+    def facts(where: str) -> dicom.Facts | None:
+        try:
+            with open_file(where) as file:
+                return dicom.facts(file) if dicom.is_dicom(file) else None
+        except OSError:  # told when the image is read
+            return None
+
+    found: dict[str, dicom.Facts] = {}
+    # Outside of the threads, as filters of warnings are the process's.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="headers") as pool:
+        for start in range(0, len(wheres), _AHEAD):
+            ahead = wheres[start : start + _AHEAD]
+            found |= {where: known for where, known in zip(ahead, pool.map(facts, ahead), strict=True) if known}
+    return found
+
+
+def _tell(found: Sequence[dicom.Facts], config: DataConfig) -> None:
+    if identifying := sum(facts.identifying for facts in found):
+        _log.warning(
+            "%d DICOM files say that their pixels may show who the patient is (BurnedInAnnotation or "
+            "RecognizableVisualFeatures is YES): they are %s (--data.dicom.identifying)",
+            identifying,
+            "kept" if config.dicom.identifying == "keep" else "set aside",
+        )
+    if unsaid := sum(facts.unsaid for facts in found):
+        _log.warning(
+            "%d DICOM files of ultrasound or secondary capture do not say whether names are burned into their pixels: "
+            "look at some of them before the shards leave your hands",
+            unsaid,
+        )
+
+
+def _group(facts: dicom.Facts, patients: dict[str, str], where: str) -> str:
+    patient = facts.patient or patients.get(facts.study)
+    if patient:
+        return f"patient {patient}"
+    return f"study {facts.study}" if facts.study else f"file {where}"
+
+
+def _require_patients(rows: Sequence[Row], expanded: Sequence[Row], config: DataConfig) -> None:
+    groups = {row.group for row in expanded}
+    if len(rows) > 1 and len(groups) == 1 and None not in groups and not config.group_column:
+        raise ValueError(
+            f"all {len(rows)} DICOM files are of one patient by their PatientID or study, so no split can be drawn: "
+            "if that is a stand-in for many patients, list the files in a CSV with a group column "
+            "(--data.layout csv, --data.group-column)"
+        )

@@ -44,7 +44,7 @@ from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
 
 SETTINGS = "config.json"
-LEASE = "conversion.lease"
+LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
 _log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 botocore signs, sends and parses; trying again is done here, with its own retries off, because they give up and slow
 down for good. Measured with botocore 1.44.5 in its adaptive mode: at 40 % answers of 500 its quota of retries ran dry
 and 36 of 300 requests failed that six attempts each would have carried (1 expected); after a single SlowDown and 30 s
-of quiet, 32 requests took 0.92 s instead of 0.12 s, and after 30 s more 0.62 s.
+of quiet, 32 requests took 0.92 s instead of 0.12 s, and after 30 s more 0.62 s. Here none of the 300 failed, and the
+32 took 0.10 and 0.12 s.
 """
 
 from __future__ import annotations

@@ -99,9 +99,7 @@ def _opened(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         frames = getattr(image, "n_frames", 1)
     except Image.UnidentifiedImageError as error:
-        known = next((name for signature, name in _SIGNATURES.items() if data.startswith(signature)), "")
-        reason = f"a damaged {known}, or of a kind that is not supported" if known else "not an image of a known format"
-        raise UndecodableImage(reason) from error
+        raise UndecodableImage(_unknown(data)) from error
     except _DAMAGE as error:
         raise UndecodableImage(_short(error)) from error
     if image.width * image.height > MAX_PIXELS:
@@ -110,6 +108,15 @@ def _opened(data: bytes) -> Image.Image:
     if frames > 1 and image.format != "MPO":
         raise UndecodableImage(f"{frames} frames in one file")
     return image
+
+
+def _unknown(data: bytes) -> str:
+    if data[128:132] == b"DICM":
+        return "a DICOM file, which is read in image sets only"
+    for signature, name in _SIGNATURES.items():
+        if data.startswith(signature):
+            return f"a damaged {name}, or of a kind that is not supported"
+    return "not an image of a known format"
 
 
 def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import struct
 import subprocess
@@ -40,6 +41,7 @@ from data_shards.dicom import rows as dicom_rows
 from data_shards.source import open_source
 from data_shards.store import open_store
 
+pytestmark = pytest.mark.filterwarnings("ignore:::pydicom")
 PLAIN = DicomConfig()
 KEEP = DicomConfig(identifying="keep")
 GREY = (np.arange(12 * 10, dtype="<u2").reshape(12, 10) * 31) % 4096
@@ -385,6 +387,36 @@ def test_every_uncompressed_coding_gives_the_same_pixels(syntax):
     fields = {"WindowCenter": 2000, "WindowWidth": 1000, "RescaleSlope": 2, "RescaleIntercept": -7}
     values = GREY.astype(">u2") if syntax == ExplicitVRBigEndian else GREY
     assert np.array_equal(shown(dicom_file(values, syntax, **fields)), shown(dicom_file(GREY, **fields)))
+
+
+def test_private_and_nested_elements_before_the_pixels_are_passed_over():
+    data = header(GREY, WindowCenter=2000, WindowWidth=1000)
+    expected = shown(written(data))
+    for group in (0x0009, 0x0029, 0x5001):
+        block = data.private_block(group, "QUIRKY", create=True)
+        block.add_new(1, "SQ", [item(PatientName="Doe", VOILUTSequence=[item(WindowCenter=1)]) for _ in range(3)])
+        block.add_new(2, "UN", b"\xe0\x7f\x10\x00OW\0\0\4\0\0\0abcd")
+        block.add_new(3, "OB", bytes(3000))
+        data[block.get_tag(1)].is_undefined_length = True
+    assert np.array_equal(shown(written(data)), expected)
+
+
+def test_sequences_nested_without_end_are_refused():
+    nest = item(WindowCenter=1)
+    for _ in range(400):
+        nest = item(SharedFunctionalGroupsSequence=[nest])
+        nest["SharedFunctionalGroupsSequence"].is_undefined_length = True
+        nest.is_undefined_length_sequence_item = True
+    data = header(GREY)
+    data.SharedFunctionalGroupsSequence = [nest]
+    data["SharedFunctionalGroupsSequence"].is_undefined_length = True
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(20_000)
+        file = written(data)
+    finally:
+        sys.setrecursionlimit(limit)
+    refused(file, "damaged DICOM file")
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, "1.2.840.10008.1.2.1"])
@@ -749,15 +781,16 @@ def test_without_pydicom_a_set_of_dicom_files_fails_early_and_a_few_are_set_asid
         "import sys; sys.modules['pydicom'] = None\n"
         "from data_shards.config import DataConfig; from data_shards.convert import convert\n"
         "from data_shards.store import open_store\n"
-        "config = DataConfig(dataset='x', layout='folders', source=sys.argv[1], max_quarantine=0.1)\n"
-        "print(convert(config, open_store(sys.argv[1] + '-out'))['quarantine'])\n"
+        "for name in 'few', 'most':\n"
+        "    config = DataConfig(dataset='x', layout='folders', source=name, max_quarantine=0.1)\n"
+        "    print(convert(config, open_store(f'{name}-out'))['quarantine'], flush=True)\n"
     )
-    run = [subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], capture_output=True, text=True)
-           for name in ("few", "most")]  # fmt: skip
-    assert run[0].stdout.strip() == "1"
-    assert "a/scan.dcm (DICOM, which needs the extra dicom: pip install 'medmamba[dicom]')" in run[0].stderr
-    assert "ValueError: 40 of 40 images are DICOM files, which need the extra dicom" in run[1].stderr
-    assert not (tmp_path / "most-out" / "config.json").exists()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.stdout.split() == ["1"]
+    assert "a/scan.dcm (DICOM, which needs the extra dicom: pip install 'medmamba[dicom]')" in run.stderr
+    assert "ValueError: 40 of 40 images are DICOM files, which need the extra dicom" in run.stderr
+    assert not (tmp_path / "most-out").exists()
 
 
 # --- what goes into a shard

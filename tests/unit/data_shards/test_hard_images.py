@@ -235,6 +235,7 @@ REFUSED = {
     "empty": (b"", "empty file"),
     "one byte": (b"\x89", "not an image of a known format"),
     "signature only": (b"\x89PNG\r\n\x1a\n", "a damaged PNG"),
+    "dicom": (bytes(128) + b"DICM" + bytes(99), "a DICOM file, which is read in image sets only"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "not an image of a known format"),
 }  # fmt: skip
 

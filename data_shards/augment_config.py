@@ -8,6 +8,9 @@ class AugmentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    crop: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Take a part of at least this share of the image's area, of a shape between 3:4 and 4:3, instead of stretching
+    the whole image. Done while decoding: a JPEG is decoded only as far and as finely as the part needs."""
     hflip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Probability of exchanging left and right. Set 0 where the side of the body matters."""
     vflip: float = Field(default=0.0, ge=0.0, le=1.0)

@@ -64,6 +64,11 @@ class Placement(BaseModel):
         """Compute threads of one training worker."""
         return max(1, int(self.cpus_per_worker))
 
+    @property
+    def loader_workers(self) -> int:
+        """Workers of the loader of one training worker: beside a GPU all its CPUs but one, else one."""
+        return max(1, self.threads - 1) if self.device == "cuda" else 1
+
     def for_trial(self) -> Placement:
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
         return self.model_copy(update={"workers": 1, "zero_stage": 0, "cpus_per_worker": self.cpus_per_trial})

@@ -15,6 +15,7 @@ import torch
 from data_shards.augment import augment
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
+from data_shards.pixels import Crop
 from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
@@ -25,6 +26,7 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
+from pipelines.worker.transfer import batch_memory, to_device
 
 ENGINE = "engine"
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -76,7 +78,8 @@ def train_loop(
             stream = batches(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
-                train=True,
+                train=True, crop=Crop(train.augment.crop) if train.augment.crop else None,
+                workers=placement.loader_workers, empty=batch_memory(engine.device),
             )  # fmt: skip
             steps = len(stream) // accumulation
             engine.model.train()
@@ -84,9 +87,9 @@ def train_loop(
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what chance does to it.
                 generator = _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
-                images = to_float(torch.from_numpy(batch.images).to(engine.device, non_blocking=True))
+                images = to_float(to_device(batch.images, engine.device))
                 images = normalise(augment(images, train.augment, generator))
-                labels = torch.from_numpy(batch.labels).to(engine.device, non_blocking=True)
+                labels = to_device(batch.labels, engine.device)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
                 loss = classification_loss(
@@ -111,7 +114,7 @@ def train_loop(
 
             step_losses = torch.stack(losses).tolist()
             speed = len(losses) * train.batch_size / (time.monotonic() - began)
-            found = validate(engine, data, "val", config, weights)
+            found = validate(engine, data, "val", config, weights, placement.loader_workers)
             state.epoch, state.consumed = state.epoch + 1, 0
             metrics = {
                 "epoch": state.epoch,
@@ -144,13 +147,13 @@ def train_loop(
 
 
 def validate(
-    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None
+    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None, workers: int
 ) -> dict[str, float]:
     """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all."""
     engine.model.eval()
     part = infer(
         engine.forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
-        rank=engine.rank, ranks=engine.ranks, device=engine.device,
+        rank=engine.rank, ranks=engine.ranks, device=engine.device, workers=workers,
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))
     task = data.manifest.task

@@ -168,6 +168,7 @@ def batches(
     workers: int = 1,
     processes: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
+    disk_bytes: int = 0,
     empty: Callable[[tuple[int, ...]], np.ndarray] | None = None,
 ) -> Batches:
     """The micro-batches of one rank for one epoch of a split.
@@ -189,6 +190,8 @@ def batches(
         workers: What makes batches ahead, threads or processes; 0 makes each when it is asked for.
         processes: Whether the workers are processes; None: where there is so much to decode that it pays.
         cache_bytes: Memory for decoded whole images of this dataset, kept from epoch to epoch.
+        disk_bytes: What copies of remote shards may take on this machine's disk, of all datasets together; 0: half of
+            what is free. What does not fit is read image by image. The dataset's first call decides.
         empty: Makes the uint8 array of a batch from its shape, where it shall lie in memory of a special kind.
 
     Raises:
@@ -209,7 +212,7 @@ def batches(
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return Batches(
-        pixels=_pixels(dataset, split, height, width, crop, cache_bytes),
+        pixels=_pixels(dataset, split, height, width, crop, cache_bytes, disk_bytes),
         labels=index.labels,
         order=order,
         seed=seed,
@@ -357,9 +360,12 @@ class _Opened:
 _opened: weakref.WeakKeyDictionary[Dataset, _Opened] = weakref.WeakKeyDictionary()
 
 
-def _pixels(dataset: Dataset, split: str, height: int, width: int, crop: Crop | None, cache_bytes: int) -> _Pixels:
+def _pixels(
+    dataset: Dataset, split: str, height: int, width: int, crop: Crop | None, cache_bytes: int, disk_bytes: int = 0
+) -> _Pixels:
     if dataset not in _opened:
-        _opened[dataset] = _Opened(LocalShards(dataset.store, dataset.manifest))
+        shards = [(dataset.store, shard) for shard in dataset.manifest.shards]
+        _opened[dataset] = _Opened(LocalShards(shards, disk_bytes))
     opened = _opened[dataset]
     key = (split, height, width, crop)
     if key not in opened.pixels:

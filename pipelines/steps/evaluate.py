@@ -89,6 +89,7 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
         ranks=placement.workers,
         device=torch.device(placement.device),
         workers=placement.loader_workers,
+        disk_bytes=placement.cache_bytes,
         progress=lambda images: payload["board"].post.remote("evaluate", {"images": images}),
     )
 

@@ -25,6 +25,7 @@ def infer(
     ranks: int,
     device: torch.device,
     workers: int = 1,
+    disk_bytes: int = 0,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns this rank's (index (n,) int64, labels (n,C) uint8 multi-hot, logits (n,C) float32), padding removed.
@@ -34,7 +35,7 @@ def infer(
     indices, labels, logits = [], [], []
     stream = batches(
         data, split, batch=micro_batch * ranks, micro=micro_batch, image_size=image_size, rank=rank, ranks=ranks,
-        train=False, workers=workers, empty=batch_memory(device),
+        train=False, workers=workers, disk_bytes=disk_bytes, empty=batch_memory(device),
     )  # fmt: skip
     for batch in stream:
         images = preprocess(to_device(batch.images, device))

@@ -79,7 +79,7 @@ def train_loop(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
                 train=True, crop=Crop(train.augment.crop) if train.augment.crop else None,
-                workers=placement.loader_workers, empty=batch_memory(engine.device),
+                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, empty=batch_memory(engine.device),
             )  # fmt: skip
             steps = len(stream) // accumulation
             engine.model.train()

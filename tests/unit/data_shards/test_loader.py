@@ -13,8 +13,9 @@ from tiny_sets import coded, npz_config, pixels
 
 from data_shards.convert import convert
 from data_shards.loader import batches
-from data_shards.local_shard import ShardError, cache_folder
+from data_shards.local_shard import ShardError
 from data_shards.manifest import Dataset, open_dataset
+from data_shards.node_cache import cache_folder
 from data_shards.pixels import Crop, stretched
 from data_shards.store import open_store
 
@@ -292,7 +293,7 @@ def test_from_s3_the_batches_are_those_of_a_folder_and_a_damaged_copy_is_not_bel
     expected = [fingerprint(batch) for batch in batches(dataset, "train", **options)]
     for _ in range(2):
         assert [fingerprint(batch) for batch in batches(open_dataset(remote), "train", **options)] == expected
-    copies = sorted(cache_folder().iterdir())
+    copies = sorted(cache_folder().glob("*.tar"))
     assert len(copies) == sum(shard.name.startswith("train") for shard in dataset.manifest.shards)
     copies[0].write_bytes(copies[0].read_bytes()[:-1] + b"x")
     assert [fingerprint(batch) for batch in batches(open_dataset(remote), "train", **options)] == expected

@@ -85,10 +85,12 @@ def train_loop(
             engine.model.train()
             for position, batch in enumerate(stream):
                 nth = position % accumulation
-                # Which micro-batch of the global batch this is, not the rank, decides what chance does to it.
-                generator = _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
+                # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
+                _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
                 images = to_float(to_device(batch.images, engine.device))
-                images = normalise(augment(images, train.augment, generator))
+                images = normalise(
+                    augment(images, train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance)
+                )
                 labels = to_device(batch.labels, engine.device)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
@@ -187,12 +189,10 @@ def _is_stale(state: TrainState, patience: int) -> bool:
     return patience > 0 and state.epoch - state.best_epoch >= patience
 
 
-def _seed(seed: int, step: int, micro_batch: int) -> torch.Generator:
-    """Seeds what drop-path draws from, and returns the generator that augmentation draws from."""
+def _seed(seed: int, step: int, micro_batch: int) -> None:
+    """Seeds what drop-path draws from."""
     # Far apart for neighbours: torch's generators mix the bits of their seed.
-    mixed = (seed * 1_000_003 + step) * 4096 + micro_batch
-    torch.manual_seed(mixed)
-    return torch.Generator().manual_seed(mixed ^ 0x5EED)
+    torch.manual_seed((seed * 1_000_003 + step) * 4096 + micro_batch)
 
 
 def _check_finite(loss: float, state: TrainState, rate: float) -> None:

@@ -15,14 +15,19 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from data_shards.decode_pool import DecodePool
 from data_shards.local_shard import LocalShards
 from data_shards.manifest import Dataset, SplitIndex
-from data_shards.order import padded, shuffled, visits
+from data_shards.mixture import Mixture
+from data_shards.order import even_quotas, mixed, padded, shuffled, visits
 from data_shards.pixels import Coded, Crop, crop_boxes, decode_into
+
+Sampling = Literal["shuffled", "balanced"]
+"""shuffled: each sample once an epoch; balanced: each class equally often, samples of rare classes several times."""
 
 CACHE_BYTES = 512 << 20
 # A decoding process takes about 0.5 s of a processor to start, so few or small images are decoded by threads.
@@ -152,7 +157,7 @@ class Batches:
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | Mixture,
     split: str,
     *,
     batch: int,
@@ -164,6 +169,7 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     start: int = 0,
+    sampling: Sampling = "shuffled",
     crop: Crop | None = None,
     workers: int = 1,
     processes: bool | None = None,
@@ -174,7 +180,8 @@ def batches(
     """The micro-batches of one rank for one epoch of a split.
 
     Args:
-        dataset: From `open_dataset`; it keeps what is decoded, and the decoding processes, for the next epochs.
+        dataset: From `open_dataset`, or several of them from `mix`; it keeps what is decoded, and the decoding
+            processes, for the next epochs.
         split: train, val or test.
         batch: Samples of a global batch, over all ranks.
         image_size: Side, or (height, width), in pixels.
@@ -186,6 +193,7 @@ def batches(
         seed: Of the whole training.
         epoch: Counted from 0; with `seed` it decides the order, and which part of an image `crop` takes.
         start: Samples of the epoch already consumed: the `consumed` of the last batch seen.
+        sampling: How often each sample comes in a training epoch; its length is the same.
         crop: Take a random part of each image instead of stretching the whole.
         workers: What makes batches ahead, threads or processes; 0 makes each when it is asked for.
         processes: Whether the workers are processes; None: where there is so much to decode that it pays.
@@ -195,7 +203,8 @@ def batches(
         empty: Makes the uint8 array of a batch from its shape, where it shall lie in memory of a special kind.
 
     Raises:
-        ValueError: the batch cannot be cut evenly, no training batch fits, `start` is not between two global batches.
+        ValueError: the batch cannot be cut evenly, no training batch fits, `start` is not between two global batches,
+            or classes of a multilabel dataset shall be balanced.
         ShardError: a shard is missing or damaged (raised while iterating).
         DecodeProcessError: a decoding process was killed (raised while iterating).
     """
@@ -203,7 +212,11 @@ def batches(
     micro = _micro_batch(batch, micro, ranks)
     if not 0 <= rank < ranks:
         raise ValueError(f"rank is {rank}, but with {ranks} ranks it must be from 0 to {ranks - 1}")
-    order = _training_order(len(index), batch, seed, epoch, split) if train else padded(len(index), batch)
+    if train:
+        _check_training(len(index), batch, split)
+        order = _training_order(dataset, split, sampling, seed, epoch)[: len(index) // batch * batch]
+    else:
+        order = padded(len(index), batch)
     num_samples = len(order) if train else len(index)
     if not (0 <= start <= num_samples and (start % batch == 0 or start == num_samples)):
         raise ValueError(
@@ -256,14 +269,28 @@ def _micro_batch(batch: int, micro: int | None, ranks: int) -> int:
     return micro or batch // ranks
 
 
-def _training_order(num_samples: int, batch: int, seed: int, epoch: int, split: str) -> np.ndarray:
-    """A permutation of the split's positions, cut to whole global batches."""
+def _check_training(num_samples: int, batch: int, split: str) -> None:
     if num_samples < batch:
         raise ValueError(
             f"the split {split!r} holds {num_samples} samples, but a training batch takes {batch} and an incomplete "
             f"one is dropped: make the batch at most {num_samples}"
         )
-    return shuffled(num_samples, seed, epoch)[: num_samples // batch * batch]
+
+
+def _training_order(dataset: Dataset | Mixture, split: str, sampling: Sampling, seed: int, epoch: int) -> np.ndarray:
+    """As many positions as the split has samples."""
+    index = dataset.index(split)
+    if sampling == "balanced":
+        if (index.labels.sum(1) != 1).any():
+            raise ValueError(
+                "balanced sampling draws by class, but these samples have several classes or none: use 'shuffled'"
+            )
+        pools = [np.flatnonzero(index.labels[:, number]) for number in range(index.labels.shape[1])]
+        pools = [pool for pool in pools if len(pool)]
+        return mixed(pools, even_quotas(len(index), [1] * len(pools)), seed, epoch)
+    if isinstance(dataset, Mixture) and dataset.weights is not None:
+        return mixed(dataset.members(split), even_quotas(len(index), dataset.weights), seed, epoch)
+    return shuffled(len(index), seed, epoch)
 
 
 def _ahead(
@@ -357,19 +384,28 @@ class _Opened:
 
 
 # Gone with its dataset; until then later epochs find what earlier ones opened and decoded.
-_opened: weakref.WeakKeyDictionary[Dataset, _Opened] = weakref.WeakKeyDictionary()
+_opened: weakref.WeakKeyDictionary[Dataset | Mixture, _Opened] = weakref.WeakKeyDictionary()
 
 
 def _pixels(
-    dataset: Dataset, split: str, height: int, width: int, crop: Crop | None, cache_bytes: int, disk_bytes: int = 0
+    dataset: Dataset | Mixture,
+    split: str,
+    height: int,
+    width: int,
+    crop: Crop | None,
+    cache_bytes: int,
+    disk_bytes: int = 0,
 ) -> _Pixels:
-    if dataset not in _opened:
+    if isinstance(dataset, Mixture):
+        shards, channels = dataset.shards, dataset.channels
+    else:
         shards = [(dataset.store, shard) for shard in dataset.manifest.shards]
+        channels = dataset.manifest.channels
+    if dataset not in _opened:
         _opened[dataset] = _Opened(LocalShards(shards, disk_bytes))
     opened = _opened[dataset]
     key = (split, height, width, crop)
     if key not in opened.pixels:
         free_bytes = cache_bytes - sum(pixels.cached.nbytes for pixels in opened.pixels.values())
-        shape = (height, width, dataset.manifest.channels)
-        opened.pixels[key] = _Pixels(dataset.index(split), opened, shape, crop, free_bytes)
+        opened.pixels[key] = _Pixels(dataset.index(split), opened, (height, width, channels), crop, free_bytes)
     return opened.pixels[key]

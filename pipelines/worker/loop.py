@@ -78,7 +78,7 @@ def train_loop(
             stream = batches(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
-                train=True, crop=Crop(train.augment.crop) if train.augment.crop else None,
+                train=True, sampling=train.sampling, crop=Crop(train.augment.crop) if train.augment.crop else None,
                 workers=placement.loader_workers, disk_bytes=placement.cache_bytes, empty=batch_memory(engine.device),
             )  # fmt: skip
             steps = len(stream) // accumulation

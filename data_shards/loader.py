@@ -8,6 +8,7 @@ Legend: B micro-batch, H height, W width, C channels (1 grey or 3 RGB).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import weakref
@@ -19,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_shards.decode_pool import DecodePool
+from data_shards.decode_pool import DecodePool, DecodeProcessError
 from data_shards.local_shard import LocalShards
 from data_shards.manifest import Dataset, SplitIndex
 from data_shards.mixture import Mixture
@@ -30,7 +31,7 @@ Sampling = Literal["shuffled", "balanced"]
 """shuffled: each sample once an epoch; balanced: each class equally often, samples of rare classes several times."""
 
 CACHE_BYTES = 512 << 20
-# A decoding process takes about 0.5 s of a processor to start, so few or small images are decoded by threads.
+# A decoding process takes about 0.4 s of a processor to start, so few or small images are decoded by threads.
 PROCESSES_FROM_S = 4.0
 _IMAGE_S, _PIXEL_S = 60e-6, 2.5e-9  # what decoding takes: for each image, and for each of its H x W x C numbers
 
@@ -124,9 +125,10 @@ class Batches:
                     pool.put(coded)
             while waiting:
                 yield self._finished(pool, *waiting.popleft())
-        except GeneratorExit:
-            pool.drain()
-            self.pixels.give_pool(pool)
+        except GeneratorExit:  # left early, or the whole program ends and the processes are gone already
+            with contextlib.suppress(DecodeProcessError):
+                pool.drain()
+                self.pixels.give_pool(pool)
             raise
         except BaseException:
             pool.close()

@@ -23,6 +23,11 @@ from PIL.PngImagePlugin import PngImageFile
 
 from data_shards.draws import uniforms
 
+try:
+    import pyspng  # has wheels for Linux and Windows
+except ImportError:
+    pyspng = None
+
 # Of the scales M/8 that JPEG knows, libjpeg-turbo has SIMD for these; 3/4 takes longer than the whole (NOTES.md).
 _REDUCED = (8, 4, 2)
 _TRIES = 10  # of a random part that lies within the image, as torchvision's RandomResizedCrop has them
@@ -62,9 +67,12 @@ def decode_into(images: np.ndarray, coded: Coded, read: Callable[..., list[bytes
 
 def stretched(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
     """A coded image as (height, width, channels) uint8 pixels; grey is repeated where RGB is asked for."""
-    # Opened by its class, because Image.open's search for one costs a small PNG a tenth of its time.
-    kind = PngImageFile if data.startswith(_PNG) else JpegImageFile
-    image: Image.Image = kind(io.BytesIO(data))
+    if data.startswith(_PNG):
+        pixels = _png(data)
+        if pixels.shape[:2] != (height, width):
+            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+        return _with_channels(pixels, channels)
+    image: Image.Image = JpegImageFile(io.BytesIO(data))
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
@@ -77,17 +85,16 @@ def cropped(data: bytes, box: tuple[int, int, int, int], height: int, width: int
     """The part `box` (left, top, right, bottom, in pixels) of a coded image as (height, width, channels) pixels."""
     scale = 1
     if data.startswith(_PNG):
-        pixels = np.asarray(PngImageFile(io.BytesIO(data)))
+        pixels = _png(data)
     else:
         pixels, scale = _jpeg_part(data, box, height, width, channels)
     left, top, right, bottom = (side / scale for side in box)
     # Whole pixels around the part; within them the part may begin and end between two pixels.
     x0, y0 = int(left), int(top)
     around = pixels[y0 : -int(-bottom // 1), x0 : -int(-right // 1)]
-    part = _resampled(around, (left - x0, top - y0, right - left, bottom - top), height, width)
-    if part.ndim == 2:
-        part = part[:, :, None]
-    return part if part.shape[2] == channels else np.broadcast_to(part, (height, width, channels))
+    return _with_channels(
+        _resampled(around, (left - x0, top - y0, right - left, bottom - top), height, width), channels
+    )
 
 
 def crop_boxes(
@@ -114,6 +121,19 @@ def crop_boxes(
     left = np.minimum((place[:, 0] * (widths - w + 1)).astype(np.int64), widths - w)
     top = np.minimum((place[:, 1] * (heights - h + 1)).astype(np.int64), heights - h)
     return np.stack([left, top, left + w, top + h], 1)
+
+
+def _png(data: bytes) -> np.ndarray:
+    """Pixels (H, W) or (H, W, 3) of a PNG, which has the same in every decoder."""
+    if pyspng is not None:
+        return pyspng.load(data)
+    return np.asarray(PngImageFile(io.BytesIO(data)))
+
+
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    return pixels if pixels.shape[2] == channels else np.broadcast_to(pixels, (*pixels.shape[:2], channels))
 
 
 def _jpeg_part(

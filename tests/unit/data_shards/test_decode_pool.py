@@ -174,6 +174,17 @@ def test_an_epoch_that_is_left_early_keeps_the_processes_for_the_next_and_they_e
     assert set(children()) == before
 
 
+def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_without_a_word(uri):
+    script = (
+        "from data_shards.loader import batches\nfrom data_shards.manifest import open_dataset\n"
+        f"stream = iter(batches(open_dataset({uri!r}), 'train', batch=4, image_size=16, train=True, processes=True))\n"
+        "next(stream)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def test_two_streams_of_a_dataset_may_run_side_by_side(uri):
     dataset = open_dataset(uri)
     options = {"batch": 9, "image_size": 16, "processes": True, "cache_bytes": 0}

@@ -80,6 +80,26 @@ def test_a_whole_image_is_stretched_by_pils_filter():
         assert np.array_equal(stretched(data, 32, 48, 3), image.resize((48, 32), Image.Resampling.BILINEAR))
 
 
+@pytest.mark.parametrize("library", ["pyspng", "pillow"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_has_the_same_pixels_whichever_library_decodes_it(library, channels, monkeypatch):
+    if library == "pyspng":
+        pytest.importorskip("pyspng")
+    else:
+        monkeypatch.setattr("data_shards.pixels.pyspng", None)
+    image = pixels(7, 23, 31, channels)
+    for options in ({}, {"compress_level": 0}, {"optimize": True}):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG", **options)
+        assert np.array_equal(
+            stretched(buffer.getvalue(), 23, 31, 3), np.broadcast_to(image.reshape(23, 31, -1), (23, 31, 3))
+        )
+        assert np.array_equal(
+            stretched(buffer.getvalue(), 16, 16, 3),
+            Image.open(buffer).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR),
+        )
+
+
 def boxes_of(heights, widths, min_area: float = 0.25, seed: int = 1, epoch: int = 2, first: int = 0) -> np.ndarray:
     sample = np.arange(first, first + len(heights))
     return crop_boxes(Crop(min_area), np.array(heights), np.array(widths), seed=seed, epoch=epoch, sample=sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -145,7 +146,8 @@ def _measured(name: str, folder: str) -> dict[str, Any]:
         complained.seek(0)
         lines = told.read().splitlines()
         if process.returncode != 0 or not lines:
-            last = (complained.read().strip().splitlines() or ["nothing was said"])[-1]
+            said = complained.read().strip().splitlines() or ["nothing was said"]
+            last = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), said[-1])
             return {"why_not": f"ended with {process.returncode}: {last}"}
         return {**json.loads(lines[-1]), "peak_gib": peak / 2**30}
 

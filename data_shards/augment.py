@@ -1,59 +1,78 @@
 """Random changes of a whole batch at once, on the batch's device. The only module here that imports torch.
 
-All geometric changes of an image are one affine map and one interpolation; what comes in from outside the image is
-its reflection. Legend: B batch, C channels, H height, W width; maps work in grid_sample's coordinates, where the
-image spans [-1, 1] in x and in y.
+What chance does to an image depends on (seed, epoch, sample) alone: not on the batch, the rank or the device. All
+geometric changes of an image are one affine map and one interpolation. Legend: B batch, C channels, H height,
+W width; maps work in grid_sample's coordinates, where the image spans [-1, 1] in x and in y.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from data_shards.augment_config import AugmentConfig
+from data_shards.draws import uniforms
 
 # One column of draws for each random number of an image, so that switching one change off moves no other.
-_DRAWS = ("hflip", "vflip", "rot90", "shift_x", "shift_y", "scale", "rotate", "brightness", "contrast")
-_ERASE_DRAWS = ("erase", "erase_x", "erase_y", "erase_width", "erase_height")
+_DRAWS = (
+    *("hflip", "vflip", "rot90", "shift_x", "shift_y", "scale", "rotate", "brightness", "contrast"),
+    *("erase", "erase_x", "erase_y", "erase_width", "erase_height", "pad_x", "pad_y", "saturation", "hue"),
+)
+_CHAINS = 3
+_CHAIN_DRAWS = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y", "tone", "strength")
+# Purposes of draws (see draws.py).
+_CHANGE, _MIX = 0xA0, 0xA1
+# Brightness and two colour differences (YIQ, NTSC 1953) from red, green and blue.
+_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+
+_Map = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def augment(images_BCHW: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def augment(images_BCHW: Tensor, config: AugmentConfig, *, seed: int, epoch: int, sample: np.ndarray) -> Tensor:
     """The batch with every image changed at random, floats in [0, 1] like the input; same shape, device and dtype.
 
-    The generator is one on the CPU, wherever the images are, so that CPU and GPU draw the same changes; the same
-    state and images give the same result.
+    `sample` (B,) int64 says which numbers are drawn for each image: the loader's `chance`. They are drawn on the CPU,
+    wherever the images are, so that CPU and GPU make the same changes.
 
     Raises:
         ValueError: the images are not floats.
     """
     if not images_BCHW.is_floating_point():
         raise ValueError(f"images to augment are {images_BCHW.dtype}, but must be floats in [0, 1]: convert them first")
-    names = _DRAWS + _ERASE_DRAWS
-    table = torch.rand((len(images_BCHW), len(names)), generator=generator).to(images_BCHW)
-    draws = dict(zip(names, table.unbind(1), strict=True))
+    draws = dict(zip(_DRAWS, _drawn(images_BCHW, seed, epoch, sample, len(_DRAWS), _CHANGE), strict=True))
     if config.moves_pixels:
-        images_BCHW = _moved(images_BCHW, draws, config)
+        images_BCHW = _moved(images_BCHW, _affine(draws, config, *images_BCHW.shape[-2:]), config.padding)
     if config.brightness or config.contrast:
         images_BCHW = _relit(images_BCHW, draws, config)
+    if (config.saturation or config.hue) and images_BCHW.shape[1] == 3:
+        images_BCHW = _recoloured(images_BCHW, draws, config)
+    if config.augmix:
+        num = _CHAINS * (len(_CHAIN_DRAWS) + 1) + 1
+        table = _drawn(images_BCHW, seed, epoch, sample, num, _MIX)
+        images_BCHW = _mixed(images_BCHW, table, config)
     if config.erase:
         images_BCHW = _erased(images_BCHW, draws, config.erase)
     return images_BCHW
 
 
-def _moved(images_BCHW: Tensor, draws: dict[str, Tensor], config: AugmentConfig) -> Tensor:
+def _drawn(like: Tensor, seed: int, epoch: int, sample: np.ndarray, num: int, purpose: int) -> tuple[Tensor, ...]:
+    """`num` tensors (B,) of numbers in [0, 1)."""
+    numbers = uniforms(seed, epoch, sample, num, purpose=purpose)
+    # Cut to 24 bits, which float32 holds exactly: rounding could make a 1 of the last of them.
+    return torch.from_numpy((np.floor(numbers * 2**24) / 2**24).astype(np.float32)).to(like).unbind(1)
+
+
+def _moved(images_BCHW: Tensor, where: _Map, padding: str) -> Tensor:
     height, width = images_BCHW.shape[-2:]
     x_B1W, y_BH1 = _centres(width, images_BCHW)[None, None, :], _centres(height, images_BCHW)[None, :, None]
     # Written out rather than as affine_grid and matrix products: for maps this small those cost more than sampling.
-    (xx, xy, x0), (yx, yy, y0) = (
-        [value[:, None, None] for value in row] for row in _affine(draws, config, aspect=height / width)
-    )
+    (xx, xy, x0), (yx, yy, y0) = ([value[:, None, None] for value in row] for row in where)
     grid_BHW2 = torch.stack([xx * x_B1W + (xy * y_BH1 + x0), yx * x_B1W + (yy * y_BH1 + y0)], 3)
-    return functional.grid_sample(
-        images_BCHW, grid_BHW2, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    return functional.grid_sample(images_BCHW, grid_BHW2, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
 def _centres(length: int, like: Tensor) -> Tensor:
@@ -61,11 +80,12 @@ def _centres(length: int, like: Tensor) -> Tensor:
     return (torch.arange(length, device=like.device, dtype=like.dtype) * 2 + 1) / length - 1
 
 
-def _affine(draws: dict[str, Tensor], config: AugmentConfig, *, aspect: float) -> tuple[tuple[Tensor, ...], ...]:
+def _affine(draws: dict[str, Tensor], config: AugmentConfig, height: int, width: int) -> _Map:
     """For each image the map from a place in the result to the place in the source that it is taken from.
 
     The source's x = xx * x + xy * y + x0 and y = yx * x + yy * y + y0; returned as ((xx, xy, x0), (yx, yy, y0)).
     """
+    aspect = height / width
     # Enlarged by a factor as often as shrunk by it.
     zoom = torch.exp(_either_way(draws["scale"], math.log1p(config.scale)))
     angle = _either_way(draws["rotate"], math.radians(config.rotate))
@@ -79,6 +99,10 @@ def _affine(draws: dict[str, Tensor], config: AugmentConfig, *, aspect: float) -
         xx, xy, yx, yy = qc * xx - qs * yx, qc * xy - qs * yy, qs * xx + qc * yx, qs * xy + qc * yy
     mirror_x, mirror_y = _sign(draws["hflip"], config.hflip), _sign(draws["vflip"], config.vflip)
     x0, y0 = (_either_way(draws[axis], 2 * config.translate) for axis in ("shift_x", "shift_y"))
+    if config.pad_crop:
+        choices = 2 * config.pad_crop + 1
+        x0 = x0 + 2 / width * ((draws["pad_x"] * choices).floor() - config.pad_crop)
+        y0 = y0 + 2 / height * ((draws["pad_y"] * choices).floor() - config.pad_crop)
     return (xx * mirror_x, xy * mirror_y, x0), (yx * mirror_x, yy * mirror_y, y0)
 
 
@@ -87,6 +111,57 @@ def _relit(images_BCHW: Tensor, draws: dict[str, Tensor], config: AugmentConfig)
     shift = _either_way(draws["brightness"], config.brightness)[:, None, None, None]
     mean = images_BCHW.mean((1, 2, 3), keepdim=True)
     return torch.addcmul(mean * (1 - factor) + shift, images_BCHW, factor).clamp_(0, 1)
+
+
+def _recoloured(images_B3HW: Tensor, draws: dict[str, Tensor], config: AugmentConfig) -> Tensor:
+    """Colours turned about the axis of greys, and stretched away from it."""
+    angle = _either_way(draws["hue"], math.radians(config.hue))
+    factor = torch.exp(_either_way(draws["saturation"], math.log1p(config.saturation)))
+    cos, sin, zero, one = torch.cos(angle) * factor, torch.sin(angle) * factor, angle * 0, angle * 0 + 1
+    rows = [torch.stack(row, 1) for row in ((one, zero, zero), (zero, cos, -sin), (zero, sin, cos))]
+    yiq = np.array(_YIQ)
+    to_yiq, to_rgb = images_B3HW.new_tensor(yiq), images_B3HW.new_tensor(np.linalg.inv(yiq))
+    change_B33 = to_rgb @ torch.stack(rows, 1) @ to_yiq
+    return (change_B33 @ images_B3HW.flatten(2)).view_as(images_B3HW).clamp(0, 1)
+
+
+def _mixed(images_BCHW: Tensor, table: tuple[Tensor, ...], config: AugmentConfig) -> Tensor:
+    """AugMix: the image and a mixture of chains of changes, weighed as Dirichlet(1) and Beta(1, 1) have it."""
+    weights = torch.stack([-torch.log1p(-table[n]) for n in range(_CHAINS)])
+    weights = (weights + 1e-6) / (weights + 1e-6).sum(0)
+    mixture = torch.zeros_like(images_BCHW)
+    for chain in range(_CHAINS):
+        first = _CHAINS + 1 + chain * len(_CHAIN_DRAWS)
+        draws = dict(zip(_CHAIN_DRAWS, table[first : first + len(_CHAIN_DRAWS)], strict=True))
+        moved = _moved(images_BCHW, _skewed(draws, config.augmix, images_BCHW), config.padding)
+        mixture += weights[chain][:, None, None, None] * _toned(moved, draws, config.augmix)
+    return torch.lerp(images_BCHW, mixture, table[_CHAINS][:, None, None, None]).clamp(0, 1)
+
+
+def _skewed(draws: dict[str, Tensor], severity: float, like: Tensor) -> _Map:
+    """Turned by up to 30 degrees, sheared and shifted by up to 0.3; each change is left out in half of the chains."""
+    aspect = like.shape[-2] / like.shape[-1]
+    turn, shear_x, shear_y, x0, y0 = (
+        torch.sign(draw - 0.5) * (4 * (draw - 0.5).abs() - 1).clamp(min=0) * most * severity
+        for draw, most in zip(
+            (draws[name] for name in _CHAIN_DRAWS[:5]), (math.pi / 6, 0.3, 0.3, 0.6, 0.6), strict=True
+        )
+    )
+    cos, sin = torch.cos(turn), torch.sin(turn)
+    return ((cos, (shear_x - sin) * aspect, x0), ((shear_y + sin) / aspect, cos, y0))
+
+
+def _toned(images_BCHW: Tensor, draws: dict[str, Tensor], severity: float) -> Tensor:
+    """One change of the greys: none, stretched to black and white, fewer levels, or the brightest inverted."""
+    strength = (draws["strength"] * severity)[:, None, None, None]
+    low, high = images_BCHW.amin((1, 2, 3), keepdim=True), images_BCHW.amax((1, 2, 3), keepdim=True)
+    stretched = (images_BCHW - low) / (high - low).clamp(min=1e-3)
+    levels = torch.floor(2 ** (8 - 4 * strength))  # of 256 at least 16 are left
+    fewer = torch.floor(images_BCHW * (levels - 1) + 0.5) / (levels - 1)
+    inverted = torch.where(images_BCHW >= 1 - strength, 1 - images_BCHW, images_BCHW)
+    choice = (draws["tone"] * 4).long().clamp(max=3)[:, None, None, None]
+    found = torch.where(choice == 1, stretched, images_BCHW)
+    return torch.where(choice == 2, fewer, torch.where(choice == 3, inverted, found))
 
 
 def _erased(images_BCHW: Tensor, draws: dict[str, Tensor], probability: float) -> Tensor:

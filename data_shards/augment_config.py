@@ -1,13 +1,18 @@
 """How training images are altered: the `augment` part of a recipe. Does not import torch, as a recipe may not."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class AugmentConfig(BaseModel):
-    """Random changes that keep a label true. Every one is drawn anew for each image; 0 switches it off."""
+    """Random changes that keep a label true. Each is drawn anew from (seed, epoch, image); 0 switches it off."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    crop: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Take a part of at least this share of the image's area, of a shape between 3:4 and 4:3, instead of stretching
+    the whole image. Done while decoding: a JPEG is decoded only as far and as finely as the part needs."""
     hflip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Probability of exchanging left and right. Set 0 where the side of the body matters."""
     vflip: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -27,7 +32,20 @@ class AugmentConfig(BaseModel):
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of painting over one rectangle (a fifth to two fifths of each side) with the image's mean."""
 
+    pad_crop: int = Field(default=0, ge=0)
+    """Shift by up to this many whole pixels: a crop of the padded image, which blurs nothing. For small images."""
+    padding: Literal["reflection", "zeros"] = "reflection"
+    """What comes in from outside the image when it is moved: its mirror image, or black."""
+    saturation: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Make colours paler or stronger by a factor of up to 1 + this. Does nothing to grey images."""
+    hue: float = Field(default=0.0, ge=0.0, le=180.0)
+    """Turn colours by up to this many degrees either way. Does nothing to grey images."""
+    augmix: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Severity of a mixture of three chains of changes with the image itself (AugMix, arXiv 1912.02781)."""
+
     @property
     def moves_pixels(self) -> bool:
         """Whether any change needs the image resampled."""
-        return bool(self.hflip or self.vflip or self.rot90 or self.translate or self.scale or self.rotate)
+        return bool(
+            self.hflip or self.vflip or self.rot90 or self.translate or self.scale or self.rotate or self.pad_crop
+        )

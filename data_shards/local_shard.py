@@ -1,17 +1,30 @@
-"""A dataset's shards as verified memory maps on this machine: the store's own files, or copies of its objects."""
+"""A dataset's shards as verified memory maps on this machine: the store's own files, or copies of its objects.
+
+Where the copies do not fit into the machine's cache, the rest is read from the store image by image.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import mmap
-import os
-import tempfile
+import tarfile
 import threading
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from data_shards.manifest import MANIFEST, Manifest, ShardEntry
+import numpy as np
+
+from data_shards.manifest import MANIFEST, ShardEntry
+from data_shards.node_cache import DigestError, NodeCache
 from data_shards.shard import tar_key
 from data_shards.store import Store, StoreKeyError
+
+_PART_BYTES = 16 << 20
+_HEADER = tarfile.BLOCKSIZE
+# One request that also reads what lies between two images is quicker than two: S3 answers after some 20 ms, at 50 MB/s
+# and more.
+_GAP_BYTES, _RANGE_BYTES = 256 << 10, 8 << 20
+_REQUESTS = 8  # at once, of one process
 
 
 class ShardError(ValueError):
@@ -19,72 +32,105 @@ class ShardError(ValueError):
 
 
 class LocalShards:
-    """The shards of one dataset; each is verified against its sha256 when this process first opens it."""
+    """Shards by their position; each is verified against its sha256 when it is first opened on this machine."""
 
-    def __init__(self, store: Store, manifest: Manifest):
-        self.store, self.manifest = store, manifest
-        self._open: dict[int, mmap.mmap] = {}
+    def __init__(self, shards: Sequence[tuple[Store, ShardEntry]], disk_bytes: int = 0):
+        self.shards, self.disk_bytes = tuple(shards), disk_bytes
+        self._cache = NodeCache(disk_bytes)
+        self._open: dict[int, mmap.mmap | None] = {}  # None: no room for a copy, so it is read by ranges
         self._lock = threading.Lock()
 
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size) of the shard at that position in the manifest.
+    def __reduce__(self):
+        return LocalShards, (self.shards, self.disk_bytes)
+
+    def read_many(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
+        """For each n the bytes [offset[n], offset[n] + size[n]) of the shard at position shard[n].
 
         Raises:
-            ShardError: the shard is missing or damaged.
+            ShardError: a shard is missing or damaged.
         """
-        opened = self._open.get(shard)
-        if opened is None:
+        places = list(zip(shard.tolist(), offset.tolist(), size.tolist(), strict=True))
+        found: dict[int, bytes] = {}
+        far = []
+        for n, (at, first, length) in enumerate(places):
+            mapped = self._mapped(at)
+            if mapped is None:
+                far.append(n)
+            else:
+                found[n] = mapped[first : first + length]
+        if far:
+            found |= self._read_far({n: places[n] for n in far})
+        return [found[n] for n in range(len(places))]
+
+    def _mapped(self, shard: int) -> mmap.mmap | None:
+        if shard not in self._open:
             with self._lock:  # so that no two threads fetch and hash the same shard
-                opened = self._open.get(shard) or self._opened(shard)
-        return opened[offset : offset + size]
+                if shard not in self._open:
+                    self._open[shard] = self._opened(*self.shards[shard])
+        return self._open[shard]
 
-    def _opened(self, shard: int) -> mmap.mmap:
-        entry = self.manifest.shards[shard]
-        path = self.store.path(tar_key(entry.name)) or cache_folder() / f"{entry.sha256}.tar"
-        mapped, found = _mapped(path)
-        # No copy yet, or one damaged on this machine's disk; a second time if it was damaged on the way.
-        for _ in range(0 if self.store.is_local else 2):
-            if found != entry.sha256:
-                self._fetch(entry, path)
-                mapped, found = _mapped(path)
-        if mapped is None or found != entry.sha256:
-            raise ShardError(
-                f"shard {tar_key(entry.name)} of {self.store.uri} has the sha256 {found}, but the manifest says "
-                f"{entry.sha256}: it was lost, damaged or replaced; delete {tar_key(entry.name)} and {MANIFEST} there "
-                "and run the shard step again (the other shards are kept)"
-            )
-        self._open[shard] = mapped
-        return mapped
+    def _opened(self, store: Store, entry: ShardEntry) -> mmap.mmap | None:
+        path = store.path(tar_key(entry.name))
+        try:
+            if path is not None:
+                return self._cache.verified(path, entry.sha256)
+            mine = {shard.sha256 for _, shard in self.shards}
+            with contextlib.suppress(DigestError):  # damaged on the way; if it is damaged there, it will be again
+                return self._cache.copy(entry, lambda: _parts(store, entry), mine=mine)
+            return self._cache.copy(entry, lambda: _parts(store, entry), mine=mine)
+        except (StoreKeyError, FileNotFoundError):
+            raise _damaged(store, entry, "is not there") from None
+        except DigestError as error:
+            raise _damaged(store, entry, f"has the sha256 {error.found}") from None
+        except OSError as error:
+            where = path or "the copies of shards on this machine (below XDG_CACHE_HOME, or else ~/.cache)"
+            raise ShardError(f"{where} cannot be used: {error}; make it readable, writable and with room") from error
 
-    def _fetch(self, entry: ShardEntry, copy: Path) -> None:
-        # Copied beside and renamed, so that another rank on this machine never maps a part of a shard.
-        with tempfile.NamedTemporaryFile(dir=copy.parent, prefix=".tmp-", delete=False) as beside:
+    def _read_far(self, places: dict[int, tuple[int, int, int]]) -> dict[int, bytes]:
+        """These places read from the store, neighbours in one request."""
+        runs: list[list[int]] = []
+        for n in sorted(places, key=lambda n: places[n]):
+            shard, first, size = places[n]
+            if runs:
+                last_shard, begin = places[runs[-1][0]][:2]
+                end = sum(places[runs[-1][-1]][1:])
+                if shard == last_shard and first - end <= _GAP_BYTES and first + size - begin <= _RANGE_BYTES:
+                    runs[-1].append(n)
+                    continue
+            runs.append([n])
+        found: dict[int, bytes] = {}
+        with ThreadPoolExecutor(min(_REQUESTS, len(runs)), thread_name_prefix="ranges") as pool:
+            for part in pool.map(lambda run: self._read_run({n: places[n] for n in run}), runs):
+                found |= part
+        return found
+
+    def _read_run(self, places: dict[int, tuple[int, int, int]]) -> dict[int, bytes]:
+        """Neighbouring places of one shard. A digest of them does not exist: their tar headers must fit instead."""
+        store, entry = self.shards[next(iter(places.values()))[0]]
+        begin = min(first for _, first, _ in places.values()) - _HEADER
+        end = max(first + size for _, first, size in places.values())
+        try:
+            data = store.get(tar_key(entry.name), start=begin, length=end - begin)
+        except StoreKeyError:
+            raise _damaged(store, entry, "is not there") from None
+        for _, first, size in places.values():
             try:
-                beside.close()
-                self.store.fetch(tar_key(entry.name), Path(beside.name))
-                os.replace(beside.name, copy)
-            except StoreKeyError:
-                Path(beside.name).unlink()
-            except BaseException:
-                Path(beside.name).unlink(missing_ok=True)
-                raise
+                header = tarfile.TarInfo.frombuf(data[first - _HEADER - begin : first - begin], "ascii", "strict")
+            except (tarfile.HeaderError, UnicodeDecodeError):
+                header = tarfile.TarInfo()
+            if header.size != size or len(data) != end - begin:
+                raise _damaged(store, entry, f"has no member of {size} bytes at {first}")
+        return {n: data[first - begin : first - begin + size] for n, (_, first, size) in places.items()}
 
 
-def cache_folder() -> Path:
-    """Where this machine keeps shards fetched from S3, named by their sha256; made if it is missing."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "medmamba" / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _parts(store: Store, entry: ShardEntry) -> Iterator[bytes]:
+    for first in range(0, entry.bytes, _PART_BYTES):
+        yield store.get(tar_key(entry.name), start=first, length=_PART_BYTES)
 
 
-def _mapped(path: Path) -> tuple[mmap.mmap | None, str]:
-    """The file as memory, and its sha256."""
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        return None, "nothing (there is no such file)"
-    except ValueError:  # an empty file cannot be mapped
-        return None, "nothing (it is empty)"
-    return mapped, hashlib.sha256(mapped).hexdigest()
+def _damaged(store: Store, entry: ShardEntry, found: str) -> ShardError:
+    key = tar_key(entry.name)
+    return ShardError(
+        f"shard {key} of {store.uri} {found}, but the manifest promises the sha256 {entry.sha256}: it was lost, "
+        f"damaged or replaced; delete {key} and {MANIFEST} there and run the shard step again (the others are kept)"
+    )

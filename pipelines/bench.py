@@ -18,7 +18,11 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure speed, memory and cost of the networks on this machine."""
+    """Measure speed, memory and cost of the networks on this machine; `bench data`: of the loader."""
+    if argv[:1] == ["data"]:
+        from pipelines.bench_data import bench_data
+
+        return bench_data(argv[1:])
 
     def arguments(
         networks: tuple[str, ...] = (),

@@ -38,6 +38,9 @@ class PlacementConfig(BaseModel):
     """Backend of the selective scan. auto: the first that can run here; a named one that cannot is an error."""
     trials: int = Field(0, ge=0)
     """Trials of a sweep at once. 0: one per GPU, or one per CPU where there is no GPU."""
+    cache_gib: float = Field(0, ge=0)
+    """GiB that copies of remote shards may take on each machine's disk, shared by its workers. 0: half of what is
+    free. What does not fit is read from the store image by image."""
 
 
 class Placement(BaseModel):
@@ -53,6 +56,12 @@ class Placement(BaseModel):
     scan: str
     trials: int
     nodes: int
+    cache_gib: float = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """What copies of remote shards may take on a machine's disk; 0: half of what is free."""
+        return int(self.cache_gib * 2**30)
 
     @property
     def backend(self) -> str:
@@ -63,6 +72,11 @@ class Placement(BaseModel):
     def threads(self) -> int:
         """Compute threads of one training worker."""
         return max(1, int(self.cpus_per_worker))
+
+    @property
+    def loader_workers(self) -> int:
+        """Workers of the loader of one training worker: beside a GPU all its CPUs but one, else one."""
+        return max(1, self.threads - 1) if self.device == "cuda" else 1
 
     def for_trial(self) -> Placement:
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
@@ -123,6 +137,7 @@ def resolve(config: PlacementConfig, nodes: Sequence[Node]) -> Placement:
         scan=config.scan,
         trials=trials,
         nodes=len(nodes),
+        cache_gib=config.cache_gib,
     )
 
 

@@ -88,6 +88,8 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
         rank=rank,
         ranks=placement.workers,
         device=torch.device(placement.device),
+        workers=placement.loader_workers,
+        disk_bytes=placement.cache_bytes,
         progress=lambda images: payload["board"].post.remote("evaluate", {"images": images}),
     )
 

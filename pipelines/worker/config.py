@@ -31,6 +31,9 @@ class TrainConfig(BaseModel):
     """Seed of the initial weights, the order of samples, drop-path and augmentation."""
     class_weights: bool = False
     """Weigh each class in the loss by the inverse of its frequency in the training split."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """shuffled: each image once an epoch. balanced: each class equally often, images of rare classes several times;
+    an epoch stays as long. Not together with class_weights, which would count rare classes twice."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target probability spread over all classes."""
     patience: int = Field(0, ge=0)
@@ -46,6 +49,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}; "
                 f"change one of them so that it is"
+            )
+        if self.sampling == "balanced" and self.class_weights:
+            raise ValueError(
+                "sampling 'balanced' shows rare classes more often and class_weights counts them for more: "
+                "use one of the two"
             )
         return self
 

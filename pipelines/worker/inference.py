@@ -10,6 +10,7 @@ import torch
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
 from medmamba.preprocess import preprocess
+from pipelines.worker.transfer import batch_memory, to_device
 
 
 @torch.no_grad()
@@ -23,6 +24,8 @@ def infer(
     rank: int,
     ranks: int,
     device: torch.device,
+    workers: int = 1,
+    disk_bytes: int = 0,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns this rank's (index (n,) int64, labels (n,C) uint8 multi-hot, logits (n,C) float32), padding removed.
@@ -32,10 +35,10 @@ def infer(
     indices, labels, logits = [], [], []
     stream = batches(
         data, split, batch=micro_batch * ranks, micro=micro_batch, image_size=image_size, rank=rank, ranks=ranks,
-        train=False,
+        train=False, workers=workers, disk_bytes=disk_bytes, empty=batch_memory(device),
     )  # fmt: skip
     for batch in stream:
-        images = preprocess(torch.from_numpy(batch.images).to(device, non_blocking=True))
+        images = preprocess(to_device(batch.images, device))
         out = forward(images).float().cpu().numpy()
         indices.append(batch.index[batch.mask])
         labels.append(batch.labels[batch.mask])

@@ -15,6 +15,7 @@ import torch
 from data_shards.augment import augment
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
+from data_shards.pixels import Crop
 from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
@@ -25,6 +26,7 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
+from pipelines.worker.transfer import batch_memory, to_device
 
 ENGINE = "engine"
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -76,17 +78,20 @@ def train_loop(
             stream = batches(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
-                train=True,
+                train=True, sampling=train.sampling, crop=Crop(train.augment.crop) if train.augment.crop else None,
+                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, empty=batch_memory(engine.device),
             )  # fmt: skip
             steps = len(stream) // accumulation
             engine.model.train()
             for position, batch in enumerate(stream):
                 nth = position % accumulation
-                # Which micro-batch of the global batch this is, not the rank, decides what chance does to it.
-                generator = _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
-                images = to_float(torch.from_numpy(batch.images).to(engine.device, non_blocking=True))
-                images = normalise(augment(images, train.augment, generator))
-                labels = torch.from_numpy(batch.labels).to(engine.device, non_blocking=True)
+                # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
+                _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
+                images = to_float(to_device(batch.images, engine.device))
+                images = normalise(
+                    augment(images, train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance)
+                )
+                labels = to_device(batch.labels, engine.device)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
                 loss = classification_loss(
@@ -111,7 +116,7 @@ def train_loop(
 
             step_losses = torch.stack(losses).tolist()
             speed = len(losses) * train.batch_size / (time.monotonic() - began)
-            found = validate(engine, data, "val", config, weights)
+            found = validate(engine, data, "val", config, weights, placement.loader_workers)
             state.epoch, state.consumed = state.epoch + 1, 0
             metrics = {
                 "epoch": state.epoch,
@@ -144,13 +149,13 @@ def train_loop(
 
 
 def validate(
-    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None
+    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None, workers: int
 ) -> dict[str, float]:
     """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all."""
     engine.model.eval()
     part = infer(
         engine.forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
-        rank=engine.rank, ranks=engine.ranks, device=engine.device,
+        rank=engine.rank, ranks=engine.ranks, device=engine.device, workers=workers,
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))
     task = data.manifest.task
@@ -184,12 +189,10 @@ def _is_stale(state: TrainState, patience: int) -> bool:
     return patience > 0 and state.epoch - state.best_epoch >= patience
 
 
-def _seed(seed: int, step: int, micro_batch: int) -> torch.Generator:
-    """Seeds what drop-path draws from, and returns the generator that augmentation draws from."""
+def _seed(seed: int, step: int, micro_batch: int) -> None:
+    """Seeds what drop-path draws from."""
     # Far apart for neighbours: torch's generators mix the bits of their seed.
-    mixed = (seed * 1_000_003 + step) * 4096 + micro_batch
-    torch.manual_seed(mixed)
-    return torch.Generator().manual_seed(mixed ^ 0x5EED)
+    torch.manual_seed((seed * 1_000_003 + step) * 4096 + micro_batch)
 
 
 def _check_finite(loss: float, state: TrainState, rate: float) -> None:

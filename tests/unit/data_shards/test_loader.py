@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
+import random
 import weakref
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 from tiny_sets import coded, npz_config, pixels
 
 from data_shards.convert import convert
-from data_shards.loader import batches, resized
-from data_shards.local_shard import ShardError, cache_folder
+from data_shards.loader import batches
+from data_shards.local_shard import ShardError
 from data_shards.manifest import Dataset, open_dataset
+from data_shards.node_cache import cache_folder
+from data_shards.pixels import Crop, stretched
 from data_shards.store import open_store
 
 
@@ -30,7 +33,7 @@ def dataset(uri) -> Dataset:
 
 
 def fingerprint(batch) -> str:
-    arrays = (batch.images, batch.labels, batch.index, batch.mask)
+    arrays = (batch.images, batch.labels, batch.index, batch.chance, batch.mask)
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
@@ -57,10 +60,62 @@ def test_global_batches_are_the_same_on_1_2_and_4_ranks_over_two_epochs(uri, tra
         assert len(one) == (4 if train else 5)
 
 
-def test_the_number_of_threads_changes_nothing(uri):
+@pytest.mark.parametrize("crop", [None, Crop(0.3)], ids=["whole", "parts"])
+@pytest.mark.parametrize(
+    ("workers", "processes"), [(0, None), (1, True), (4, True), (4, False)],
+    ids=["0 workers", "1 process", "4 processes", "4 threads"],
+)  # fmt: skip
+def test_ranks_workers_and_resuming_at_random_change_no_bit_over_two_epochs(uri, crop, workers, processes):
+    dataset, options = open_dataset(uri), {"batch": 12, "micro": 1, "image_size": 16, "train": True, "crop": crop}
+    chance, stored = random.Random(workers), open_dataset(uri)
+    for epoch in (0, 1):
+        expected = global_batches(stored, "train", 1, epoch=epoch, workers=0, **options)
+        # In memory from the epoch before: both ways must give the same bits, so here everything is decoded.
+        options |= {"epoch": epoch, "workers": workers, "processes": processes, "cache_bytes": 0}
+        for ranks in (1, 2, 3, 4):
+            assert global_batches(dataset, "train", ranks, **options) == expected
+        for _ in range(5):
+            done, ranks = chance.randrange(4), chance.choice((1, 2, 3, 4))
+            rest = global_batches(dataset, "train", ranks, start=12 * done, **options)
+            assert rest == expected[done:]
+        options = {key: options[key] for key in ("batch", "micro", "image_size", "train", "crop")}
+
+
+def test_workers_are_processes_where_there_is_much_to_decode(dataset, monkeypatch):
     options = {"batch": 10, "image_size": 16, "train": True}
-    found = [[fingerprint(b) for b in batches(open_dataset(uri), "train", workers=w, **options)] for w in (0, 1, 3)]
-    assert found[0] == found[1] == found[2]
+    few = batches(dataset, "train", workers=2, **options)
+    assert not few.decodes_in_processes
+    assert few.pixels.decoding_s(np.arange(50)) == pytest.approx(50 * (60e-6 + 144 * 2.5e-9))
+    monkeypatch.setattr("data_shards.loader.PROCESSES_FROM_S", 0.001)
+    assert few.decodes_in_processes
+    assert not batches(dataset, "train", workers=0, **options).decodes_in_processes
+    assert not batches(dataset, "train", workers=2, processes=False, **options).decodes_in_processes
+    list(batches(dataset, "train", workers=0, **options))
+    assert not few.decodes_in_processes  # all of it is in memory now
+
+
+def test_random_parts_are_other_parts_in_the_next_epoch_and_are_not_kept_in_memory(dataset):
+    options = {"batch": 50, "image_size": 8, "train": True, "crop": Crop(0.2)}
+    first, second = (next(iter(batches(dataset, "train", epoch=epoch, **options))) for epoch in (0, 1))
+    again = next(iter(batches(dataset, "train", epoch=0, **options)))
+    by_sample = [batch.images[np.argsort(batch.index)] for batch in (first, second, again)]
+    assert np.array_equal(by_sample[0], by_sample[2])
+    assert (by_sample[0] != by_sample[1]).any((1, 2, 3)).mean() > 0.9
+
+
+@pytest.mark.parametrize("processes", [True, False], ids=["processes", "threads"])
+def test_batches_may_be_made_in_memory_of_the_callers_choice(uri, processes):
+    made = []
+
+    def empty(shape: tuple[int, ...]) -> np.ndarray:
+        made.append(np.full(shape, 77, np.uint8))
+        return made[-1]
+
+    options = {"batch": 10, "image_size": 16, "train": False, "workers": 1, "processes": processes}
+    for _ in range(2):  # the second time from memory
+        found = list(batches(dataset := open_dataset(uri), "train", empty=empty, **options))
+        assert all(any(batch.images is array for array in made) for batch in found)
+        assert [fingerprint(b) for b in found] == [fingerprint(b) for b in batches(dataset, "train", **options)]
 
 
 def test_a_training_epoch_holds_every_sample_at_most_once_and_drops_the_incomplete_batch(dataset):
@@ -126,7 +181,7 @@ def test_resumed_at_any_batch_the_rest_is_bit_equal(uri, train, ranks):
 
 def test_what_was_skipped_is_not_decoded(dataset, monkeypatch):
     decoded = []
-    monkeypatch.setattr("data_shards.loader.resized", lambda *a: decoded.append(1) or np.zeros((16, 16, 1), np.uint8))
+    monkeypatch.setattr("data_shards.pixels.stretched", lambda *a: decoded.append(1) or np.zeros((16, 16, 1), np.uint8))
     list(batches(dataset, "train", batch=10, image_size=16, train=True, start=40))
     assert len(decoded) == 10
 
@@ -139,10 +194,10 @@ def test_len_is_the_number_of_micro_batches_of_this_rank(dataset):
 
 
 def test_the_second_epoch_is_read_from_memory_and_the_cache_stays_within_its_bound(uri, dataset, monkeypatch):
-    from data_shards import loader
+    from data_shards import pixels
 
     decoded = []
-    monkeypatch.setattr(loader, "resized", lambda *a: decoded.append(1) or resized(*a))
+    monkeypatch.setattr(pixels, "stretched", lambda *a: decoded.append(1) or stretched(*a))
     for epoch, number in ((0, 50), (1, 0)):
         decoded.clear()
         list(batches(dataset, "train", batch=25, image_size=16, train=True, epoch=epoch))
@@ -178,7 +233,7 @@ def test_images_are_stretched_to_the_wanted_size_by_pils_bilinear_filter(dataset
 
 
 def test_grey_is_repeated_where_the_dataset_is_rgb():
-    found = resized(coded(pixels(1)), 12, 15, 3)
+    found = stretched(coded(pixels(1)), 12, 15, 3)
     assert found.shape == (12, 15, 3)
     assert all(np.array_equal(found[:, :, channel], pixels(1)) for channel in range(3))
 
@@ -238,7 +293,7 @@ def test_from_s3_the_batches_are_those_of_a_folder_and_a_damaged_copy_is_not_bel
     expected = [fingerprint(batch) for batch in batches(dataset, "train", **options)]
     for _ in range(2):
         assert [fingerprint(batch) for batch in batches(open_dataset(remote), "train", **options)] == expected
-    copies = sorted(cache_folder().iterdir())
+    copies = sorted(cache_folder().glob("*.tar"))
     assert len(copies) == sum(shard.name.startswith("train") for shard in dataset.manifest.shards)
     copies[0].write_bytes(copies[0].read_bytes()[:-1] + b"x")
     assert [fingerprint(batch) for batch in batches(open_dataset(remote), "train", **options)] == expected

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data_shards.decode import decode
-from data_shards.loader import resized
+from data_shards.pixels import stretched
 from medmamba.preprocess import preprocess, resize_uint8, to_float
 
 
@@ -59,7 +59,7 @@ def test_an_image_is_resized_as_the_shard_loader_does_it(shape, stored_channels)
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     coded = io.BytesIO()
     Image.fromarray(image).save(coded, "PNG")
-    loaded = resized(coded.getvalue(), 48, 32, stored_channels)
+    loaded = stretched(coded.getvalue(), 48, 32, stored_channels)
     alone = resize_uint8(decode(coded.getvalue()), (48, 32))
     np.testing.assert_array_equal(np.broadcast_to(loaded, (48, 32, 3)), np.broadcast_to(alone, (48, 32, 3)))
 

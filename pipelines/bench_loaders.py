@@ -1,0 +1,308 @@
+"""What `medmamba bench data` compares at loading: this project's loader and what else a user would take.
+
+Each is run in a process of its own (`main`) on the same images and, in its first epoch, the same random parts of them.
+That epoch starts the workers and is checked: every image delivered exactly
+once, and as the picture that PIL makes of it. A loader that fails has no speed, but a reason.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_shards.config import DataConfig
+from data_shards.convert import convert
+from data_shards.manifest import open_dataset
+from data_shards.pixels import Crop, crop_boxes
+from data_shards.plan import sample_key
+from data_shards.store import open_store
+
+SEED = 0
+_DATASET = "bench"
+_TOLERANCE = 3.0  # of the mean of an image, in levels of 255: decoding at reduced scale rounds differently
+Delivered = Iterator[tuple[list[int], np.ndarray]]  # numbers of the images, and their pixels (B, H, W, 3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The images in a folder, and what is to be made of them."""
+
+    folder: str
+    num: int
+    side: int
+    ending: str
+    target: int
+    min_area: float
+    batch: int
+    workers: int
+    repeats: int
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The images by their number."""
+        return [Path(self.folder) / "images" / f"{number:06}.{self.ending}" for number in range(self.num)]
+
+    @cached_property
+    def boxes(self) -> list[tuple[int, int, int, int]] | None:
+        """The part of each image in the first epoch; None where whole images are wanted."""
+        if not self.min_area:
+            return None
+        side = np.full(self.num, self.side)
+        found = crop_boxes(Crop(self.min_area), side, side, seed=SEED, epoch=0, sample=self.positions)
+        return [tuple(box) for box in found.tolist()]
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Where each image stands in the index of the shards."""
+        at = {key: position for position, key in enumerate(self.dataset.index("train").key.tolist())}
+        return np.array([at[sample_key(_DATASET, "", path.name, 0)] for path in self.files])
+
+    @property
+    def dataset(self):
+        """The images as shards."""
+        return open_dataset(f"{self.folder}/shards")
+
+    def picture(self, number: int, data: bytes | Path) -> np.ndarray:
+        """What PIL makes of an image: the pixels (H, W, 3)."""
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data).convert("RGB")
+        if self.boxes is not None:
+            image = image.crop(self.boxes[number])
+        if image.size != (self.target, self.target):
+            image = image.resize((self.target, self.target), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+
+def make_images(work: Work) -> int:
+    """Draws the images, writes them as files and as shards; returns their coded bytes.
+
+    Smooth colours with a little noise: at quality 90 about 1.6 bits a pixel, like the photographs of BCCD (1.57).
+    """
+    (Path(work.folder) / "images").mkdir(parents=True)
+    chance = np.random.default_rng(SEED)
+    for path in work.files:
+        rough = Image.fromarray(chance.integers(0, 256, (work.side // 21 + 7,) * 2 + (3,), dtype=np.uint8))
+        smooth = np.asarray(rough.resize((work.side, work.side), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(smooth + chance.normal(0, 2.5, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path, quality=90)
+    rows = [f"{path.name},{number % 2},train" for number, path in enumerate(work.files)]
+    for split in ("val", "test"):  # a dataset must have them
+        for number in range(2):
+            Image.new("RGB", (32, 32), (number * 99, 0, 0)).save(work.files[0].with_name(f"{split}{number}.png"))
+            rows.append(f"{split}{number}.png,{number},{split}")
+    (Path(work.folder) / "images" / "images.csv").write_text("\n".join(["file,label,split", *rows]) + "\n")
+    config = DataConfig(
+        dataset=_DATASET,
+        layout="csv",
+        source=f"{work.folder}/images",
+        split_column="split",
+        samples_per_shard=max(1, work.num // 8),
+    )
+    convert(config, open_store(f"{work.folder}/shards"))
+    return sum(path.stat().st_size for path in work.files)
+
+
+def ours(work: Work) -> Callable[[int], Delivered]:
+    """This project's loader, from shards, nothing kept in memory."""
+    from data_shards.loader import batches
+
+    dataset = work.dataset
+    number_at = np.empty(work.num, np.int64)
+    number_at[work.positions] = np.arange(work.num)
+    crop = Crop(work.min_area) if work.min_area else None
+
+    def epoch(number: int) -> Delivered:
+        stream = batches(
+            dataset, "train", batch=work.batch, image_size=work.target, train=True, seed=SEED, epoch=number, crop=crop,
+            workers=work.workers, processes=True, cache_bytes=0,
+        )  # fmt: skip
+        for batch in stream:
+            yield number_at[batch.index].tolist(), batch.images
+
+    return epoch
+
+
+def torch_loader(work: Work) -> Callable[[int], Delivered]:
+    """torch's DataLoader over files that PIL decodes, as an ImageFolder is read."""
+    import torch
+
+    class Files(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return work.num
+
+        def __getitem__(self, number: int) -> tuple[int, torch.Tensor]:
+            return number, torch.from_numpy(work.picture(number, work.files[number]).copy())
+
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        Files(), work.batch, shuffle=True, num_workers=work.workers, persistent_workers=work.workers > 0
+    )
+    return lambda epoch: ((numbers.tolist(), images.numpy()) for numbers, images in loader)
+
+
+def webdataset_pipeline(work: Work) -> Callable[[int], Delivered]:
+    """webdataset's own pipeline over the same shards, with its buffer shuffle."""
+    import webdataset as wds
+
+    numbers = {sample_key(_DATASET, "", path.name, 0): number for number, path in enumerate(work.files)}
+
+    def made(sample: dict[str, Any]) -> tuple[int, np.ndarray]:
+        number = numbers[sample["__key__"]]
+        return number, work.picture(number, sample[work.ending])
+
+    urls = sorted(str(path) for path in Path(work.folder, "shards", "shards").glob("train-*.tar"))
+    dataset = wds.WebDataset(urls, shardshuffle=len(urls), seed=SEED).shuffle(1000).map(made)
+    loader = wds.WebLoader(
+        dataset.batched(work.batch), batch_size=None, num_workers=work.workers, persistent_workers=work.workers > 0
+    )
+    return lambda epoch: ((list(map(int, numbers)), np.asarray(images)) for numbers, images in loader)
+
+
+def ray_data(work: Work) -> Callable[[int], Delivered]:
+    """Ray Data over the files."""
+    from pipelines.ray_session import connect
+
+    connect(num_cpus=work.workers)
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def made(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        numbers = [int(Path(path).stem) for path in rows["path"]]
+        pictures = [work.picture(*pair) for pair in zip(numbers, rows["bytes"].tolist(), strict=True)]
+        return {"number": np.array(numbers), "image": np.stack(pictures)}
+
+    def epoch(number: int) -> Delivered:
+        paths = [str(path) for path in work.files]
+        read = ray.data.read_binary_files(paths, include_paths=True, shuffle="files")
+        for rows in read.map_batches(made, batch_size=work.batch).iter_batches(batch_size=work.batch):
+            yield rows["number"].tolist(), rows["image"]
+
+    return epoch
+
+
+def litdata_loader(work: Work) -> Callable[[int], Delivered]:
+    """LitData over a copy in its own format."""
+    import litdata
+
+    out = f"{work.folder}/litdata"
+    litdata.optimize(partial(_litdata_row, work.files), list(range(work.num)), out, chunk_bytes="64MB", num_workers=1)
+
+    dataset = litdata.StreamingDataset(out, shuffle=True, drop_last=False, transform=partial(_litdata_picture, work))
+    loader = litdata.StreamingDataLoader(
+        dataset, batch_size=work.batch, num_workers=work.workers, persistent_workers=work.workers > 0
+    )
+    return lambda epoch: ((numbers.tolist(), images.numpy()) for numbers, images in loader)
+
+
+def _litdata_row(files: list[Path], number: int) -> dict[str, Any]:
+    return {"number": number, "image": files[number].read_bytes()}
+
+
+def _litdata_picture(work: Work, row: dict[str, Any]) -> tuple[int, np.ndarray]:
+    return row["number"], work.picture(row["number"], row["image"])
+
+
+def mosaic_streaming(work: Work) -> Callable[[int], Delivered]:
+    """MosaicML Streaming over a copy in its own format."""
+    import streaming
+    import torch
+
+    out = f"{work.folder}/mosaic"
+    with streaming.MDSWriter(out=out, columns={"number": "int", "image": "bytes"}) as writer:
+        for number, path in enumerate(work.files):
+            writer.write({"number": number, "image": path.read_bytes()})
+
+    class Pictures(streaming.StreamingDataset):
+        def __getitem__(self, at: int) -> tuple[int, torch.Tensor]:
+            row = super().__getitem__(at)
+            return row["number"], torch.from_numpy(work.picture(row["number"], row["image"]).copy())
+
+    dataset = Pictures(local=out, shuffle=True, batch_size=work.batch)
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        dataset, batch_size=work.batch, num_workers=work.workers, persistent_workers=work.workers > 0
+    )
+    return lambda epoch: ((numbers.tolist(), images.numpy()) for numbers, images in loader)
+
+
+LOADERS: dict[str, Callable[[Work], Callable[[int], Delivered]]] = {
+    "medmamba": ours,
+    "DataLoader over PIL": torch_loader,
+    "webdataset": webdataset_pipeline,
+    "Ray Data": ray_data,
+    "LitData": litdata_loader,
+    "MosaicML Streaming": mosaic_streaming,
+}
+
+
+def measure(name: str, work: Work) -> dict[str, Any]:
+    """The figures of a loader: images/s of each epoch after the first, their median, processor time; or `why_not`."""
+    try:
+        epoch = LOADERS[name](work)
+    except ImportError as error:
+        return {"why_not": f"cannot be imported: {error}"}
+    except RuntimeError as error:  # torchvision beside a torch it was not built for
+        return {"why_not": f"cannot be imported: {' '.join(str(error).split())}"}
+    if wrong := check(epoch(0), work):
+        return {"why_not": f"wrong: {wrong}"}
+    speeds, processor_s = [], 0.0
+    for number in range(1, work.repeats + 1):
+        began, before = time.perf_counter(), _processor_s()
+        delivered = sum(len(numbers) for numbers, _ in epoch(number))
+        speeds.append(delivered / (time.perf_counter() - began))
+        processor_s += _processor_s() - before
+    return {
+        "images_per_s": statistics.median(speeds),
+        "images_per_s_of_epochs": speeds,
+        "processor_s_per_1000": 1000 * processor_s / (work.repeats * work.num),
+    }
+
+
+def check(delivered: Delivered, work: Work) -> str:
+    """What is wrong with an epoch; empty where each image came once and is the picture that PIL makes."""
+    times = np.zeros(work.num, np.int64)
+    means = np.zeros(work.num)
+    for numbers, images in delivered:
+        np.add.at(times, numbers, 1)
+        means[numbers] = images.reshape(len(images), -1).mean(1)
+    if (times != 1).any():
+        return f"{(times == 0).sum()} images never came and {(times > 1).sum()} more than once"
+    looked_at = range(0, work.num, max(1, work.num // 64))
+    off = max(abs(work.picture(number, work.files[number]).mean() - means[number]) for number in looked_at)
+    return f"an image is {off:.1f} of 255 brighter or darker than PIL's" if off > _TOLERANCE else ""
+
+
+def _processor_s() -> float:
+    """Processor time of this process and all that it started and that still run."""
+    import psutil
+
+    this = psutil.Process()
+    total = 0.0
+    for process in (this, *this.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def main() -> None:
+    """Measures the loader argv[1] on the work in the folder argv[2]; the last line printed is JSON."""
+    work = Work(**json.loads((Path(sys.argv[2]) / "work.json").read_text()))
+    found = measure(sys.argv[1], work)
+    print(json.dumps(found), flush=True)
+
+
+def save_work(work: Work) -> None:
+    """Writes down what `main` reads."""
+    (Path(work.folder) / "work.json").write_text(json.dumps(asdict(work)))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pipelines.bench_loaders import LOADERS, Work, check, make_images, measure
+from pipelines.cli import main
+
+
+@pytest.fixture(scope="module")
+def works(tmp_path_factory) -> dict[str, Work]:
+    """A dozen small images of each kind."""
+    shared = {"num": 12, "batch": 4, "workers": 1, "repeats": 1}
+    found = {
+        "jpeg": Work(str(tmp_path_factory.mktemp("jpeg")), side=64, ending="jpg", target=32, min_area=0.3, **shared),
+        "png": Work(str(tmp_path_factory.mktemp("png")), side=28, ending="png", target=28, min_area=0.0, **shared),
+    }
+    for work in found.values():
+        make_images(work)
+    return found
+
+
+def delivered(work: Work, numbers: list[int]):
+    for number in numbers:
+        yield [number], work.picture(number, work.files[number])[None]
+
+
+@pytest.mark.parametrize("name", ["medmamba", "DataLoader over PIL", "webdataset"])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_loader_that_delivers_each_image_once_has_figures(works, name, kind):
+    found = measure(name, works[kind])
+    assert found["images_per_s"] > 0
+    assert len(found["images_per_s_of_epochs"]) == 1
+
+
+def test_a_lost_repeated_or_altered_image_is_found_out(works):
+    work = works["jpeg"]
+    assert check(delivered(work, list(range(12))), work) == ""
+    assert check(delivered(work, list(range(11))), work) == "1 images never came and 0 more than once"
+    assert check(delivered(work, [*range(12), 3]), work) == "0 images never came and 1 more than once"
+    altered = ((numbers, np.roll(images, 1, 0) // 2) for numbers, images in delivered(work, list(range(12))))
+    assert "of 255 brighter or darker than PIL's" in check(altered, work)
+
+
+def test_a_loader_that_is_not_installed_says_so(works, monkeypatch):
+    def absent(work: Work):
+        raise ModuleNotFoundError("No module named 'streaming'")
+
+    monkeypatch.setitem(LOADERS, "MosaicML Streaming", absent)
+    found = measure("MosaicML Streaming", works["png"])
+    assert found == {"why_not": "cannot be imported: No module named 'streaming'"}
+
+
+def test_bench_data_prints_json_and_nothing_else(capsys):
+    asked = ["--images", "0", "--small-images", "64", "--batch", "16", "--repeats", "1", "--workers", "1"]
+    assert main(["bench", "data", *asked, "--loaders", "medmamba", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["loading"]
+    assert (row["loader"], row["images"]) == ("medmamba", "PNG 28 px")
+    assert row["mb_per_s"] > 0
+    assert row["peak_gib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--images", "100"], "make it a multiple of --batch 64"),
+        (["--workers", "0"], "it must be at least 1"),
+        (["--min-area", "0"], "a share of the area"),
+        (["--loaders", "ffcv"], "there are medmamba"),
+        (["--out", "nowhere/figures.json"], "its folder does not exist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_cannot_be_meant_is_told_in_one_line(argv, message, capsys):
+    assert main(["bench", "data", *argv]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1

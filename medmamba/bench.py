@@ -46,7 +46,7 @@ class NotMeasured(Exception):  # noqa: N818 - it says what happened to a row, no
 @dataclass(frozen=True)
 class Case:
     """One row to measure. `network`: T, S, B, nano or one of COMPARED. `combo`: compiled with Inductor's combo_kernels,
-    small kernels that do not wait for each other as one: fewer launches, which pays when a batch is small."""
+    small kernels that do not wait for each other as one: fewer launches, which pays for one image (ops/NOTES.md)."""
 
     network: str
     batch: int
@@ -82,8 +82,8 @@ class Row:
 
 
 def measure(case: Case, *, repeats: int = 10) -> Row:
-    """Everything about one case. Never raises for a case that cannot run here: the row says why. On a GPU a process
-    should measure one case only: see `measure_alone`."""
+    """Everything about one case. Whatever torch or the network refuses is told by the row, so that the others are still
+    measured. On a GPU a process should measure one case only: see `measure_alone`."""
     row = Row(case)
     try:
         if case.network not in COMPARED:
@@ -97,6 +97,9 @@ def measure(case: Case, *, repeats: int = 10) -> Row:
         row.why_not = str(reason)
     except torch.cuda.OutOfMemoryError:
         row.why_not = "out of memory"
+    except (ValueError, RuntimeError) as error:  # too small a map, no compiler for Inductor, no memory on a CPU
+        told = next((line for line in str(error).splitlines() if line.strip()), "without a message")
+        row.why_not = f"{type(error).__name__}: {told.strip()}"
     gc.collect()
     if case.device == "cuda":
         torch._dynamo.reset()
@@ -266,7 +269,7 @@ def _measure_training(case: Case, row: Row, repeats: int) -> Callable[[], None]:
 def _measure_inference(case: Case, row: Row, repeats: int) -> None:
     model = _network(case).eval()
     forward = _compiled(model, case)
-    for batch in (case.batch, 1):
+    for batch in dict.fromkeys((case.batch, 1)):
         images = _images(case, batch)
 
         def infer(images: Tensor = images) -> None:
@@ -275,13 +278,10 @@ def _measure_inference(case: Case, row: Row, repeats: int) -> None:
 
         run, _ = _graphed(case, infer)
         seconds = _seconds(case, run, repeats)
+        if batch == case.batch:
+            row.infer_images_per_s = batch / seconds
         if batch == 1:
             row.latency_ms = 1e3 * seconds
-        else:
-            row.infer_images_per_s = batch / seconds
-        if batch == 1 and case.batch == 1:
-            row.infer_images_per_s = 1 / seconds
-            break
 
 
 def _graphed(case: Case, run: Callable[[], None]) -> tuple[Callable[[], None], bool]:

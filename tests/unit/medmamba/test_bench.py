@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medmamba import bench
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
+from medmamba.ops.ss2d_scan import cuda_gpu
 
 CASE = bench.Case("nano", 1, 64, "float32", "cuda", "cuda", compiled=False)
 
@@ -51,3 +52,10 @@ def test_multiply_accumulates_are_those_that_torch_counts_and_the_state_updates(
 def test_the_published_variants_scan_what_their_shapes_say():
     updates = {name: bench.scan_updates(MedMambaConfig(variant=name, num_classes=6), 224) for name in ("T", "S", "B")}
     assert {name: round(number / 1e6, 1) for name, number in updates.items()} == {"T": 81.9, "S": 101.2, "B": 160.6}
+
+
+@pytest.mark.parametrize("precision", list(bench.TOLERANCE))
+def test_the_check_before_a_speed_reads_rows_as_the_timed_network_does(precision):
+    u, dt, b, c, *_ = bench._operands("cpu", getattr(torch, precision))
+    assert cuda_gpu._aligned(u, b, c)
+    assert cuda_gpu._rows(dt) is dt

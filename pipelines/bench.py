@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+import os
+import platform
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +52,77 @@ def bench(argv: Sequence[str]) -> int:
             backends: Backends of the scan; empty: all that can run here, and mamba_ssm on a GPU in any case.
             device: cpu, cuda or auto.
             compile: Through torch.compile; its first step takes a minute.
-            combo: Compiled with Inductor's combo_kernels: fewer launches, for small batches; implies --compile.
+            combo: Compiled with Inductor's combo_kernels: fewer launches, for single images; implies --compile.
             compare: Other networks in the same run (needs the extra compare).
             repeats: Timed runs, of which the median counts.
-            out: File for the figures as JSON.
+            out: File for the figures as JSON, written anew after each row.
             json: Print JSON instead of tables.
         """
         return dict(locals())
 
     asked = parse(arguments, "bench", argv)
-    if asked["repeats"] < 1:
-        raise UsageError(f"bench: --repeats {asked['repeats']}: a median needs at least 1")
-    if asked["out"] and not Path(asked["out"]).absolute().parent.is_dir():
-        raise UsageError(f"bench: --out {asked['out']}: its folder does not exist; make it first")
-    rows = _measure(asked)
-    figures = {**_machine(), "rows": [row.to_json() for row in rows], "cost": _cost(asked["networks"])}
+    _check_values(asked)
+    cases, told = _cases(asked), Terminal()
     if asked["out"]:
-        Path(asked["out"]).write_text(json.dumps(figures, indent=2) + "\n")
+        _check_out(asked["out"])
+    figures = {**_machine(cases[0].device), "rows": [], "cost": _cost(asked["networks"])}
+    rows: list = []
+    try:
+        for row in _measure(cases, asked["repeats"], told):
+            rows.append(row)
+            figures["rows"].append(row.to_json())
+            if asked["out"]:
+                Path(asked["out"]).write_text(json.dumps(figures, indent=2) + "\n")
+    except KeyboardInterrupt:
+        told.say(f"bench: interrupted after {len(rows)} of {len(cases)} rows")
     if asked["json"]:
         print(json.dumps(figures, indent=2))
-        return 0
-    alike = [_how(rows[0].case)] if _are_alike(rows) else []
-    table(f"Speed on {', '.join([figures['device'], 'torch ' + figures['torch'], *alike])}", *_speed_table(rows))
+    else:
+        _show(rows, figures)
+    return 0 if len(rows) == len(cases) and not all(row.why_not for row in rows) else 1
+
+
+def _show(rows: list, figures: dict[str, Any]) -> None:
+    if any(row.train_images_per_s for row in rows):
+        alike = [_how(rows[0].case)] if _are_alike(rows) else []
+        table(f"Speed on {', '.join([figures['device'], 'torch ' + figures['torch'], *alike])}", *_speed_table(rows))
     for row in rows:
         if row.why_not:
-            console().print(f"{_named(row.case)}: not measured: {row.why_not}")
+            case = row.case
+            told = f"{_named(case)}, batch {case.batch}, {case.side} px, {_how(case)}: not measured: {row.why_not}"
+            console().print(told, markup=False)
     table("Cost of one image", ("network", "side", "GMAC with scan", "scan updates", "parameters"), _cost_rows(figures))
-    return 0
 
 
-def _measure(asked: dict[str, Any]) -> list:
+def _check_out(out: str) -> None:
+    path = Path(out).absolute()
+    if not path.parent.is_dir():
+        raise UsageError(f"bench: --out {out}: its folder does not exist; make it first")
+    try:
+        path.open("a").close()  # before minutes of measuring, not after
+    except OSError as error:
+        raise UsageError(f"bench: --out {out}: {error.strerror}; name a file that can be written") from None
+
+
+def _check_values(asked: dict[str, Any]) -> None:
+    from medmamba.config import VARIANTS
+    from medmamba.model import MIN_SIDE
+    from medmamba.ops.ss2d_scan import backends
+
+    for name, known in (("networks", VARIANTS), ("precisions", _SHORT), ("backends", backends())):
+        if unknown := [value for value in asked[name] if value not in known]:
+            raise UsageError(f"bench: --{name} {unknown[0]}: there are {', '.join(known)}")
+    for name, least in (("batches", 1), ("sides", MIN_SIDE)):
+        if wrong := [value for value in asked[name] if value < least]:
+            raise UsageError(f"bench: --{name} {wrong[0]}: at least {least} is needed")
+    if asked["repeats"] < 1:
+        raise UsageError(f"bench: --repeats {asked['repeats']}: a median needs at least 1")
+
+
+def _cases(asked: dict[str, Any]) -> list:
     import torch
 
-    from medmamba.bench import COMPARED, Case, Row, measure_alone
-    from medmamba.config import VARIANTS
+    from medmamba.bench import COMPARED, Case
     from medmamba.ops.ss2d_scan import backends
 
     device = asked["device"]
@@ -93,12 +132,7 @@ def _measure(asked: dict[str, Any]) -> list:
         raise UsageError(f"bench: --device {device}: choose cpu, or cuda where torch sees a GPU")
     gpu = device == "cuda"
     names = asked["networks"] or (("T",) if gpu else ("nano",))
-    unknown = sorted(set(names) - set(VARIANTS))
-    if unknown:
-        raise UsageError(f"bench: --networks {unknown[0]}: there are {', '.join(VARIANTS)}")
     precisions = asked["precisions"] or (("bfloat16",) if gpu else ("float32",))
-    if set(precisions) - {"float32", "bfloat16"}:
-        raise UsageError(f"bench: --precisions {' '.join(precisions)}: there are float32 and bfloat16")
     # The definition is there to be right; it is measured only when it is asked for.
     scans = asked["backends"] or [n for n, why in backends(device).items() if n != "reference" and why is None]
     if gpu and not asked["backends"] and "mamba_ssm" not in scans:
@@ -111,13 +145,20 @@ def _measure(asked: dict[str, Any]) -> list:
         for (batch, side), precision in itertools.product(sizes, precisions)
         for network, scan in [*itertools.product(names, scans), *((n, "") for n in COMPARED if asked["compare"])]
     ]
-    found: list[Row] = []
-    told = Terminal()
+    return list(dict.fromkeys(cases))
+
+
+def _measure(cases: list, repeats: int, told: Terminal) -> Iterator:
+    from medmamba.bench import measure_alone
+
+    if cases[0].device == "cpu":
+        # torch's profiler else announces itself in two lines a row; on a GPU it may have to say what CUPTI refuses.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     for case in cases:
         told.say(f"measuring {_named(case)}, batch {case.batch}, {case.side} px, {_how(case)}")
-        found.append(measure_alone(case, repeats=asked["repeats"]))
-        told.say(f"  {_in_words(found[-1])}")  # a long run that is stopped has then told what it knew
-    return found
+        row = measure_alone(case, repeats=repeats)
+        told.say(f"  {_in_words(row)}")  # a long run that is stopped has then told what it knew
+        yield row
 
 
 def _in_words(row: Any) -> str:
@@ -171,20 +212,27 @@ def _figure(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def _machine() -> dict[str, Any]:
-    import platform
-
+def _machine(device: str) -> dict[str, Any]:
     import torch
 
     from pipelines.provenance import git_commit, package_versions
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "device": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "git_commit": git_commit(),
         "packages": package_versions(),
     }
+
+
+def _cpu() -> str:
+    """The CPU's own name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cost(networks: Sequence[str]) -> list[dict[str, Any]]:

@@ -44,7 +44,9 @@ def _build(source: Path, settings: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise BuildError(f"{library} does not load: {error}") from None
+        raise BuildError(
+            f"{library} does not load ({error}): delete it, or name a folder that allows code in XDG_CACHE_HOME"
+        ) from None
 
 
 def _compiled(source: Path, command: Sequence[str]) -> bytes:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from medmamba.bench import NotMeasured, checked
 from medmamba.ops import ss2d_scan
 from medmamba.ops.ss2d_scan import backend_scan, backends, resolve_backend, scan
+from medmamba.ops.ss2d_scan.cpu_operator import spread
 
 NAMES = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
 # (batch, height, width, channels, rank, states): L = 1, less and more than a chunk, not square, channels and states
@@ -317,4 +319,55 @@ def test_without_a_compiler_auto_takes_numba_and_the_named_backend_is_refused(
     monkeypatch.setenv(variable, value)
     assert resolve_backend("auto", "cpu") == "numba"
     with pytest.raises(ValueError, match=f"'cpp' cannot run on cpu: {reason}"):
+        resolve_backend("cpp", "cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize(
+    ("name", "changed", "reason"),
+    [
+        ("u", lambda x: x[0], r"u of shape \(3, 5, 8\): it must be \(B, H, W, D\)"),
+        ("u", lambda x: x[:0], r"u of shape \(0, 3, 5, 8\): .* none of them 0"),
+        ("dt", lambda x: x[:1], r"dt of shape \(1, .* with K = 4, B = 2, H = 3, W = 5"),
+        ("dt", lambda x: x.transpose(1, 2), r"dt of shape \(2, 5, 3, 4, 2\)"),
+        ("C", lambda x: x[..., :3], r"C of shape .* N = 4"),
+        ("dt_weight", lambda x: x[..., :1], r"dt_weight of shape \(4, 8, 1\): .* R = 2"),
+        ("A_log", lambda x: x[:2], r"A_log of shape \(2, 8, 4\): .* with K = 4"),
+        ("D", lambda x: torch.cat((x, x), 1), r"D of shape \(4, 16\): .* D = 8"),
+        ("B", lambda x: x.to("meta"), r"B is torch.float32 on meta: all must .* u on cpu"),
+        ("dt_bias", lambda x: x.long(), r"dt_bias is torch.int64 on cpu: all must be floating-point"),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(name, changed, reason, backend):
+    tensors = [x.detach() for x in inputs((2, 3, 5, 8, 2, 4))]
+    tensors[NAMES.index(name)] = changed(tensors[NAMES.index(name)])
+    with pytest.raises(ValueError, match=reason):
+        scan(*tensors, backend=backend)
+
+
+def test_an_interrupted_call_ends_when_all_its_threads_have():
+    threads, done = torch.get_num_threads(), []
+
+    def run(tasks):
+        if tasks[0] == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        done.append(tasks)
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyboardInterrupt):
+            spread(4, run)
+    finally:
+        torch.set_num_threads(threads)
+    assert done == [(2, 4)]
+
+
+def test_a_library_that_does_not_load_is_named_with_what_to_do(fresh, tmp_path, monkeypatch):
+    careless = tmp_path / "c++"
+    careless.write_text('#!/bin/sh\nfor last; do :; done\necho half of it > "$last"\n')
+    careless.chmod(0o755)
+    monkeypatch.setenv("CXX", str(careless))
+    assert resolve_backend("auto", "cpu") == "numba"
+    with pytest.raises(ValueError, match=rf"{tmp_path}/cache/medmamba/cpp/\w+.so does not load .*: delete it"):
         resolve_backend("cpp", "cpu")

@@ -32,6 +32,16 @@ _MODULES = {
 # What "auto" tries on a device, fastest first.
 _PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "mamba_ssm", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
+_AXES = {
+    "u": "BHWD",
+    "dt": "BHWKR",
+    "B": "BHWKN",
+    "C": "BHWKN",
+    "dt_weight": "KDR",
+    "dt_bias": "KD",
+    "A_log": "KDN",
+    "D": "KD",
+}
 
 
 def scan(
@@ -48,14 +58,18 @@ def scan(
 ) -> Tensor:
     """Returns y_BHWD, the sum over the four directions; see reference.py for the equation.
 
-    ValueError: the backend is unknown or cannot run on u's device.
+    ValueError: the backend is unknown or cannot run on u's device, or the tensors do not fit each other.
     """
-    run = backend_scan(resolve_backend(backend, u_BHWD.device.type))
-    return run(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD)
+    tensors = u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD
+    _check(tensors)
+    return backend_scan(resolve_backend(backend, u_BHWD.device.type))(*tensors)
 
 
 def backend_scan(name: str) -> Callable[..., Tensor]:
-    """`scan` of one resolved backend. A model keeps it, so that torch.compile finds no choice left to trace."""
+    """`scan` of one resolved backend. A model keeps it, so that torch.compile finds no choice left to trace.
+
+    It checks nothing: a model's tensors fit each other, whatever is fed to it.
+    """
     return _module(name).scan
 
 
@@ -77,6 +91,25 @@ def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
     if reason := _unusable(name, device_type) or _unbuilt(name, device_type):
         raise ValueError(f"scan backend {name!r} cannot run on {device_type}: {reason}; choose auto or another")
     return name
+
+
+def _check(tensors: tuple[Tensor, ...]) -> None:
+    """ValueError where they do not fit: compiled backends would read beyond a tensor's end, without a word."""
+    sizes, first = {"K": 4}, tensors[0]
+    for (name, axes), x in zip(_AXES.items(), tensors, strict=True):
+        if x.ndim != len(axes) or any(
+            not size or sizes.setdefault(axis, size) != size for axis, size in zip(axes, x.shape, strict=True)
+        ):
+            known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if axis in axes)
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)}: it must be ({', '.join(axes)}), none of them 0"
+                f"{f', with {known}' if known else ''}; see reference.py for the axes"
+            )
+        if x.device != first.device or not x.is_floating_point():
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}: all must be floating-point and lie with u on {first.device}; "
+                "convert or move it"
+            )
 
 
 def _fastest(device_type: str) -> str:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -185,7 +185,10 @@ def spread(num_tasks: int, run: Callable[[tuple[int, int]], None]) -> None:
     bounds = [num_tasks * thread // threads for thread in range(threads + 1)]
     shares = list(itertools.pairwise(bounds))
     others = [_pool(os.getpid(), threads).submit(run, share) for share in shares[1:]]
-    run(shares[0])
+    try:
+        run(shares[0])
+    finally:
+        wait(others)  # also after a Ctrl-C: they write into tensors that the caller then lets go
     for other in others:
         other.result()
 

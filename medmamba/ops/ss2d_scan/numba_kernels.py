@@ -1,10 +1,11 @@
 """The loops of the numba backend: forward and hand-written backward, eight channels at a time.
 
 numba does not promise to vectorise a loop, so the kernels are written in `Lanes`: eight float32 side by side, one
-CPU vector register, with a polynomial exp. A block is eight channels; N is a multiple of four, D of eight (numba_cpu
-pads). Per task (one range of images, one range of blocks), direction and chunk of CHUNK positions the small inputs
-are gathered once into scratch, then for every block four states n at a time stay in registers over the whole chunk.
-The backward pass reads the states at each chunk's start from the forward pass and computes the others again.
+CPU vector register, with a polynomial exp. A block is eight channels; N is a multiple of four, D of eight
+(cpu_operator pads). Per task (one image, backwards one slot of images, and one range of blocks), direction and chunk
+of CHUNK positions the small inputs are gathered once into scratch, then for every block four states n at a time stay in
+registers over the whole chunk. The backward pass reads the states at each chunk's start from the forward pass and
+computes the others again.
 
 This one file holds types and kernels because numba's cache on disk notices changes only in a kernel's own file.
 Arrays are flat float32 in pixel order unless said otherwise. Suffix _s (and s): scratch of one chunk.

@@ -6,7 +6,7 @@
 // at each chunk's start come from the forward pass and the others are computed again.
 //
 // Arrays are float32. Layouts: u, y (B,L,D); weight (K,R,D), bias and skip (K,D), a (K,N,D) = A·log2(e); kept
-// (B,K,chunks,D·N), a block of W channels as (N,W). D is a multiple of NARROW, N of GROUP (cpp_cpu.py pads).
+// (B,K,chunks,D·N), a block of W channels as (N,W). D is a multiple of NARROW, N of GROUP (cpu_operator.py pads).
 
 #include <algorithm>
 #include <cstdint>

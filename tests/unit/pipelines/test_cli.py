@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from finished_run import NO, finish
 from PIL import Image
 from rich.console import Console
 
+import medmamba.bench
 from data_shards.store import open_store
 from medmamba.bench import COMPARED, Case, Row
 from pipelines import terminal
@@ -440,7 +442,12 @@ def test_a_source_that_is_not_there_binds_no_run(tmp_path, capsys):
         ["submit", "--address", "head:6379", "--", "status"],
         ["bench", "--repeats", "0"],
         ["bench", "--out", "nowhere/figures.json"],
+        ["bench", "--out", "."],
         ["bench", "--networks", "Z"],
+        ["bench", "--backends", "numba", "nunba"],
+        ["bench", "--precisions", "float16"],
+        ["bench", "--batches", "0"],
+        ["bench", "--sides", "64", "16"],
     ],
     ids=" ".join,
 )
@@ -459,6 +466,35 @@ def test_bench_prints_json_and_nothing_else(capsys):
         assert row["train_megapixels_per_s"] == pytest.approx(row["train_images_per_s"] * 32 * 32 / 1e6)
         assert 0 < row["scan_share"] < 1
         assert max(row["errors"].values()) < 1e-5
+
+
+def test_bench_measures_what_it_can_says_why_not_the_rest_and_fails_if_that_is_all(capsys):
+    few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "cuda"]
+    assert main([*few, "numba", "--batches", "2", "2", "--out", "figures.json"]) == 0
+    seen = capsys.readouterr().out
+    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it is for CUDA devices" in seen
+    why_not = {row["case"]["backend"]: row["why_not"] for row in json.loads(Path("figures.json").read_text())["rows"]}
+    assert why_not == {"cuda": "backend cuda: it is for CUDA devices", "numba": ""}
+    assert main([*few, "--batches", "2"]) == 1
+    assert "Speed" not in capsys.readouterr().out
+
+
+def test_an_interrupted_bench_keeps_the_rows_that_it_has(capsys, monkeypatch):
+    # The second row sends the signal of a Ctrl-C to this process.
+    measure = medmamba.bench.measure_alone
+
+    def interrupted(case, *, repeats):
+        if case.batch == 3:
+            signal.raise_signal(signal.SIGINT)
+        return measure(case, repeats=repeats)
+
+    monkeypatch.setattr(medmamba.bench, "measure_alone", interrupted)
+    arguments = ["--repeats", "1", "--sides", "32", "--backends", "numba", "--batches", "2", "3", "--out", "kept.json"]
+    assert main(["bench", *arguments]) == 1
+    seen = capsys.readouterr()
+    assert "bench: interrupted after 1 of 2 rows" in seen.err
+    assert "nano numba" in seen.out
+    assert [row["case"]["batch"] for row in json.loads(Path("kept.json").read_text())["rows"]] == [2]
 
 
 def test_the_table_of_bench_fits_80_columns_a_line_to_a_row(capsys, monkeypatch):

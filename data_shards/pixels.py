@@ -194,9 +194,19 @@ def _resampled(pixels: np.ndarray, box: tuple[float, float, float, float], heigh
     resizer, images = _resizer()
     kind = images.PixelType.U8 if pixels.ndim == 2 else images.PixelType.U8x3
     options = images.ResizeOptions(resize_alg=_bilinear(), crop_box=images.CropBox(*box))
-    target = images.ImageData(width, height, kind)
+    target = _target(width, height, kind)
     resizer.resize(images.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes()), target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, *pixels.shape[2:])
+
+
+def _target(width: int, height: int, kind: Any) -> Any:
+    """What is resized into, the same each time as long as the size is."""
+    from cykooz_resizer import ImageData
+
+    if getattr(_of_this_thread, "target_is", None) != (width, height, kind):
+        _of_this_thread.target_is = (width, height, kind)
+        _of_this_thread.target = ImageData(width, height, kind)
+    return _of_this_thread.target
 
 
 def _scratch(size: int) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +18,11 @@ from typing import Any
 import tyro
 
 from pipelines.arguments import UsageError, parse
+from pipelines.bench_loaders import LOADERS, Work, make_images, save_work, summarise, told_in
 from pipelines.terminal import Terminal, console, table
 
-_LOOK_EVERY_S = 0.25
-_TIMEOUT_S = 900
+_LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured
+_ENDS_IN_S = 20
 # Imported, not run as a module: what Ray's workers get must not be of a module that is called __main__.
 _RUN = "from pipelines.bench_loaders import main; main()"
 
@@ -40,8 +43,8 @@ def bench_data(argv: Sequence[str]) -> int:
     ) -> dict[str, Any]:
         """Measure how fast batches come out of shards, beside what else a user would take, on images drawn here.
 
-        JPEGs of 512 px become random parts of 224 px, PNGs of 28 px stay whole. Each loader runs in a process of its
-        own, with as many workers; one that loses, repeats or alters an image has no speed.
+        JPEGs of 512 px become random parts of 224 px, PNGs of 28 px stay whole. Each loader has a process of its own
+        and as many workers, and their epochs take turns. One that loses, repeats or alters an image has no speed.
 
         Args:
             images: JPEGs of 512 px; 0 leaves them out. A multiple of the batch.
@@ -90,8 +93,6 @@ def loading_table(rows: Sequence[dict[str, Any]], title: str) -> tuple[tuple[str
 
 
 def _check(asked: dict[str, Any]) -> None:
-    from pipelines.bench_loaders import LOADERS
-
     for name, least in (("images", 0), ("small_images", 0), ("batch", 1), ("workers", 1), ("repeats", 1)):
         if asked[name] < least:
             raise UsageError(f"bench data: --{name.replace('_', '-')} {asked[name]}: it must be at least {least}")
@@ -109,8 +110,6 @@ def _check(asked: dict[str, Any]) -> None:
 
 
 def _loading(asked: dict[str, Any]) -> list[dict[str, Any]]:
-    from pipelines.bench_loaders import LOADERS, Work, make_images, save_work
-
     shared = {name: asked[name] for name in ("batch", "workers", "repeats")}
     jpeg = Work("", asked["images"], 512, "jpg", 224, asked["min_area"], **shared)
     small = Work("", asked["small_images"], 28, "png", 28, 0.0, **shared)
@@ -123,33 +122,93 @@ def _loading(asked: dict[str, Any]) -> list[dict[str, Any]]:
             told.say(f"drawing {work.num} images: {title}")
             num_bytes = make_images(work)
             save_work(work)
-            for name in asked["loaders"] or LOADERS:
-                row = {"loader": name, "images": title, **_measured(name, folder)}
+            runs = [_Run(name, folder) for name in asked["loaders"] or LOADERS]
+            try:
+                for run in runs:
+                    run.wait()
+                # In turns, so that what else the machine does meets all of them alike.
+                for _ in range(work.repeats):
+                    for run in runs:
+                        run.epoch()
+            finally:
+                for run in runs:
+                    run.end()
+            for run in runs:
+                row = {"loader": run.name, "images": title, **run.figures()}
                 if "why_not" not in row:
                     row["mb_per_s"] = row["images_per_s"] * num_bytes / work.num / 1e6
                 found.append(row)
-                told.say(f"  {name}: {row.get('why_not') or format(row['images_per_s'], ',.0f') + ' images/s'}")
+                told.say(f"  {run.name}: {row.get('why_not') or format(row['images_per_s'], ',.0f') + ' images/s'}")
     return found
 
 
-def _measured(name: str, folder: str) -> dict[str, Any]:
-    """A loader's figures from a process of its own, and the memory that it and its children took at most."""
-    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as complained:
-        process = subprocess.Popen([sys.executable, "-c", _RUN, name, folder], stdout=told, stderr=complained)
-        peak, ends = 0, time.monotonic() + _TIMEOUT_S
-        while process.poll() is None:
-            peak = max(peak, _memory_bytes(process.pid))
-            if time.monotonic() > ends:
-                process.kill()
+class _Run:
+    """A loader in a process of its own, and the memory that it and its children took at most."""
+
+    def __init__(self, name: str, folder: str):
+        self.name, self.why_not, self.peak_bytes = name, "", 0
+        self.epochs: list[dict[str, float]] = []
+        self._complained = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `end`)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _RUN, name, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complained,
+            text=True,
+        )
+        self._watching = True
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+
+    def wait(self) -> None:
+        """Until its workers have started and its first epoch was found right, or not."""
+        told = self._told()
+        self.why_not = self.why_not or told["why_not"]
+
+    def epoch(self) -> None:
+        """One more epoch is timed, unless it has failed."""
+        if not self.why_not:
+            assert self._process.stdin is not None
+            print("next", file=self._process.stdin, flush=True)
+            told = self._told()
+            if not self.why_not:
+                self.epochs.append(told)
+
+    def end(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._watching = False
+        self._watch.join()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_ENDS_IN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._complained.close()
+
+    def figures(self) -> dict[str, Any]:
+        """Its row, or why it has none."""
+        if self.why_not:
+            return {"why_not": self.why_not}
+        return {**summarise(self.epochs), "peak_gib": self.peak_bytes / 2**30}
+
+    def _told(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if (told := told_in(line)) is not None:
+                return told
+        self._complained.seek(0)
+        said = self._complained.read().strip().splitlines() or ["nothing was said"]
+        last = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), said[-1])
+        self.why_not = f"ended with {self._process.wait()}: {last}"
+        return {"why_not": self.why_not}
+
+    def _look(self) -> None:
+        while self._watching:
+            self.peak_bytes = max(self.peak_bytes, _memory_bytes(self._process.pid))
             time.sleep(_LOOK_EVERY_S)
-        told.seek(0)
-        complained.seek(0)
-        lines = told.read().splitlines()
-        if process.returncode != 0 or not lines:
-            said = complained.read().strip().splitlines() or ["nothing was said"]
-            last = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), said[-1])
-            return {"why_not": f"ended with {process.returncode}: {last}"}
-        return {**json.loads(lines[-1]), "peak_gib": peak / 2**30}
 
 
 def _memory_bytes(pid: int) -> int:

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from data_shards.store import open_store
 
 SEED = 0
 _DATASET = "bench"
+_MARK = "medmamba bench: "
 _TOLERANCE = 3.0  # of the mean of an image, in levels of 255: decoding at reduced scale rounds differently
 Delivered = Iterator[tuple[list[int], np.ndarray]]  # numbers of the images, and their pixels (B, H, W, 3)
 
@@ -90,16 +91,16 @@ def make_images(work: Work) -> int:
     """
     (Path(work.folder) / "images").mkdir(parents=True)
     chance = np.random.default_rng(SEED)
-    for path in work.files:
+    # A dataset must have the other splits, too.
+    others = [f"{split}{number}.{work.ending}" for split in ("val", "test") for number in range(2)]
+    rows = []
+    for number, path in enumerate([*work.files, *(work.files[0].with_name(name) for name in others)]):
         rough = Image.fromarray(chance.integers(0, 256, (work.side // 21 + 7,) * 2 + (3,), dtype=np.uint8))
         smooth = np.asarray(rough.resize((work.side, work.side), Image.Resampling.BICUBIC), np.float32)
         pixels = np.clip(smooth + chance.normal(0, 2.5, smooth.shape), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(path, quality=90)
-    rows = [f"{path.name},{number % 2},train" for number, path in enumerate(work.files)]
-    for split in ("val", "test"):  # a dataset must have them
-        for number in range(2):
-            Image.new("RGB", (32, 32), (number * 99, 0, 0)).save(work.files[0].with_name(f"{split}{number}.png"))
-            rows.append(f"{split}{number}.png,{number},{split}")
+        split = "train" if number < work.num else path.stem.rstrip("01")
+        rows.append(f"{path.name},{number % 2},{split}")
     (Path(work.folder) / "images" / "images.csv").write_text("\n".join(["file,label,split", *rows]) + "\n")
     config = DataConfig(
         dataset=_DATASET,
@@ -244,26 +245,39 @@ LOADERS: dict[str, Callable[[Work], Callable[[int], Delivered]]] = {
 }
 
 
-def measure(name: str, work: Work) -> dict[str, Any]:
-    """The figures of a loader: images/s of each epoch after the first, their median, processor time; or `why_not`."""
-    try:
-        epoch = LOADERS[name](work)
-    except ImportError as error:
-        return {"why_not": f"cannot be imported: {error}"}
-    except RuntimeError as error:  # torchvision beside a torch it was not built for
-        return {"why_not": f"cannot be imported: {' '.join(str(error).split())}"}
-    if wrong := check(epoch(0), work):
-        return {"why_not": f"wrong: {wrong}"}
-    speeds, processor_s = [], 0.0
-    for number in range(1, work.repeats + 1):
+class Loader:
+    """A loader that has started its workers and delivered a first, right epoch; or `why_not`."""
+
+    def __init__(self, name: str, work: Work):
+        self.why_not = ""
+        try:
+            self._epoch = LOADERS[name](work)
+        except ImportError as error:
+            self.why_not = f"cannot be imported: {error}"
+        except RuntimeError as error:  # torchvision beside a torch it was not built for
+            self.why_not = f"cannot be imported: {' '.join(str(error).split())}"
+        else:
+            if wrong := check(self._epoch(0), work):
+                self.why_not = f"wrong: {wrong}"
+        self._next = 1
+
+    def time_epoch(self) -> dict[str, float]:
+        """Reads one more epoch: its images, seconds, and seconds of processor time of all its processes."""
         began, before = time.perf_counter(), _processor_s()
-        delivered = sum(len(numbers) for numbers, _ in epoch(number))
-        speeds.append(delivered / (time.perf_counter() - began))
-        processor_s += _processor_s() - before
+        delivered = sum(len(numbers) for numbers, _ in self._epoch(self._next))
+        self._next += 1
+        found = {"images": delivered, "seconds": time.perf_counter() - began}
+        return {**found, "processor_s": _processor_s() - before}
+
+
+def summarise(epochs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The figures of a loader from its timed epochs; the median of their speeds counts."""
+    speeds = [epoch["images"] / epoch["seconds"] for epoch in epochs]
+    images = sum(epoch["images"] for epoch in epochs)
     return {
         "images_per_s": statistics.median(speeds),
         "images_per_s_of_epochs": speeds,
-        "processor_s_per_1000": 1000 * processor_s / (work.repeats * work.num),
+        "processor_s_per_1000": 1000 * sum(epoch["processor_s"] for epoch in epochs) / images,
     }
 
 
@@ -297,10 +311,21 @@ def _processor_s() -> float:
 
 
 def main() -> None:
-    """Measures the loader argv[1] on the work in the folder argv[2]; the last line printed is JSON."""
+    """The loader argv[1] on the work in the folder argv[2]: a line of JSON when it is ready, and one for each epoch.
+
+    An epoch is read for each line of standard input, so that loaders that are compared can take turns.
+    """
     work = Work(**json.loads((Path(sys.argv[2]) / "work.json").read_text()))
-    found = measure(sys.argv[1], work)
-    print(json.dumps(found), flush=True)
+    loader = Loader(sys.argv[1], work)
+    print(_MARK + json.dumps({"why_not": loader.why_not}), flush=True)
+    if not loader.why_not:
+        for _ in sys.stdin:
+            print(_MARK + json.dumps(loader.time_epoch()), flush=True)
+
+
+def told_in(line: str) -> dict[str, Any] | None:
+    """What a line of `main` says; None for what a library printed."""
+    return json.loads(line.removeprefix(_MARK)) if line.startswith(_MARK) else None
 
 
 def save_work(work: Work) -> None:

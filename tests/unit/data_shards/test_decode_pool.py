@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from data_shards.decode_pool import DecodePool, DecodeProcessError
 from data_shards.loader import batches
 from data_shards.local_shard import ShardError
 from data_shards.manifest import open_dataset
+from data_shards.node_cache import cache_folder
 from data_shards.pixels import Coded
 from data_shards.store import open_store
 
@@ -245,3 +247,8 @@ def test_a_reader_that_is_killed_with_its_processes_goes_on_bit_for_bit(tmp_path
     for digest, at in read_until_killed(remote, state, None, 0):
         found[at] = digest
     assert found == expected
+    # The machine's cache: every copy is whole, and nothing half-fetched is left once the last reader has fetched.
+    for copy in cache_folder().glob("*.tar"):
+        assert hashlib.sha256(copy.read_bytes()).hexdigest() == copy.stem
+    assert len(list(cache_folder().glob("*.tar"))) == 15
+    assert not list(cache_folder().glob("*.part"))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.bench_loaders import LOADERS, Work, check, make_images, measure
+from pipelines.bench_loaders import LOADERS, Loader, Work, check, make_images, summarise
 from pipelines.cli import main
 
 
@@ -30,9 +30,16 @@ def delivered(work: Work, numbers: list[int]):
 @pytest.mark.parametrize("name", ["medmamba", "DataLoader over PIL", "webdataset"])
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_a_loader_that_delivers_each_image_once_has_figures(works, name, kind):
-    found = measure(name, works[kind])
-    assert found["images_per_s"] > 0
-    assert len(found["images_per_s_of_epochs"]) == 1
+    loader = Loader(name, works[kind])
+    assert loader.why_not == ""
+    assert [loader.time_epoch()["images"] for _ in range(2)] == [12, 12]
+    del loader
+
+
+def test_the_median_of_the_epochs_counts_and_processor_time_is_for_all_of_them():
+    found = summarise([{"images": 100, "seconds": s, "processor_s": 0.5} for s in (1, 2, 10)])
+    assert found["images_per_s"] == 50
+    assert found["processor_s_per_1000"] == pytest.approx(5)
 
 
 def test_a_lost_repeated_or_altered_image_is_found_out(works):
@@ -49,8 +56,7 @@ def test_a_loader_that_is_not_installed_says_so(works, monkeypatch):
         raise ModuleNotFoundError("No module named 'streaming'")
 
     monkeypatch.setitem(LOADERS, "MosaicML Streaming", absent)
-    found = measure("MosaicML Streaming", works["png"])
-    assert found == {"why_not": "cannot be imported: No module named 'streaming'"}
+    assert Loader("MosaicML Streaming", works["png"]).why_not == "cannot be imported: No module named 'streaming'"
 
 
 def test_bench_data_prints_json_and_nothing_else(capsys):

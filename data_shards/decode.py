@@ -17,6 +17,8 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.
 MAX_PIXELS = 100_000_000
+# That of JPEG and DICOM. A damaged JPEG 2000 of 219 bytes, 15 pixels wide and half a million high, took 350 MB.
+MAX_SIDE = 65_535
 _ORIENTATION = 0x0112
 # Tags of a TIFF.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -104,6 +106,8 @@ def _opened(data: bytes) -> Image.Image:
         raise UndecodableImage(_short(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise UndecodableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    if max(image.size) > MAX_SIDE:
+        raise UndecodableImage(f"{image.width} x {image.height} pixels: a side may have {MAX_SIDE:,}")
     # A camera's JPEG may carry a preview as a second picture (MPO); an animation or a stack is not one image.
     if frames > 1 and image.format != "MPO":
         raise UndecodableImage(f"{frames} frames in one file")

@@ -70,16 +70,21 @@ def bench(argv: Sequence[str]) -> int:
     try:
         for row in _measure(cases, asked["repeats"], told):
             rows.append(row)
-            figures["rows"].append(row.to_json())
-            if asked["out"]:
-                Path(asked["out"]).write_text(json.dumps(figures, indent=2) + "\n")
+            _write(asked["out"], rows, figures)
     except KeyboardInterrupt:
         told.say(f"bench: interrupted after {len(rows)} of {len(cases)} rows")
+        _write(asked["out"], rows, figures)
     if asked["json"]:
         print(json.dumps(figures, indent=2))
     else:
         _show(rows, figures)
     return 0 if len(rows) == len(cases) and not all(row.why_not for row in rows) else 1
+
+
+def _write(out: str, rows: list, figures: dict[str, Any]) -> None:
+    figures["rows"] = [row.to_json() for row in rows]
+    if out:
+        Path(out).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _show(rows: list, figures: dict[str, Any]) -> None:

@@ -381,6 +381,7 @@ def test_a_damaged_file_gives_an_image_or_a_reason(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_files_give_an_image_or_a_reason(kind):

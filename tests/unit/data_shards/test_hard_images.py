@@ -230,6 +230,7 @@ REFUSED = {
     "text that inflates": (png(rows(GREY), 8, 0, (b"zTXt", b"a\0\0" + BOMB)), "too large"),
     "profile that inflates": (png(rows(GREY), 8, 0, (b"iCCP", b"a\0\0" + BOMB)), "too large"),
     "pixels that inflate": (png([], 1, 0, width=100_000, height=100_000), "10000000000 pixels|100000 x 100000 pixels"),
+    "a side that is too long": (png([bytes(1)] * 70_000, 1, 0, width=1, height=70_000), "1 x 70000 pixels: a side"),
     "one byte of a png changed": (png(rows(GREY), 8, 0).replace(b"IDAT", b"IDAU"), "."),
     "no width": (png([b""] * 20, 8, 0, width=0), "a damaged PNG"),
     "empty": (b"", "empty file"),

@@ -489,8 +489,11 @@ def test_an_interrupted_bench_keeps_the_rows_that_it_has(capsys, monkeypatch):
         return measure(case, repeats=repeats)
 
     monkeypatch.setattr(medmamba.bench, "measure_alone", interrupted)
-    arguments = ["--repeats", "1", "--sides", "32", "--backends", "numba", "--batches", "2", "3", "--out", "kept.json"]
-    assert main(["bench", *arguments]) == 1
+    few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "numba", "--out", "kept.json", "--batches"]
+    assert main([*few, "3"]) == 1
+    assert json.loads(Path("kept.json").read_text())["rows"] == []
+    capsys.readouterr()
+    assert main([*few, "2", "3"]) == 1
     seen = capsys.readouterr()
     assert "bench: interrupted after 1 of 2 rows" in seen.err
     assert "nano numba" in seen.out

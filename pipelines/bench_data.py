@@ -5,30 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from pipelines.arguments import UsageError, parse
 from pipelines.bench_loaders import LOADERS, Work, make_images, save_work, summarise, told_in
+from pipelines.bench_writers import WRITERS
 from pipelines.terminal import Terminal, console, table
 
 _LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured
 _ENDS_IN_S = 20
 # Imported, not run as a module: what Ray's workers get must not be of a module that is called __main__.
-_RUN = "from pipelines.bench_loaders import main; main()"
+_LOAD = "from pipelines.bench_loaders import main; main()"
+_WRITE = "from pipelines.bench_writers import main; main()"
 
 
 def bench_data(argv: Sequence[str]) -> int:
-    """Measure loading on this machine."""
+    """Measure conversion and loading on this machine."""
 
     def arguments(
         images: int = 2048,
@@ -38,13 +41,16 @@ def bench_data(argv: Sequence[str]) -> int:
         workers: int = 2,
         repeats: int = 3,
         loaders: tuple[str, ...] = (),
+        writers: tuple[str, ...] = (),
+        only: Literal["", "loading", "conversion"] = "",
         out: str = "",
         json: tyro.conf.FlagCreatePairsOff[bool] = False,
     ) -> dict[str, Any]:
-        """Measure how fast batches come out of shards, beside what else a user would take, on images drawn here.
+        """Measure conversion into shards, and batches out of them, beside what else a user would take.
 
-        JPEGs of 512 px become random parts of 224 px, PNGs of 28 px stay whole. Each loader has a process of its own
-        and as many workers, and their epochs take turns. One that loses, repeats or alters an image has no speed.
+        The images are drawn here. JPEGs of 512 px become random parts of 224 px, PNGs of 28 px stay whole. Each loader
+        and writer has a process of its own, with as many workers; one that loses, repeats or alters an image has no
+        speed.
 
         Args:
             images: JPEGs of 512 px; 0 leaves them out. A multiple of the batch.
@@ -53,7 +59,9 @@ def bench_data(argv: Sequence[str]) -> int:
             batch: Images in a batch.
             workers: Processes of each loader.
             repeats: Timed epochs, of which the median counts; one before them starts the workers and is checked.
-            loaders: Which; empty: all.
+            loaders: Which loaders; empty: all.
+            writers: Which ways to make shards of the images; empty: all.
+            only: Measure one half, loading or conversion.
             out: File for the figures as JSON.
             json: Print JSON instead of tables.
         """
@@ -61,32 +69,38 @@ def bench_data(argv: Sequence[str]) -> int:
 
     asked = parse(arguments, "bench data", argv)
     _check(asked)
-    figures = {"workers": asked["workers"], "loading": _loading(asked)}
+    figures: dict[str, Any] = {"workers": asked["workers"], "loading": [], "conversion": []}
+    for title, work, num_bytes in _works(asked):
+        if asked["only"] != "conversion":
+            figures["loading"] += _loading(asked["loaders"] or tuple(LOADERS), title, work, num_bytes)
+        if asked["only"] != "loading":
+            figures["conversion"] += _conversion(asked["writers"] or tuple(WRITERS), title, work, num_bytes)
     if asked["out"]:
         Path(asked["out"]).write_text(json.dumps(figures, indent=2) + "\n")
     if asked["json"]:
         print(json.dumps(figures, indent=2))
         return 0
-    for title in dict.fromkeys(row["images"] for row in figures["loading"]):
-        table(f"Loading: {title}, {asked['workers']} workers", *loading_table(figures["loading"], title))
-    for row in figures["loading"]:
-        if "why_not" in row:
-            console().print(f"{row['loader']}, {row['images']}: not measured: {row['why_not']}")
+    for half, rows in (("Loading", figures["loading"]), ("Conversion", figures["conversion"])):
+        for title in dict.fromkeys(row["images"] for row in rows):
+            table(f"{half}: {title}, {asked['workers']} workers", *speed_table(rows, title))
+        for row in rows:
+            if "why_not" in row:
+                console().print(f"{half}, {row['by']}, {row['images']}: not measured: {row['why_not']}")
     return 0
 
 
-def loading_table(rows: Sequence[dict[str, Any]], title: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows of the table of loaders; ratios are to the first."""
-    columns = ("loader", "images/s", "MB/s", "processor s\nper 1,000", "peak\nGiB", "this project\nis faster by")
+def speed_table(rows: Sequence[dict[str, Any]], title: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the table of loaders or writers; ratios are to the first."""
+    columns = ("by", "images/s", "MB/s", "processor s\nper 1,000", "peak\nGiB", "this project\nis faster by")
     told = [row for row in rows if row["images"] == title and "why_not" not in row]
     return columns, [
         (
-            row["loader"],
+            row["by"],
             f"{row['images_per_s']:,.0f}",
             f"{row['mb_per_s']:,.1f}",
             f"{row['processor_s_per_1000']:.2f}",
             f"{row['peak_gib']:.2f}",
-            f"{told[0]['images_per_s'] / row['images_per_s']:.2f}" if told[0]["loader"] == "medmamba" else "",
+            f"{told[0]['images_per_s'] / row['images_per_s']:.2f}" if told[0]["by"] == "medmamba" else "",
         )
         for row in told
     ]
@@ -105,52 +119,94 @@ def _check(asked: dict[str, Any]) -> None:
         raise UsageError(f"bench data: --min-area {asked['min_area']}: a share of the area, above 0 and up to 1")
     if unknown := set(asked["loaders"]) - set(LOADERS):
         raise UsageError(f"bench data: --loaders {min(unknown)}: there are {', '.join(LOADERS)}")
+    if unknown := set(asked["writers"]) - set(WRITERS):
+        raise UsageError(f"bench data: --writers {min(unknown)}: there are {', '.join(WRITERS)}")
     if asked["out"] and not Path(asked["out"]).absolute().parent.is_dir():
         raise UsageError(f"bench data: --out {asked['out']}: its folder does not exist; make it first")
 
 
-def _loading(asked: dict[str, Any]) -> list[dict[str, Any]]:
+def _works(asked: dict[str, Any]) -> Iterator[tuple[str, Work, int]]:
+    """Each kind of images, drawn into a folder that lasts until the next is asked for, with their coded bytes."""
     shared = {name: asked[name] for name in ("batch", "workers", "repeats")}
     jpeg = Work("", asked["images"], 512, "jpg", 224, asked["min_area"], **shared)
     small = Work("", asked["small_images"], 28, "png", 28, 0.0, **shared)
-    told, found = Terminal(), []
     for title, work in (("JPEG 512 px to 224 px parts", jpeg), ("PNG 28 px", small)):
         if not work.num:
             continue
         with tempfile.TemporaryDirectory(prefix="medmamba-bench-") as folder:
             work = replace(work, folder=folder)
-            told.say(f"drawing {work.num} images: {title}")
+            Terminal().say(f"drawing {work.num} images: {title}")
             num_bytes = make_images(work)
             save_work(work)
-            runs = [_Run(name, folder) for name in asked["loaders"] or LOADERS]
-            try:
-                for run in runs:
-                    run.wait()
-                # In turns, so that what else the machine does meets all of them alike.
-                for _ in range(work.repeats):
-                    for run in runs:
-                        run.epoch()
-            finally:
-                for run in runs:
-                    run.end()
+            yield title, work, num_bytes
+
+
+def _loading(names: Sequence[str], title: str, work: Work, num_bytes: int) -> list[dict[str, Any]]:
+    runs = [_Run(name, work.folder) for name in names]
+    try:
+        for run in runs:
+            run.wait()
+        # In turns, so that what else the machine does meets all of them alike.
+        for _ in range(work.repeats):
             for run in runs:
-                row = {"loader": run.name, "images": title, **run.figures()}
-                if "why_not" not in row:
-                    row["mb_per_s"] = row["images_per_s"] * num_bytes / work.num / 1e6
-                found.append(row)
-                told.say(f"  {run.name}: {row.get('why_not') or format(row['images_per_s'], ',.0f') + ' images/s'}")
-    return found
+                run.epoch()
+    finally:
+        for run in runs:
+            run.end()
+    return [_row(run.name, title, run.figures(), "loading", num_bytes / work.num) for run in runs]
+
+
+def _conversion(names: Sequence[str], title: str, work: Work, num_bytes: int) -> list[dict[str, Any]]:
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(work.repeats):
+        for name in names:
+            if not any("why_not" in figures for figures in rounds[name]):
+                rounds[name].append(_written(name, work.folder))
+    kind = title.partition(" to ")[0]  # whole files are written
+    return [_row(name, kind, _median(rounds[name]), "conversion", num_bytes / work.num) for name in names]
+
+
+def _written(name: str, folder: str) -> dict[str, Any]:
+    """What a writer told in a process of its own, with the memory it took, or why it told nothing."""
+    run = _Run(name, folder, code=_WRITE)
+    try:
+        run.wait()
+        return run.first
+    finally:
+        run.end()
+        run.first["peak_gib"] = run.peak_bytes / 2**30
+
+
+def _median(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if failed := [figures for figures in rounds if figures["why_not"]]:
+        return {"why_not": failed[0]["why_not"]}
+    return {
+        "images_per_s": statistics.median(each["images_per_s"] for each in rounds),
+        "images_per_s_of_rounds": [each["images_per_s"] for each in rounds],
+        "processor_s_per_1000": statistics.mean(each["processor_s_per_1000"] for each in rounds),
+        "bytes_written": rounds[-1]["bytes_written"],
+        "peak_gib": max(each["peak_gib"] for each in rounds),
+    }
+
+
+def _row(name: str, title: str, figures: dict[str, Any], half: str, bytes_per_image: float) -> dict[str, Any]:
+    row = {"by": name, "images": title, **figures}
+    if "why_not" not in row:
+        row["mb_per_s"] = row["images_per_s"] * bytes_per_image / 1e6
+    Terminal().say(f"  {half}, {name}: {row.get('why_not') or format(row['images_per_s'], ',.0f') + ' images/s'}")
+    return row
 
 
 class _Run:
-    """A loader in a process of its own, and the memory that it and its children took at most."""
+    """A loader or writer in a process of its own, and the memory that it and its children took at most."""
 
-    def __init__(self, name: str, folder: str):
+    def __init__(self, name: str, folder: str, *, code: str = _LOAD):
         self.name, self.why_not, self.peak_bytes = name, "", 0
+        self.first: dict[str, Any] = {}
         self.epochs: list[dict[str, float]] = []
         self._complained = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `end`)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _RUN, name, folder],
+            [sys.executable, "-c", code, name, folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complained,
@@ -161,9 +217,9 @@ class _Run:
         self._watch.start()
 
     def wait(self) -> None:
-        """Until its workers have started and its first epoch was found right, or not."""
-        told = self._told()
-        self.why_not = self.why_not or told["why_not"]
+        """Until its workers have started and its first epoch (or what it wrote) was found right, or not."""
+        self.first = self._told()
+        self.why_not = self.why_not or self.first["why_not"]
 
     def epoch(self) -> None:
         """One more epoch is timed, unless it has failed."""

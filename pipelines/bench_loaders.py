@@ -317,14 +317,19 @@ def main() -> None:
     """
     work = Work(**json.loads((Path(sys.argv[2]) / "work.json").read_text()))
     loader = Loader(sys.argv[1], work)
-    print(_MARK + json.dumps({"why_not": loader.why_not}), flush=True)
+    tell({"why_not": loader.why_not})
     if not loader.why_not:
         for _ in sys.stdin:
-            print(_MARK + json.dumps(loader.time_epoch()), flush=True)
+            tell(loader.time_epoch())
+
+
+def tell(values: dict[str, Any]) -> None:
+    """A line for whoever started this process."""
+    print(_MARK + json.dumps(values), flush=True)
 
 
 def told_in(line: str) -> dict[str, Any] | None:
-    """What a line of `main` says; None for what a library printed."""
+    """What a line of `tell` says; None for what a library printed."""
     return json.loads(line.removeprefix(_MARK)) if line.startswith(_MARK) else None
 
 

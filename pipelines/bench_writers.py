@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from data_shards.convert import convert
 from data_shards.decode import stored_bytes
 from data_shards.shard import read_samples
 from data_shards.store import open_store
-from pipelines.bench_loaders import Work
+from pipelines.bench_loaders import Work, tell
 
 _SHARD_IMAGES = 1000  # of those that count images
 _SHARD_BYTES = "64MB"
@@ -167,8 +168,18 @@ WRITERS: dict[str, tuple[Callable[[Work, Path], None], Callable[[Path], Iterator
 def measure(name: str, work: Work) -> dict[str, Any]:
     """The figures of a writer: images/s, its processor time and bytes written; or `why_not`."""
     write, read = WRITERS[name]
-    out = Path(work.folder) / "written"
-    out.mkdir()
+    with tempfile.TemporaryDirectory(dir=work.folder) as folder:
+        return _measured(write, read, work, Path(folder), kept_as_is=name != "medmamba")
+
+
+def _measured(
+    write: Callable[[Work, Path], None],
+    read: Callable[[Path], Iterator[bytes]],
+    work: Work,
+    out: Path,
+    *,
+    kept_as_is: bool,
+) -> dict[str, Any]:
     began, before = time.perf_counter(), _processor_s()
     try:
         write(work, out)
@@ -177,7 +188,7 @@ def measure(name: str, work: Work) -> dict[str, Any]:
     except Exception as error:
         return {"why_not": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     seconds, used = time.perf_counter() - began, _processor_s() - before
-    if wrong := check(read(out), work, kept_as_is=name != "medmamba"):
+    if wrong := check(read(out), work, kept_as_is=kept_as_is):
         return {"why_not": f"wrong: {wrong}"}
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {
@@ -217,9 +228,9 @@ def _processor_s() -> float:
 
 
 def main() -> None:
-    """Measures one writer on the work that lies in a folder; the last line printed is JSON."""
+    """Measures one writer on the work that lies in a folder; told as a line of JSON."""
     work = Work(**json.loads((Path(sys.argv[2]) / "work.json").read_text()))
-    print(json.dumps(measure(sys.argv[1], work)), flush=True)
+    tell({"why_not": "", **measure(sys.argv[1], work)})
 
 
 if __name__ == "__main__":

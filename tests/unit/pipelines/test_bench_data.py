@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pipelines.bench_loaders import LOADERS, Loader, Work, check, make_images, summarise
+from pipelines.bench_writers import check as written_right
+from pipelines.bench_writers import measure
 from pipelines.cli import main
 
 
@@ -61,11 +63,40 @@ def test_a_loader_that_is_not_installed_says_so(works, monkeypatch):
 
 def test_bench_data_prints_json_and_nothing_else(capsys):
     asked = ["--images", "0", "--small-images", "64", "--batch", "16", "--repeats", "1", "--workers", "1"]
-    assert main(["bench", "data", *asked, "--loaders", "medmamba", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["loading"]
-    assert (row["loader"], row["images"]) == ("medmamba", "PNG 28 px")
-    assert row["mb_per_s"] > 0
-    assert row["peak_gib"] > 0
+    chosen = ["--loaders", "medmamba", "--writers", "medmamba"]
+    assert main(["bench", "data", *asked, *chosen, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    for half in ("loading", "conversion"):
+        (row,) = figures[half]
+        assert (row["by"], row["images"]) == ("medmamba", "PNG 28 px")
+        assert row["mb_per_s"] > 0
+        assert row["peak_gib"] > 0
+
+
+def test_bench_data_measures_the_half_that_is_asked_for(capsys):
+    asked = ["--images", "0", "--small-images", "64", "--batch", "16", "--repeats", "1", "--workers", "1"]
+    chosen = ["--only", "conversion", "--writers", "webdataset ShardWriter"]
+    assert main(["bench", "data", *asked, *chosen]) == 0
+    told = capsys.readouterr().out
+    assert "Conversion: PNG 28 px" in told
+    assert "Loading" not in told
+
+
+@pytest.mark.parametrize("name", ["medmamba", "webdataset ShardWriter"])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_writer_that_keeps_each_image_has_figures(works, name, kind):
+    found = measure(name, works[kind])
+    assert "why_not" not in found
+    assert found["images_per_s"] > 0
+    assert found["bytes_written"] > sum(path.stat().st_size for path in works[kind].files)
+
+
+def test_what_a_writer_lost_or_made_up_is_found_out(works):
+    work = works["png"]
+    files = [path.read_bytes() for path in work.files]
+    assert written_right(iter(files), work, kept_as_is=True) == ""
+    assert written_right(iter(files[1:]), work, kept_as_is=True) == "1 images are missing and 0 are none of the files"
+    assert written_right(iter([*files, files[0]]), work, kept_as_is=True).endswith("1 are none of the files")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +106,7 @@ def test_bench_data_prints_json_and_nothing_else(capsys):
         (["--workers", "0"], "it must be at least 1"),
         (["--min-area", "0"], "a share of the area"),
         (["--loaders", "ffcv"], "there are medmamba"),
+        (["--writers", "tar"], "there are medmamba"),
         (["--out", "nowhere/figures.json"], "its folder does not exist"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

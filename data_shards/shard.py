@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_shards.decode import UndecodableImage, stored_bytes
@@ -110,8 +111,7 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
         samples.append(
             Sample(planned.key, planned.row.labels, planned.group, offset, len(image), *pixels_HWC.shape)  # type: ignore[arg-type]
         )
-        planes = [np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels_HWC, 2, 0)]
-        histogram_CV += planes  # one plane counts for all three
+        histogram_CV += pixel_histogram(pixels_HWC)
     data = tar.whole()
     part = ShardPart(
         name=plan.name,
@@ -164,6 +164,15 @@ def _members(data: bytes) -> dict[str, dict[str, bytes]]:
 def _facts(planned: PlannedRow, split: str) -> bytes:
     facts = {"group": planned.group, "key": planned.key, "labels": list(planned.row.labels), "split": split}
     return json.dumps(facts, separators=(",", ":")).encode()
+
+
+def pixel_histogram(pixels_HWC: np.ndarray) -> np.ndarray:
+    """(C, 256): how many pixels have each value; one row for grey, which counts for all three."""
+    if pixels_HWC.size < 1 << 14:
+        return np.stack([np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels_HWC, 2, 0)])
+    # A third of numpy's time at 512 px (0.53 against 1.66 ms), where that was a fifth of a conversion.
+    image = Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
+    return np.array(image.histogram()).reshape(-1, 256)
 
 
 class _Tar:

@@ -17,7 +17,7 @@ from data_shards.fingerprint import pixel_digest
 from data_shards.leakage import read_report
 from data_shards.manifest import Dataset, ManifestError, ShardEntry, SplitIndex, channel_statistics, open_dataset
 from data_shards.scan import FINGERPRINTS, stored_digests
-from data_shards.shard import IMAGE_MEMBERS, tar_key
+from data_shards.shard import IMAGE_MEMBERS, pixel_histogram, tar_key
 from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
@@ -181,5 +181,5 @@ def _sample_problem(
         return f"has the shape {pixels_HWC.shape}"
     if digest is None or pixel_digest(pixels_HWC).tobytes() != digest:
         return f"has other pixels than {FINGERPRINTS} says"
-    read.histogram += [np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels_HWC, 2, 0)]
+    read.histogram += pixel_histogram(pixels_HWC)
     return ""

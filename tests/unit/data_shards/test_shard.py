@@ -11,7 +11,7 @@ from tiny_sets import coded, in_memory_set, pixels
 
 from data_shards.config import DataConfig
 from data_shards.plan import plan_shards
-from data_shards.shard import find_shard, part_key, read_samples, tar_key, write_shard
+from data_shards.shard import find_shard, part_key, pixel_histogram, read_samples, tar_key, write_shard
 from data_shards.store import open_store
 
 CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", samples_per_shard=100)
@@ -128,3 +128,14 @@ def test_what_is_no_whole_shard_says_so(tmp_path):
     for damaged in (b"", tar[:700], tar.replace(b".json", b".jsom"), tar.replace(b'"key"', b"'key'"), b"\xff" * 2000):
         with pytest.raises(ValueError, match=r"no whole tar|not one image and a \.json"):
             list(read_samples(damaged))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [12, 200])
+def test_the_histogram_counts_every_pixel_of_every_channel(side, channels):
+    image = pixels(1, side, side, channels).reshape(side, side, channels)
+    found = pixel_histogram(image)
+    assert found.shape == (channels, 256)
+    for channel in range(channels):
+        for value in (0, 7, 255):
+            assert found[channel, value] == (image[:, :, channel] == value).sum()

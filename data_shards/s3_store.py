@@ -244,9 +244,17 @@ class S3Store(Store):
             except failures() as error:
                 if code_of(error) in ("404", "NoSuchKey", "NotFound"):
                     return None
-                if code_of(error) in ("400", "403"):  # the answer to GET says why
-                    client.get_object(**place)["Body"].close()
+                if code_of(error) not in ("400", "403"):
+                    raise
+            # No body said why it was refused. The answer to GET does, or is the answer, if it was for a moment only.
+            try:
+                answer = client.get_object(**place)
+            except failures() as error:
+                if code_of(error) == "NoSuchKey":
+                    return None
                 raise
+            answer["Body"].close()
+            return answer
 
         with self._errors(f"cannot read {key}"):
             return self._ask(look)

@@ -341,3 +341,12 @@ def test_a_good_server_heeds_conditions_also_through_faults(s3, faults):
     faults.once("lost_answer", "lost_answer", "slow_down")
     assert open_store(s3).conditional
     assert list(open_store(s3).list()) == []
+
+
+def test_a_look_that_is_refused_for_a_moment_is_answered_by_the_question_why(s3, faults):
+    store = open_store(s3)
+    store.put("a", DATA)
+    for key, size in (("a", len(DATA)), ("gone", None)):
+        faults.once("expired")
+        assert store.head(key) == size
+        assert faults.is_spent

@@ -132,7 +132,8 @@ class DataConfig(BaseModel):
     samples_per_shard: int = Field(default=10_000, ge=1)
     """Images in one shard at most."""
     shard_bytes: int = Field(default=256_000_000, ge=1)
-    """Bytes of one shard at most, as estimated from the source: its coded bytes, or its pixels where it has no code."""
+    """Bytes of one shard at most, on average over a split, and as estimated from the source: its coded bytes, or its
+    pixels where it has no code; what is coded tighter than PNG, such as JPEG 2000, makes larger ones."""
     leaks: LeakConfig = LeakConfig()
     """Images that stand twice, and what is done about them."""
     dicom: DicomConfig = DicomConfig()

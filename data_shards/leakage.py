@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_shards.config import LeakConfig
 from data_shards.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
-from data_shards.manifest import ManifestError
+from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.near import clusters, near_clusters
 from data_shards.source import Row
 from data_shards.split import SPLITS, LeakError
@@ -132,25 +132,43 @@ def guard(
     splits, dropped = list(first), np.zeros(len(rows), bool)
     conflicts = found.conflicts()
     if config.labels == "refuse" and conflicts:
-        found.refuse(conflicts, "equal pixels under different labels", "--data.leaks.labels drop or report")
+        found.refuse(
+            conflicts,
+            "equal pixels under different labels",
+            "at least one of the labels is wrong",
+            "--data.leaks.labels drop or report",
+        )
     if config.labels == "drop":
         dropped[[i for members in conflicts for i in members]] = True
     torn = found.torn(~dropped)
     if across == "refuse" and torn:
-        found.refuse(torn, "copies of one image in different splits", "--data.leaks.across drop, move or report")
+        found.refuse(
+            torn,
+            "copies of one image in different splits",
+            "a model would be tested on what it has seen",
+            "--data.leaks.across drop, move or report",
+        )
     if across == "drop":
         dropped[[i for members in torn for i in members if first[i] != found.held_out(members)]] = True
     if across == "move" and torn and together is not None:
         splits = _moved(splits, together, torn)
     if config.within == "drop":
         dropped[found.spare(splits, ~dropped)] = True
-    findings = found.findings(splits, dropped)
-    elsewhere = [finding for other in others for finding in found.elsewhere(other, prints, config.near)]
-    if config.datasets == "refuse" and elsewhere:
-        raise LeakError(
-            f"{len(elsewhere)} images are also in the dataset {elsewhere[0].copies[1].dataset!r} of this store "
-            f"(e.g. key {elsewhere[0].copies[0].key}): use another store, or --data.leaks.datasets report"
-        )
+    findings, num_findings = found.findings(splits, dropped)
+    shared = np.zeros(len(rows), bool)
+    for other in others:
+        like = found.elsewhere(other, prints, config.near)
+        if config.datasets == "refuse" and like:
+            raise LeakError(
+                f"{len(like)} images are also in the dataset {other.name!r} of this store (e.g. key "
+                f"{keys[like[0][0]]}): use another store, or --data.leaks.datasets report"
+            )
+        shared[[i for i, _, _ in like]] = True
+        num_findings += len(like)
+        findings += [
+            found.finding_elsewhere(other, *each, splits=splits, dropped=dropped)
+            for each in like[: MOST_FINDINGS - len(findings)]
+        ]
     kept = [i for i in range(len(rows)) if not dropped[i]]
     report = LeakReport(
         images=len(rows),
@@ -158,10 +176,10 @@ def guard(
         blank=int(len(rows) - np.isin(prints.state, (UNDECODABLE, SHARP)).sum()),
         near=config.near,
         across=across,
-        counts={**found.counts(together if drawn else None), "also in other datasets": len(elsewhere)},
+        counts={**found.counts(together if drawn else None), "also in other datasets": int(shared.sum())},
         dropped=tuple(sorted(keys[i] for i in np.flatnonzero(dropped).tolist())),
-        findings=tuple([*findings, *elsewhere][:MOST_FINDINGS]),
-        more=max(0, len(findings) + len(elsewhere) - MOST_FINDINGS),
+        findings=tuple(findings),
+        more=num_findings - len(findings),
     )
     if len(kept) < len(rows) or splits != first:  # no group may be torn by it, no class lost
         splits = draw([replace(rows[i], split=splits[i]) for i in kept])
@@ -174,8 +192,8 @@ def read_report(store: Store) -> LeakReport:
         return LeakReport.model_validate_json(store.get(LEAKS))
     except (StoreKeyError, ValidationError) as error:
         raise ManifestError(
-            f"{store.uri} has no whole {LEAKS} ({' '.join(str(error).split())[:120]}): delete the manifest there and "
-            "run the shard step again (finished shards are kept)"
+            f"{store.uri} has no whole {LEAKS} ({' '.join(str(error).split())[:120]}): delete {MANIFEST} there "
+            f"{MAKE_AGAIN}"
         ) from error
 
 
@@ -280,20 +298,26 @@ class _Found:
                     seen.add(home)
         return spare
 
-    def findings(self, splits: Sequence[str], dropped: np.ndarray) -> list[Finding]:
-        """Every cluster, the worst first: in different splits, then under different labels, then exact."""
+    def findings(self, splits: Sequence[str], dropped: np.ndarray) -> tuple[list[Finding], int]:
+        """The worst clusters (in different splits, then under different labels, then exact), and how many there are."""
         conflicts = {int(self.exact[members[0]]) for members in self.conflicts()}
         found = []
         for members in self.like:
             numbers = {int(self.exact[i]) for i in members}
-            finding = Finding(
-                kind="exact" if len(numbers) < len(members) else "near",
-                where="across splits" if len({self.splits[i] for i in members}) > 1 else "within a split",
-                conflict=bool(numbers & conflicts),
+            where, kind = _where(self.splits[i] for i in members), "exact" if len(numbers) < len(members) else "near"
+            found.append((where, not numbers & conflicts, kind, self.keys[members[0]], members))
+        found.sort(key=lambda each: each[:4])
+        # Only of those that are told: a finding takes some 3 kB, and a set that stands in the store twice has as many
+        # as it has images.
+        return [
+            Finding(
+                kind=kind,
+                where=where,
+                conflict=not harmless,
                 copies=tuple(self._copy(i, splits, dropped) for i in members[:50]),
             )
-            found.append(finding)
-        return sorted(found, key=lambda f: (f.where, not f.conflict, f.kind, f.copies[0].key))
+            for where, harmless, kind, _, members in found[:MOST_FINDINGS]
+        ], len(found)
 
     def _copy(self, i: int, splits: Sequence[str], dropped: np.ndarray) -> Copy:
         fate = "dropped" if dropped[i] else "moved" if splits[i] != self.splits[i] else "kept"
@@ -318,27 +342,30 @@ class _Found:
             counts["dealt out together"] = sum(len(names) - 1 for names in groups)
         return dict(counts)
 
-    def elsewhere(self, other: OtherDataset, prints: Fingerprints, near: int) -> list[Finding]:
-        """Images of this dataset that the other one holds too, each with the first that is like it there."""
+    def elsewhere(self, other: OtherDataset, prints: Fingerprints, near: int) -> list[tuple[int, int, bool]]:
+        """Images of this dataset that the other one holds too: (which, which there, whether pixels are equal)."""
         num = len(prints)
         both = joined([prints, other.prints])
         exact, alike = _clusters(both, near)
-        theirs: dict[int, int] = {}
-        for j in range(len(both) - 1, num - 1, -1):
-            theirs[int(alike[j])] = j
-        same = {int(number) for number in exact[num:]}
-        shared = np.flatnonzero(np.isin(alike[:num], np.fromiter(theirs, np.int64, len(theirs)))).tolist()
-        return [
-            Finding(
-                kind="exact" if int(exact[i]) in same else "near",
-                where="across datasets",
-                conflict=False,
-                copies=(self._copy(i, self.splits, np.zeros(num, bool)), _theirs(other, theirs[int(alike[i])] - num)),
-            )
-            for i in shared
-        ]
+        # The first of theirs that is equal, or else like it.
+        equal = {number: j for j, number in reversed(list(enumerate(exact[num:].tolist())))}
+        like = {number: j for j, number in reversed(list(enumerate(alike[num:].tolist())))}
+        ours = zip(exact[:num].tolist(), alike[:num].tolist(), strict=True)
+        return [(i, equal.get(e, like[a]), e in equal) for i, (e, a) in enumerate(ours) if a in like]
 
-    def refuse(self, clusters_: list[list[int]], what: str, remedy: str) -> None:
+    def finding_elsewhere(
+        self, other: OtherDataset, i: int, j: int, equal: bool, *, splits: Sequence[str], dropped: np.ndarray
+    ) -> Finding:
+        """Image i of this dataset, which is j there."""
+        theirs = Copy(key=other.keys[j], split=other.splits[j], labels=tuple(other.labels[j]), dataset=other.name)
+        return Finding(
+            kind="exact" if equal else "near",
+            where="across datasets",
+            conflict=False,
+            copies=(self._copy(i, splits, dropped), theirs),
+        )
+
+    def refuse(self, clusters_: list[list[int]], what: str, why: str, remedy: str) -> None:
         """Raises, with the first of them by the names that their owner knows."""
         shown = []
         for members in clusters_[:3]:
@@ -349,16 +376,11 @@ class _Found:
             named = [f"{self.rows[i].where!r} ({self.splits[i]}, label {self.rows[i].labels})" for i in (one, two)]
             shown.append(f"{' = '.join(named)}: {kind}")
         raise LeakError(
-            f"{len(clusters_)} times {what} ({'; '.join(shown)}): a model would be tested on what it has seen; mend "
-            f"the set, or say what to do with {remedy}"
+            f"{len(clusters_)} times {what} ({'; '.join(shown)}): {why}; mend the set, or say what to do with {remedy}"
         )
 
 
-def _theirs(other: OtherDataset, j: int) -> Copy:
-    return Copy(key=other.keys[j], split=other.splits[j], labels=tuple(other.labels[j]), dataset=other.name)
-
-
-def _where(splits: Iterable[str]) -> str:
+def _where(splits: Iterable[str]) -> Literal["across splits", "within a split"]:
     return "across splits" if len(set(splits)) > 1 else "within a split"
 
 

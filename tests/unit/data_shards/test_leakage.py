@@ -15,6 +15,7 @@ from data_shards.convert import convert, key_map
 from data_shards.leakage import LEAKS, LeakReport, read_report
 from data_shards.leakage_page import LEAKS_PAGE
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
+from data_shards.scan import FINGERPRINTS
 from data_shards.split import LeakError
 from data_shards.store import open_store
 
@@ -200,6 +201,46 @@ def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_
     assert again["leaks"]["also in other datasets"] == 1
 
 
+def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_beside_its_equal(tmp_path):
+    root = open_store(str(tmp_path / "store"))
+    convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/first/default"))
+    # 102 stands there twice: first a near copy in val, then itself in train.
+    near_first = [("0 near.png", -102, "a", "val", "patient x"), *distinct()]
+    lenient = LeakConfig(across="report")
+    convert(
+        config_of(write_set(tmp_path / "b", near_first), dataset="second", leaks=lenient), root.at("datasets/second/d")
+    )
+    store = root.at("datasets/third/default")
+    facts = convert(config_of(write_set(tmp_path / "c", distinct()), dataset="third", leaks=lenient), store)
+    assert facts["leaks"]["also in other datasets"] == 12
+    report = read_report(store)
+    assert [finding.kind for finding in report.findings] == ["exact"] * 24
+    assert all(finding.copies[0].split == finding.copies[1].split for finding in report.findings)
+    assert report.more == 0
+
+
+def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_shards.leakage.MOST_FINDINGS", 5)
+    root = open_store(str(tmp_path / "store"))
+    convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
+    rows = [*distinct(), *COPIES]
+    config = config_of(write_set(tmp_path / "b", rows), dataset="other", leaks=LeakConfig(across="report"))
+    store = root.at("datasets/other/default")
+    assert convert(config, store)["leaks"]["also in other datasets"] == 14
+    report = read_report(store)
+    wheres = [finding.where for finding in report.findings]
+    assert (wheres, report.more) == (["across splits"] * 2 + ["across datasets"] * 3, 11)
+
+
+def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_path):
+    root = open_store(str(tmp_path / "store"))
+    convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
+    root.at("datasets/mine/default").put(FINGERPRINTS, b"torn")
+    config = config_of(write_set(tmp_path / "b", distinct(700)), dataset="other")
+    with pytest.raises(ManifestError, match=r"datasets/mine/default has no whole fingerprints.* under another --run"):
+        convert(config, root.at("datasets/other/default"))
+
+
 def test_the_page_shows_the_copies_and_no_name_that_only_the_owner_knows(tmp_path):
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"}), store)
@@ -223,5 +264,5 @@ def test_a_dataset_whose_report_is_lost_says_how_to_make_it_again(tmp_path):
     report = json.loads(store.get(LEAKS))
     assert LeakReport.model_validate(report).images == 12
     store.put(LEAKS, b"{}")
-    with pytest.raises(ManifestError, match=r"no whole leakage\.json.*run the shard step again"):
+    with pytest.raises(ManifestError, match=r"no whole leakage\.json.* under another --run"):
         read_report(store)

@@ -130,6 +130,11 @@ def _converted(
         held.check()
     _remove_strays(plans, out)
     _write_report(guarded, chosen, image_set, config, out)
+    if not out.holds(SETTINGS, settings):
+        raise ValueError(
+            f"another conversion with other settings began in {out.uri} while this one ran, and may have replaced its "
+            "shards: run again once it has ended, and give one of the two a name of its own with --data.name"
+        )
     _commit([parts[plan.name] for plan in plans], plans, image_set, config, out)
     for key in list(out.list(FOLDER)):
         out.delete(key)

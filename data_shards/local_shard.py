@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data_shards.manifest import MANIFEST, ShardEntry
+from data_shards.manifest import MAKE_AGAIN, MANIFEST, ShardEntry
 from data_shards.node_cache import DigestError, NodeCache
 from data_shards.shard import tar_key
 from data_shards.store import Store, StoreKeyError
@@ -132,5 +132,5 @@ def _damaged(store: Store, entry: ShardEntry, found: str) -> ShardError:
     key = tar_key(entry.name)
     return ShardError(
         f"shard {key} of {store.uri} {found}, but the manifest promises the sha256 {entry.sha256}: it was lost, "
-        f"damaged or replaced; delete {key} and {MANIFEST} there and run the shard step again (the others are kept)"
+        f"damaged or replaced; delete {key} and {MANIFEST} there {MAKE_AGAIN}"
     )

@@ -228,7 +228,11 @@ def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
     return Dataset(store, manifest, found, table)
 
 
-_REMAKE = "it was edited or damaged; delete it and run the shard step again (finished shards are kept)"
+# Under another --run, because a run whose shard step has a record does not make it again.
+MAKE_AGAIN = (
+    "and make the dataset again: `medmamba shard` with the same settings under another --run keeps whole shards"
+)
+_REMAKE = f"it was edited or damaged; delete it {MAKE_AGAIN}"
 _SAMPLE = {"key", "labels", "group", "offset", "size", "height", "width", "channels"}
 
 

@@ -9,15 +9,19 @@ import io
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_shards.fingerprint import Fingerprints, fingerprint
 from data_shards.leakage import OtherDataset
-from data_shards.manifest import MANIFEST, ManifestError
+from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.plan import digest_of
 from data_shards.source import ImageSet, Row
 from data_shards.store import Store, StoreKeyError, open_store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FINGERPRINTS = "fingerprints.parquet"
 FOLDER = "scan/"
@@ -86,26 +90,28 @@ def fingerprints_bytes(keys: Sequence[str], rows: Sequence[Row], splits: Sequenc
 
 def stored_digests(out: Store) -> dict[str, bytes]:
     """The digest of its pixels for every key of a finished dataset. ManifestError where they are missing or damaged."""
+    table = _table(out, ["key", "pixels"])
+    return dict(zip(table["key"].to_pylist(), table["pixels"].to_pylist(), strict=True))
+
+
+def _table(out: Store, columns: list[str]) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(io.BytesIO(out.get(FINGERPRINTS)), columns=["key", "pixels"])
+        return pq.read_table(io.BytesIO(out.get(FINGERPRINTS)), columns=columns)
     except (StoreKeyError, pa.ArrowException, OSError) as error:
         raise ManifestError(
-            f"{out.uri} has no whole {FINGERPRINTS} ({' '.join(str(error).split())[:120]}): delete the manifest there "
-            "and run the shard step again (finished shards are kept)"
+            f"{out.uri} has no whole {FINGERPRINTS} ({' '.join(str(error).split())[:120]}): delete {MANIFEST} there "
+            f"{MAKE_AGAIN}"
         ) from error
-    return dict(zip(table["key"].to_pylist(), table["pixels"].to_pylist(), strict=True))
 
 
 def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
     """The other finished datasets of the store in which `out` is datasets/<dataset>/<name>.
 
-    Other conversions of the same images are none of them.
+    Other conversions of the same images are none of them. ManifestError where the fingerprints of one are damaged.
     """
-    import pyarrow.parquet as pq
-
     root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
     if not root or "/" in rest:
         return  # a place of its own, in no store of ours
@@ -115,7 +121,7 @@ def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
         name = key.removesuffix(f"/{FINGERPRINTS}")
         if name == key or name.startswith(f"{dataset}/") or f"{name}/{MANIFEST}" not in keys:
             continue
-        table = pq.read_table(io.BytesIO(datasets.get(key)))
+        table = _table(datasets.at(*name.split("/")), ["key", "split", "labels", "state", "pixels", "bits"])
         words = {
             column: np.frombuffer(b"".join(table[column].to_pylist()), "<u8").reshape(len(table), -1)
             for column in ("pixels", "bits")

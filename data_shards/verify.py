@@ -17,7 +17,8 @@ from data_shards.fingerprint import pixel_digest
 from data_shards.leakage import read_report
 from data_shards.manifest import Dataset, ManifestError, ShardEntry, SplitIndex, channel_statistics, open_dataset
 from data_shards.scan import FINGERPRINTS, stored_digests
-from data_shards.shard import IMAGE_MEMBERS, pixel_histogram, tar_key
+from data_shards.scan import FOLDER as SCAN
+from data_shards.shard import IMAGE_MEMBERS, part_key, pixel_histogram, tar_key
 from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
@@ -79,8 +80,8 @@ def verify(
     manifest = dataset.manifest
     if not found.problems and channel_statistics(train[: manifest.channels]) != (manifest.mean, manifest.std):
         found.problems.append("the manifest's mean and std are not those of the train split's pixels")
-    expected = {tar_key(shard.name) for shard in manifest.shards}
-    found.strays = sorted(set(out.list("shards/")) - expected)
+    expected = {key(shard.name) for shard in manifest.shards for key in (tar_key, part_key)}
+    found.strays = sorted({key for folder in ("shards/", "parts/", SCAN) for key in out.list(folder)} - expected)
     found.problems.sort()
     return found
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from data_shards.contact_sheet import chosen, fitted, sheet
 from data_shards.leakage import LeakReport, read_report
 from data_shards.leakage_page import LEAKS_PAGE
-from data_shards.manifest import MANIFEST, open_dataset
+from data_shards.manifest import MAKE_AGAIN, MANIFEST, open_dataset
 from data_shards.store import Store
 from data_shards.verify import verify
 from pipelines.arguments import UsageError, parse
@@ -83,6 +83,8 @@ def _verify(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     console().print(
         f"{out.uri}: {found.shards:,} shards, {found.samples:,} samples, {found.bytes / 1e6:,.0f} MB read: {verdict}"
     )
+    if found.shards and found.problems:
+        console().print(f"To mend it, delete the shards that are named, and {MANIFEST}, {MAKE_AGAIN}.")
     return 1 if found.problems else 0
 
 
@@ -126,8 +128,10 @@ def _show(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
             screen.print(label)
             screen.print(_blocks([fitted(pixels, _SHOWN_SIDE) for pixels in images[:fit]]))
     counts = dataset.manifest.splits[split].classes
-    table(f"{dataset.store.uri}, {split}", ("class", "images"), [(label, f"{n:,}") for label, n in counts.items()])
-    screen.print(f"{sum(len(images) for _, images in rows)} of them are in {path}")
+    table(split, ("class", "images"), [(label, f"{n:,}") for label, n in counts.items()])
+    screen.print(
+        f"{sum(len(images) for _, images in rows)} images of {dataset.store.uri} are in {path}", soft_wrap=True
+    )
     return 0
 
 
@@ -158,7 +162,7 @@ def _leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
 
 def _print_leaks(report: LeakReport, out: Store) -> None:
     table(
-        f"Images that stand twice in {out.uri}",
+        "Images that stand twice",
         ("copies beyond the first", "images"),
         [(what, f"{count:,}") for what, count in report.counts.items()],
     )
@@ -167,7 +171,8 @@ def _print_leaks(report: LeakReport, out: Store) -> None:
         rows = [(f.kind, f.where + (", different labels" if f.conflict else ""), _copies(f.copies)) for f in worst]
         table("The worst", ("kind", "where", "copies"), rows)
     console().print(
-        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {out.uri}/{LEAKS_PAGE}"
+        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {out.uri}/{LEAKS_PAGE}",
+        soft_wrap=True,
     )
 
 

@@ -259,3 +259,15 @@ def test_a_set_of_one_class_is_refused(tmp_path):
     config = DataConfig(dataset="own", layout="folders", source=str(tmp_path / "set"))
     with pytest.raises(ValueError, match="nothing to tell apart"):
         convert(config, open_store(str(tmp_path / "out")))
+
+
+def test_a_conversion_of_other_settings_that_began_meanwhile_is_told_and_no_manifest_is_written(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+
+    def meanwhile(task, items):
+        store.put("config.json", b'{"seed": 1}')
+        return map(task, items)
+
+    with pytest.raises(ValueError, match=r"another conversion with other settings began .* --data\.name"):
+        convert(npz_config(tmp_path), store, run_tasks=meanwhile)
+    assert store.head("manifest.json") is None

@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_the_same_error_from_a_process(tmp_path):
     store = open_store(str(tmp_path / "out"))
     convert(npz_config(tmp_path), store)
     store.put("shards/train-00002.tar", store.get("shards/train-00002.tar")[:-1] + b"x")
-    with pytest.raises(ShardError, match=r"shards/train-00002\.tar .* run the shard step again"):
+    with pytest.raises(ShardError, match=r"shards/train-00002\.tar .* under another --run"):
         list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True, workers=2, processes=True))
 
 

@@ -244,7 +244,7 @@ def test_a_flipped_byte_in_a_shard_is_an_error_that_names_it(tmp_path):
     data = bytearray(store.get("shards/train-00002.tar"))
     data[len(data) // 2] ^= 4
     store.put("shards/train-00002.tar", bytes(data))
-    with pytest.raises(ShardError, match=r"shards/train-00002\.tar .* run the shard step again"):
+    with pytest.raises(ShardError, match=r"shards/train-00002\.tar .* under another --run"):
         list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True))
     store.delete("manifest.json")  # the remedy the message gives
     store.delete("shards/train-00002.tar")

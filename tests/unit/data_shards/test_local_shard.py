@@ -223,7 +223,7 @@ def test_a_shard_that_is_damaged_where_it_is_read_by_ranges_is_an_error(tmp_path
     store.delete(key)
     if damage != "missing":
         store.put(key, data[512:] + data[:512] if damage == "replaced" else data[:5000])
-    with pytest.raises(ShardError, match=r"shards/train-00001\.tar .* run the shard step again"):
+    with pytest.raises(ShardError, match=r"shards/train-00001\.tar .* under another --run"):
         read_all(shards_of(dataset, store, disk_bytes=1), dataset)
 
 

@@ -67,12 +67,14 @@ def test_a_flipped_bit_a_missing_shard_and_a_stray_are_told(store):
     store.put("shards/train-00001.tar", bytes(data))
     store.put("shards/val-00000.tar", store.get("shards/val-00000.tar")[:-512])
     store.delete("shards/test-00000.tar")
-    store.put("shards/train-00099.tar", b"of an earlier conversion")
+    strays = ["parts/train-00099.json", "scan/000000000.npz", "shards/train-00099.tar"]
+    for key in strays:
+        store.put(key, b"of an earlier conversion")
     found = verify(store)
     assert "shards/train-00001.tar has another sha256 than the manifest" in found.problems
     assert "shards/test-00000.tar is missing" in found.problems
     assert any(problem.startswith("shards/val-00000.tar has ") for problem in found.problems)
-    assert found.strays == ["shards/train-00099.tar"]
+    assert found.strays == strays
 
 
 @pytest.mark.parametrize(

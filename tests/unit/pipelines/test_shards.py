@@ -27,14 +27,14 @@ def test_show_writes_a_contact_sheet_and_tells_the_counts(store, tmp_path, capsy
     assert Image.open(target).width > 4 * 96
     told = capsys.readouterr().out
     assert "smooth ellipse" in told
-    assert f"12 of them are in {target}" in told.replace("\n", "")
+    assert f"12 images of {store}/datasets/phantoms/default are in {target}" in told
 
 
 def test_leaks_tells_counts_and_where_the_pictures_are(store, capsys):
     assert main(["shards", "leaks", "--store", store]) == 0
     told = capsys.readouterr().out
     assert "exact across splits" in told
-    assert "leakage.html" in told
+    assert f"{store}/datasets/phantoms/default/leakage.html" in told
     assert main(["shards", "leaks", "phantoms/default", "--store", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 60
 

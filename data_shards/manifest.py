@@ -252,7 +252,7 @@ def _read(store: Store, key: str) -> bytes:
     except StoreKeyError as error:
         raise ManifestError(
             f"there is no {key} in {store.uri}: a dataset has one once all its shards are written; run the shard "
-            "step (under another --run where this one has it on record as done), or give the address of a finished dataset"
+            "step (under another --run where this one has it on record), or give the address of a finished dataset"
         ) from error
 
 

@@ -19,7 +19,7 @@ from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
 from data_shards.fingerprint import Fingerprints, joined
-from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report
+from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report, refuse_elsewhere
 from data_shards.leakage_page import LEAKS_PAGE, page
 from data_shards.lease import Lease, one_driver
 from data_shards.manifest import (
@@ -83,6 +83,8 @@ def convert(
         _refuse_drift(config, out)
         dataset = open_dataset(out)
         _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
+        if config.leaks.datasets == "refuse":
+            refuse_elsewhere(read_report(out))
         return _facts(dataset, made=0)
     # Two drivers of the same settings write the same bytes, so they may both work; where a store cannot say who was
     # first, only one does.
@@ -333,7 +335,7 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
         found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
     except (StoreKeyError, json.JSONDecodeError):
         found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
-    ignored = {"name", "max_quarantine"}
+    ignored = {"name", "max_quarantine", "leaks.datasets"}
     changed = [
         f"data.{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(wanted.keys() | found.keys())

@@ -197,6 +197,17 @@ def read_report(store: Store) -> LeakReport:
         ) from error
 
 
+def refuse_elsewhere(report: LeakReport) -> None:
+    """LeakError where images of a finished dataset were also in another one when it was made."""
+    for finding in report.findings:
+        if finding.where == "across datasets":
+            raise LeakError(
+                f"{report.counts['also in other datasets']} images are also in other datasets of this store (e.g. key "
+                f"{finding.copies[0].key} in {finding.copies[1].dataset!r}): use another store, or "
+                "--data.leaks.datasets report"
+            )
+
+
 def _policy(config: LeakConfig, *, drawn: bool, official: bool) -> Literal["report", "drop", "move", "refuse"]:
     if config.across != "auto":
         return config.across

@@ -58,6 +58,9 @@ def config_digest(config: DataConfig) -> str:
     Settings at their default are left out, so that a setting added later does not move the version of datasets made
     before. The defaults themselves may therefore change only together with _DEFAULTS (a test holds them).
     """
+    # Whether copies in other datasets are told or refused changes no byte either.
+    leaks = config.leaks.model_copy(update={"datasets": type(config.leaks)().datasets})
+    config = config.model_copy(update={"leaks": leaks})
     settings = config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES, exclude_defaults=True)
     return digest_of([_DEFAULTS, settings])
 

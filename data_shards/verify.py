@@ -108,7 +108,7 @@ def read_shard(task: ShardTask) -> _ReadShard:
         )
     try:
         samples = _members(data)
-    except (tarfile.TarError, ValueError) as error:
+    except (tarfile.TarError, ValueError, OSError, EOFError, KeyError) as error:
         read.problems.append(f"{key} is no whole tar ({error})")
         return read
     if list(samples) != index.key.tolist():

@@ -40,8 +40,9 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
             lines.append(f"{facts['quarantine']} images could not be decoded and are in quarantine")
         copies = [f"{count} {what}" for what, count in facts.get("leaks", {}).items() if count]
         if copies:
+            where = facts["data"].removeprefix("datasets/")
             left_out = f"; {facts['dropped']} left out" if facts["dropped"] else ""
-            lines.append(f"copies: {', '.join(copies)}{left_out} (medmamba shards leaks)")
+            lines.append(f"copies: {', '.join(copies)}{left_out} (medmamba shards leaks {where})")
         return [*lines, f"manifest {facts['digest'][:12]}"]
     if step == "tune":
         stopped = sum(row["stopped_early"] for row in facts["trials"])

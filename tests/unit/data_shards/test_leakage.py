@@ -196,6 +196,8 @@ def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_
     assert convert(config, store)["leaks"]["also in other datasets"] == 1
     (finding,) = read_report(store).findings
     assert [(copy.dataset, copy.split) for copy in finding.copies] == [("", "test"), ("mine/default", "train")]
+    with pytest.raises(LeakError, match=r"1 images are also in other datasets"):  # asked of a finished one
+        convert(config.model_copy(update={"leaks": LeakConfig(datasets="refuse")}), store)
     # Another conversion of the same images is no leak.
     again = convert(config.model_copy(update={"name": "small", "max_side": 16}), root.at("datasets/other/small"))
     assert again["leaks"]["also in other datasets"] == 1

@@ -129,40 +129,15 @@ def guard(
     together = _components(rows, alike) if across == "move" else None
     first = draw(_in_groups(rows, together) if drawn and together is not None else rows)
     found = _Found(rows, keys, exact, alike, first)
-    splits, dropped = list(first), np.zeros(len(rows), bool)
-    conflicts = found.conflicts()
-    if config.labels == "refuse" and conflicts:
-        found.refuse(
-            conflicts,
-            "equal pixels under different labels",
-            "at least one of the labels is wrong",
-            "--data.leaks.labels drop or report",
-        )
-    if config.labels == "drop":
-        dropped[[i for members in conflicts for i in members]] = True
-    torn = found.torn(~dropped)
-    if across == "refuse" and torn:
-        found.refuse(
-            torn,
-            "copies of one image in different splits",
-            "a model would be tested on what it has seen",
-            "--data.leaks.across drop, move or report",
-        )
-    if across == "drop":
-        dropped[[i for members in torn for i in members if first[i] != found.held_out(members)]] = True
-    if across == "move" and torn and together is not None:
-        splits = _moved(splits, together, torn)
+    dropped = _dropped(found, config, across)
+    torn = found.torn(~dropped) if across == "move" else []
+    splits = _moved(first, together, torn) if together is not None else list(first)
     if config.within == "drop":
         dropped[found.spare(splits, ~dropped)] = True
     findings, num_findings = found.findings(splits, dropped)
     shared = np.zeros(len(rows), bool)
     for other in others:
-        like = found.elsewhere(other, prints, config.near)
-        if config.datasets == "refuse" and like:
-            raise LeakError(
-                f"{len(like)} images are also in the dataset {other.name!r} of this store (e.g. key "
-                f"{keys[like[0][0]]}): use another store, or --data.leaks.datasets report"
-            )
+        like = _also_in(other, found, prints, config)
         shared[[i for i, _, _ in like]] = True
         num_findings += len(like)
         findings += [
@@ -184,6 +159,44 @@ def guard(
     if len(kept) < len(rows) or splits != first:  # no group may be torn by it, no class lost
         splits = draw([replace(rows[i], split=splits[i]) for i in kept])
     return Guarded(kept, splits, report)
+
+
+def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
+    """(N,) bool: what is left out for its labels, or for a copy in a split held out more. LeakError: see guard."""
+    dropped = np.zeros(len(found.rows), bool)
+    conflicts = found.conflicts()
+    if config.labels == "refuse" and conflicts:
+        found.refuse(
+            conflicts,
+            "equal pixels under different labels",
+            "at least one of the labels is wrong",
+            "--data.leaks.labels drop or report",
+        )
+    if config.labels == "drop":
+        dropped[[i for members in conflicts for i in members]] = True
+    torn = found.torn(~dropped) if across in ("refuse", "drop") else []
+    if across == "refuse" and torn:
+        found.refuse(
+            torn,
+            "copies of one image in different splits",
+            "a model would be tested on what it has seen",
+            "--data.leaks.across drop, move or report",
+        )
+    dropped[[i for members in torn for i in members if found.splits[i] != found.held_out(members)]] = True
+    return dropped
+
+
+def _also_in(
+    other: OtherDataset, found: _Found, prints: Fingerprints, config: LeakConfig
+) -> list[tuple[int, int, bool]]:
+    """See _Found.elsewhere. LeakError where there are any, and the config refuses that."""
+    like = found.elsewhere(other, prints, config.near)
+    if config.datasets == "refuse" and like:
+        raise LeakError(
+            f"{len(like)} images are also in the dataset {other.name!r} of this store (e.g. key "
+            f"{found.keys[like[0][0]]}): use another store, or --data.leaks.datasets report"
+        )
+    return like
 
 
 def read_report(store: Store) -> LeakReport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import statistics
 import sys
 import time
@@ -263,11 +264,11 @@ class Loader:
 
     def time_epoch(self) -> dict[str, float]:
         """Reads one more epoch: its images, seconds, and seconds of processor time of all its processes."""
-        began, before = time.perf_counter(), _processor_s()
+        began, before = time.perf_counter(), processor_s()
         delivered = sum(len(numbers) for numbers, _ in self._epoch(self._next))
         self._next += 1
         found = {"images": delivered, "seconds": time.perf_counter() - began}
-        return {**found, "processor_s": _processor_s() - before}
+        return {**found, "processor_s": processor_s() - before}
 
 
 def summarise(epochs: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -295,13 +296,13 @@ def check(delivered: Delivered, work: Work) -> str:
     return f"an image is {off:.1f} of 255 brighter or darker than PIL's" if off > _TOLERANCE else ""
 
 
-def _processor_s() -> float:
-    """Processor time of this process and all that it started and that still run."""
+def processor_s() -> float:
+    """Processor time of this process, of all that it started and that has ended, and of what still runs (Ray's)."""
     import psutil
 
-    this = psutil.Process()
-    total = 0.0
-    for process in (this, *this.children(recursive=True)):
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for process in psutil.Process().children(recursive=True):
         try:
             times = process.cpu_times()
         except psutil.NoSuchProcess:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import sys
 import tarfile
 import tempfile
@@ -28,7 +27,7 @@ from data_shards.convert import convert
 from data_shards.decode import stored_bytes
 from data_shards.shard import read_samples
 from data_shards.store import open_store
-from pipelines.bench_loaders import Work, tell
+from pipelines.bench_loaders import Work, processor_s, tell
 
 _SHARD_IMAGES = 1000  # of those that count images
 _SHARD_BYTES = "64MB"
@@ -180,14 +179,14 @@ def _measured(
     *,
     kept_as_is: bool,
 ) -> dict[str, Any]:
-    began, before = time.perf_counter(), _processor_s()
+    began, before = time.perf_counter(), processor_s()
     try:
         write(work, out)
     except ImportError as error:
         return {"why_not": f"cannot be imported: {error}"}
     except Exception as error:
         return {"why_not": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    seconds, used = time.perf_counter() - began, _processor_s() - before
+    seconds, used = time.perf_counter() - began, processor_s() - before
     if wrong := check(read(out), work, kept_as_is=kept_as_is):
         return {"why_not": f"wrong: {wrong}"}
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -210,21 +209,6 @@ def check(images: Iterator[bytes], work: Work, *, kept_as_is: bool) -> str:
     found = Counter(digest(data).digest() for data in images)
     missing, extra = (expected - found).total(), (found - expected).total()
     return f"{missing} images are missing and {extra} are none of the files" if missing or extra else ""
-
-
-def _processor_s() -> float:
-    """Processor time of this process, of all that it started and that has ended, and of what still runs (Ray's)."""
-    import psutil
-
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = time.process_time() + ended.ru_utime + ended.ru_stime
-    for process in psutil.Process().children(recursive=True):
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
-    return total
 
 
 def main() -> None:

@@ -44,19 +44,7 @@ def shards(argv: Sequence[str], *, open_at: Callable[[str], Store]) -> int:
 def _verify(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     """Read every byte of a dataset again and hold it to its manifest; exit code 1 where something is wrong."""
 
-    def arguments(
-        dataset: tyro.conf.Positional[str] = "", store: str = "", json: Flag = False
-    ) -> tuple[str, str, bool]:
-        """Read every byte of a dataset again and hold it to its manifest; exit code 1 where something is wrong.
-
-        Args:
-            dataset: DATASET or DATASET/NAME, as under datasets/ in the store; empty: the only one there.
-            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
-            json: Print JSON.
-        """
-        return dataset, store, json
-
-    name, uri, as_json = parse(arguments, "shards verify", argv)
+    name, uri, as_json = _asked("shards verify", _verify, argv)
     out = _dataset(open_at(uri), name)
     from pipelines import ray_session
     from pipelines.steps.shard import ray_map
@@ -138,19 +126,7 @@ def _show(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
 def _leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     """Tell which images stand twice: across splits, under two labels, in other datasets."""
 
-    def arguments(
-        dataset: tyro.conf.Positional[str] = "", store: str = "", json: Flag = False
-    ) -> tuple[str, str, bool]:
-        """Tell which images stand twice: across splits, under two labels, in other datasets.
-
-        Args:
-            dataset: DATASET or DATASET/NAME, as under datasets/ in the store; empty: the only one there.
-            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
-            json: Print the whole report as JSON.
-        """
-        return dataset, store, json
-
-    name, uri, as_json = parse(arguments, "shards leaks", argv)
+    name, uri, as_json = _asked("shards leaks", _leaks, argv)
     out = _dataset(open_at(uri), name)
     report = read_report(out)
     if as_json:
@@ -158,6 +134,24 @@ def _leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
         return 0
     _print_leaks(report, out)
     return 0
+
+
+def _asked(verb: str, described: Callable, argv: Sequence[str]) -> tuple[str, str, bool]:
+    """Dataset, store, and whether JSON is wanted: what the verbs take that only read and tell."""
+
+    def arguments(
+        dataset: tyro.conf.Positional[str] = "", store: str = "", json: Flag = False
+    ) -> tuple[str, str, bool]:
+        """What a verb takes.
+
+        Args:
+            dataset: DATASET or DATASET/NAME, as under datasets/ in the store; empty: the only one there.
+            store: Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store.
+            json: Print JSON.
+        """
+        return dataset, store, json
+
+    return parse(arguments, verb, argv, description=described.__doc__)
 
 
 def _print_leaks(report: LeakReport, out: Store) -> None:

@@ -5,6 +5,7 @@ A conversion that was killed is taken up where it stood: shards whose commit mar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -103,6 +104,10 @@ def _converted(
     """Everything up to the manifest; how many shards were written."""
     for key in out.clean(older_than_s=_ABANDONED_S):
         _log.warning("removed what a killed writer left behind of %s", key)
+    for key in list(out.list(".probe-")):  # a younger one may be of a driver that looks at the store just now
+        with contextlib.suppress(StoreKeyError):
+            if out.age_s(key) > _ABANDONED_S:
+                out.delete(key)
     settings = json.dumps(_settings(config), indent=1).encode()
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked

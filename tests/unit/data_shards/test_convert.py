@@ -271,3 +271,12 @@ def test_a_conversion_of_other_settings_that_began_meanwhile_is_told_and_no_mani
     with pytest.raises(ValueError, match=r"another conversion with other settings began .* --data\.name"):
         convert(npz_config(tmp_path), store, run_tasks=meanwhile)
     assert store.head("manifest.json") is None
+
+
+def test_what_a_killed_driver_looked_at_the_store_with_is_removed_once_it_is_old(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    for key, age_s in ((".probe-old", 7 * 3600), (".probe-young", 0)):
+        store.put(key, b"x")
+        os.utime(store.path(key), (time.time() - age_s,) * 2)
+    convert(npz_config(tmp_path), store)
+    assert [key for key in store.list() if key.startswith(".probe-")] == [".probe-young"]

@@ -38,6 +38,7 @@ from data_shards.manifest import (
     open_dataset,
 )
 from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_keys
+from data_shards.rules import RULES, RULES_KEY, changes_since
 from data_shards.scan import FINGERPRINTS, FOLDER, chunks, fingerprints_bytes, other_datasets, scan_chunk
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
@@ -82,6 +83,7 @@ def convert(
     """
     if out.head(MANIFEST) is not None:
         _refuse_drift(config, out)
+        _notice_rules(out)
         dataset = open_dataset(out)
         _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
         if config.leaks.datasets == "refuse":
@@ -108,7 +110,7 @@ def _converted(
         with contextlib.suppress(StoreKeyError):
             if out.age_s(key) > _ABANDONED_S:
                 out.delete(key)
-    settings = json.dumps(_settings(config), indent=1).encode()
+    settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
@@ -151,7 +153,7 @@ def _converted(
 def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
     """Looks at the images of one run of rows; where it starts, and their fingerprints. Runs in any process."""
     config, start, rows, uri = task
-    settings = config_digest(config) + config.source
+    settings = f"{config_digest(config)}{config.source}|{RULES}"
     image_set, out = _source(config), open_store(uri)
     return start, scan_chunk(image_set, start, rows, max_side=config.max_side, settings=settings, out=out)
 
@@ -340,7 +342,7 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
         found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
     except (StoreKeyError, json.JSONDecodeError):
         found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
-    ignored = {"name", "max_quarantine", "leaks.datasets"}
+    ignored = {"name", "max_quarantine", "leaks.datasets", RULES_KEY}
     changed = [
         f"data.{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(wanted.keys() | found.keys())
@@ -352,6 +354,21 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
         raise ValueError(
             f"{out.uri} holds a dataset made with other settings ({'; '.join(changed)}): set them back, or give the "
             "new dataset a name of its own with --data.name"
+        )
+
+
+def _notice_rules(out: Store) -> None:
+    """Says what a new conversion of the same images would do differently; the finished dataset stays as it is."""
+    try:
+        changes = changes_since(json.loads(out.get(SETTINGS)))
+    except (StoreKeyError, json.JSONDecodeError):
+        changes = changes_since({})
+    if changes:
+        _log.warning(
+            "%s was converted by earlier rules and stays valid; a new conversion (--data.name NEW under another --run) "
+            "would differ: %s",
+            out.uri,
+            "; ".join(changes),
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data_shards.rules import RULES
 from data_shards.split import SPLITS
 
 if TYPE_CHECKING:
@@ -68,10 +69,11 @@ def config_digest(config: DataConfig) -> str:
 def shard_digest(plan: ShardPlan, config: DataConfig) -> str:
     """sha256 of all that one shard is made from, by which a resumed conversion knows a shard that it need not make.
 
-    The source's address is part of it: keys of two npz files are the same, their pixels are not.
+    The source's address is part of it: keys of two npz files are the same, their pixels are not. So is the number of
+    the rules of conversion, which decide what is quarantined.
     """
     rows = [(planned.key, planned.group, planned.row.labels) for planned in plan.rows]
-    return digest_of([config_digest(config), config.source, plan.name, plan.split, rows])
+    return digest_of([config_digest(config), config.source, RULES, plan.name, plan.split, rows])
 
 
 def sample_keys(rows: Sequence[Row], config: DataConfig) -> list[str]:

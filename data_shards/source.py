@@ -61,9 +61,13 @@ def open_source(config: DataConfig) -> ImageSet:
         from data_shards.source_npz import NpzSet
 
         return NpzSet(config)
-    from data_shards.source_files import open_csv, open_folders
+    if config.layout == "csv":
+        from data_shards.source_table import open_csv
 
-    return open_csv(config) if config.layout == "csv" else open_folders(config)
+        return open_csv(config)
+    from data_shards.source_folders import open_folders
+
+    return open_folders(config)
 
 
 def check_source(config: DataConfig) -> None:

@@ -9,6 +9,12 @@ from typing import Protocol
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+# What a folder or a cell of a table may call them, in lower case.
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 class Labelled(Protocol):

@@ -1,121 +1,21 @@
-"""Image sets of single files: a folder per class, or a table that names files, labels, groups and splits."""
+"""Rows of an image set that a table describes: files, labels, groups and splits."""
 
 from __future__ import annotations
 
-import functools
-import io
 import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import BinaryIO
 
-import numpy as np
-
-from data_shards import dicom
 from data_shards.config import DataConfig
-from data_shards.decode import UndecodableImage
-from data_shards.dicom.rows import with_frames
+from data_shards.file_set import FileSet
 from data_shards.files import Files, open_files
 from data_shards.source import Row
+from data_shards.split import SPLIT_WORDS
 from data_shards.table import ENDINGS, Table, tables_among
 
-_SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 _LABEL_SEPARATOR = "|"
-# What one read fetches at least, from a DICOM file or one whose name does not say what it is: at planning most headers
-# lie in the first, at conversion most slices in one. Files that are named as pictures are read whole.
-_HEADER_BYTES, _FILE_BYTES = 64 << 10, 1 << 20
-
-
-class FileSet:
-    """Images that are files below `root` of `files`; a row's `where` is relative to it, in a tar as in a folder."""
-
-    def __init__(
-        self,
-        files: Files,
-        root: str,
-        rows: list[Row],
-        config: DataConfig,
-        *,
-        classes: tuple[str, ...],
-        notes: tuple[str, ...] = (),
-    ):
-        self._files, self._root, self._rows, self._config = files, root, rows, config
-        self.classes, self.task, self.notes = classes, str(config.task), notes
-
-    @functools.cached_property
-    def rows(self) -> list[Row]:
-        """The images. Those of DICOM files are counted when they are first asked for: a shard's writer never does."""
-        return with_frames(self._rows, functools.partial(self._open, _HEADER_BYTES), self._config)
-
-    def read(self, row: Row) -> bytes | np.ndarray:
-        """The file's bytes, as they are, or the pixels of a DICOM file's frame.
-
-        UndecodableImage where the file is there but cannot be read, or is a DICOM file that cannot be displayed.
-        """
-        try:
-            with self._open(_FILE_BYTES, row.where) as file:
-                if not dicom.is_dicom(file):
-                    return file.read()
-                return dicom.frame(file, row.frame, self._config.dicom, alone=dicom.named_as_image(row.where))
-        except OSError as error:  # a link to nowhere, no right to read it, a bad block
-            raise UndecodableImage(f"cannot be read: {error.strerror or type(error).__name__}") from error
-
-    def _open(self, buffer_bytes: int, where: str) -> BinaryIO:
-        name = posixpath.normpath(posixpath.join(self._root, where))
-        if dicom.named_as_image(where):  # in one request
-            return io.BytesIO(self._files.read(name))
-        return self._files.open(name, buffer_bytes=buffer_bytes)
-
-
-def open_folders(config: DataConfig) -> FileSet:
-    """A set with one folder per class. Files beside the class folders are none of its images."""
-    files, source = open_files(config.source), config.source
-    root = _class_root(files, config.classes)
-    found = _folders_in(files, root)
-    if not found:
-        raise ValueError(
-            f"{source} has no folders: layout `folders` wants one folder per class, with its images inside"
-        )
-    if set(found) <= set(_SPLIT_WORDS):
-        raise ValueError(
-            f"{source} has the folders {', '.join(found)}, which look like splits, not classes: list the images in a "
-            "CSV with a split column (--data.layout csv)"
-        )
-    classes = config.classes or tuple(found)
-    extra = sorted(set(found) - set(classes))
-    if extra:
-        raise ValueError(
-            f"folder {extra[0]!r} of {source} is none of the classes {', '.join(classes)}: move it away, or add it to "
-            "--data.classes"
-        )
-    rows = []
-    for index, name in enumerate(classes):
-        members = [file[len(root) :] for file in files.names if file.startswith(f"{root}{name}/")]
-        if not members:
-            what = "is empty" if name in found else f"is missing (there are {', '.join(found)})"
-            raise ValueError(f"class folder {name!r} of {source} {what}: put its images there, or mend --data.classes")
-        rows += [Row(where, 0, (index,), None, None) for where in members]
-    return FileSet(files, root, rows, config, classes=classes)
-
-
-def _folders_in(files: Files, root: str) -> list[str]:
-    return [f[len(root) :] for f in files.folders if f.startswith(root) and "/" not in f[len(root) :]]
-
-
-def _class_root(files: Files, classes: Sequence[str]) -> str:
-    """Where the class folders lie, "" or ending in "/": archives often wrap everything into one folder."""
-    root = ""
-    while True:
-        inside = _folders_in(files, root)
-        if len(inside) != 1 or inside[0] in classes or not _folders_in(files, f"{root}{inside[0]}/"):
-            return root
-        root += f"{inside[0]}/"
 
 
 def open_csv(config: DataConfig) -> FileSet:
@@ -144,7 +44,7 @@ def open_csv(config: DataConfig) -> FileSet:
 
 
 def _splits(table: Table, config: DataConfig) -> list[str]:
-    meaning = _SPLIT_WORDS | {
+    meaning = SPLIT_WORDS | {
         value.strip().lower(): split for value, _, split in (pair.rpartition("=") for pair in config.split_values)
     }
     splits = table.column(config.split_column, "split")

@@ -1,0 +1,23 @@
+"""Which rules of conversion a dataset was made by, and what a conversion by the present ones would do differently.
+
+A finished dataset stays valid when the rules change: its version is the digest of its manifest. But an unfinished one
+must not mix shards of two rules, so the number of the rules is part of what a shard and a fingerprint are known by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RULES_KEY = "rules"
+# Rules -> what they changed for image sets that the rules before would have converted too. Datasets of the first
+# rules have no number.
+CHANGES: dict[int, tuple[str, ...]] = {2: ()}
+RULES = max(CHANGES)
+
+
+def changes_since(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a new conversion would do differently, a clause each, from the settings kept beside a dataset."""
+    made_by = settings.get(RULES_KEY, 1)
+    made_by = made_by if isinstance(made_by, int) else 1
+    return tuple(change for rules, changes in sorted(CHANGES.items()) if rules > made_by for change in changes)

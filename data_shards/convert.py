@@ -19,7 +19,7 @@ import numpy as np
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
-from data_shards.fingerprint import Fingerprints, joined
+from data_shards.fingerprint import Fingerprints
 from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report, refuse_elsewhere
 from data_shards.leakage_page import LEAKS_PAGE, page
 from data_shards.lease import Lease, one_driver
@@ -39,7 +39,16 @@ from data_shards.manifest import (
 )
 from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_keys
 from data_shards.rules import RULES, RULES_KEY, changes_since
-from data_shards.scan import FINGERPRINTS, FOLDER, chunks, fingerprints_bytes, other_datasets, scan_chunk
+from data_shards.scan import (
+    FINGERPRINTS,
+    FOLDER,
+    Scan,
+    chunks,
+    fingerprints_bytes,
+    kept_if_ended,
+    other_datasets,
+    scan_chunk,
+)
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
@@ -51,7 +60,7 @@ _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
 _log = logging.getLogger(__name__)
 
 Task = tuple[DataConfig, ShardPlan, str]
-ScanTask = tuple[DataConfig, int, list[Row], str]
+ScanTask = tuple[DataConfig, int, list[Row], list[str], str]
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
@@ -92,17 +101,12 @@ def convert(
     # Two drivers of the same settings write the same bytes, so they may both work; where a store cannot say who was
     # first, only one does.
     with one_driver(out, LEASE, f"{socket.gethostname()}, process {os.getpid()}") as held:
-        made = _converted(config, out, run_tasks, progress, held)
+        settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
+        made = _converted(_findable(config), out, _Run(run_tasks, progress, settings, held))
     return _facts(open_dataset(out), made=made)
 
 
-def _converted(
-    config: DataConfig,
-    out: Store,
-    run_tasks: RunTasks,
-    progress: Callable[[int, int, str], None],
-    held: Lease | None,
-) -> int:
+def _converted(config: DataConfig, out: Store, run: _Run) -> int:
     """Everything up to the manifest; how many shards were written."""
     for key in out.clean(older_than_s=_ABANDONED_S):
         _log.warning("removed what a killed writer left behind of %s", key)
@@ -110,16 +114,23 @@ def _converted(
         with contextlib.suppress(StoreKeyError):
             if out.age_s(key) > _ABANDONED_S:
                 out.delete(key)
-    settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
-    config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
     for note in image_set.notes:  # told here only: no file name goes into the store
         _log.warning("%s", note)
     _check_classes(image_set)
     keys = sample_keys(image_set.rows, config)
-    out.ensure(SETTINGS, settings)
-    prints = _scanned(image_set, config, out, run_tasks, progress)
+    out.ensure(SETTINGS, run.settings)
+    scan = Scan(image_set, config, out)
+    with kept_if_ended(scan, out):
+        _look(scan, image_set.rows, config, out, run=run)
+        return _write(image_set, keys, scan.prints, config, out=out, run=run)
+
+
+def _write(
+    image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, *, out: Store, run: _Run
+) -> int:
+    """Everything from the fingerprints to the manifest; how many shards were written."""
     guarded = _guarded(image_set, keys, prints, config, out)
     chosen = _Chosen(
         [image_set.rows[i] for i in guarded.rows],
@@ -131,15 +142,15 @@ def _converted(
     # A shard that lacks images is made again: they may have been mended since.
     parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
     tasks = [(config, plan, out.uri) for plan in plans if plan.name not in parts]
-    progress(len(parts), len(plans), "shards")
-    for part in run_tasks(write_one, tasks):
+    run.progress(len(parts), len(plans), "shards")
+    for part in run.run_tasks(write_one, tasks):
         parts[part.name] = _Part(part)
-        progress(len(parts), len(plans), "shards")
-    if held is not None:
-        held.check()
+        run.progress(len(parts), len(plans), "shards")
+    if run.held is not None:
+        run.held.check()
     _remove_strays(plans, out)
     _write_report(guarded, chosen, image_set, config, out)
-    if not out.holds(SETTINGS, settings):
+    if not out.holds(SETTINGS, run.settings):
         raise ValueError(
             f"another conversion with other settings began in {out.uri} while this one ran, and may have replaced its "
             "shards: run again once it has ended, and give one of the two a name of its own with --data.name"
@@ -151,11 +162,9 @@ def _converted(
 
 
 def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
-    """Looks at the images of one run of rows; where it starts, and their fingerprints. Runs in any process."""
-    config, start, rows, uri = task
-    settings = f"{config_digest(config)}{config.source}|{RULES}"
-    image_set, out = _source(config), open_store(uri)
-    return start, scan_chunk(image_set, start, rows, max_side=config.max_side, settings=settings, out=out)
+    """Looks at the images of some rows; the task's number and their fingerprints. Runs in any process."""
+    config, start, rows, ids, uri = task
+    return start, scan_chunk(_source(config), rows, ids, max_side=config.max_side, out=open_store(uri))
 
 
 def write_one(task: Task) -> ShardPart:
@@ -169,6 +178,15 @@ def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
     rows = open_source(config).rows
     for row, key in zip(rows, sample_keys(rows, config), strict=True):
         yield key, row.where, row.frame
+
+
+class _Run(NamedTuple):
+    """How a conversion is run; nothing of it decides a byte but `settings`, which are written next to the shards."""
+
+    run_tasks: RunTasks
+    progress: Callable[[int, int, str], None]
+    settings: bytes
+    held: Lease | None
 
 
 class _Chosen(NamedTuple):
@@ -199,22 +217,20 @@ def _check_classes(image_set: ImageSet) -> None:
         )
 
 
-def _scanned(
-    image_set: ImageSet,
-    config: DataConfig,
-    out: Store,
-    run_tasks: RunTasks,
-    progress: Callable[[int, int, str], None],
-) -> Fingerprints:
-    num = len(image_set.rows)
+def _look(scan: Scan, rows: Sequence[Row], config: DataConfig, out: Store, *, run: _Run) -> None:
+    """Completes the fingerprints: only images that no earlier try has looked at are read."""
+    missing = scan.missing
     # With their rows, as a process that finds the rows of DICOM files itself reads the headers of all of them.
-    tasks = [(config, start, image_set.rows[start:end], out.uri) for start, end in chunks(num)]
-    parts: dict[int, Fingerprints] = {}
-    progress(0, num, "images")
-    for start, part in run_tasks(scan_one, tasks):
-        parts[start] = part
-        progress(sum(map(len, parts.values())), num, "images")
-    return joined(parts[start] for start in sorted(parts))
+    tasks: list[ScanTask] = []
+    for start, end in chunks(len(missing)):
+        among = missing[start:end].tolist()
+        tasks.append((config, start, [rows[i] for i in among], [scan.ids[i] for i in among], out.uri))
+    done = len(rows) - len(missing)
+    run.progress(done, len(rows), "images")
+    for start, part in run.run_tasks(scan_one, tasks):
+        scan.add(missing[start : start + len(part)], part)
+        done += len(part)
+        run.progress(done, len(rows), "images")
 
 
 def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, out: Store) -> Guarded:

@@ -15,7 +15,7 @@ from data_shards.convert import convert, key_map
 from data_shards.leakage import LEAKS, LeakReport, read_report
 from data_shards.leakage_page import LEAKS_PAGE
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
-from data_shards.scan import FINGERPRINTS
+from data_shards.scan import FINGERPRINTS, FOLDER
 from data_shards.split import LeakError
 from data_shards.store import open_store
 
@@ -75,7 +75,7 @@ def test_a_set_without_copies_is_reported_as_such(tmp_path):
     assert "No image stands twice" in store.get(LEAKS_PAGE).decode()
 
 
-def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_anything_is_written(tmp_path):
+def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_any_shard_is_written(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]))
     with pytest.raises(LeakError, match=r"2 times copies of one image") as caught:
@@ -84,7 +84,7 @@ def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_anyth
     assert "'copy in train.png' (train, label (0,)) = 'test0.png' (test, label (0,)): equal pixels" in told
     assert "'near copy in val.png' (val, label (1,)) = 'test1.png' (test, label (1,)): nearly equal" in told
     assert "--data.leaks.across" in told
-    assert [key for key in store.list() if key != "config.json"] == []
+    assert [key for key in store.list() if key != "config.json" and not key.startswith(FOLDER)] == []
 
 
 def test_near_0_looks_for_equal_pixels_only(tmp_path):

@@ -10,7 +10,9 @@ import functools
 import json
 import logging
 import os
+import shlex
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +22,7 @@ from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
 from data_shards.fingerprint import Fingerprints
-from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report, refuse_elsewhere
+from data_shards.leakage import LEAKS, Copy, DuplicatesError, Guarded, guard, read_report, refuse_elsewhere
 from data_shards.leakage_page import LEAKS_PAGE, page
 from data_shards.lease import Lease, one_driver
 from data_shards.manifest import (
@@ -42,6 +44,7 @@ from data_shards.rules import RULES, RULES_KEY, changes_since
 from data_shards.scan import (
     FINGERPRINTS,
     FOLDER,
+    REFUSED,
     Scan,
     chunks,
     fingerprints_bytes,
@@ -88,13 +91,14 @@ def convert(
     Raises:
         ValueError: the store holds a dataset of other settings here, the image set or its splits are at fault, or
             more images than `max_quarantine` cannot be decoded. No manifest is written then.
-        LeakError: an image stands in two splits, and the config refuses that. Nothing is written then.
+        DuplicatesError: an image is in two splits, and the config refuses that. No shard is written then.
     """
     if out.head(MANIFEST) is not None:
         _refuse_drift(config, out)
         _notice_rules(out)
         dataset = open_dataset(out)
-        _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
+        listing = f"`{_command('quarantine', config, out)}` lists them"
+        _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [listing])
         if config.leaks.datasets == "refuse":
             refuse_elsewhere(read_report(out))
         return _facts(dataset, made=0)
@@ -131,7 +135,12 @@ def _write(
     image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, *, out: Store, run: _Run
 ) -> int:
     """Everything from the fingerprints to the manifest; how many shards were written."""
-    guarded = _guarded(image_set, keys, prints, config, out)
+    out.delete(REFUSED)  # of an earlier try
+    try:
+        guarded = _guarded(image_set, keys, prints, config, out)
+    except DuplicatesError as refusal:
+        out.put(REFUSED, refusal.report.model_dump_json(indent=1).encode())
+        raise DuplicatesError(f"{refusal}; `{_command('leaks', config, out)}` lists all duplicates") from None
     chosen = _Chosen(
         [image_set.rows[i] for i in guarded.rows],
         [keys[i] for i in guarded.rows],
@@ -248,6 +257,7 @@ def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config:
         config.leaks,
         draw=draw,
         keys=keys,
+        classes=image_set.classes,
         official=config.dataset in names() and card(config.dataset).split_policy.startswith("official"),
         others=() if config.leaks.datasets == "off" else other_datasets(out, config.dataset),
     )
@@ -296,9 +306,11 @@ def _commit(
     quarantine = tuple(sorted((q for part in parts for q in part.quarantine), key=lambda q: q.key))
     table = pa.concat_tables(part.table for part in parts)
     reasons = {q.key: q.reason for q in quarantine}
-    _check_quarantine(config, len(quarantine), len(table), lambda: _named(plans, reasons))
-    if quarantine:  # told here only: no file name goes into the store
-        _log.warning("%d images set aside: %s", len(quarantine), "; ".join(_named(plans, reasons)))
+    listing = f"`{_command('quarantine', config, out)}` lists all of them"
+    _check_quarantine(config, len(quarantine), len(table), lambda: [*_named(plans, reasons), listing])
+    if quarantine:  # reported here only: no file name goes into the store
+        _log.warning("%d images quarantined: %s; %s", len(quarantine), "; ".join(_named(plans, reasons)), listing)
+    _check_lost_classes(plans, reasons, image_set.classes, listing)
     index = index_bytes(table)
     channels: Literal[1, 3] = 3 if any(part.rgb for part in parts) else 1
     mean, std = channel_statistics(np.sum([part.histogram_CV for part in parts], axis=0)[:channels])
@@ -330,9 +342,36 @@ def _check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[
     if share > config.max_quarantine:
         raise ValueError(
             f"{bad} of {bad + good} images ({share:.1%}) cannot be decoded, but max_quarantine allows "
-            f"{config.max_quarantine:.1%}: {'; '.join([*named(), 'mend or remove them'])}, or raise "
+            f"{config.max_quarantine:.1%}: {'; '.join([*named(), 'repair or remove them'])}, or raise "
             "--data.max-quarantine (under another --run)"
         )
+
+
+def _check_lost_classes(
+    plans: Sequence[ShardPlan], reasons: dict[str, str], classes: Sequence[str], listing: str
+) -> None:
+    """ValueError where a class has lost all its images of a split because none of them could be decoded."""
+    planned = Counter((plan.split, label) for plan in plans for p in plan.rows for label in p.row.labels)
+    bad = Counter(
+        (plan.split, label) for plan in plans for p in plan.rows if p.key in reasons for label in p.row.labels
+    )
+    for (split, label), num in sorted(bad.items()):
+        if num == planned[split, label]:
+            of_class = [plan for plan in plans if plan.split == split]
+            keys = {p.key for plan in of_class for p in plan.rows if label in p.row.labels}
+            named = "; ".join(_named(of_class, {key: reason for key, reason in reasons.items() if key in keys}))
+            raise ValueError(
+                f"class {classes[label]!r} is gone from the {split} split: none of its {num} images there can be "
+                f"decoded ({named}), but every split needs every class; repair them, add images of the class, or leave "
+                f"the class out; {listing}"
+            )
+
+
+def _command(verb: str, config: DataConfig, out: Store) -> str:
+    """The command that lists what this conversion left out, with the names of the files."""
+    place = f"/datasets/{config.dataset}/{config.name}"
+    store = f" --store {shlex.quote(out.uri.removesuffix(place))}" if out.uri.endswith(place) else ""
+    return f"medmamba shards {verb} {config.dataset}/{config.name} --names{store}"
 
 
 def _named(plans: Sequence[ShardPlan], reasons: dict[str, str], most: int = 3) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from data_shards.config import DataConfig
 from data_shards.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.leakage import OtherDataset
-from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
+from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
 from data_shards.rules import RULES
 from data_shards.source import ImageSet, Row
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FINGERPRINTS = "fingerprints.parquet"
 FOLDER = "scan/"
+REFUSED = f"{FOLDER}leakage.json"
+"""The report of duplicates of a conversion that was refused because of them."""
 _ENDING = ".npz"
 _SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
     "state": ((), np.dtype(np.uint8)),
@@ -235,5 +237,10 @@ def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
             table["state"].to_numpy().astype(np.uint8), words["pixels"], words["bits"], np.zeros(len(table), np.int64)
         )
         yield OtherDataset(
-            name, table["key"].to_pylist(), table["split"].to_pylist(), table["labels"].to_pylist(), prints
+            name,
+            table["key"].to_pylist(),
+            table["split"].to_pylist(),
+            table["labels"].to_pylist(),
+            prints,
+            read_classes(datasets.at(*name.split("/"))),
         )

@@ -180,15 +180,39 @@ def test_few_undecodable_images_are_counted_and_the_whole_shards_are_kept_when_t
         convert(config, store)
 
 
-def test_what_is_set_aside_is_told_by_file_name_and_no_name_goes_into_the_store(tmp_path, caplog):
+def test_what_is_quarantined_is_told_by_file_name_and_no_name_goes_into_the_store(tmp_path, caplog):
     config = folder_config(tmp_path / "set", bad=1, max_quarantine=0.05)
     (tmp_path / "set/right/7 (1).png").unlink()
     (tmp_path / "set/right/7 (1).png").symlink_to(tmp_path / "nowhere")
     store = open_store(str(tmp_path / "out"))
     assert convert(config, store)["quarantine"] == 2
-    assert "2 images set aside: left/0 (1).png (" in caplog.text
+    assert "2 images quarantined: left/0 (1).png (" in caplog.text
     assert "right/7 (1).png (cannot be read: No such file or directory)" in caplog.text
     assert not any(b"7 (1).png" in store.get(key) for key in store.list())
+
+
+def test_too_many_undecodable_images_are_counted_and_the_command_that_lists_all_is_named(tmp_path):
+    config, store = folder_config(tmp_path / "set", bad=7), open_store(str(tmp_path / "store/datasets/own/default"))
+    command = f"medmamba shards quarantine own/default --names --store {tmp_path / 'store'}"
+    with pytest.raises(ValueError, match=re.escape(f"and 4 more; `{command}` lists all of them")):
+        convert(config, store)
+
+
+def test_a_class_none_of_whose_images_of_a_split_can_be_decoded_is_named_with_files_and_reasons(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = ["file,label,split"]
+    for i in range(24):
+        label, split = "ab"[i % 2], ("train", "val", "test")[i // 2 % 3]
+        (folder / f"{i}.png").write_bytes(b"torn" if (label, split) == ("b", "val") else coded(pixels(i)))
+        lines.append(f"{i}.png,{label},{split}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    config = DataConfig(dataset="own", layout="csv", source=str(folder), split_column="split", max_quarantine=0.5)
+    told = (
+        r"class 'b' is gone from the val split: none of its 4 images there.*15\.png \(.*shards quarantine own/default"
+    )
+    with pytest.raises(ValueError, match=told):
+        convert(config, open_store(str(tmp_path / "out")))
 
 
 def test_a_relative_source_is_found_by_a_task_that_runs_in_another_folder(tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ from data_shards.manifest import (
     manifest_digest,
     open_dataset,
 )
-from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_keys
+from data_shards.names import SETTINGS, printable, salt_digest
+from data_shards.plan import ShardPlan, config_digest, plan_shards, sample_keys
 from data_shards.rules import RULES, RULES_KEY, changes_since
 from data_shards.scan import (
     FINGERPRINTS,
@@ -57,7 +58,6 @@ from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
 
-SETTINGS = "config.json"
 LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
 _log = logging.getLogger(__name__)
@@ -378,7 +378,7 @@ def _named(plans: Sequence[ShardPlan], reasons: dict[str, str], most: int = 3) -
     """The first files in quarantine with their reasons, for the owner's eyes only."""
     rows = sorted((p.row.where, reasons[p.key]) for plan in plans for p in plan.rows if p.key in reasons)
     more = [f"and {len(rows) - most} more"] if len(rows) > most else []
-    return [f"{where} ({reason})" for where, reason in rows[:most]] + more
+    return [f"{printable(where)} ({printable(reason)})" for where, reason in rows[:most]] + more
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
-    return {**flat, "salt": digest_of(config.salt)[:12] if config.salt else ""}
+    return {**flat, "salt": salt_digest(config.salt)}
 
 
 def _refuse_drift(config: DataConfig, out: Store) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -199,6 +199,16 @@ def stored_digests(out: Store) -> dict[str, bytes]:
     """The digest of its pixels for every key of a finished dataset. ManifestError where they are missing or damaged."""
     table = _table(out, ["key", "pixels"])
     return dict(zip(table["key"].to_pylist(), table["pixels"].to_pylist(), strict=True))
+
+
+def stored_samples(out: Store, keys: Collection[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Split and labels of those of a finished dataset's keys, undecodable images' too; none where they are damaged."""
+    try:
+        table = _table(out, ["key", "split", "labels"])
+    except ManifestError:
+        return {}
+    rows = zip(*(table[name].to_pylist() for name in ("key", "split", "labels")), strict=True)
+    return {key: (split, tuple(labels)) for key, split, labels in rows if key in keys}
 
 
 def _table(out: Store, columns: list[str]) -> pa.Table:

@@ -26,6 +26,7 @@ LEAKS = "leakage.json"
 MOST_FINDINGS = 10_000
 # Of one finding so many copies are always listed, and all of them until the report has so many in all: some 20 MB.
 MOST_COPIES, MOST_COPIES_IN_ALL = 50, 100_000
+_MOST_COPIES_ONCE = 50  # that reports without `equal` list of a finding
 _HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out the most, then val
 
 Draw = Callable[[Sequence[Row]], list[str]]
@@ -81,7 +82,16 @@ class Finding(_Frozen):
     @property
     def head(self) -> str:
         """Its kind, and of a near one how many copies are exact."""
+        if self.equal is None and self.kind == "exact" and self.num_copies > 2:
+            return "exact or near"
         return f"near ({self.equal} with equal pixels)" if self.kind == "near" and self.equal else self.kind
+
+    def rest(self, shown: int) -> str:
+        """How many copies are not among the first `shown`, in words; "" where there are none."""
+        hidden = self.num_copies - shown
+        if self.equal is None and self.num_copies == _MOST_COPIES_ONCE:
+            return f"and {hidden:,} or more copies: the release that made the report listed {_MOST_COPIES_ONCE}"
+        return f"and {hidden:,} more copies" if hidden else ""
 
 
 class LeakReport(_Frozen):

@@ -87,8 +87,8 @@ def _section(
     conflict = ', <span class="conflict">different labels</span>' if finding.conflict else ""
     copies = finding.copies[:MOST_COPIES_SHOWN]
     figures = "".join(_figure(copy, classes, picture(copy), named(copy)) for copy in copies)
-    rest = finding.num_copies - len(copies)
-    more = f"<p>and {rest:,} more copies</p>" if rest else ""
+    rest = finding.rest(len(copies))
+    more = f"<p>{rest}</p>" if rest else ""
     where = f'<span class="{mark}">{finding.where}</span>'
     head = f"{number}. {finding.head}, {where}{conflict}, {finding.num_copies:,} copies"
     return f"<section><h2>{head}</h2>{figures}{more}</section>"

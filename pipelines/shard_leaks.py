@@ -157,9 +157,9 @@ def _rows(number: int, finding: Finding, asked: LeaksArguments, places: Places) 
         file = "(another dataset)" if copy.dataset else place_text(place)
         cells = (split, ", ".join(copy.label_names), copy.key[:8], *((file,) if asked.names else ()))
         rows.append((str(number) if not i else "", head if not i else "", *cells))
-    if hidden := finding.num_copies - len(copies):
-        how = "" if asked.all else " (--all)"
-        rows.append(("", f"and {hidden:,} more copies{how}", "", "", "", *(("",) if asked.names else ())))
+    if rest := finding.rest(len(copies)):
+        how = " (--all)" if len(copies) < len(finding.copies) else ""
+        rows.append(("", f"{rest}{how}", "", "", "", *(("",) if asked.names else ())))
     return rows
 
 

@@ -12,7 +12,7 @@ from tiny_sets import coded
 
 from data_shards.config import DataConfig, LeakConfig
 from data_shards.convert import convert, key_map
-from data_shards.leakage import LEAKS, DuplicatesError, LeakReport, read_report
+from data_shards.leakage import LEAKS, DuplicatesError, Finding, LeakReport, read_report
 from data_shards.leakage_page import LEAKS_PAGE
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
 from data_shards.scan import FINGERPRINTS, FOLDER, REFUSED
@@ -317,6 +317,19 @@ def test_a_report_of_an_earlier_release_is_read(tmp_path):
     report = read_report(store)
     assert [finding.head for finding in report.findings] == ["exact", "near"]
     assert [copy.label_names for copy in report.findings[0].copies] == [(), ()]
+
+
+def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_count():
+    copy = {"key": "0" * 20, "split": "train", "labels": [0]}
+
+    def finding(num: int, **counted) -> Finding:
+        facts = {"kind": "exact", "where": "within a split", "conflict": False, "copies": [copy] * num, **counted}
+        return Finding.model_validate(facts)
+
+    assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
+    assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more copies"]
+    assert finding(50).rest(6) == "and 44 or more copies: the release that made the report listed 50"
+    assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
 
 
 def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_path):

@@ -144,7 +144,7 @@ def quarantine(argv: Sequence[str], open_at: OpenStore) -> int:
             console().print(
                 "It wrote no shard; images that cannot be decoded get their reasons when shards are written."
             )
-    listing = _Listing(store, out, bad, places, {})
+    listing = _Listing(store, out, bad, places, {}, told="reason")
     return listing.show(asked, title="Images", everything=asked.all, extra=extra)
 
 
@@ -158,6 +158,8 @@ class _Listing:
     places: Places | None
     """None where files were not asked for."""
     predicted: dict[str, Predicted]
+    told: str = "state"
+    """The column that says what became of a sample; where all are in quarantine, `reason`."""
 
     def show(self, asked: Any, *, title: str, everything: bool, extra: dict[str, Any] | None = None) -> int:
         """Prints or writes what was asked for; returns the exit code."""
@@ -209,9 +211,9 @@ class _Listing:
 
     def _print(self, rows: Sequence[dict], title: str, everything: bool) -> None:
         shown = rows if everything else rows[:SHOWN]
-        columns = ["key", "split", "label", "state"]
-        columns += ["predicted", "score"] if self.predicted else []
-        columns += ["reason"] if any(row["reason"] for row in shown) else []
+        columns = ["key", "split", "label"]
+        # A test image that a run has predicted is in a shard.
+        columns += ["predicted", "score"] if self.predicted else [self.told]
         columns += ["file"] if self.places is not None else []
         if shown:
             table(f"{title} of {self._name()}", columns, [[_cell(row, name) for name in columns] for row in shown])
@@ -247,6 +249,8 @@ def _row(sample: Sample, place: Place | None) -> dict[str, Any]:
 def _cell(row: dict[str, Any], column: str) -> str:
     if column == "label":
         return ", ".join(row["label_names"])
+    if column == "state":
+        return row["state"] + (f": {printable(row['reason'])}" if row["reason"] else "")
     if column == "score":
         return f"{row['score']:.3f}"
     if column == "file":

@@ -22,7 +22,7 @@ from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
 from data_shards.fingerprint import Fingerprints
-from data_shards.leakage import LEAKS, Copy, DuplicatesError, Guarded, guard, read_report, refuse_elsewhere
+from data_shards.leakage import LEAKS, Copy, DuplicatesError, Guarded, guard, lost_text, read_report, refuse_elsewhere
 from data_shards.leakage_page import LEAKS_PAGE, page
 from data_shards.lease import Lease, one_driver
 from data_shards.manifest import (
@@ -355,16 +355,18 @@ def _check_lost_classes(
     bad = Counter(
         (plan.split, label) for plan in plans for p in plan.rows if p.key in reasons for label in p.row.labels
     )
-    for (split, label), num in sorted(bad.items()):
-        if num == planned[split, label]:
-            of_class = [plan for plan in plans if plan.split == split]
-            keys = {p.key for plan in of_class for p in plan.rows if label in p.row.labels}
-            named = "; ".join(_named(of_class, {key: reason for key, reason in reasons.items() if key in keys}))
-            raise ValueError(
-                f"class {classes[label]!r} is gone from the {split} split: none of its {num} images there can be "
-                f"decoded ({named}), but every split needs every class; repair them, add images of the class, or leave "
-                f"the class out; {listing}"
-            )
+    lost = [home for home, num in sorted(bad.items()) if num == planned[home]]
+    if not lost:
+        return
+    label, homes = lost[0][1], {split for split, other in lost if other == lost[0][1]}
+    there = [plan for plan in plans if plan.split in homes]
+    keys = {p.key for plan in there for p in plan.rows if label in p.row.labels}
+    named = "; ".join(_named(there, {key: reason for key, reason in reasons.items() if key in keys}))
+    raise ValueError(
+        f"{lost_text(lost, classes)}: none of the {len(keys)} images that {classes[label]!r} had there can be decoded "
+        f"({named}), but every split needs every class; repair them, add images of the class, or leave the class out; "
+        f"{listing}"
+    )
 
 
 def _command(verb: str, config: DataConfig, out: Store) -> str:

@@ -304,19 +304,16 @@ def _refuse_lost_classes(found: _Found, splits: Sequence[str], dropped: np.ndarr
     lost = [home for home in sorted(before) if home not in after]
     if not lost:
         return
-    split, label = lost[0]
-    there = [i for i, row in enumerate(found.rows) if found.splits[i] == split and label in row.labels]
+    label, homes_lost = lost[0][1], [split for split, other in lost if other == lost[0][1]]
+    there = [i for i, row in enumerate(found.rows) if found.splits[i] in homes_lost and label in row.labels]
     num_dropped = int(dropped[there].sum())
     fates = {"dropped": num_dropped, "moved to another split": len(there) - num_dropped}
     told = " and ".join(f"{count} {fate}" for fate, count in fates.items() if count)
-    others = [f"{found.label_names((other,))[0]!r} from {home}" for home, other in lost[1:]]
-    also = f" (likewise {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''})"
     keeping = {"across": config.across in ("drop", "move"), "labels": config.labels == "drop"}
-    keeping["within"] = config.within == "drop" and not any(keeping.values())
     asked = " and ".join(f"--data.leaks.{name} report" for name, does in keeping.items() if does)
     raise DuplicatesError(
-        f"class {found.label_names((label,))[0]!r} is gone from the {split} split: of its {len(there)} images there "
-        f"{told} as duplicates{also if others else ''}, but every split needs every class; keep the duplicates with "
+        f"{lost_text(lost, found.classes)}: of the {len(there)} images that {found.label_names((label,))[0]!r} had "
+        f"there, {told} as duplicates, but every split needs every class; keep the duplicates with "
         f"{asked or '--data.leaks.across report'}, add images of the class, or leave the class out"
     )
 
@@ -417,7 +414,7 @@ class _Found:
         splits: Sequence[str],
         classes: Sequence[str] = (),
     ):
-        self.rows, self.keys, self.exact, self.splits, self._classes = rows, keys, exact, splits, classes
+        self.rows, self.keys, self.exact, self.splits, self.classes = rows, keys, exact, splits, classes
         self.same, self.like = _several(exact), _several(alike)
 
     def conflicts(self) -> list[list[int]]:
@@ -487,7 +484,7 @@ class _Found:
 
     def label_names(self, labels: Sequence[int]) -> tuple[str, ...]:
         """The labels as class names."""
-        return named_labels(labels, self._classes)
+        return named_labels(labels, self.classes)
 
     def _copy(self, i: int, splits: Sequence[str], dropped: np.ndarray) -> Copy:
         fate: Literal["kept", "dropped", "moved"] = (
@@ -568,6 +565,20 @@ class _Found:
 def named_labels(labels: Sequence[int], classes: Sequence[str]) -> tuple[str, ...]:
     """Class names of labels; "class 2" where the names are not known."""
     return tuple(classes[label] if label < len(classes) else f"class {label}" for label in labels)
+
+
+def lost_text(lost: Sequence[tuple[str, int]], classes: Sequence[str]) -> str:
+    """Which classes are gone from which splits, from pairs (split, label): one clause, the first label first."""
+    homes: dict[int, list[str]] = {}
+    for split, label in lost:
+        homes.setdefault(label, []).append(split)
+    told = []
+    for label, splits in homes.items():
+        each = sorted(splits, key=SPLITS.index)
+        among = " and ".join([*([", ".join(each[:-1])] if each[:-1] else []), each[-1]])
+        told.append(f"class {named_labels((label,), classes)[0]!r} is gone from {among}")
+    more = [f"{len(told) - 5} more classes are gone from some split"] if len(told) > 5 else []
+    return ", ".join([*told[:5], *more])
 
 
 def _where(splits: Iterable[str]) -> Literal["across splits", "within a split"]:

@@ -299,7 +299,7 @@ def owners_config(store: Store, out: Store, owner: Owner) -> DataConfig:
         config = config.model_copy(update={"source": owner.source})
     if owner.salt and salt_digest(owner.salt) != digest:
         has = "another salt" if digest else "no salt"
-        raise UsageError(f"--salt is not what {out.uri} was made with, which has {has}: leave it out, or mend it")
+        raise UsageError(f"--salt is not what {out.uri} was made with, which has {has}: correct it, or leave it out")
     salt = owner.salt or (_salt_of_a_run(store, digest) if digest else "")
     if salt is None:
         raise UsageError(

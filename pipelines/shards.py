@@ -29,7 +29,7 @@ _SHOWN_SIDE = 16  # pixels, which are columns, of an image in the terminal
 
 
 def shards(argv: Sequence[str], *, open_at: Callable[[str], Store]) -> int:
-    """Look at a dataset: verify it, draw a contact sheet, list duplicates, quarantine and files."""
+    """Look at a dataset: verify, show, duplicates, quarantine, file names."""
     verbs = {"verify": _verify, "show": _show, "leaks": leaks, "quarantine": quarantine, "names": names}
     if not argv or argv[0] in ("-h", "--help"):
         console().print(f"usage: medmamba shards {{{','.join(verbs)}}}")

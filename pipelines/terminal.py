@@ -88,7 +88,7 @@ class Terminal:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table on standard output, folded to the width of the terminal; a key stays in one piece, to be copied."""
+    """Prints a table on standard output, folded to the width of the terminal; a key stays in one piece."""
     drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold", no_wrap=column == "key")

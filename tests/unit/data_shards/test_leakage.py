@@ -12,7 +12,7 @@ from tiny_sets import coded
 
 from data_shards.config import DataConfig, LeakConfig
 from data_shards.convert import convert, key_map
-from data_shards.leakage import LEAKS, DuplicatesError, Finding, LeakReport, read_report
+from data_shards.leakage import LEAKS, DuplicatesError, Finding, LeakReport, lost_text, read_report
 from data_shards.leakage_page import LEAKS_PAGE
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
 from data_shards.scan import FINGERPRINTS, FOLDER, REFUSED
@@ -278,10 +278,10 @@ def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, mo
     [
         (
             {"across": "drop"},
-            r"'b' is gone from the train split: of its 1 images there 1 dropped.*leaks\.across report",
+            r"'b' is gone from train: of the 1 images that 'b' had there, 1 dropped.*leaks\.across report",
         ),
-        ({"across": "move"}, r"'b' is gone from the train split: .* 1 moved to another split .*leaks\.across report"),
-        ({"labels": "drop"}, r"'b' is gone from the train split: .* 1 dropped .*--data\.leaks\.labels report"),
+        ({"across": "move"}, r"'b' is gone from train: .* 1 moved to another split .*leaks\.across report"),
+        ({"labels": "drop"}, r"'b' is gone from train: .* 1 dropped .*--data\.leaks\.labels report"),
     ],
     ids=["dropped across splits", "moved", "dropped for its labels"],
 )
@@ -291,6 +291,14 @@ def test_a_class_that_lost_all_its_images_of_a_split_to_duplicates_is_named_with
     config = config_of(write_set(tmp_path / "set", [*rows, copy]), leaks={"across": "report", **leaks})
     with pytest.raises(DuplicatesError, match=told):
         convert(config, open_store(str(tmp_path / "out")))
+
+
+def test_classes_that_are_gone_are_named_with_their_splits():
+    lost = [("test", 1), ("train", 1), ("val", 1), ("val", 0)]
+    assert lost_text(lost, ("a", "b")) == "class 'b' is gone from train, val and test, class 'a' is gone from val"
+    assert lost_text([("val", i) for i in range(9)], ()).endswith(
+        "'class 4' is gone from val, 4 more classes are gone from some split"
+    )
 
 
 def test_a_refusal_leaves_the_complete_report_by_key_and_says_which_command_prints_it(tmp_path):

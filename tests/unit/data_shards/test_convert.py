@@ -19,6 +19,7 @@ from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert, key_map, write_one
 from data_shards.manifest import MANIFEST, open_dataset
 from data_shards.store import open_store
+from data_shards.verify import verify
 
 
 def contents(store, prefixes=("shards/", "samples.parquet", "manifest.json")) -> dict[str, bytes]:
@@ -208,7 +209,7 @@ def test_a_class_none_of_whose_images_of_a_split_can_be_decoded_is_named_with_fi
         lines.append(f"{i}.png,{label},{split}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
     config = DataConfig(dataset="own", layout="csv", source=str(folder), split_column="split", max_quarantine=0.5)
-    told = r"class 'b' is gone from val: none of the 4 images that 'b' had there can.*15\.png \(.*shards quarantine own/default"
+    told = r"class 'b' is gone from val: none of the 4 images that 'b' had there can.*15\.png \(.*shards quarantine own"
     with pytest.raises(ValueError, match=told):
         convert(config, open_store(str(tmp_path / "out")))
 
@@ -272,6 +273,22 @@ def test_mended_images_are_looked_at_again(tmp_path):
     for torn in ("0 (1).png", "1 (1).png"):
         (tmp_path / "set/left" / torn).write_bytes(coded(pixels(7)))
     assert convert(config, store)["quarantine"] == 0
+
+
+def test_a_shard_whose_images_were_replaced_since_is_made_again(tmp_path):
+    config = folder_config(tmp_path / "set", bad=2, samples_per_shard=10)
+    store = open_store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="max_quarantine"):
+        convert(config, store)
+    kept = [part for key in store.list("parts/") if not (part := json.loads(store.get(key)))["quarantine"]]
+    places = {key: where for key, where, _ in key_map(config)}
+    replaced = kept[0]["samples"][0][0]
+    old = (tmp_path / "set" / places[replaced]).stat()
+    (tmp_path / "set" / places[replaced]).write_bytes(coded(pixels(4711)))
+    os.utime(tmp_path / "set" / places[replaced], ns=(old.st_atime_ns, old.st_mtime_ns))
+    facts = convert(config.model_copy(update={"max_quarantine": 0.05}), store)
+    assert facts["kept"] == len(kept) - 1
+    assert verify(store).problems == []
 
 
 def test_a_set_of_one_class_is_refused(tmp_path):

@@ -147,7 +147,7 @@ def _write(
         Fingerprints(*(column[guarded.rows] for column in (prints.state, prints.pixels, prints.bits, prints.size))),
     )
     plans = plan_shards(chosen.rows, guarded.splits, config, keys=chosen.keys, sizes=chosen.prints.size.tolist())
-    found = {plan.name: find_shard(plan, config, out) for plan in plans}
+    found = {plan.name: find_shard(plan, config, out, image_set=image_set) for plan in plans}
     # A shard that lacks images is made again: they may have been mended since.
     parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
     tasks = [(config, plan, out.uri) for plan in plans if plan.name not in parts]

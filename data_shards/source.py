@@ -46,6 +46,14 @@ class ImageSet(Protocol):
         """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C)."""
         ...
 
+    def inside(self, row: Row) -> str:
+        """Where the row's file is inside the source, as its owner finds it there."""
+        ...
+
+    def stamp(self, row: Row) -> str:
+        """A text that changes when the row's file is replaced, found without reading it; "" where that is unknown."""
+        ...
+
 
 def open_source(config: DataConfig) -> ImageSet:
     """The image set that `config` describes.
@@ -128,3 +136,11 @@ class PhantomSet:
     def read(self, row: Row) -> np.ndarray:
         """uint8 (side, side)."""
         return phantoms.phantom(self._config, self._seed, int(row.where.removeprefix("patient")), row.frame)
+
+    def inside(self, row: Row) -> str:
+        """See ImageSet; there is no file."""
+        return row.where
+
+    def stamp(self, row: Row) -> str:
+        """See ImageSet: a phantom is a function of its settings."""
+        return f"{self._config.model_dump_json()}|{self._seed}|{row.where}"

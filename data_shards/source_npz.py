@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.config import DataConfig
-from data_shards.files import cached, local_copy
+from data_shards.files import cached, file_stamp, local_copy
 from data_shards.source import Row
 from data_shards.split import SPLITS
 
@@ -26,6 +26,7 @@ class NpzSet:
 
     def __init__(self, config: DataConfig):
         self._path = local_copy(config.source)
+        self._stamp = file_stamp(self._path)
         self.task: str = config.task
         self.notes: tuple[str, ...] = ()
         labels = {split: _labels(self._path, split, config.task) for split in SPLITS}
@@ -46,6 +47,14 @@ class NpzSet:
         """uint8 (H, W) or (H, W, 3)."""
         array, _, index = row.where.partition("_images/")
         return np.asarray(self._images[array][int(index)])
+
+    def inside(self, row: Row) -> str:
+        """See ImageSet: the array and the image's place in it."""
+        return row.where
+
+    def stamp(self, row: Row) -> str:
+        """See ImageSet: that of the .npz, of which a part cannot be replaced alone."""
+        return f"{self._stamp}|{row.where}" if self._stamp else ""
 
     def _checked(self, labels: tuple[int, ...], split: str, index: int) -> tuple[int, ...]:
         bad = [label for label in labels if not 0 <= label < len(self.classes)]

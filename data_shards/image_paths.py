@@ -13,13 +13,13 @@ import posixpath
 import re
 import unicodedata
 import urllib.parse
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from data_shards.split import SPLIT_WORDS
-from data_shards.table import Table
+from data_shards.table import ENDINGS, Table
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,28 @@ def find_images(values: Sequence[str], table: Table, names: Sequence[str], sourc
     return Places(files, notes, f"relative to {beside}{source}, and as the end of a path there")
 
 
+@dataclass(frozen=True)
+class _Tail:
+    """A file at the end of a path: what is in front, how many parts agree, and the folder that the table lacks."""
+
+    front: str
+    file: str
+    num_parts: int
+    wrapper: str
+
+
 class _Finder:
+    """Looks for the files of a table's paths, row by row and then for the table as a whole."""
+
     def __init__(self, names: Sequence[str], table: Table, source: str):
         self._names, self._known, self._table = names, set(names), table
         self._folder, self._table_stem = table.folder, PurePosixPath(table.path).stem
         self._above = [table.folder, *_parents(table.folder)]
         self._roots = _roots(source)
+        images = [name for name in names if not name.lower().endswith(ENDINGS)]
+        common = posixpath.commonpath([posixpath.dirname(name) for name in images]) if images else ""
+        # A folder that holds all images says nothing; below it the table's folders must be there.
+        self._wrapper = common.split("/")[0] if common and not self._folder else ""
         self._source_name = PurePosixPath(source.rstrip("/")).name
         self._tails: dict[tuple[int, bool, bool], dict[str, list[str]]] = {}
         self._paths: dict[tuple[bool, bool], dict[str, list[str]]] = {}
@@ -151,44 +167,71 @@ class _Finder:
     def without_front(self, values: Sequence[str], files: list[str]) -> tuple[str, ...]:
         """Fills in the files at the paths without the folders in front that all of them share; notices.
 
-        Only where no path with a folder was found as it is written: then the paths are known to be relative.
+        Not where another path with a folder was found as it is written: then the paths are known to be relative.
+        Absolute paths, of another machine, say nothing about relative ones.
         """
-        missing = [i for i, file in enumerate(files) if not file]
-        if any(file and "/" in _plain(values[i]).strip("/") for i, file in enumerate(files)):
-            return ()
-        found = {i: match for i in missing if (match := self._longest_tail(values[i], i))}
-        counts = Counter(front for front, _ in found.values())
-        folders = {posixpath.dirname(_plain(values[i])) for i in missing}
-        for front in [front for front in counts if not self._trusted(front, found, folders)]:
-            found = {i: match for i, match in found.items() if match[0] != front}
-            del counts[front]
-        if not counts:
-            return ()
-        if len(counts) > 1:
+        notes: list[str] = []
+        for absolute in (True, False):
+            rows = [i for i, value in enumerate(values) if _plain(value).startswith("/") == absolute]
+            if not any(files[i] and "/" in _plain(values[i]) for i in rows):
+                notes += self._without_front([i for i in rows if not files[i]], values, files)
+        return tuple(notes)
+
+    def _without_front(self, rows: Sequence[int], values: Sequence[str], files: list[str]) -> Iterator[str]:
+        found = {i: match for i in rows if (match := self._longest_tail(values[i], i))}
+        alike = {posixpath.dirname(_plain(values[i])) for i in rows}
+        for front in {match.front for match in found.values()}:
+            examples = {i: match for i, match in found.items() if match.front == front}
+            everywhere = all(_plain(values[i]).startswith(f"{front}/") for i in rows)
+            if not self._trusted(list(examples.values()), same_folder=len(alike) == 1, everywhere=everywhere):
+                found = {i: match for i, match in found.items() if i not in examples}
+        fronts = {match.front: (i, match) for i, match in reversed(found.items())}
+        if len({PurePosixPath(front).name for front in fronts}) > 1:
             told = "; ".join(
-                f"{front!r} in front of {file!r} ({self._table.line(i)})"
-                for i, (front, file) in sorted({match[0]: (i, match) for i, match in found.items()}.values())
+                f"{front!r} in front of {match.file!r} ({self._table.line(i)})"
+                for front, (i, match) in sorted(fronts.items())[:3]
             )
             raise ValueError(
                 f"paths of {self._table.path} are found only without their first folders, which differ: {told}; write "
                 "them relative to the table"
             )
-        for i, (_, file) in found.items():
-            files[i] = file
-        (front,) = counts
-        return (f"{len(found):,} paths of {self._table.path} are read without {front!r} in front",)
+        for i, match in found.items():
+            files[i] = match.file
+        for front, (_, match) in sorted(fronts.items()):
+            count = sum(each.front == front for each in found.values())
+            below = f", as files below {match.wrapper!r}" if match.wrapper else ""
+            yield f"{count:,} paths of {self._table.path} are read without {front!r} in front{below}"
 
-    def _longest_tail(self, value: str, i: int) -> tuple[str, str] | None:
-        """What is in front of the longest end of `value` that is a file's path from a folder of the table or source."""
+    def _longest_tail(self, value: str, i: int) -> _Tail | None:
+        """The longest end of `value` that is a file's path from a folder of the table or source, or in a wrapper."""
         if any(self._below_source(path) is not None for path in _readings(value)):
             return None
         for path in _readings(value):
             absolute, parts = path.startswith("/"), path.strip("/").split("/")
-            for start in range(1, len(parts)):
-                tail = "/".join(parts[start:])
-                if file := self._one(self._at(tail), value, i):
-                    return "/" * absolute + "/".join(parts[:start]), file
+            for wrapper in dict.fromkeys(("", self._wrapper)):
+                for start in range(1, len(parts)):
+                    tail = "/".join(parts[start:])
+                    if file := self._one(self._at(posixpath.join(wrapper, tail)), value, i):
+                        front = "/" * absolute + "/".join(parts[:start])
+                        return _Tail(front, file, len(parts) - start, wrapper)
         return None
+
+    def _trusted(self, matches: Sequence[_Tail], *, same_folder: bool, everywhere: bool) -> bool:
+        """Whether files may be taken that lack the folders in front which the table has.
+
+        A split in front (`train/1.png`) must be that of the folder where the file is. A file name alone decides only
+        where all paths of the table have the same folders, so that these say nothing. A folder around all files that
+        the table does not know (`wrapper`) may stand for the one in front if all paths have that.
+        """
+        front, wrapper = matches[0].front, matches[0].wrapper
+        last = PurePosixPath(front).name.casefold()
+        homes = {PurePosixPath(self._folder).name.casefold(), self._source_name.casefold()}
+        fewest = min(match.num_parts for match in matches)
+        if wrapper:
+            return everywhere and fewest > 1 and not _splits_in(front) | _splits_in(wrapper)
+        if last in SPLIT_WORDS:
+            return last in homes
+        return fewest > 1 or last in homes or same_folder
 
     def _at(self, path: str) -> set[str]:
         """The files at a path relative to the table, the source or a folder between them."""
@@ -205,20 +248,6 @@ class _Finder:
                 if any(found):
                     return {name for names in found for name in names}
         return set()
-
-    def _trusted(self, front: str, found: dict[int, tuple[str, str]], folders: set[str]) -> bool:
-        """Whether files may be taken that lack the folders `front` which the table has.
-
-        A split in front (`train/1.png`) must be that of the folder where the file is. A file name alone decides only
-        where all paths of the table have the same folders, so that these say nothing.
-        """
-        examples = [file for each, file in found.values() if each == front]
-        depths = {len(file.removeprefix(self._folder).strip("/").split("/")) for file in examples}
-        last = PurePosixPath(front).name.casefold()
-        homes = {PurePosixPath(self._folder).name.casefold(), self._source_name.casefold()}
-        if last in SPLIT_WORDS:
-            return last in homes
-        return min(depths) > 1 or last in homes or len(folders) == 1
 
 
 def _roots(source: str) -> list[str]:

@@ -169,7 +169,7 @@ def _classes(
     rows."""
     classes = _classes_of(everything, edits, config)
     if config.classes:
-        require_named([*classes, config.no_finding.strip()], edits)
+        require_named([*classes, *filter(None, [config.no_finding.strip()])], edits)
         if fixed:
             return classes
     return tuple(name for name in classes if composed(name) in found)
@@ -297,7 +297,7 @@ class _Doubts:
         joined = {
             name: frozenset(filter(None, map(str.strip, name.split(separator))))
             for name in self._open
-            if separator in name and not _NUMBER.fullmatch(name)
+            if separator in name
         }
         if separator not in _CERTAIN:
             joined = {name: parts for name, parts in joined.items() if len(parts) > 1}
@@ -307,7 +307,7 @@ class _Doubts:
         first = self._open[min(joined, key=lambda name: (not joined[name] <= alone, name))]
         total = sum(self._open[name].count for name in joined)
         told = f"label {first.name!r} ({first.line}; {total:,} rows are of this kind)"
-        remedy = f"{'' if self._several else '--data.task multilabel '}{option('label-separator', separator)}"
+        remedy = f"{'' if self._several else '--data.task multilabel '}--data.label-separator {separator!r}"
         unseparated = self._several and separator == "," and not self._separated
         if unseparated or _likely(separator, joined, alone):
             raise ValueError(
@@ -334,7 +334,7 @@ class _Doubts:
             return
         told, pairs = [], []
         for group in clashes:
-            target = max(group, key=lambda each: (each.name in self._settled, each.count)).name
+            target = max(group, key=lambda each: (each.name in self._settled, each.count, -len(each.name))).name
             told.append(" and ".join(f"{each.name!r} ({each.count:,} rows, {each.line})" for each in group))
             pairs += [f"{e.name}={target}" for e in group if e.name != target and e.name in self._open]
         raise ValueError(
@@ -375,6 +375,8 @@ def _likely(separator: str, joined: Mapping[str, frozenset[str]], alone: set[str
     """Whether labels with this separator are probably several: by it, by parts that are labels too or come back."""
     if separator in _CERTAIN or any(parts <= alone for parts in joined.values()):
         return True
+    if all(_NUMBER.fullmatch(name) for name in joined):  # decimal commas
+        return False
     if len(set(joined.values())) < len(joined):  # `A, B` and `B, A`
         return True
     times = Counter(part for parts in joined.values() for part in parts)

@@ -57,7 +57,8 @@ def read_labels(table: Table, kept: Sequence[int], config: DataConfig, *, named:
     Raises ValueError for a missing or unknown label, and for labels that can be understood in two ways.
     """
     cells = _cells(table, config)
-    old = [_old_names(cell, config) for cell in cells]
+    names_of = {cell: _old_names(cell, config) for cell in set(cells)}
+    old = [names_of[cell] for cell in cells]
     edits, none = ClassEdits(config), composed(config.no_finding.strip())
     everything = {name for names in old for name in names or ("",)}
     edits.require_known({*everything, *config.classes}, f"the label column of {table.path}")

@@ -34,7 +34,7 @@ class NpzSet:
         if any(of_split.one_hot for of_split in labels.values()):
             notes.append(f"labels of {self._path.name} are one-hot: each row's column with the 1 is its class")
         indices = {split: of_split.indices for split, of_split in labels.items()}
-        classes = config.classes or _numbered_classes(self._path, labels)
+        classes = _index_names(config) or _numbered_classes(self._path, labels)
         self._images = {split: _images(self._path, split) for split in splits}
         rows = []
         for split in splits:
@@ -69,6 +69,18 @@ class _Labels(NamedTuple):
 
     indices: list[tuple[int, ...]]
     one_hot: bool = False
+
+
+def _index_names(config: DataConfig) -> tuple[str, ...]:
+    """What the indices are called, where classes are named: by these, or by numbers where --data.class-map has them."""
+    renamed = {pair.rpartition("=")[0].strip() for pair in config.class_map}
+    if not config.classes or any(name.isdecimal() for name in config.classes):
+        return config.classes
+    numbers = [int(name) for name in renamed if name.isdecimal() and len(name) < 7]
+    num_classes = len(config.classes)
+    while num_classes in numbers:
+        num_classes += 1
+    return tuple(str(i) if str(i) in renamed else config.classes[i] for i in range(num_classes))
 
 
 def _splits_there(path: Path) -> tuple[tuple[str, ...], list[str]]:

@@ -77,11 +77,13 @@ def _text_of(path: str, data: bytes) -> str:
     for start, what in _NO_TEXT.items():
         if data.startswith(start):
             raise ValueError(f"{path} {what}")
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    if data[:200].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is an HTML page, not a table: download the table itself")
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = data.decode(encoding)
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not {encoding[:6].upper()} ({error}): save it as UTF-8") from error
+        raise ValueError(f"{path} is not {'UTF-16' if utf16 else 'UTF-8'} ({error}): save it as UTF-8") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(

@@ -106,8 +106,8 @@ class DataConfig(BaseModel):
     """Classes to leave out with their images; in a multilabel set the label is removed and the image is kept. `''`
     leaves out rows without a label."""
     class_map: tuple[str, ...] = ()
-    """Classes to rename, as old=new: `bkl=benign nv=benign`. Several may become one, which takes the place of the
-    first of them in the order of classes."""
+    """Classes to rename, as old=new: `bkl=benign nv=benign`. Several may become one; a name that no class has yet takes
+    the place of its first old one in the order of classes."""
     task: Literal["catalog", "multiclass", "ordinal", "multilabel"] = "catalog"
     """What a label means; `catalog` is the catalogue's task, or multiclass for a set that is not in it."""
     csv: str = ""

@@ -38,11 +38,16 @@ class ClassEdits:
         """What a class of the source is called in the dataset; None where it is left out."""
         return None if name in self.dropped else self._new.get(name, name)
 
-    def classes(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The dataset's classes from the source's: each takes the place of the first of its old names."""
-        new = [self.new_name(composed(name)) for name in names]
+    def classes(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The dataset's classes from the source's, in their order.
+
+        A class that is renamed to another one of them joins that; a new name takes the place of its first old one.
+        """
         as_written = {composed(name): name for name in names}
-        return tuple(dict.fromkeys(as_written.get(name, name) for name in new if name is not None))
+        staying = {name for name in as_written if self.new_name(name) == name}
+        renamed = {name: self.new_name(name) for name in as_written}
+        new = [new for name, new in renamed.items() if new is not None and (new == name or new not in staying)]
+        return tuple(dict.fromkeys(as_written.get(name, name) for name in new))
 
     def require_known(self, names: Iterable[str], source: str) -> None:
         """ValueError where a class to leave out or rename is not among the names of the source."""

@@ -87,7 +87,8 @@ def _splits_there(path: Path) -> tuple[tuple[str, ...], list[str]]:
     """The splits of the file: all three, or train and test; a notice in the latter case."""
     with _archive(path) as archive:
         there = {os.path.splitext(member)[0] for member in archive.namelist()}
-    if {"val_images", "val_labels"} & there or not {"train_images", "test_images"} <= there:
+    present = [split for split in SPLITS if {f"{split}_images", f"{split}_labels"} & there]
+    if present != ["train", "test"]:
         return SPLITS, []
     return ("train", "test"), [f"{path.name} has no val arrays: validation is drawn from train"]
 

@@ -38,7 +38,7 @@ from data_shards.manifest import (
     open_dataset,
 )
 from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_keys
-from data_shards.rules import RULES, RULES_KEY, changes_since
+from data_shards.rules import RULES, RULES_KEY, SPLITS_KEY, changes_since
 from data_shards.scan import FINGERPRINTS, FOLDER, chunks, fingerprints_bytes, other_datasets, scan_chunk
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
@@ -72,9 +72,10 @@ def convert(
         progress: Called with what is done, of how much, in images while they are looked at, then in shards.
 
     Returns:
-        Facts: digest (the dataset's version), uri, dataset, counts {split: {class: n}}, num_shards, num_images,
-        bytes, quarantine (number of images), leaks {what: number of copies}, dropped (number of images),
-        made and kept (shards written now, shards found).
+        Facts: digest (the dataset's version), uri, dataset, task, counts {split: {class: n}}, samples {split: n}
+        (for multilabel not the sum of the counts), splits_from (a clause, or ""), num_shards, num_images, bytes,
+        quarantine (number of images), leaks {what: number of copies}, dropped (number of images), made and kept
+        (shards written now, shards found).
 
     Raises:
         ValueError: the store holds a dataset of other settings here, the image set or its splits are at fault, or
@@ -110,15 +111,16 @@ def _converted(
         with contextlib.suppress(StoreKeyError):
             if out.age_s(key) > _ABANDONED_S:
                 out.delete(key)
-    settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
+    settings = {**_settings(config), RULES_KEY: RULES}
     config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
+    kept = json.dumps({**settings, SPLITS_KEY: image_set.splits_from}, indent=1).encode()
     for note in image_set.notes:  # told here only: no file name goes into the store
         _log.warning("%s", note)
     _check_classes(image_set)
     keys = sample_keys(image_set.rows, config)
-    out.ensure(SETTINGS, settings)
+    out.ensure(SETTINGS, kept)
     prints = _scanned(image_set, config, out, run_tasks, progress)
     guarded = _guarded(image_set, keys, prints, config, out)
     chosen = _Chosen(
@@ -139,7 +141,7 @@ def _converted(
         held.check()
     _remove_strays(plans, out)
     _write_report(guarded, chosen, image_set, config, out)
-    if not out.holds(SETTINGS, settings):
+    if not out.holds(SETTINGS, kept):
         raise ValueError(
             f"another conversion with other settings began in {out.uri} while this one ran, and may have replaced its "
             "shards: run again once it has ended, and give one of the two a name of its own with --data.name"
@@ -342,7 +344,7 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
         found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
     except (StoreKeyError, json.JSONDecodeError):
         found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
-    ignored = {"name", "max_quarantine", "leaks.datasets", RULES_KEY}
+    ignored = {"name", "max_quarantine", "leaks.datasets", RULES_KEY, SPLITS_KEY}
     changed = [
         f"data.{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(wanted.keys() | found.keys())
@@ -372,6 +374,15 @@ def _notice_rules(out: Store) -> None:
         )
 
 
+def _splits_from(store: Store) -> str:
+    """Where the splits of a finished dataset came from; "" where that is not on record."""
+    try:
+        found = json.loads(store.get(SETTINGS)).get(SPLITS_KEY, "")
+    except (StoreKeyError, json.JSONDecodeError, AttributeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
     manifest, leaks = dataset.manifest, read_report(dataset.store)
     return {
@@ -379,6 +390,9 @@ def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
         "uri": dataset.store.uri,
         "dataset": manifest.dataset,
         "counts": {split: counts.classes for split, counts in manifest.splits.items()},
+        "samples": {split: counts.samples for split, counts in manifest.splits.items()},
+        "task": manifest.task,
+        "splits_from": _splits_from(dataset.store),
         "num_shards": len(manifest.shards),
         "num_images": len(dataset.table),
         "bytes": sum(shard.bytes for shard in manifest.shards),

@@ -12,8 +12,18 @@ from typing import Any
 RULES_KEY = "rules"
 # Rules -> what they changed for image sets that the rules before would have converted too. Datasets of the first
 # rules have no number.
-CHANGES: dict[int, tuple[str, ...]] = {2: ()}
+CHANGES: dict[int, tuple[str, ...]] = {
+    2: (
+        "in a set of folders, folders named after splits (train, test, ...) are splits, not classes, also inside of "
+        "class folders",
+        "names of class folders are in Unicode's composed form (NFC), and folders that differ in nothing else are one "
+        "class",
+        "where validation is drawn from an official train split, copies of an image are kept together",
+    )
+}
 RULES = max(CHANGES)
+# Kept in the same file: where the splits of the dataset came from, in a clause.
+SPLITS_KEY = "splits_from"
 
 
 def changes_since(settings: Mapping[str, Any]) -> tuple[str, ...]:

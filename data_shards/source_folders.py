@@ -1,56 +1,124 @@
-"""Rows of an image set with one folder per class."""
+"""Rows of an image set with one folder per class, maybe within folders named after splits."""
 
 from __future__ import annotations
 
+import shlex
+from collections import defaultdict
 from collections.abc import Sequence
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
-from data_shards.files import Files, open_files
+from data_shards.files import open_files
+from data_shards.folder_layout import ClassFolder, read_layout
+from data_shards.folder_tree import FolderTree, composed, loose
 from data_shards.source import Row
-from data_shards.split import SPLIT_WORDS
+from data_shards.split import SPLITS
 
 
 def open_folders(config: DataConfig) -> FileSet:
-    """A set with one folder per class. Files beside the class folders are none of its images."""
-    files, source = open_files(config.source), config.source
-    root = _class_root(files, config.classes)
-    found = _folders_in(files, root)
-    if not found:
-        raise ValueError(
-            f"{source} has no folders: layout `folders` wants one folder per class, with its images inside"
-        )
-    if set(found) <= set(SPLIT_WORDS):
-        raise ValueError(
-            f"{source} has the folders {', '.join(found)}, which look like splits, not classes: list the images in a "
-            "CSV with a split column (--data.layout csv)"
-        )
-    classes = config.classes or tuple(found)
-    extra = sorted(set(found) - set(classes))
-    if extra:
-        raise ValueError(
-            f"folder {extra[0]!r} of {source} is none of the classes {', '.join(classes)}: move it away, or add it to "
-            "--data.classes"
-        )
+    """A set with one folder per class, or one per class of each split (see `folder_layout`).
+
+    Files beside the class folders are none of its images. ValueError where the folders could be read in two ways, a
+    class is missing, empty or not named, or the splits have different classes.
+    """
+    files = open_files(config.source)
+    tree = FolderTree(files)
+    layout = read_layout(tree, config)
+    classes = _classes(layout.folders, config)
+    _check_images(layout.folders, tree, config)
+    _check_same_classes(layout.folders, config)
+    start = len(layout.root) + 1 if layout.root else 0
     rows = []
     for index, name in enumerate(classes):
-        members = [file[len(root) :] for file in files.names if file.startswith(f"{root}{name}/")]
-        if not members:
-            what = "is empty" if name in found else f"is missing (there are {', '.join(found)})"
-            raise ValueError(f"class folder {name!r} of {source} {what}: put its images there, or mend --data.classes")
-        rows += [Row(where, 0, (index,), None, None) for where in members]
-    return FileSet(files, root, rows, config, classes=classes)
+        members = [
+            (SPLITS.index(folder.split) if folder.split else 0, path[start:], folder.split)
+            for folder in layout.folders
+            if folder.name == name
+            for path in tree.below(folder.path)
+        ]
+        rows += [Row(where, 0, (index,), split, None) for _, where, split in sorted(members)]
+    notes = (*layout.notes, *_merged(layout.folders))
+    root = f"{layout.root}/" if layout.root else ""
+    return FileSet(files, root, rows, config, classes=classes, notes=notes, splits_from=layout.splits_from)
 
 
-def _folders_in(files: Files, root: str) -> list[str]:
-    return [f[len(root) :] for f in files.folders if f.startswith(root) and "/" not in f[len(root) :]]
+def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:
+    """The class names in the order of their indices; ValueError where they and the folders do not match."""
+    found = sorted({folder.name for folder in folders})
+    _check_alike(found, config)
+    classes = tuple(composed(name) for name in config.classes) or tuple(found)
+    if extra := sorted(set(found) - set(classes)):
+        raise ValueError(
+            f"folder {extra[0]!r} of {config.source} is none of the classes {', '.join(classes)}: move it away, or add "
+            "it to --data.classes"
+        )
+    if missing := [name for name in classes if name not in found]:
+        raise ValueError(
+            f"class folder {missing[0]!r} of {config.source} is missing (there are {', '.join(found)}): put its images "
+            "there, or correct --data.classes"
+        )
+    return classes
 
 
-def _class_root(files: Files, classes: Sequence[str]) -> str:
-    """Where the class folders lie, "" or ending in "/": archives often wrap everything into one folder."""
-    root = ""
-    while True:
-        inside = _folders_in(files, root)
-        if len(inside) != 1 or inside[0] in classes or not _folders_in(files, f"{root}{inside[0]}/"):
-            return root
-        root += f"{inside[0]}/"
+def _check_alike(found: Sequence[str], config: DataConfig) -> None:
+    """ValueError where two folders look like one class written in two ways, unless both are named."""
+    ways: dict[str, list[str]] = defaultdict(list)
+    for name in found:
+        ways[loose(name)].append(name)
+    named = {composed(name) for name in config.classes}
+    for names in ways.values():
+        if len(names) > 1 and not set(names) <= named:
+            kept = min(names, key=lambda name: (name != name.strip(), name.casefold() != name, name))
+            pairs = " ".join(shlex.quote(f"{name}={kept}") for name in names if name != kept)
+            raise ValueError(
+                f"the folders {', '.join(map(repr, names))} of {config.source} differ only in case, spaces or "
+                f"underscores: if they are one class, say so with --data.class-map {pairs}, or rename them alike; if "
+                "they are not, name all classes in --data.classes"
+            )
+
+
+def _check_images(folders: Sequence[ClassFolder], tree: FolderTree, config: DataConfig) -> None:
+    """ValueError where a class folder holds no files."""
+    for folder in folders:
+        if not tree.below(folder.path):
+            within = f" in {folder.split_folder}" if folder.split_folder else ""
+            raise ValueError(
+                f"class folder {folder.name!r}{within} of {config.source} is empty: put its images there, remove it, "
+                "or correct --data.classes"
+            )
+
+
+def _check_same_classes(folders: Sequence[ClassFolder], config: DataConfig) -> None:
+    """ValueError where a class is in one split, but not in another."""
+    classes_of: dict[str, set[str]] = defaultdict(set)
+    called: dict[str, str] = {}
+    for folder in folders:
+        if folder.split:
+            classes_of[folder.split].add(folder.name)
+            called.setdefault(folder.split, folder.split_folder)
+    for name in sorted(set().union(*classes_of.values())):
+        there = next(split for split, names in classes_of.items() if name in names)
+        for split, names in classes_of.items():
+            if name not in names:
+                others = sorted(names - classes_of[there])
+                renamed = f"; if it is called otherwise there ({', '.join(others)}), rename one of the folders"
+                raise ValueError(
+                    f"class {name!r} of {config.source} has a folder in {called[there]}, but none in {called[split]}: "
+                    "every split needs every class, so add its images there, leave the class out with "
+                    f"--data.drop-classes {shlex.quote(name)}, or have the splits drawn from all images with "
+                    f"--data.split-folders ignore{renamed if others else ''}"
+                )
+
+
+def _merged(folders: Sequence[ClassFolder]) -> list[str]:
+    """A notice for each class whose folders differ in how their accents are coded."""
+    codings: dict[str, set[str]] = defaultdict(set)
+    for folder in folders:
+        for part in folder.path.split("/"):
+            if composed(part) == folder.name:
+                codings[folder.name].add(part)
+    return [
+        f"class {name!r} has folders in two Unicode forms of the same name (NFC and NFD), which are read as one class"
+        for name, parts in codings.items()
+        if len(parts) > 1
+    ]

@@ -28,6 +28,7 @@ class NpzSet:
         self._path = local_copy(config.source)
         self.task: str = config.task
         self.notes: tuple[str, ...] = ()
+        self.splits_from = ""
         labels = {split: _labels(self._path, split, config.task) for split in SPLITS}
         self.classes = config.classes or tuple(str(i) for i in range(_num_classes(labels.values())))
         self._images = {split: _images(self._path, split) for split in SPLITS}

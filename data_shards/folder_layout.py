@@ -215,7 +215,10 @@ def _splits_are_inside(reader: _Reader) -> bool:
 
 
 def _shared(reader: _Reader, folders: Sequence[str]) -> list[str]:
-    """Names of the folders inside, where all of `folders` hold mostly the same ones, at least two; else none."""
+    """Names of the folders inside, where all of `folders` hold mostly the same ones, at least two; else none.
+
+    Where one of them is called a split, two that are the same will do.
+    """
     inside = [
         {loose(name): name for name in reader.inside(folder) if reader.tree.has_images(joined(folder, name))}
         for folder in folders
@@ -224,9 +227,18 @@ def _shared(reader: _Reader, folders: Sequence[str]) -> list[str]:
         return []
     everywhere = set.intersection(*(set(names) for names in inside))
     anywhere = {key: name for names in inside for key, name in names.items()}
-    if len(everywhere) < 2 or 2 * len(everywhere) < len(anywhere) or all(split_word(name)[0] for name in everywhere):
+    mostly = 2 * len(everywhere) >= len(anywhere) or any(split_word(top)[0] for top in reader.tops)
+    if len(everywhere) < 2 or not mostly or all(split_word(name)[0] for name in everywhere):
         return []
     return [anywhere[key] for key in sorted(anywhere)]
+
+
+def _shared_by_splits(reader: _Reader, parts: Sequence[str]) -> list[str]:
+    """Names that the split folders of one class share: patients would not be in two splits, classes are."""
+    for top in reader.tops:
+        if shared := _shared(reader, [part for part in parts if part.startswith(f"{joined(reader.root, top)}/")]):
+            return shared
+    return []
 
 
 def _either(reader: _Reader, inner: Sequence[str]) -> str:
@@ -255,7 +267,7 @@ def _classes_of_splits(reader: _Reader) -> FolderLayout:
     for top in reader.tops:
         _note_documents(reader, joined(reader.root, top))
     parts = [joined(joined(reader.root, top), name) for top, name in places]
-    if not any(reader.names_class(top) for top in reader.tops) and (shared := _shared(reader, parts)):
+    if not any(reader.names_class(top) for top in reader.tops) and (shared := _shared_by_splits(reader, parts)):
         one = f"{reader.source}/{joined(reader.root, reader.tops[0])}"
         raise ValueError(
             f"{reader.source} has the folders {_list(reader.tops)} around splits, and the folders {_list(shared)} "

@@ -119,7 +119,7 @@ def check_splits(
         if row.group is not None and homes.setdefault(row.group, split) != split:
             raise LeakError(
                 f"group {row.group!r} stands in {homes[row.group]} and in {split}: a group belongs into one split, so "
-                "mend the split column, or leave it out to have splits drawn by group"
+                "correct the splits, or have all of them drawn by group with --data.split-column -"
             )
         for label in row.labels:
             present[split][label] += 1

@@ -67,7 +67,8 @@ def test_the_brain_mri_folders_become_a_champion_without_a_table(brain_mri, tmp_
     store = tmp_path / "store"
     asked = command(brain_mri, store, "run", "direct")
     done = medmamba(*asked, cwd=tmp_path, timeout_s=600)
-    assert "splits: train and test from the folders Training and Testing; val drawn from train" in done.stdout
+    printed = " ".join(done.stdout.split())
+    assert "splits: train and test from the folders Training and Testing; val drawn from train" in printed
     table = {
         words[0]: words[2::2] for line in done.stdout.splitlines() if len(words := line.split()) == 9 and "│" in words
     }

@@ -6,13 +6,15 @@ import shlex
 import tarfile
 from collections import Counter
 
+import numpy as np
 import pytest
+from dicom_files import dicom_file
 from original_layouts import zip_of
 
 from data_shards.config import DataConfig
 from data_shards.plan import config_digest
 from data_shards.source import open_source
-from data_shards.split import assign_splits, split_word
+from data_shards.split import LeakError, assign_splits, split_word
 from data_shards.store import open_store
 
 DRAWN, TRAIN, VAL, TEST = None, "train", "val", "test"
@@ -258,8 +260,9 @@ def test_equal_folders_under_every_folder_could_be_either_and_naming_the_classes
     assert found(pooled) == {(c, DRAWN): 2 * len(outer) for c in inner.split()}
 
 
-def test_a_split_that_lacks_one_class_is_still_a_sign_that_the_outer_folders_may_be_splits(tmp_path):
-    names = [*paths(["Entrenamiento"], "a b c d"), *paths(["Prueba"], "a b c")]
+@pytest.mark.parametrize(("outer", "fewer"), [("Prueba", "a b c"), ("test", "a b")])
+def test_a_folder_that_lacks_some_classes_is_still_a_sign_that_the_outer_ones_may_be_splits(tmp_path, outer, fewer):
+    names = [*paths(["Entrenamiento"], "a b c d e"), *paths([outer], fewer)]
     assert "either could be the classes" in refusal(tmp_path, names)
 
 
@@ -323,6 +326,27 @@ def test_images_and_masks_around_the_same_splits_are_read_one_at_a_time(tmp_path
     )
     (source,) = re.findall(r"--data\.source (\S+)\)", message)
     assert found(open_source(config(source))) == {(c, s): 2 for c in ("glioma", "normal") for s in (TRAIN, TEST)}
+
+
+def test_two_sets_beside_each_other_are_not_two_classes(tmp_path):
+    names = [*paths(["CT/train", "CT/test"], "a b"), *paths(["MR/train", "MR/test"], "c d")]
+    assert "set/CT)" in refusal(tmp_path, names)
+    assert open_source(config(tmp_path / "set/MR")).classes == ("c", "d")
+
+
+def test_a_dicom_patient_in_both_official_splits_is_refused_and_the_remedy_works(tmp_path):
+    for split in ("Training", "Testing"):
+        for i, name in enumerate(["benign", "malignant"] * 12):
+            patient = f"{split} {i}" if i else "Doe"
+            path = tmp_path / "set" / split / name / f"{i}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(dicom_file(np.zeros((8, 8), np.uint8), PatientID=patient))
+    options = {"num_classes": 2, "val_fraction": 0.15, "test_fraction": 0.2, "seed": 0}
+    with pytest.raises(LeakError, match=r"'patient Doe' stands in .*--data\.split-column -"):
+        assign_splits(open_source(config(tmp_path / "set")).rows, **options)
+    rows = open_source(config(tmp_path / "set", split_column="-")).rows
+    homes = {(row.group, split) for row, split in zip(rows, assign_splits(rows, **options), strict=True)}
+    assert len(homes) == len({group for group, _ in homes}) == 47
 
 
 def test_a_value_for_a_folder_that_is_not_there_is_named(tmp_path):

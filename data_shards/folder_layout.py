@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_shards.config import DataConfig
-from data_shards.folder_tree import FolderTree, composed, joined, loose
+from data_shards.folder_tree import FolderTree, class_name, joined, loose
 from data_shards.split import SPLIT_WORDS, SPLITS, split_word
 
 _DROP = "drop"
@@ -64,7 +64,7 @@ class _Reader:
 
     def names_class(self, name: str) -> bool:
         """Whether the configuration names it as a class."""
-        return composed(name) in {composed(each) for each in self.config.classes}
+        return class_name(name) in {class_name(each) for each in self.config.classes}
 
     def inside(self, folder: str) -> list[str]:
         return self.tree.inside(folder, named=self.config.classes)
@@ -255,7 +255,7 @@ def _either(reader: _Reader, inner: Sequence[str]) -> str:
 
 def _classes(reader: _Reader) -> FolderLayout:
     """Classes/images."""
-    folders = tuple(ClassFolder(joined(reader.root, name), composed(name)) for name in reader.tops)
+    folders = tuple(ClassFolder(joined(reader.root, name), class_name(name)) for name in reader.tops)
     wrapping = [part for part in reader.root.split("/") if split_word(part)[0] and not split_word(part)[1]]
     lone = f"all drawn from the folder {wrapping[-1]}, as there is no other split" if wrapping else ""
     return FolderLayout(reader.root, folders, lone)
@@ -276,7 +276,7 @@ def _classes_of_splits(reader: _Reader) -> FolderLayout:
         )
     splits = _split_of_each(reader, sorted({name for _, name in places}))
     folders = [
-        ClassFolder(part, composed(top), splits[name], name)
+        ClassFolder(part, class_name(top), splits[name], name)
         for (top, name), part in zip(places, parts, strict=True)
         if splits[name] != _DROP
     ]
@@ -301,7 +301,7 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
         )
     lone = len({splits[top] for top in tops}) == 1
     folders = [
-        ClassFolder(joined(roots[top], name), composed(name), None if ignored or lone else splits[top], top)
+        ClassFolder(joined(roots[top], name), class_name(name), None if ignored or lone else splits[top], top)
         for top in tops
         for name in reader.inside(roots[top])
     ]

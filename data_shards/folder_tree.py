@@ -23,6 +23,11 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def class_name(folder: str) -> str:
+    """What a folder's class is called: its name in the form NFC, without spaces around it, which nobody sees."""
+    return composed(folder).strip() or folder
+
+
 def loose(name: str) -> str:
     """What two names share that differ only in case, in accents' coding, or in spaces and underscores."""
     return re.sub(r"[\s_]+", " ", composed(name)).strip().casefold()
@@ -50,11 +55,11 @@ class FolderTree:
 
     def inside(self, folder: str, *, named: Iterable[str] = ()) -> list[str]:
         """Names of the folders in a folder; one with nothing but documents only where it is among `named`."""
-        wanted = {composed(name) for name in named}
+        wanted = {class_name(name) for name in named}
         return [
             name
             for name in self._inside.get(folder, ())
-            if not self.has_documents_only(joined(folder, name)) or composed(name) in wanted
+            if not self.has_documents_only(joined(folder, name)) or class_name(name) in wanted
         ]
 
     def documents_in(self, folder: str) -> list[str]:

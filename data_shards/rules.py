@@ -16,8 +16,8 @@ CHANGES: dict[int, tuple[str, ...]] = {
     2: (
         "in a set of folders, folders named after splits (train, test, ...) are splits, not classes, also inside of "
         "class folders",
-        "names of class folders are in Unicode's composed form (NFC), and folders that differ in nothing else are one "
-        "class",
+        "names of class folders are in Unicode's composed form (NFC) and without spaces around them, and folders that "
+        "differ in nothing else are one class",
         "where validation is drawn from an official train split, copies of an image are kept together",
     )
 }

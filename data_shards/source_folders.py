@@ -10,7 +10,7 @@ from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
 from data_shards.files import open_files
 from data_shards.folder_layout import ClassFolder, read_layout
-from data_shards.folder_tree import FolderTree, composed, loose
+from data_shards.folder_tree import FolderTree, class_name, loose
 from data_shards.source import Row
 from data_shards.split import SPLITS
 
@@ -46,7 +46,7 @@ def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, .
     """The class names in the order of their indices; ValueError where they and the folders do not match."""
     found = sorted({folder.name for folder in folders})
     _check_alike(found, config)
-    classes = tuple(composed(name) for name in config.classes) or tuple(found)
+    classes = tuple(class_name(name) for name in config.classes) or tuple(found)
     if extra := sorted(set(found) - set(classes)):
         raise ValueError(
             f"folder {extra[0]!r} of {config.source} is none of the classes {', '.join(classes)}: move it away, or add "
@@ -65,10 +65,10 @@ def _check_alike(found: Sequence[str], config: DataConfig) -> None:
     ways: dict[str, list[str]] = defaultdict(list)
     for name in found:
         ways[loose(name)].append(name)
-    named = {composed(name) for name in config.classes}
+    named = {class_name(name) for name in config.classes}
     for names in ways.values():
         if len(names) > 1 and not set(names) <= named:
-            kept = min(names, key=lambda name: (name != name.strip(), name.casefold() != name, name))
+            kept = min(names, key=lambda name: (name.casefold() != name, name))
             pairs = " ".join(shlex.quote(f"{name}={kept}") for name in names if name != kept)
             raise ValueError(
                 f"the folders {', '.join(map(repr, names))} of {config.source} differ only in case, spaces or "
@@ -111,14 +111,13 @@ def _check_same_classes(folders: Sequence[ClassFolder], config: DataConfig) -> N
 
 
 def _merged(folders: Sequence[ClassFolder]) -> list[str]:
-    """A notice for each class whose folders differ in how their accents are coded."""
-    codings: dict[str, set[str]] = defaultdict(set)
+    """A notice for each class whose folders differ in spaces around the name or in how its accents are coded."""
+    ways: dict[str, set[str]] = defaultdict(set)
     for folder in folders:
-        for part in folder.path.split("/"):
-            if composed(part) == folder.name:
-                codings[folder.name].add(part)
+        ways[folder.name] |= {part for part in folder.path.split("/") if class_name(part) == folder.name}
     return [
-        f"class {name!r} has folders in two Unicode forms of the same name (NFC and NFD), which are read as one class"
-        for name, parts in codings.items()
+        f"class {name!r} is read from the folders {' and '.join(map(ascii, sorted(parts)))}, which differ only in "
+        "spaces around the name or in how Unicode codes an accent"
+        for name, parts in ways.items()
         if len(parts) > 1
     ]

@@ -7,15 +7,15 @@ several folders hold equal ones, either could be the classes: that is refused un
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_shards.config import DataConfig
+from data_shards.folder_splits import DROP, typed, given, listed, meaning, origin, say_which, split_of_each
 from data_shards.folder_tree import FolderTree, class_name, joined, loose
 from data_shards.split import SPLIT_WORDS, SPLITS, split_word
 
-_DROP = "drop"
 _TABLE = "list the images in a table with a split column (--data.layout csv)"
 
 
@@ -56,15 +56,13 @@ class _Reader:
     def source(self) -> str:
         return self.config.source
 
-    @property
-    def given(self) -> dict[str, str]:
-        """What `split_values` says, by the loose name of the folder."""
-        pairs = [value.rpartition("=") for value in self.config.split_values]
-        return {loose(name): split for name, _, split in pairs}
+    @functools.cached_property
+    def _named(self) -> set[str]:
+        return {class_name(each) for each in self.config.classes}
 
     def names_class(self, name: str) -> bool:
         """Whether the configuration names it as a class."""
-        return class_name(name) in {class_name(each) for each in self.config.classes}
+        return class_name(name) in self._named
 
     def inside(self, folder: str) -> list[str]:
         return self.tree.inside(folder, named=self.config.classes)
@@ -104,7 +102,7 @@ def _read(reader: _Reader) -> FolderLayout:
 
 def _descend(reader: _Reader) -> None:
     """Finds the root: archives often wrap everything into one folder."""
-    given = reader.given
+    values = given(reader.config)
     found: set[str] = set()
     while True:
         inside = reader.inside(reader.root)
@@ -112,7 +110,7 @@ def _descend(reader: _Reader) -> None:
         reader.left_out += [
             joined(reader.root, name)
             for name in inside
-            if given.get(loose(name)) == _DROP and not reader.names_class(name)
+            if values.get(loose(name)) == DROP and not reader.names_class(name)
         ]
         reader.tops = [name for name in inside if joined(reader.root, name) not in reader.left_out]
         _note_documents(reader, reader.root)
@@ -125,7 +123,7 @@ def _descend(reader: _Reader) -> None:
         if loose(pair.rpartition("=")[0]) not in found:
             raise ValueError(
                 f"split_values has {pair!r}, but {reader.source} has no such folder around its class folders (there "
-                f"are {_list(reader.tops)}): write FOLDER=train, val, test or drop"
+                f"are {listed(reader.tops)}): write FOLDER=train, val, test or drop"
             )
 
 
@@ -137,7 +135,7 @@ def _note_documents(reader: _Reader, folder: str) -> None:
 def _leave_out_empty(reader: _Reader) -> None:
     """An empty folder beside splits that is not called one has nothing to say."""
     paths = {top: joined(reader.root, top) for top in reader.tops}
-    empty = [top for top, path in paths.items() if not reader.tree.below(path) and not _meaning(reader, top)]
+    empty = [top for top, path in paths.items() if not reader.tree.below(path) and not meaning(top, reader.config)]
     reader.documents += [paths[top] for top in empty]
     reader.tops = [top for top in reader.tops if top not in empty]
 
@@ -166,7 +164,7 @@ def _are_splits(reader: _Reader, roots: Mapping[str, str]) -> bool:
     """Whether the folders at the top are splits. ValueError where they look like splits, but hold no classes."""
     if any(reader.names_class(name) for root in roots.values() for name in reader.inside(root)):
         return True
-    if any(loose(top) in reader.given for top in reader.tops):
+    if any(loose(top) in given(reader.config) for top in reader.tops):
         return True
     words = {top: split_word(top)[0] for top in reader.tops}
     named = [top for top in reader.tops if words[top]]
@@ -177,9 +175,9 @@ def _are_splits(reader: _Reader, roots: Mapping[str, str]) -> bool:
         return False
     if not any(reader.inside(roots[top]) for top in named):
         raise ValueError(
-            f"{reader.source} has the folders {_list(reader.tops)}, which look like splits, not classes, and have no "
+            f"{reader.source} has the folders {listed(reader.tops)}, which look like splits, not classes, and have no "
             f"class folders inside: put each image into a folder of its class, or {_TABLE}; if they are classes, name "
-            f"them with --data.classes {_words(reader.tops)}"
+            f"them with --data.classes {typed(reader.tops)}"
         )
     return True
 
@@ -191,9 +189,9 @@ def _refuse_lone_split(reader: _Reader, named: Sequence[str]) -> None:
     if plain and others and not reader.config.classes:
         raise ValueError(
             f"{reader.source} has the folder {plain[0]!r}, which looks like a split with the classes "
-            f"{_list(reader.below(plain[0]))}, beside {_list(others)}: leave out what is not a split with "
-            f"--data.split-values {_words(f'{other}=drop' for other in others)} (=val and =test keep it), or name the "
-            f"classes: --data.classes {_words(reader.tops)}"
+            f"{listed(reader.below(plain[0]))}, beside {listed(others)}: leave out what is not a split with "
+            f"--data.split-values {typed(f'{other}=drop' for other in others)} (=val and =test keep it), or name the "
+            f"classes: --data.classes {typed(reader.tops)}"
         )
 
 
@@ -202,13 +200,13 @@ def _splits_are_inside(reader: _Reader) -> bool:
     if reader.config.split_folders == "ignore":
         return False
     inside = {top: reader.below(top) for top in reader.tops}
-    meanings = {top: [_meaning(reader, name) for name in names] for top, names in inside.items()}
+    meanings = {top: [meaning(name, reader.config) for name in names] for top, names in inside.items()}
     whole = [top for top in reader.tops if len(set(meanings[top])) > 1 and all(meanings[top])]
     torn = [top for top in reader.tops if top not in whole or reader.tree.num_images_in(joined(reader.root, top))]
     if whole and torn:
         raise ValueError(
-            f"folder {whole[0]!r} of {reader.source} holds the splits {_list(inside[whole[0]])}, but not all images of "
-            f"{torn[0]!r} are in such folders: move them there, or have all splits drawn with --data.split-folders "
+            f"folder {whole[0]!r} of {reader.source} holds the splits {listed(inside[whole[0]])}, but not all images "
+            f"of {torn[0]!r} are in such folders: move them there, or have all splits drawn with --data.split-folders "
             "ignore"
         )
     return bool(whole)
@@ -244,9 +242,9 @@ def _shared_by_splits(reader: _Reader, parts: Sequence[str]) -> list[str]:
 def _either(reader: _Reader, inner: Sequence[str]) -> str:
     outer = reader.tops
     return (
-        f"{reader.source} has the folders {_list(outer)}, each with the folders {_list(inner)} inside, and either "
-        f"could be the classes: name them with --data.classes {_words(outer)} (what is inside belongs to its class) or "
-        f"--data.classes {_words(inner)} (the outer folders are then splits: {_say_which(outer)})"
+        f"{reader.source} has the folders {listed(outer)}, each with the folders {listed(inner)} inside, and either "
+        f"could be the classes: name them with --data.classes {typed(outer)} (what is inside belongs to its class) or "
+        f"--data.classes {typed(inner)} (the outer folders are then splits: {say_which(outer)})"
     )
 
 
@@ -270,23 +268,23 @@ def _classes_of_splits(reader: _Reader) -> FolderLayout:
     if not any(reader.names_class(top) for top in reader.tops) and (shared := _shared_by_splits(reader, parts)):
         one = f"{reader.source}/{joined(reader.root, reader.tops[0])}"
         raise ValueError(
-            f"{reader.source} has the folders {_list(reader.tops)} around splits, and the folders {_list(shared)} "
-            f"inside: if the inner ones are the classes, read one of the outer ones (--data.source {_words([one])}) or "
-            f"{_TABLE}; if the outer ones are, name them: --data.classes {_words(reader.tops)}"
+            f"{reader.source} has the folders {listed(reader.tops)} around splits, and the folders {listed(shared)} "
+            f"inside: if the inner ones are the classes, read one of the outer ones (--data.source {typed([one])}) or "
+            f"{_TABLE}; if the outer ones are, name them: --data.classes {typed(reader.tops)}"
         )
-    splits = _split_of_each(reader, sorted({name for _, name in places}))
+    splits = split_of_each(sorted({name for _, name in places}), reader.config)
     folders = [
         ClassFolder(part, class_name(top), splits[name], name)
         for (top, name), part in zip(places, parts, strict=True)
-        if splits[name] != _DROP
+        if splits[name] != DROP
     ]
-    return FolderLayout(reader.root, tuple(folders), _told(splits, where=" inside each class"))
+    return FolderLayout(reader.root, tuple(folders), origin(splits, where=" inside each class"))
 
 
 def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
     """Splits/classes/images."""
     ignored = reader.config.split_folders == "ignore"
-    splits = _split_of_each(reader, reader.tops)
+    splits = split_of_each(reader.tops, reader.config)
     tops = [top for split in (*SPLITS, "") for top in reader.tops if splits.get(top) == split]
     for top in tops:
         _check_split_folder(reader, top, roots[top])
@@ -295,8 +293,8 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
     if not reader.config.classes and (shared := _shared(reader, inner)):
         names = sorted({path.rpartition("/")[2] for path in inner})
         raise ValueError(
-            f"the splits of {reader.source} hold the folders {_list(names)}, each with the folders {_list(shared)} "
-            f"inside, and either could be the classes: name the first with --data.classes {_words(names)}; if the "
+            f"the splits of {reader.source} hold the folders {listed(names)}, each with the folders {listed(shared)} "
+            f"inside, and either could be the classes: name the first with --data.classes {typed(names)}; if the "
             f"second are, {_TABLE}"
         )
     lone = len({splits[top] for top in tops}) == 1
@@ -308,12 +306,12 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
     strays = [(top, num) for top in tops if (num := reader.tree.num_images_in(joined(reader.root, top)))]
     notes = tuple(f"left out, as they are in no class folder of {top}: {_files(num)}" for top, num in strays)
     if ignored:
-        told = f"drawn from all images; the split folders {_list(tops)} are ignored"
+        clause = f"drawn from all images; the split folders {listed(tops)} are ignored"
     elif lone:
-        told = f"all drawn from {_list(tops)}, as there is no other split"
+        clause = f"all drawn from {listed(tops)}, as there is no other split"
     else:
-        told = _told({top: splits[top] for top in tops})
-    return FolderLayout(reader.root, tuple(folders), told, notes)
+        clause = origin({top: splits[top] for top in tops})
+    return FolderLayout(reader.root, tuple(folders), clause, notes)
 
 
 def _check_split_folder(reader: _Reader, top: str, root: str) -> None:
@@ -323,128 +321,24 @@ def _check_split_folder(reader: _Reader, top: str, root: str) -> None:
     what = "has images, but no class folders" if reader.tree.has_images(root) else "holds no images"
     raise ValueError(
         f"split folder {top!r} of {reader.source} {what}: put each of its images into a folder of its class, or leave "
-        f"the folder out with --data.split-values {_words([f'{top}=drop'])}"
+        f"the folder out with --data.split-values {typed([f'{top}=drop'])}"
     )
 
 
-# ---------------------------------------------------------------------------------------------------- which split is it
-
-
-def _split_of_each(reader: _Reader, folders: Sequence[str]) -> dict[str, str]:
-    """The split of each folder, "" where it does not matter. ValueError where it is not known, or one is missing."""
-    splits = {name: _meaning(reader, name) for name in folders}
-    unknown = [name for name in folders if not splits[name]]
-    ignored = reader.config.split_folders == "ignore"
-    if unknown and not (ignored and len(unknown) == len(folders)):
-        raise ValueError(_unknown(reader, folders, unknown))
-    if ignored:
-        return dict.fromkeys(folders, "")
-    splits = _without_doubt(reader, splits)
-    for split in SPLITS:
-        _check_one_of_each(reader, [name for name in folders if splits[name] == split], split)
-    there = [split for split in SPLITS if split in splits.values()]
-    missing = [split for split in ("train", "test") if split not in there]
-    if len(there) > 1 and missing:
-        instead = next(name for name in folders if splits[name] == "val")
-        raise ValueError(
-            f"{reader.source} has the split folders {_list(folders)}, and none for {missing[0]}: add it, say that "
-            f"another serves as it with --data.split-values {_words([f'{instead}={missing[0]}'])} (where validation is "
-            "missing it is drawn from train), or have all splits drawn with --data.split-folders ignore"
-        )
-    return splits
-
-
-def _unknown(reader: _Reader, folders: Sequence[str], unknown: Sequence[str]) -> str:
-    if len(unknown) == len(folders):
-        return (
-            f"which splits the folders {_list(folders)} of {reader.source} are is not clear from their names: "
-            f"{_say_which(folders)}"
-        )
-    known = [name for name in folders if name not in unknown]
-    return (
-        f"{reader.source} has {_list(unknown)} beside the split folders {_list(known)}: leave what is not a split out "
-        f"with --data.split-values {_words(f'{name}=drop' for name in unknown)}, or say which split it is (=train, "
-        f"=val, =test); if all of them are classes, name them with --data.classes {_words(folders)}"
-    )
-
-
-def _without_doubt(reader: _Reader, splits: dict[str, str]) -> dict[str, str]:
-    """`dev` and `eval` as what the other folders leave for them to be. ValueError where they could be two things."""
-    settled = dict(splits)
-    for word, may_be in (("dev", ("val",)), ("eval", ("val", "test"))):
-        names = [name for name, split in settled.items() if split == word]
-        there = set(settled.values())
-        free = [split for split in may_be if split not in there]
-        if names and ("train" not in there or len(free) != 1):
-            raise ValueError(
-                f"folder {names[0]!r} of {reader.source} could be validation, test or training images: say which with "
-                f"--data.split-values {_words([f'{names[0]}=val'])}, or =test, =train"
-            )
-        settled |= {name: free[0] for name in names}
-    return settled
-
-
-def _check_one_of_each(reader: _Reader, names: Sequence[str], split: str) -> None:
-    """ValueError where folders of one split have names that differ in more than a number: are both of them meant?"""
-    by_name = [name for name in names if loose(name) not in reader.given]
-    plainest = min((split_word(name)[1] for name in by_name), key=len, default=())
-    others = [name for name in by_name if split_word(name)[1] != plainest]
-    if others:
-        raise ValueError(
-            f"the folders {_list(names)} of {reader.source} all look like the {split} split: say what "
-            f"{_list(others)} is with --data.split-values {_words(f'{name}={split}' for name in others)} (all of them "
-            "are read), or =drop (left out)"
-        )
-
-
-def _meaning(reader: _Reader, folder: str) -> str:
-    """What a folder is: a split, "drop", "dev", "eval", or "" where that is not known."""
-    return reader.given.get(loose(folder)) or split_word(folder)[0]
-
-
-# ------------------------------------------------------------------------------------------------------------ sentences
-
-
-def _told(splits: Mapping[str, str], where: str = "") -> str:
-    """Where the splits come from, as `train and test from the folders Training and Testing`."""
-    there = [split for split in SPLITS if split in splits.values()]
-    names = [name for split in there for name in splits if splits[name] == split]
-    drawn = "" if "val" in there else "; val drawn from train"
-    return f"{_list(there)} from the folders {_list(names)}{where}{drawn}"
+# ----------------------------------------------------------------------------------------------------------- sentences
 
 
 def _left_out(reader: _Reader) -> list[str]:
     """What of the set is not read, a sentence each."""
     notes = []
     if reader.left_out:
-        notes.append(f"folders left out, as --data.split-values says: {_list(reader.left_out)}")
+        notes.append(f"folders left out, as --data.split-values says: {listed(reader.left_out)}")
     if reader.documents:
-        notes.append(f"folders left out, as they hold no images: {_list(reader.documents)}")
+        notes.append(f"folders left out, as they hold no images: {listed(reader.documents)}")
     if num := reader.tree.num_images_in(reader.root):
         notes.append(f"left out, as they are beside the class folders: {_files(num)}")
     return notes
 
 
-def _say_which(folders: Sequence[str]) -> str:
-    examples = [f"{name}={split}" for name, split in zip(folders, ("train", "test", "val"), strict=False)]
-    return (
-        f"say which with --data.split-values {_words(examples)} (FOLDER=drop leaves one out), or take all together "
-        "with --data.split-folders ignore"
-    )
-
-
 def _files(num: int) -> str:
     return f"{num} files" if num > 1 else "1 file"
-
-
-def _list(names: Iterable[str], most: int = 8) -> str:
-    """Names as one says them: a, b and c."""
-    shown = list(names)
-    if len(shown) > most:
-        shown = [*shown[:most], f"{len(shown) - most} more"]
-    return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else "".join(shown)
-
-
-def _words(names: Iterable[str]) -> str:
-    """Names as one types them in a shell."""
-    return " ".join(shlex.quote(name) for name in names)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_shards.config import DataConfig
-from data_shards.folder_splits import DROP, typed, given, listed, meaning, origin, say_which, split_of_each
+from data_shards.folder_splits import DROP, given, listed, meaning, origin, say_which, split_of_each, typed
 from data_shards.folder_tree import FolderTree, class_name, joined, loose
 from data_shards.split import SPLIT_WORDS, SPLITS, split_word
 

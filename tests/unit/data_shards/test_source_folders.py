@@ -1,6 +1,7 @@
 """Folders as classes and as splits: what is read how, what is refused, and that each remedy works."""
 
 import io
+import json
 import re
 import shlex
 import tarfile
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from dicom_files import dicom_file
 from original_layouts import zip_of
+from tiny_sets import coded, pixels
 
 from data_shards.config import DataConfig
+from data_shards.convert import convert
 from data_shards.plan import config_digest
 from data_shards.source import open_source
 from data_shards.split import LeakError, assign_splits, split_word
 from data_shards.store import open_store
 
+NEW_KEYS = ("rules", "splits_from", "split_folders")  # in the settings that are stored beside a dataset
 DRAWN, TRAIN, VAL, TEST = None, "train", "val", "test"
 
 
@@ -411,3 +415,32 @@ def test_the_settings_of_a_set_that_was_read_before_have_the_digest_that_they_ha
     before = "a78389d4dcc45042"
     assert config_digest(config("/anywhere")).startswith(before)
     assert config_digest(config("/anywhere", split_folders="ignore")) != config_digest(config("/anywhere"))
+
+
+def make_images(folder):
+    """Training and Testing of two classes, 20 real JPEGs in each."""
+    for i, name in enumerate(paths(["Training", "Testing"], num=20)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(coded(pixels(i), "JPEG"))
+
+
+def test_a_finished_dataset_whose_split_folders_became_classes_stays_valid_with_a_notice(tmp_path, caplog):
+    make_images(tmp_path / "set")
+    store = open_store(str(tmp_path / "store"))
+    once = convert(config(tmp_path / "set", classes=("Testing", "Training")), store)
+    settings = json.loads(store.get("config.json"))
+    store.put("config.json", json.dumps({key: settings[key] for key in settings if key not in NEW_KEYS}).encode())
+    caplog.clear()
+    again = convert(config(tmp_path / "set", classes=("Testing", "Training")), store)
+    assert (again["digest"], again["made"], again["splits_from"]) == (once["digest"], 0, "")
+    assert "stays valid" in caplog.text
+    assert "folders named after splits (train, test, ...) are splits, not classes" in caplog.text
+
+
+def test_the_dataset_says_where_its_splits_come_from(tmp_path):
+    make_images(tmp_path / "set")
+    store = open_store(str(tmp_path / "store"))
+    told = "train and test from the folders Training and Testing; val drawn from train"
+    first = convert(config(tmp_path / "set"), store)
+    assert (first["splits_from"], first["samples"]) == (told, {"train": 34, "val": 6, "test": 40})
+    assert convert(config(tmp_path / "set"), store)["splits_from"] == told

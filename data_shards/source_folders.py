@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import posixpath
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
-from data_shards.files import open_files
+from data_shards.files import NestedFiles, open_files
 from data_shards.folder_layout import ClassFolder, read_layout
 from data_shards.folder_tree import FolderTree, class_name, loose
 from data_shards.source import Row
-from data_shards.split import SPLITS
+from data_shards.split import SPLITS, split_word
 
 
 def open_folders(config: DataConfig) -> FileSet:
@@ -24,6 +25,8 @@ def open_folders(config: DataConfig) -> FileSet:
     files = open_files(config.source)
     tree = FolderTree(files)
     layout = read_layout(tree, config)
+    if isinstance(files, NestedFiles) and not layout.splits_from:
+        _check_zips(files.zips, config)
     classes = _classes(layout.folders, config)
     _check_images(layout.folders, tree, config)
     _check_same_classes(layout.folders, config)
@@ -40,6 +43,17 @@ def open_folders(config: DataConfig) -> FileSet:
     notes = (*layout.notes, *_merged(layout.folders))
     root = f"{layout.root}/" if layout.root else ""
     return FileSet(files, root, rows, config, classes=classes, notes=notes, splits_from=layout.splits_from)
+
+
+def _check_zips(zips: Sequence[str], config: DataConfig) -> None:
+    """ValueError where zips are named after splits, but hold the class folders themselves: nothing would tell whose."""
+    words = {split_word(posixpath.splitext(posixpath.basename(name))[0])[0] for name in zips} - {""}
+    if len(words) > 1 and config.split_folders == "keep":
+        raise ValueError(
+            f"{config.source} has {', '.join(zips)}, which look like splits, but what they hold does not say which: "
+            "unpack each into a folder of its own name, or have the splits drawn from all images with "
+            "--data.split-folders ignore"
+        )
 
 
 def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:

@@ -176,6 +176,21 @@ def test_the_set_is_read_alike_from_s3(tmp_path, s3):
     assert open_source(config(f"{s3}/brain")).rows == read(tmp_path, names).rows
 
 
+def test_zips_named_after_splits_are_not_poured_together(tmp_path):
+    for inside in ("", "{}/"):
+        folder = tmp_path / f"set{len(inside)}"
+        folder.mkdir()
+        for split, start in (("train", 0), ("test", 5)):
+            names = [f"{inside.format(split)}{c}/{start + i}.jpg" for c in ("glioma", "normal") for i in range(2)]
+            (folder / f"{split}.zip").write_bytes(zip_of(dict.fromkeys(names, b"x")))
+    assert found(open_source(config(tmp_path / "set3"))) == {
+        (c, s): 2 for c in ("glioma", "normal") for s in (TRAIN, TEST)
+    }
+    with pytest.raises(ValueError, match=r"test.zip, train.zip, which look like splits.*--data.split-folders ignore"):
+        open_source(config(tmp_path / "set0"))
+    assert len(open_source(config(tmp_path / "set0", split_folders="ignore")).rows) == 8
+
+
 def test_folders_of_patients_inside_of_a_class_belong_to_it(tmp_path):
     names = [
         f"{s}/{c}/{s}-{c}-{p}/{i}.jpg" for s in ("train", "test") for c in "ab" for p in range(3) for i in range(2)

@@ -41,7 +41,7 @@ from data_shards.manifest import (
 )
 from data_shards.names import SETTINGS, printable, salt_digest
 from data_shards.plan import ShardPlan, config_digest, plan_shards, sample_keys
-from data_shards.rules import RULES, RULES_KEY, changes_since
+from data_shards.rules import RULES, RULES_KEY, SPLITS_KEY, changes_since
 from data_shards.scan import (
     FINGERPRINTS,
     FOLDER,
@@ -84,9 +84,10 @@ def convert(
         progress: Called with what is done, of how much, in images while they are looked at, then in shards.
 
     Returns:
-        Facts: digest (the dataset's version), uri, dataset, counts {split: {class: n}}, num_shards, num_images,
-        bytes, quarantine (number of images), leaks {what: number of copies}, dropped (number of images),
-        made and kept (shards written now, shards found).
+        Facts: digest (the dataset's version), uri, dataset, task, counts {split: {class: n}}, samples {split: n}
+        (for multilabel not the sum of the counts), splits_from (a clause, or ""), num_shards, num_images, bytes,
+        quarantine (number of images), leaks {what: number of copies}, dropped (number of images), made and kept
+        (shards written now, shards found).
 
     Raises:
         ValueError: the store holds a dataset of other settings here, the image set or its splits are at fault, or
@@ -105,7 +106,7 @@ def convert(
     # Two drivers of the same settings write the same bytes, so they may both work; where a store cannot say who was
     # first, only one does.
     with one_driver(out, LEASE, f"{socket.gethostname()}, process {os.getpid()}") as held:
-        settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
+        settings = {**_settings(config), RULES_KEY: RULES}
         made = _converted(_findable(config), out, _Run(run_tasks, progress, settings, held))
     return _facts(open_dataset(out), made=made)
 
@@ -120,19 +121,27 @@ def _converted(config: DataConfig, out: Store, run: _Run) -> int:
                 out.delete(key)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
+    settings = json.dumps({**run.settings, SPLITS_KEY: image_set.splits_from}, indent=1).encode()
     for note in image_set.notes:  # told here only: no file name goes into the store
         _log.warning("%s", note)
     _check_classes(image_set)
     keys = sample_keys(image_set.rows, config)
-    out.ensure(SETTINGS, run.settings)
+    out.ensure(SETTINGS, settings)
     scan = Scan(image_set, config, out)
     with kept_if_ended(scan, out):
         _look(scan, image_set.rows, config, out, run=run)
-        return _write(image_set, keys, scan.prints, config, out=out, run=run)
+        return _write(image_set, keys, scan.prints, config, out=out, run=run, settings=settings)
 
 
 def _write(
-    image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, *, out: Store, run: _Run
+    image_set: ImageSet,
+    keys: list[str],
+    prints: Fingerprints,
+    config: DataConfig,
+    *,
+    out: Store,
+    run: _Run,
+    settings: bytes,
 ) -> int:
     """Everything from the fingerprints to the manifest; how many shards were written."""
     out.delete(REFUSED)  # of an earlier try
@@ -159,7 +168,7 @@ def _write(
         run.held.check()
     _remove_strays(plans, out)
     _write_report(guarded, chosen, image_set, config, out)
-    if not out.holds(SETTINGS, run.settings):
+    if not out.holds(SETTINGS, settings):
         raise ValueError(
             f"another conversion with other settings began in {out.uri} while this one ran, and may have replaced its "
             "shards: run again once it has ended, and give one of the two a name of its own with --data.name"
@@ -194,7 +203,7 @@ class _Run(NamedTuple):
 
     run_tasks: RunTasks
     progress: Callable[[int, int, str], None]
-    settings: bytes
+    settings: dict[str, Any]
     held: Lease | None
 
 
@@ -399,7 +408,7 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
         found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
     except (StoreKeyError, json.JSONDecodeError):
         found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
-    ignored = {"name", "max_quarantine", "leaks.datasets", RULES_KEY}
+    ignored = {"name", "max_quarantine", "leaks.datasets", RULES_KEY, SPLITS_KEY}
     changed = [
         f"data.{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(wanted.keys() | found.keys())
@@ -429,6 +438,15 @@ def _notice_rules(out: Store) -> None:
         )
 
 
+def _splits_from(store: Store) -> str:
+    """Where the splits of a finished dataset came from; "" where that is not on record."""
+    try:
+        found = json.loads(store.get(SETTINGS)).get(SPLITS_KEY, "")
+    except (StoreKeyError, json.JSONDecodeError, AttributeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
     manifest, leaks = dataset.manifest, read_report(dataset.store)
     return {
@@ -436,6 +454,9 @@ def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
         "uri": dataset.store.uri,
         "dataset": manifest.dataset,
         "counts": {split: counts.classes for split, counts in manifest.splits.items()},
+        "samples": {split: counts.samples for split, counts in manifest.splits.items()},
+        "task": manifest.task,
+        "splits_from": _splits_from(dataset.store),
         "num_shards": len(manifest.shards),
         "num_images": len(dataset.table),
         "bytes": sum(shard.bytes for shard in manifest.shards),

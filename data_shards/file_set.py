@@ -33,9 +33,11 @@ class FileSet:
         *,
         classes: tuple[str, ...],
         notes: tuple[str, ...] = (),
+        splits_from: str = "",
     ):
         self._files, self._root, self._rows, self._config = files, root, rows, config
         self.classes, self.task, self.notes = classes, str(config.task), notes
+        self.splits_from = splits_from
 
     @functools.cached_property
     def rows(self) -> list[Row]:

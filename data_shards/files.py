@@ -106,6 +106,7 @@ class NestedFiles:
     """
 
     def __init__(self, outer: Files, zips: dict[str, Files], called: str):
+        self.zips = sorted(zips)
         self._homes = {name: (outer, name) for name in outer.names if name not in zips}
         unpacked = set(self._homes)
         folders = list(outer.folders)

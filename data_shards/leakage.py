@@ -168,7 +168,10 @@ def guard(
     drawn = all(row.split is None for row in rows)
     across = _policy(config, drawn=drawn, official=official)
     together = _components(rows, alike) if across == "move" else None
-    first = draw(_in_groups(rows, together) if drawn and together is not None else rows)
+    if drawn:
+        first = draw(rows if together is None else _in_groups(rows, together))
+    else:
+        first = _draw_val(rows, alike, draw) if across != "report" else draw(rows)
     found = _Found(rows, keys, exact, alike, first, classes)
     dropped, splits, elsewhere = np.zeros(len(rows), bool), list(first), []
     try:
@@ -264,7 +267,7 @@ def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
             conflicts,
             "equal pixels under different labels",
             "at least one of the labels is wrong",
-            "--data.leaks.labels drop or report",
+            "--data.leaks.labels drop or report (under another --run)",
         )
     if config.labels == "drop":
         dropped[[i for members in conflicts for i in members]] = True
@@ -274,7 +277,7 @@ def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
             torn,
             "copies of one image in different splits",
             "a model would be tested on what it has seen",
-            "--data.leaks.across drop, move or report",
+            "--data.leaks.across drop, move or report (under another --run)",
         )
     dropped[[i for members in torn for i in members if found.splits[i] != found.held_out(members)]] = True
     return dropped
@@ -391,6 +394,20 @@ def _in_groups(rows: Sequence[Row], together: np.ndarray) -> list[Row]:
         first_row = rows[home[i]]
         found.append(row if times[i] == 1 else replace(row, group=first_row.group or f"{first_row.where} and its like"))
     return found
+
+
+def _draw_val(rows: Sequence[Row], alike: np.ndarray, draw: Draw) -> list[str]:
+    """The splits of rows that come with some. Where validation is drawn from train, copies stay together: what is
+    refused of official splits must not be made by the drawing."""
+    if {row.split for row in rows} != {"train", "test"}:
+        return draw(rows)
+    train = [i for i, row in enumerate(rows) if row.split == "train"]
+    together = _in_groups([rows[i] for i in train], _components([rows[i] for i in train], alike[train]))
+    grouped = list(rows)
+    for i, row in zip(train, together, strict=True):
+        grouped[i] = row
+    # The rows' own groups, not those of their copies, must not be in two splits.
+    return draw([replace(row, split=split) for row, split in zip(rows, draw(grouped), strict=True)])
 
 
 def _moved(splits: list[str], together: np.ndarray, torn: list[list[int]]) -> list[str]:

@@ -18,9 +18,16 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "until an option says what they are",
         "class names and groups of a table that differ only in how Unicode codes an accent are one, in the form NFC",
         "classes of a table that are all numbers are ordered by value, fractions and signs too",
+        "in a set of folders, folders named after splits (train, test, ...) are splits, not classes, also inside of "
+        "class folders",
+        "names of class folders are in Unicode's composed form (NFC) and without spaces around them, and folders that "
+        "differ in nothing else are one class",
+        "where validation is drawn from an official train split, copies of an image are kept together",
     )
 }
 RULES = max(CHANGES)
+# Kept in the same file: where the splits of the dataset came from, in a clause.
+SPLITS_KEY = "splits_from"
 
 
 def changes_since(settings: Mapping[str, Any]) -> tuple[str, ...]:

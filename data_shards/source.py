@@ -39,6 +39,8 @@ class ImageSet(Protocol):
     task: str
     notes: tuple[str, ...]
     """What its owner should be told of it, a sentence each: file names may stand there."""
+    splits_from: str
+    """Where its splits come from, in a clause without file names; empty where there is nothing to say."""
 
     @property
     def rows(self) -> list[Row]: ...
@@ -106,6 +108,8 @@ def resolved(config: DataConfig) -> DataConfig:
 
     Raises ValueError for a dataset that is neither in the catalogue nor given a layout.
     """
+    if config.layout == "folders" and config.split_column == NO_COLUMN:  # as one declines the column of a table
+        config = config.model_copy(update={"split_folders": "ignore"})
     if config.dataset not in catalog.names() and config.layout not in ("catalog", "phantoms"):
         own = {"task": "multiclass"} if config.task == "catalog" else {}
         return config.model_copy(update=own | ({"split_column": ""} if config.split_column == NO_COLUMN else {}))
@@ -113,7 +117,7 @@ def resolved(config: DataConfig) -> DataConfig:
     update: dict[str, Any] = {
         field: getattr(card, field) for field in ("layout", "task") if getattr(config, field) == "catalog"
     }
-    columns = _OF_TABLES if card.layout == "csv" else ()
+    columns = _OF_TABLES if card.layout == "csv" and config.layout in ("catalog", "csv") else ()
     update |= {field: getattr(card, field) for field in ("classes", *columns) if not getattr(config, field)}
     if config.split_column == NO_COLUMN:
         update |= {"split_column": ""}
@@ -133,6 +137,7 @@ class PhantomSet:
         self.classes: tuple[str, ...] = phantoms.CLASSES
         self.task: str = "multiclass"
         self.notes: tuple[str, ...] = ()
+        self.splits_from = ""
         self.rows = [
             Row(f"patient{patient:05d}", image, (phantoms.diagnosis(patient),), None, f"patient{patient:05d}")
             for patient in range(config.num_patients)

@@ -1,58 +1,160 @@
-"""Rows of an image set with one folder per class."""
+"""Rows of an image set with one folder per class, maybe within folders named after splits."""
 
 from __future__ import annotations
 
+import posixpath
+import shlex
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
-from data_shards.files import Files, open_files
-from data_shards.labels import ClassEdits, grouped_by_path, relabelled
+from data_shards.files import NestedFiles, open_files
+from data_shards.folder_layout import ClassFolder, read_layout
+from data_shards.folder_tree import FolderTree, class_name, loose
+from data_shards.labels import ClassEdits, edit_notes, grouped_by_path, require_named
 from data_shards.source import Row
-from data_shards.split import SPLIT_WORDS
+from data_shards.split import SPLITS, split_word
 
 
 def open_folders(config: DataConfig) -> FileSet:
-    """A set with one folder per class. Files beside the class folders are none of its images."""
-    files, source = open_files(config.source), config.source
-    root = _class_root(files, config.classes)
-    found = _folders_in(files, root)
-    if not found:
-        raise ValueError(
-            f"{source} has no folders: layout `folders` wants one folder per class, with its images inside"
-        )
-    if set(found) <= set(SPLIT_WORDS):
-        raise ValueError(
-            f"{source} has the folders {', '.join(found)}, which look like splits, not classes: list the images in a "
-            "CSV with a split column (--data.layout csv)"
-        )
-    classes = ClassEdits(config).names_in_source(config.classes, found) or tuple(found)
-    extra = sorted(set(found) - set(classes))
-    if extra:
-        raise ValueError(
-            f"folder {extra[0]!r} of {source} is none of the classes {', '.join(classes)}: move it away, or add it to "
-            "--data.classes"
-        )
+    """A set with one folder per class, or one per class of each split (see `folder_layout`).
+
+    Files beside the class folders are none of its images. ValueError where the folders could be read in two ways, a
+    class is missing, empty or not named, or the splits have different classes.
+    """
+    files = open_files(config.source)
+    tree = FolderTree(files)
+    layout = read_layout(tree, config)
+    if isinstance(files, NestedFiles) and not layout.splits_from:
+        _check_zips(files.zips, config)
+    folders = _edited(layout.folders, config)
+    classes = _classes(layout.folders, folders, config)
+    _check_images(folders, tree, config)
+    _check_same_classes(folders, config)
+    start = len(layout.root) + 1 if layout.root else 0
     rows = []
     for index, name in enumerate(classes):
-        members = [file[len(root) :] for file in files.names if file.startswith(f"{root}{name}/")]
-        if not members:
-            what = "is empty" if name in found else f"is missing (there are {', '.join(found)})"
-            raise ValueError(f"class folder {name!r} of {source} {what}: put its images there, or mend --data.classes")
-        rows += [Row(where, 0, (index,), None, None) for where in members]
-    made = relabelled(rows, classes, config, source)
-    return FileSet(files, root, grouped_by_path(made.rows, config), config, classes=made.classes, notes=made.notes)
+        members = [
+            (SPLITS.index(folder.split) if folder.split else 0, path[start:], folder.split)
+            for folder in folders
+            if folder.name == name
+            for path in tree.below(folder.path)
+        ]
+        rows += [Row(where, 0, (index,), split, None) for _, where, split in sorted(members)]
+    counts = Counter({folder.name: 0 for folder in layout.folders})
+    for folder in layout.folders:
+        counts[folder.name] += len(tree.below(folder.path))
+    notes = (*layout.notes, *_merged(layout.folders), *edit_notes(ClassEdits(config), counts, several=False))
+    root = f"{layout.root}/" if layout.root else ""
+    rows = grouped_by_path(rows, config)
+    return FileSet(files, root, rows, config, classes=classes, notes=notes, splits_from=layout.splits_from)
 
 
-def _folders_in(files: Files, root: str) -> list[str]:
-    return [f[len(root) :] for f in files.folders if f.startswith(root) and "/" not in f[len(root) :]]
+def _edited(folders: Sequence[ClassFolder], config: DataConfig) -> list[ClassFolder]:
+    """The class folders under the names that `data.class_map` gives, without those of `data.drop_classes`."""
+    edits = ClassEdits(config)
+    edits.require_known({folder.name for folder in folders}, config.source)
+    named = [(folder, edits.new_name(folder.name)) for folder in folders]
+    kept = [replace(folder, name=name) for folder, name in named if name is not None]
+    if not kept:
+        raise ValueError(f"--data.drop-classes leaves no image of {config.source}: name fewer classes")
+    return kept
 
 
-def _class_root(files: Files, classes: Sequence[str]) -> str:
-    """Where the class folders lie, "" or ending in "/": archives often wrap everything into one folder."""
-    root = ""
-    while True:
-        inside = _folders_in(files, root)
-        if len(inside) != 1 or inside[0] in classes or not _folders_in(files, f"{root}{inside[0]}/"):
-            return root
-        root += f"{inside[0]}/"
+def _check_zips(zips: Sequence[str], config: DataConfig) -> None:
+    """ValueError where zips are named after splits, but hold the class folders themselves: nothing would tell whose."""
+    words = {split_word(posixpath.splitext(posixpath.basename(name))[0])[0] for name in zips} - {""}
+    if len(words) > 1 and config.split_folders == "keep":
+        raise ValueError(
+            f"{config.source} has {', '.join(zips)}, which look like splits, but what they hold does not say which: "
+            "unpack each into a folder of its own name, or have the splits drawn from all images with "
+            "--data.split-folders ignore"
+        )
+
+
+def _classes(there: Sequence[ClassFolder], folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:
+    """The class names in the order of their indices; ValueError where they and the folders do not match.
+
+    `there`: the folders as the source calls them, `folders`: as the dataset does.
+    """
+    found = sorted({folder.name for folder in folders})
+    _check_alike(found, config)
+    edits = ClassEdits(config)
+    classes = edits.classes([class_name(name) for name in config.classes] or sorted({f.name for f in there}))
+    require_named(classes, edits)
+    if extra := sorted(set(found) - set(classes)):
+        raise ValueError(
+            f"folder {extra[0]!r} of {config.source} is none of the classes {', '.join(classes)}: move it away, or add "
+            "it to --data.classes"
+        )
+    if missing := [name for name in classes if name not in found]:
+        raise ValueError(
+            f"class folder {missing[0]!r} of {config.source} is missing (there are {', '.join(found)}): put its images "
+            "there, or correct --data.classes"
+        )
+    return classes
+
+
+def _check_alike(found: Sequence[str], config: DataConfig) -> None:
+    """ValueError where two folders look like one class written in two ways, unless both are named."""
+    ways: dict[str, list[str]] = defaultdict(list)
+    for name in found:
+        ways[loose(name)].append(name)
+    named = {class_name(name) for name in config.classes} | ClassEdits(config).new_names
+    for names in ways.values():
+        if len(names) > 1 and not set(names) <= named:
+            kept = min(names, key=lambda name: (name.casefold() != name, name))
+            pairs = " ".join(shlex.quote(f"{name}={kept}") for name in names if name != kept)
+            raise ValueError(
+                f"the folders {', '.join(map(repr, names))} of {config.source} differ only in case, spaces or "
+                f"underscores: if they are one class, say so with --data.class-map {pairs}, or rename them alike; if "
+                "they are not, name all classes in --data.classes"
+            )
+
+
+def _check_images(folders: Sequence[ClassFolder], tree: FolderTree, config: DataConfig) -> None:
+    """ValueError where a class folder holds no files."""
+    for folder in folders:
+        if not tree.below(folder.path):
+            within = f" in {folder.split_folder}" if folder.split_folder else ""
+            raise ValueError(
+                f"class folder {folder.name!r}{within} of {config.source} is empty: put its images there, remove it, "
+                "or correct --data.classes"
+            )
+
+
+def _check_same_classes(folders: Sequence[ClassFolder], config: DataConfig) -> None:
+    """ValueError where a class is in one split, but not in another."""
+    classes_of: dict[str, set[str]] = defaultdict(set)
+    called: dict[str, str] = {}
+    for folder in folders:
+        if folder.split:
+            classes_of[folder.split].add(folder.name)
+            called.setdefault(folder.split, folder.split_folder)
+    for name in sorted(set().union(*classes_of.values())):
+        there = next(split for split, names in classes_of.items() if name in names)
+        for split, names in classes_of.items():
+            if name not in names:
+                others = sorted(names - classes_of[there])
+                renamed = f"; if it is called otherwise there ({', '.join(others)}), rename one of the folders"
+                raise ValueError(
+                    f"class {name!r} of {config.source} has a folder in {called[there]}, but none in {called[split]}: "
+                    "every split needs every class, so add its images there, leave the class out with "
+                    f"--data.drop-classes {shlex.quote(name)}, or have the splits drawn from all images with "
+                    f"--data.split-folders ignore{renamed if others else ''}"
+                )
+
+
+def _merged(folders: Sequence[ClassFolder]) -> list[str]:
+    """A notice for each class whose folders differ in spaces around the name or in how its accents are coded."""
+    ways: dict[str, set[str]] = defaultdict(set)
+    for folder in folders:
+        ways[folder.name] |= {part for part in folder.path.split("/") if class_name(part) == folder.name}
+    return [
+        f"class {name!r} is read from the folders {' and '.join(map(ascii, sorted(parts)))}, which differ only in "
+        "spaces around the name or in how Unicode codes an accent"
+        for name, parts in ways.items()
+        if len(parts) > 1
+    ]

@@ -30,6 +30,7 @@ class NpzSet:
         self._path = local_copy(config.source)
         self._stamp = file_stamp(self._path)
         self.task: str = config.task
+        self.splits_from = ""
         splits, notes = _splits_there(self._path)
         labels = {split: _labels(self._path, split, config.task) for split in splits}
         if any(of_split.one_hot for of_split in labels.values()):

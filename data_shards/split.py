@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,32 @@ SPLIT_WORDS = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+# What only folders are called. Two of these words mean one thing in one set and another in the next: see `split_word`.
+_FOLDER_WORDS = SPLIT_WORDS | {
+    "trainval": "train", "validate": "val", "holdout": "test", "heldout": "test",
+    "dev": "dev", "development": "dev", "eval": "eval", "evaluation": "eval",
+}  # fmt: skip
+# Words beside a split's that say nothing: train_set, test-images, training data.
+_FILLER = re.compile("(?:dataset|set|data|image|img|picture|sample|split|folder|file)s?")
+_GLUED = re.compile(rf"({'|'.join(sorted(_FOLDER_WORDS, key=len, reverse=True))}){_FILLER.pattern}")
+
+
+def split_word(folder: str) -> tuple[str, tuple[str, ...]]:
+    """What a folder's name says of its split, and the words beside that.
+
+    The first is "train", "val" or "test"; "dev" or "eval" where the other folders decide which of them it is; "" where
+    the name says nothing of a split, or two things. Numbers and words such as `set` or `images` are left out of the
+    second: `Train (70%)` and `01_train_images` are ("train", ()), `TEST_SIMPLE` is ("test", ("simple",)).
+    """
+    spaced = re.sub(r"(?<=[^\W\d_A-Z])(?=[A-Z])", " ", folder)  # trainingSet
+    spaced = re.sub(r"(?i)(h[eo]ld)[\W_]?(out)", r"\1\2", spaced)
+    words = [word.lower() for word in re.findall(r"[^\W\d_]+", spaced)]
+    words = [glued[1] if (glued := _GLUED.fullmatch(word)) else word for word in words]
+    found = {_FOLDER_WORDS[word] for word in words if word in _FOLDER_WORDS}
+    if found == {"train", "val"}:  # both in one folder, as val is still to be drawn
+        found = {"train"}
+    others = tuple(word for word in words if word not in _FOLDER_WORDS and not _FILLER.fullmatch(word))
+    return (found.pop() if len(found) == 1 else ""), others
 
 
 class Labelled(Protocol):
@@ -57,6 +84,7 @@ def assign_splits(
         )
     if without == 0:
         splits = [str(row.split) for row in rows]
+        _check_given(set(splits))
         if {"train", "test"} == set(splits):
             train = [i for i, split in enumerate(splits) if split == "train"]
             fractions = np.array([1 - val_fraction, val_fraction])
@@ -67,6 +95,17 @@ def assign_splits(
         splits = _drawn(rows, num_classes, fractions, seed)
     check_splits(rows, splits, num_classes=num_classes, classes=classes)
     return splits
+
+
+def _check_given(given: set[str]) -> None:
+    """ValueError where the splits that images come with are none from which the missing one can be drawn."""
+    if given <= set(SPLITS) and not {"train", "test"} <= given:
+        missing = " and ".join(sorted({"train", "test"} - given))
+        raise ValueError(
+            f"the images come with the splits {', '.join(sorted(given))}, but every dataset needs train and test, and "
+            f"{missing} is missing: say which split serves as it (--data.split-values val=test; validation is then "
+            "drawn from train), or have all splits drawn (--data.split-column -)"
+        )
 
 
 def check_splits(
@@ -81,7 +120,7 @@ def check_splits(
         if row.group is not None and homes.setdefault(row.group, split) != split:
             raise LeakError(
                 f"group {row.group!r} stands in {homes[row.group]} and in {split}: a group belongs into one split, so "
-                "mend the split column, or leave it out to have splits drawn by group"
+                "correct the splits, or have all of them drawn by group with --data.split-column -"
             )
         for label in row.labels:
             present[split][label] += 1

@@ -18,10 +18,10 @@ import tyro
 from pydantic import ValidationError
 
 from data_shards.catalog import card
-from data_shards.source import check_source
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
+from pipelines.class_table import completed
 from pipelines.datasets import datasets
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
@@ -29,6 +29,7 @@ from pipelines.flow.runner import step_folder
 from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
+from pipelines.steps.shard import check_images
 from pipelines.summary import print_plan, print_summary
 from pipelines.terminal import Terminal, console, table
 from pipelines.workflows import WORKFLOWS, until
@@ -183,7 +184,7 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
     def open_context() -> StepContext:
         states = plan_steps(steps, store, work.run)
         if any(state.name == "shard" and state.state != "done" for state in states):
-            check_source(work.values.data)  # before anything is written under the run's name
+            check_images(work.values.data, store)  # before anything is written under the run's name
         context = _open_context(work, workflow, store, terminal)
         _check_divides(work.values, context.placement, states)
         return context
@@ -195,7 +196,10 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
     finally:
         terminal.close()
     if work.json:
-        print(json.dumps({state.name: state.record.facts for state in states if state.record}, indent=2))
+        facts = {state.name: state.record.facts for state in states if state.record}
+        if "shard" in facts:
+            facts["shard"] = completed(facts["shard"], store)
+        print(json.dumps(facts, indent=2))
     else:
         print_summary(states, store, work.run)
     return _verdict(states, terminal)

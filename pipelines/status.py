@@ -33,7 +33,8 @@ def read_status(store: Store, run: str = "") -> list[dict]:
 def _told(record: Record | None) -> str:
     facts = record.facts if record else {}
     if "num_shards" in facts:
-        return f"{facts['num_images']} images in {facts['num_shards']} shards"
+        classes = {name for counts in facts["counts"].values() for name in counts}
+        return f"{facts['num_images']} images of {len(classes)} classes in {facts['num_shards']} shards"
     if "trials" in facts:
         return f"{len(facts['trials'])} trials, winner {facts['winner_trial']}"
     if "best_epoch" in facts:

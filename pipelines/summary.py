@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from data_shards.split import SPLITS
 from data_shards.store import Store
+from pipelines.class_table import completed, print_classes
 from pipelines.flow import StepState
 from pipelines.terminal import console, table
 
@@ -20,12 +22,16 @@ def print_plan(states: Sequence[StepState]) -> None:
 def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
     """Tables of the steps, of the metrics beside the yardsticks, and of where things lie."""
     facts = {state.name: state.record.facts for state in states if state.record}
+    if "shard" in facts:
+        facts["shard"] = completed(facts["shard"], store)
     rows = [
-        (state.name, state.state, f"{state.record.seconds:.0f}", "\n".join(_made(state.name, state.record.facts)))
+        (state.name, state.state, f"{state.record.seconds:.0f}", "\n".join(_made(state.name, facts[state.name])))
         for state in states
         if state.record
     ]
     table(f"Run {run}", ("step", "state", "s", "what it made"), rows)
+    if "shard" in facts:
+        print_classes(facts["shard"])
     if "evaluate" in facts:
         _print_metrics(facts["evaluate"])
     _print_places(facts, store, run)
@@ -33,9 +39,9 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
 
 def _made(step: str, facts: dict[str, Any]) -> list[str]:
     if step == "shard":
-        counts = {split: sum(classes.values()) for split, classes in facts["counts"].items()}
-        split = ", ".join(f"{name} {counts[name]}" for name in ("train", "val", "test") if name in counts)
-        lines = [f"{facts['num_images']} images in {facts['num_shards']} shards ({split})"]
+        samples = facts.get("samples", {})
+        split = ", ".join(f"{name} {samples[name]}" for name in SPLITS if name in samples)
+        lines = [f"{facts['num_images']} images in {facts['num_shards']} shards{f' ({split})' if split else ''}"]
         if facts["quarantine"]:
             where = facts["data"].removeprefix("datasets/")
             lines.append(

@@ -87,14 +87,28 @@ class Terminal:
         self._live, self._tasks, self._began, self._said = None, {}, {}, {}
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table on standard output, folded to the width of the terminal; a key stays in one piece."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    numeric: Sequence[str] = (),
+    width: int | None = None,
+) -> None:
+    """Prints a table on standard output, folded to the width of the terminal, or to `width` where that is less.
+
+    Columns named in `numeric` are set flush right and never folded; nor is a key.
+    """
     drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
-        drawn.add_column(column, overflow="fold", no_wrap=column == "key")
+        is_number = column in numeric
+        drawn.add_column(
+            column, overflow="fold", justify="right" if is_number else "left", no_wrap=is_number or column == "key"
+        )
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
-    console().print(drawn)
+    out = console()
+    out.print(drawn, width=min(width or out.width, out.width))
 
 
 def console() -> Console:

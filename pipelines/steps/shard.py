@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 
 from data_shards.config import DataConfig
 from data_shards.convert import convert
+from data_shards.manifest import MANIFEST
+from data_shards.source import check_source, open_source, resolved
+from data_shards.split import SPLITS
 from data_shards.store import Store
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
@@ -24,11 +27,37 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
     params = config.model_dump(exclude={"salt"})
     with context.tracking.running(out, run=context.run, step="shard", params=params) as run_id:
         facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
-        counts = {f"num_{split}": sum(classes.values()) for split, classes in facts["counts"].items()}
-        told = {name: facts[name] for name in ("num_images", "num_shards", "quarantine", "bytes")}
-        copies = {f"copies {what}": count for what, count in facts["leaks"].items()}
-        context.tracking.log_metrics(run_id, told | counts | copies)
+        context.show.say(_classes_line(facts))
+        context.tracking.log_metrics(run_id, logged(facts))
     return {**facts, "data": data, "max_side": config.max_side, "mlflow_run": run_id}
+
+
+def check_images(config: DataConfig, store: Store) -> None:
+    """ValueError where the image set is not there, or its folders cannot be read as classes: before any work.
+
+    A finished dataset needs no images any more.
+    """
+    check_source(config)
+    if (
+        resolved(config).layout == "folders"
+        and store.at("datasets", config.dataset, config.name).head(MANIFEST) is None
+    ):
+        open_source(config)
+
+
+def logged(facts: dict) -> dict[str, int]:
+    """What MLflow is given of a conversion's facts; `num_train` and so on are images, also where they have several
+    labels."""
+    counts = {f"num_{split}": num for split, num in facts["samples"].items()}
+    copies = {f"copies {what}": count for what, count in facts["leaks"].items()}
+    return {name: facts[name] for name in ("num_images", "num_shards", "quarantine", "bytes")} | counts | copies
+
+
+def _classes_line(facts: dict) -> str:
+    """The classes with their counts: a command that fails later prints no table."""
+    counts = facts["counts"]
+    told = [f"{name} {'/'.join(str(counts[split][name]) for split in SPLITS)}" for name in counts["train"]]
+    return f"{len(told)} classes ({'/'.join(SPLITS)}): {', '.join(told)}"
 
 
 def ray_map(task: Callable, items: list) -> Iterator:

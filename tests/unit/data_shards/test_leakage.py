@@ -374,3 +374,47 @@ def test_a_dataset_whose_report_is_lost_says_how_to_make_it_again(tmp_path):
     store.put(LEAKS, b"{}")
     with pytest.raises(ManifestError, match=r"no whole leakage\.json.* under another --run"):
         read_report(store)
+
+
+def official(folder: Path, copies: dict[str, int]) -> DataConfig:
+    """Folders of 24 images in train and 8 in test, and of copies of some of them: {path: number of the image}."""
+    images = {
+        f"{split}/{'ab'[i % 2]}/{i}.png": first + i
+        for split, first, num in (("Training", 0, 24), ("Testing", 100, 8))
+        for i in range(num)
+    }
+    for where, number in {**images, **copies}.items():
+        (folder / where).parent.mkdir(parents=True, exist_ok=True)
+        (folder / where).write_bytes(coded(image(number)))
+    return DataConfig(dataset="mine", layout="folders", source=str(folder), val_fraction=0.3)
+
+
+def test_validation_drawn_from_an_official_train_split_keeps_copies_together(tmp_path):
+    copies = {f"Training/a/copy {i}.png": i for i in range(0, 24, 2)}
+    config, store = official(tmp_path / "set", copies), open_store(str(tmp_path / "out"))
+    facts = convert(config, store)  # were they torn apart, the set would be refused for it
+    assert facts["samples"]["test"] == 8
+    found = {name: split for split, names in names_in(store, config).items() for name in names}
+    assert all(found[f"Training/a/{i}.png"] == found[f"Training/a/copy {i}.png"] for i in range(0, 24, 2))
+    assert "val" in found.values()
+
+
+@pytest.mark.parametrize(("policy", "num"), [("drop", 32), ("move", 33), ("report", 33)])
+def test_the_remedy_for_copies_across_official_folders_works_when_it_is_followed(tmp_path, policy, num):
+    config = official(tmp_path / "set", {"Testing/a/copy.png": 4})
+    store = open_store(str(tmp_path / "out"))
+    with pytest.raises(LeakError, match=r"--data\.leaks\.across drop, move or report \(under another --run\)"):
+        convert(config, store)
+    lenient = config.model_copy(update={"leaks": LeakConfig(across=policy)})
+    assert convert(lenient, store)["num_images"] == num
+
+
+def test_a_patient_in_official_train_and_test_is_refused_also_where_copies_share_a_group(tmp_path):
+    rows = [
+        (f"{split}{i}.png", first + i, "ab"[i % 2], split, f"{split} {i}")
+        for split, first in (("train", 0), ("test", 300))
+        for i in range(8)
+    ]
+    rows += [("x.png", 900, "a", "train", "p"), ("y.png", 900, "a", "train", "q"), ("z.png", 901, "a", "test", "q")]
+    with pytest.raises(LeakError, match="group 'q' stands in"):
+        convert(config_of(write_set(tmp_path / "set", rows)), open_store(str(tmp_path / "out")))

@@ -95,7 +95,7 @@ def test_where_only_train_and_test_are_given_val_is_drawn_by_group_out_of_train(
 
 def test_where_only_train_and_val_are_given_no_test_is_made_up():
     rows = [Sample((0,), split=split) for split in ("train", "val")]
-    with pytest.raises(ValueError, match="missing from the test split"):
+    with pytest.raises(ValueError, match=r"train, val.* test is missing.*--data.split-values val=test"):
         drawn(rows, 1)
 
 

@@ -22,6 +22,7 @@ class InMemorySet:
     classes: tuple[str, ...] = ("a", "b")
     task: str = "multiclass"
     notes: tuple[str, ...] = ()
+    splits_from: str = ""
     reads: list[str] = field(default_factory=list)
 
     def read(self, row: Row) -> np.ndarray | bytes:

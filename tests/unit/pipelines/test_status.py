@@ -24,7 +24,7 @@ def test_each_step_of_a_run_stands_in_the_order_it_finished_with_its_facts(store
     rows = read_status(store, "whole")
     assert {row["state"] for row in rows} == {"done"}
     assert {row["step"]: row["told"] for row in rows} == {
-        "shard": "12 images in 2 shards",
+        "shard": "12 images of 2 classes in 2 shards",
         "tune": "3 trials, winner t1",
         "train": "epoch 3, val AUC 0.9123",
         "evaluate": "test AUC 0.9000 over 120 images",

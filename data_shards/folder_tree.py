@@ -1,0 +1,96 @@
+"""The folders of an image set as a tree: what is inside of which, and which of them hold images."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import unicodedata
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable
+
+from data_shards.files import Files
+
+# Files with these endings describe a set; they are not images of it.
+_DOCUMENTS = frozenset({
+    ".bib", ".cfg", ".csv", ".doc", ".docx", ".htm", ".html", ".ini", ".ipynb", ".json", ".log", ".md", ".ods", ".pdf",
+    ".ppt", ".pptx", ".py", ".rst", ".rtf", ".tex", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
+})  # fmt: skip
+
+
+def composed(name: str) -> str:
+    """The name with its accents in Unicode's composed form (NFC): macOS writes them decomposed, keyboards composed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def class_name(folder: str) -> str:
+    """What a folder's class is called: its name in the form NFC, without spaces around it, which nobody sees."""
+    return composed(folder).strip() or folder
+
+
+def loose(name: str) -> str:
+    """What two names share that differ only in case, in accents' coding, or in spaces and underscores."""
+    return re.sub(r"[\s_]+", " ", composed(name)).strip().casefold()
+
+
+class FolderTree:
+    """Folders by their paths ("" is the source itself), without those that hold documents only."""
+
+    def __init__(self, files: Files):
+        self.files = sorted(files.names)
+        self._inside: dict[str, list[str]] = defaultdict(list)
+        for folder in files.folders:
+            parent, _, name = folder.rpartition("/")
+            self._inside[parent].append(name)
+        self._filled: set[str] = set()
+        self._with_images: set[str] = set()
+        self._images_in: dict[str, int] = defaultdict(int)
+        for file in self.files:
+            folder, _, name = file.rpartition("/")
+            self._images_in[folder] += posixpath.splitext(name)[1].lower() not in _DOCUMENTS
+        for folder, num_images in self._images_in.items():
+            _mark(folder, self._filled)
+            if num_images:
+                _mark(folder, self._with_images)
+
+    def inside(self, folder: str, *, named: Iterable[str] = ()) -> list[str]:
+        """Names of the folders in a folder; one with nothing but documents only where it is among `named`."""
+        wanted = {class_name(name) for name in named}
+        return [
+            name
+            for name in self._inside.get(folder, ())
+            if not self.has_documents_only(joined(folder, name)) or class_name(name) in wanted
+        ]
+
+    def documents_in(self, folder: str) -> list[str]:
+        """Names of the folders in a folder that hold files, but no images."""
+        return [name for name in self._inside.get(folder, ()) if self.has_documents_only(joined(folder, name))]
+
+    def has_documents_only(self, folder: str) -> bool:
+        """Whether there are files below a folder, and none that could be an image."""
+        return folder in self._filled and folder not in self._with_images
+
+    def has_images(self, folder: str) -> bool:
+        """Whether what could be an image is anywhere below the folder."""
+        return folder in self._with_images
+
+    def num_images_in(self, folder: str) -> int:
+        """How many files that could be images are in the folder itself."""
+        return self._images_in.get(folder, 0)
+
+    def below(self, folder: str) -> list[str]:
+        """Paths of all files below a folder, sorted."""
+        start = bisect_left(self.files, f"{folder}/")
+        return self.files[start : bisect_left(self.files, f"{folder}0", lo=start)]  # "0" is what follows "/"
+
+
+def joined(folder: str, name: str) -> str:
+    """The path of a folder in a folder."""
+    return f"{folder}/{name}" if folder else name
+
+
+def _mark(folder: str, marked: set[str]) -> None:
+    """Adds a folder and all that it is in."""
+    while folder not in marked:
+        marked.add(folder)
+        folder = folder.rpartition("/")[0]

@@ -1,0 +1,53 @@
+"""How many images each class has in each split: what a person checks first of a dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_shards.manifest import MANIFEST, Manifest
+from data_shards.split import SPLITS
+from data_shards.store import Store, StoreError
+from pipelines.terminal import console, table
+
+_WIDTH = 80  # columns, on any terminal and in a log
+_MOST_CLASSES = 200
+
+
+def completed(facts: dict[str, Any], store: Store) -> dict[str, Any]:
+    """The facts of a shard step with `samples` and `task`, which records of earlier code lack.
+
+    They are read from the manifest. Where that cannot be had, samples are the sums over the classes, which are right
+    wherever an image has one class, and are left out where they cannot be right.
+    """
+    if "samples" in facts:
+        return facts
+    try:
+        manifest = Manifest.model_validate_json(store.at(*facts["data"].split("/")).get(MANIFEST))
+        samples = {split: counts.samples for split, counts in manifest.splits.items()}
+        return {**facts, "samples": samples, "task": manifest.task}
+    except (StoreError, ValidationError):
+        sums = {split: sum(classes.values()) for split, classes in facts["counts"].items()}
+        return {**facts, "samples": sums} if sum(sums.values()) == facts["num_images"] else facts
+
+
+def print_classes(facts: dict[str, Any]) -> None:
+    """The table of classes and splits of a shard step's completed facts, and where the splits come from."""
+    counts, samples = facts["counts"], facts.get("samples", {})
+    splits = [split for split in SPLITS if split in counts]
+    names = list(dict.fromkeys(name for split in splits for name in counts[split]))
+    rows = [(name, *_row([counts[split].get(name, 0) for split in splits])) for name in names[:_MOST_CLASSES]]
+    if len(names) > _MOST_CLASSES:
+        rows.append((f"({len(names) - _MOST_CLASSES} more classes: --json prints all)", *[""] * (len(splits) + 1)))
+    if samples:
+        rows.append(("all images", *_row([samples[split] for split in splits])))
+    table("Classes", ("class", *splits, "all"), rows, numeric=(*splits, "all"), width=_WIDTH)
+    if facts.get("task") == "multilabel":
+        console().print("An image counts for each of its classes.")
+    if facts.get("splits_from"):
+        console().print(f"splits: {facts['splits_from']}", width=_WIDTH)
+
+
+def _row(numbers: list[int]) -> list[str]:
+    return [f"{number:,}" for number in (*numbers, sum(numbers))]

@@ -43,7 +43,8 @@ def run(
     uri = context.store.at(shard["data"]).uri
     data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
     with context.tracking.running(out, run=context.run, step="evaluate", params=config.model_dump()) as run_id:
-        labels, logits = _infer(config, placement, uri, context.store.at(train["model"]).uri, data, context)
+        model = (context.store.at(train["model"]).uri, train["digest"])
+        labels, logits = _infer(config, placement, uri, model, data, context)
         scores = _scores(logits, data.manifest.task)
         table = _parquet(data, scores)
         out.put(PREDICTIONS, table)
@@ -68,7 +69,10 @@ def run(
 
 
 def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`)."""
+    """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`).
+
+    CheckpointError where the model's files have not the digest that the training recorded.
+    """
     import torch
 
     from medmamba.checkpoint import load_model
@@ -77,8 +81,9 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     placement = Placement.model_validate(payload["placement"])
     torch.set_num_threads(placement.threads)
     with tempfile.TemporaryDirectory(prefix="medmamba-model-") as folder:
-        _fetch(open_store(payload["model"]), Path(folder))
-        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device)
+        uri, digest = payload["model"]
+        _fetch(open_store(uri), Path(folder))
+        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device, digest=digest)
     return infer(
         model,
         open_dataset(open_store(payload["dataset"]), digest=payload["digest"]),
@@ -95,7 +100,12 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
 
 
 def _infer(
-    config: EvaluateConfig, placement: Placement, dataset: str, model: str, data: Dataset, context: StepContext
+    config: EvaluateConfig,
+    placement: Placement,
+    dataset: str,
+    model: tuple[str, str],
+    data: Dataset,
+    context: StepContext,
 ) -> tuple[np.ndarray, np.ndarray]:
     import ray
 

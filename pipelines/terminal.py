@@ -67,7 +67,7 @@ class Terminal:
             self._live.start()
         if name not in self._tasks:
             self._tasks[name] = self._live.add_task(name, total=total, text=text)
-        self._live.update(self._tasks[name], completed=done, text=text)
+        self._live.update(self._tasks[name], completed=done, total=total, text=text)
 
     def _plain_line(self, name: str, done: int, total: int, text: str, left_s: float | None) -> None:
         """For a log file: now and then a line, and always the last."""

@@ -15,7 +15,7 @@ from data_shards.store import open_store
 from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest
 from pipelines.cli import main
 from pipelines.predict import predict
-from pipelines.registry import DIGEST_TAG, PACKAGE_TAG, IntegrityError, by_alias, loaded, package_digest
+from pipelines.registry import DIGEST_TAG, PACKAGE_TAG, IntegrityError, by_alias, by_number, loaded, package_digest
 from pipelines.steps.evaluate import evaluate_rank
 from pipelines.tracking import open_tracking
 
@@ -206,3 +206,24 @@ def test_an_evaluation_refuses_weights_that_are_not_those_of_the_training(releas
     payload = {"placement": placement.model_dump(), "model": (store.at(train["model"]).uri, train["digest"])}
     with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is on record"):
         evaluate_rank(payload, 0)
+
+
+def test_the_version_carries_its_baselines_for_the_gate(release):
+    store, tracking, _ = release
+    around = registered.context(store, tracking, "with-baselines")
+    before = registered.facts(store, around.run, auc=0.877)
+    before["evaluate"] |= {
+        "baselines": {"chance": {"auc": 0.5}, "pixels": {"auc": 0.897, "f1": 0.25}},
+        "absent_baselines": {"size": "no class b in training"},
+    }
+    facts = registered.register_run(around, before, "baselines")
+    tags = by_number(tracking, "baselines", 1).tags
+    kept = {name: value for name, value in tags.items() if name.startswith("baseline_")}
+    assert kept == {
+        "baseline_chance_auc": "0.5", "baseline_pixels_auc": "0.897", "baseline_pixels_f1": "0.25",
+        "baseline_size_absent": "no class b in training",
+    }  # fmt: skip
+    found = registered.promote_run(around, facts)
+    assert found["verdict"] == "no"
+    assert "0.8770 of version 1 is more than 0.01 below the baseline's 0.8970" in found["reason"]
+    assert by_alias(tracking, "baselines", "champion") is None

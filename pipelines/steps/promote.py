@@ -146,7 +146,9 @@ def _kept(out: Store, champion: Version | None, candidate: Version) -> dict[str,
     """The decision of an interrupted run of this step, unless the alias has gone elsewhere since."""
     try:
         decision = json.loads(out.get(DECISION))
-    except StoreKeyError:
+    except (StoreKeyError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None
+    if not isinstance(decision, dict) or not {"verdict", "reason", "forced", "previous"} <= decision.keys():
+        return None  # not what this step writes
     now = champion.number if champion else None
     return decision if now in (decision["previous"], candidate.number) else None

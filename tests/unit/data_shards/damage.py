@@ -58,7 +58,7 @@ def hostile_json(seed: bytes) -> st.SearchStrategy[bytes]:
 def altered_json(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any] | None = None) -> bytes:
     """The seed with one to three values, anywhere in it, replaced (by one of `values`) or removed."""
     document = json.loads(seed)
-    values = values or st.one_of(
+    anything = st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}),
         st.lists(st.integers(), max_size=2),
     )  # fmt: skip
@@ -68,7 +68,7 @@ def altered_json(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any] | 
             places += [(parent[key], inner) for inner in _keys(parent[key])]
         parent, key = draw(st.sampled_from(places))
         if draw(st.booleans()):
-            parent[key] = draw(values)
+            parent[key] = draw(anything if values is None else values)
         else:
             del parent[key]
             if not document:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import io
 import json
+import struct
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_sets import in_memory_set, npz_config
+from tiny_sets import coded, in_memory_set, npz_config, pixels
 
 from data_shards.config import DataConfig
 from data_shards.convert import convert
@@ -23,6 +25,7 @@ from data_shards.leakage import LEAKS, read_report
 from data_shards.local_shard import LocalShards, ShardError
 from data_shards.manifest import INDEX, MANIFEST, ManifestError, index_bytes, manifest_digest, open_dataset
 from data_shards.node_cache import NodeCache
+from data_shards.pixels import cropped, stretched
 from data_shards.plan import plan_shards
 from data_shards.scan import FINGERPRINTS, FOLDER, scan_chunk, stored_digests
 from data_shards.shard import find_shard, part_key, read_samples, tar_key, write_shard
@@ -378,3 +381,25 @@ def test_a_member_of_a_shard_that_is_not_a_plain_file_is_refused(kind):
 def test_what_is_no_key_is_named(key):
     with pytest.raises(StoreError, match="is no key"):
         checked_key(key)
+
+
+def huge_png() -> bytes:
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1 << 20))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def huge_jpeg() -> bytes:
+    data = coded(pixels(1, 16, 16), "JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", 60_000, 60_000) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("image", [huge_png(), huge_jpeg()], ids=["png", "jpeg"])
+@pytest.mark.parametrize("box", [None, (0, 0, 60_000, 60_000)], ids=["stretched", "cropped"])
+def test_an_image_in_a_shard_that_claims_more_pixels_than_can_be_stored_is_not_decoded(image, box):
+    with pytest.raises(ValueError, match="60000 x 60000 pixels"):
+        stretched(image, 32, 32, 1) if box is None else cropped(image, box, 32, 32, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -80,7 +80,7 @@ class LeakReport(_Frozen):
     """Bits in which near copies may differ."""
     across: Literal["report", "drop", "move", "refuse"]
     """What was done about copies in different splits."""
-    counts: dict[str, Count]
+    counts: dict[Annotated[str, Field(pattern=r"^[ -~]{1,80}$")], Count]
     """Copies beyond the first of their kind, by what they are."""
     dropped: tuple[Key, ...]
     """Keys of images that were left out."""

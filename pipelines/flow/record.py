@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from data_shards.fields import explained
 from data_shards.store import Store
-from pipelines.override import difference
+from pipelines.override import difference, explain
 
 CONFIG, RECORD = "config.json", "record.json"
 STILL_TO_RUN = "still to run"
@@ -112,7 +111,7 @@ def _read(out: Store, key: str, kind: type[Kept]) -> Kept:
         _adapter(kind).validate_json(data, strict=True)  # type: ignore[arg-type]
         return found
     except ValidationError as error:
-        problem = explained(error)
+        problem = explain(error)[:200]
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
         problem = str(error)
     raise ValueError(

@@ -98,15 +98,7 @@ def a_removed_file(package: Path, owned: Path) -> None:
     (package / "code" / "medmamba" / "bench.py").unlink()
 
 
-def a_link(package: Path, owned: Path) -> None:
-    path = package / "artifacts" / WEIGHTS
-    target = owned.with_name("elsewhere")
-    target.write_bytes(path.read_bytes()[:-1] + b"\0")
-    path.unlink()
-    path.symlink_to(target)
-
-
-WEIGHTS_OR_CARD = [other_weights, a_flipped_bit, swapped_classes, both_with_a_digest_that_fits, a_link]
+WEIGHTS_OR_CARD = [other_weights, a_flipped_bit, swapped_classes, both_with_a_digest_that_fits]
 CODE = [code_that_runs, a_module_that_runs, an_added_file, a_removed_file]
 
 

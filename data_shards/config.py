@@ -12,7 +12,8 @@ Task = Literal["multiclass", "ordinal", "multilabel"]
 """multiclass: one of several classes; ordinal: classes in order (grades); multilabel: any number of them."""
 
 
-def _plain_name(value: str, what: str) -> str:
+def plain_name(value: str, what: str) -> str:
+    """The value itself; ValueError where it cannot name a folder of the store. `what` it is, for the message."""
     if value in ("", ".", "..") or not all(c.isalnum() or c in "._-" for c in value):
         raise ValueError(
             f"{what} is {value!r}, but it becomes a folder of the store: use letters, digits, '.', '_', '-'"
@@ -164,7 +165,7 @@ class DataConfig(BaseModel):
     @field_validator("dataset", "name")
     @classmethod
     def _usable_as_folder(cls, value: str) -> str:
-        return _plain_name(value, "the name")
+        return plain_name(value, "the name")
 
     @field_validator("csv")
     @classmethod

@@ -400,14 +400,22 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return {**flat, "salt": salt_digest(config.salt)}
 
 
+def _stored_settings(out: Store) -> dict[str, Any] | None:
+    """The settings beside a dataset; None where there are none, or something else."""
+    try:
+        found = json.loads(out.get(SETTINGS))
+    except (StoreKeyError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _refuse_drift(config: DataConfig, out: Store) -> None:
     """Raises where the finished dataset in the store was made with other settings."""
     wanted = _settings(config)
-    try:
-        # What was no setting yet when the dataset was made is at its default.
-        found = {**_settings(DataConfig()), **json.loads(out.get(SETTINGS))}
-    except (StoreKeyError, json.JSONDecodeError):
-        found = wanted  # only the explanation is lost: the manifest knows the digest of its settings
+    stored = _stored_settings(out)
+    # What was no setting yet when the dataset was made is at its default. Without them only the explanation is lost:
+    # the manifest knows the digest of its settings.
+    found = wanted if stored is None else {**_settings(DataConfig()), **stored}
     ignored = {"name", "max_quarantine", "leaks.datasets", RULES_KEY, SPLITS_KEY}
     changed = [
         f"data.{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
@@ -425,10 +433,7 @@ def _refuse_drift(config: DataConfig, out: Store) -> None:
 
 def _notice_rules(out: Store) -> None:
     """Says what a new conversion of the same images would do differently; the finished dataset stays as it is."""
-    try:
-        changes = changes_since(json.loads(out.get(SETTINGS)))
-    except (StoreKeyError, json.JSONDecodeError):
-        changes = changes_since({})
+    changes = changes_since(_stored_settings(out) or {})
     if changes:
         _log.warning(
             "%s was converted by earlier rules and stays valid; a new conversion (--data.name NEW under another --run) "
@@ -440,10 +445,7 @@ def _notice_rules(out: Store) -> None:
 
 def _splits_from(store: Store) -> str:
     """Where the splits of a finished dataset came from; "" where that is not on record."""
-    try:
-        found = json.loads(store.get(SETTINGS)).get(SPLITS_KEY, "")
-    except (StoreKeyError, json.JSONDecodeError, AttributeError):
-        return ""
+    found = (_stored_settings(store) or {}).get(SPLITS_KEY, "")
     return found if isinstance(found, str) else ""
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_shards.config import LeakConfig
+from data_shards.config import LeakConfig, plain_name
+from data_shards.fields import Count, Key, Label, SplitName, explained
 from data_shards.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.near import clusters, near_clusters
@@ -46,16 +47,26 @@ class _Frozen(BaseModel):
 class Copy(_Frozen):
     """One image of a finding."""
 
-    key: str
-    split: str
-    labels: tuple[int, ...]
+    key: Key
+    split: SplitName
+    labels: tuple[Label, ...]
     label_names: tuple[str, ...] = ()
     """The labels as class names; empty in reports of earlier releases."""
     dataset: str = ""
-    """Empty: this one."""
+    """Empty: this one; another one as `dataset/name`."""
     fate: Literal["kept", "dropped", "moved"] = "kept"
     row: int = Field(default=-1, exclude=True)
     """Which of the image set's rows it is, while that is at hand."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _is_dataset(cls, value: str) -> str:
+        parts = value.split("/") if value else []
+        if len(value) > 511 or len(parts) not in (0, 2):
+            raise ValueError("another dataset is named dataset/name")
+        for part in parts:
+            plain_name(part, "the name")
+        return value
 
 
 class Finding(_Frozen):
@@ -66,7 +77,7 @@ class Finding(_Frozen):
     where: Literal["across splits", "within a split", "across datasets"]
     conflict: bool
     """Whether equal pixels have different labels."""
-    copies: tuple[Copy, ...]
+    copies: tuple[Copy, ...] = Field(min_length=2)
     """At least one of every split and label that there is."""
     more: int = Field(default=0, ge=0)
     """Copies beyond those that are listed. Reports of earlier releases listed 50 and did not count the others."""
@@ -98,21 +109,21 @@ class LeakReport(_Frozen):
     """What was found among the images of a dataset, and what was done. `leakage.json` beside the manifest."""
 
     format: Literal[1] = 1
-    images: int
-    undecodable: int
-    blank: int
+    images: Count
+    undecodable: Count
+    blank: Count
     """Images without structure, compared by their pixels only."""
-    near: int
+    near: Count
     """Bits in which near copies may differ."""
     across: Literal["report", "drop", "move", "refuse"]
     """What was done about copies in different splits."""
-    counts: dict[str, int]
+    counts: dict[Annotated[str, Field(pattern=r"^[ -~]{1,80}$")], Count]
     """Copies beyond the first of their kind, by what they are."""
-    dropped: tuple[str, ...]
+    dropped: tuple[Key, ...]
     """Keys of images that were left out."""
     findings: tuple[Finding, ...]
     """The worst first; at most 10,000."""
-    more: int
+    more: Count
     """Findings beyond those."""
 
 
@@ -324,11 +335,11 @@ def _refuse_lost_classes(found: _Found, splits: Sequence[str], dropped: np.ndarr
 def read_report(store: Store, key: str = LEAKS) -> LeakReport:
     """The report of a finished dataset. ManifestError where it is missing or none."""
     try:
-        return LeakReport.model_validate_json(store.get(key))
+        return LeakReport.model_validate_json(store.get(key), strict=True)
     except (StoreKeyError, ValidationError) as error:
+        problem = explained(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:120]
         raise ManifestError(
-            f"{store.uri} has no whole {LEAKS} ({' '.join(str(error).split())[:120]}): delete {MANIFEST} there "
-            f"{MAKE_AGAIN}"
+            f"{store.uri} has no whole {LEAKS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
         ) from error
 
 
@@ -336,10 +347,10 @@ def refuse_elsewhere(report: LeakReport) -> None:
     """LeakError where images of a finished dataset were also in another one when it was made."""
     for finding in report.findings:
         if finding.where == "across datasets":
+            num = report.counts.get("also in other datasets", "some")
             raise LeakError(
-                f"{report.counts['also in other datasets']} images are also in other datasets of this store (e.g. key "
-                f"{finding.copies[0].key} in {finding.copies[1].dataset!r}): use another store, or "
-                "--data.leaks.datasets report"
+                f"{num} images are also in other datasets of this store (e.g. key {finding.copies[0].key} in "
+                f"{finding.copies[1].dataset!r}): use another store, or --data.leaks.datasets report"
             )
 
 

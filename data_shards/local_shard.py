@@ -72,6 +72,10 @@ class LocalShards:
     def _opened(self, store: Store, entry: ShardEntry) -> mmap.mmap | None:
         path = store.path(tar_key(entry.name))
         try:
+            # Before its bytes are read, or room is made for them: what is there may not be a file, or of any size.
+            if (size_bytes := store.head(tar_key(entry.name))) != entry.bytes:
+                found = "is not there" if size_bytes is None else f"has {size_bytes} bytes, not {entry.bytes},"
+                raise _damaged(store, entry, found)
             if path is not None:
                 return self._cache.verified(path, entry.sha256)
             mine = {shard.sha256 for _, shard in self.shards}

@@ -15,9 +15,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data_shards.shard import Quarantined, ShardPart
+from data_shards.bounded_table import TableError, read_bounded
+from data_shards.decode import MAX_PIXELS
+from data_shards.fields import (
+    KEY,
+    MAX_CLASSES,
+    PLANNED,
+    Count,
+    DatasetName,
+    Sha256,
+    ShardName,
+    Share,
+    SizeBytes,
+    SplitName,
+    explained,
+)
+from data_shards.shard import FIRST_OFFSET, Quarantined, ShardPart
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError, open_store
 
@@ -39,48 +54,74 @@ class _Frozen(BaseModel):
 class ShardEntry(_Frozen):
     """One shard: `shards/<name>.tar`, its size in bytes, its digest and how many samples it holds."""
 
-    name: str
-    bytes: int
-    sha256: str
-    count: int
+    name: ShardName
+    bytes: SizeBytes
+    sha256: Sha256
+    count: Count
 
 
 class SplitCounts(_Frozen):
     """What one split holds; a multilabel sample counts for each of its classes."""
 
-    samples: int
-    groups: int
-    classes: dict[str, int]
+    samples: Count
+    groups: Count
+    classes: dict[str, Count]
 
 
 class IndexEntry(_Frozen):
     """The index beside the manifest, by its digest."""
 
     name: Literal["samples.parquet"] = "samples.parquet"
-    bytes: int
-    sha256: str
+    bytes: SizeBytes
+    sha256: Sha256
 
 
 class Manifest(_Frozen):
     """What a dataset is and of which bytes it consists."""
 
     format: Literal[1] = 1
-    dataset: str
+    dataset: DatasetName
     task: Literal["multiclass", "ordinal", "multilabel"]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     licence: str
-    config_sha256: str
+    config_sha256: Sha256
     """Digest of the settings that decided the bytes (`plan.config_digest`)."""
     channels: Literal[1, 3]
     """3 if any image is RGB: batches then hold grey ones as RGB too."""
-    mean: tuple[float, ...]
+    mean: tuple[Share, ...]
     """Of the train split's pixels, per channel, where white is 1."""
-    std: tuple[float, ...]
+    std: tuple[Share, ...]
     """Standard deviation of the same."""
-    splits: dict[str, SplitCounts]
+    splits: dict[SplitName, SplitCounts]
     shards: tuple[ShardEntry, ...]
     quarantine: tuple[Quarantined, ...]
     index: IndexEntry
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_have_names(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(classes)) != len(classes) or "" in classes:
+            raise ValueError("each class has a name, and each name is given once")
+        return classes
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Manifest:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} values, but there is one of each per channel, "
+                f"and channels is {self.channels}"
+            )
+        if strange := next((shard.name for shard in self.shards if not PLANNED.fullmatch(shard.name)), None):
+            raise ValueError(
+                f"a shard is named {strange}, but names are of the form train-00000, val-00000, test-00000"
+            )
+        for what, names in (
+            ("shards", [shard.name for shard in self.shards]),
+            ("quarantine", [image.key for image in self.quarantine]),
+        ):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{what} lists {next(n for n in names if names.count(n) > 1)} twice")
+        return self
 
 
 @dataclass(frozen=True)
@@ -218,7 +259,8 @@ def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
     manifest = _parse(store, data)
     table = _verified_index(store, manifest)
     try:
-        same = count_splits(table, manifest.classes) == manifest.splits and _same_shards(table, manifest)
+        same = _known_labels(table, manifest) and _same_shards(table, manifest)
+        same = same and count_splits(table, manifest.classes) == manifest.splits
     except LeakError:
         raise
     except ValueError:  # a label that is none of the classes, or a class without images
@@ -241,6 +283,7 @@ MAKE_AGAIN = (
     "and make the dataset again: `medmamba shard` with the same settings under another --run keeps whole shards"
 )
 _REMAKE = f"it was edited or damaged; delete it {MAKE_AGAIN}"
+_LEAST_ROW_BYTES = 8  # a key is 80 random bits
 _SAMPLE = {"key", "labels", "group", "offset", "size", "height", "width", "channels"}
 
 
@@ -266,19 +309,14 @@ def _read(store: Store, key: str) -> bytes:
 
 def _parse(store: Store, data: bytes) -> Manifest:
     try:
-        return Manifest.model_validate_json(data)
+        return Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "its JSON"
         raise ManifestError(
-            f"{store.uri}/{MANIFEST} is no manifest of format 1 ({where}: {first['msg']}): {_REMAKE}"
+            f"{store.uri}/{MANIFEST} is no manifest of format 1 ({explained(error)}): {_REMAKE}"
         ) from error
 
 
 def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     data = _read(store, INDEX)
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.index.sha256:
@@ -286,14 +324,73 @@ def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
             f"{store.uri}/{INDEX} has the sha256 {found}, but {manifest.index.sha256} is in its manifest: {_REMAKE}"
         )
     try:
-        table = pq.read_table(io.BytesIO(data))
-        if table.schema.equals(_schema()):
-            table.validate(full=True)
-            return table
-        problem = f"its columns are {', '.join(table.schema.names)}"
-    except (pa.ArrowException, OSError) as error:
-        problem = " ".join(str(error).split())[:120]
-    raise ManifestError(f"{store.uri}/{INDEX} is no index of format 1 ({problem}): {_REMAKE}")
+        table = read_bounded(data, _schema(), least_row_bytes=_LEAST_ROW_BYTES, most_labels=len(manifest.classes))
+        problem = _problem(table, manifest)
+    except TableError as error:
+        problem = str(error)
+    if problem:
+        raise ManifestError(f"{store.uri}/{INDEX} is no index of format 1 ({problem}): {_REMAKE}")
+    return table
+
+
+def _problem(table: pa.Table, manifest: Manifest) -> str:
+    """The first column whose values cannot be those of a dataset with this manifest, and the rule; "" for none.
+
+    Offsets, sizes and shapes are read and allocated by, so each must fit its shard and what `decode` accepts.
+    """
+    import pyarrow.compute as pc
+
+    for name in ("key", "group"):
+        fits = pc.match_substring_regex(table[name], rf"^{KEY.pattern}$").to_numpy()
+        if not fits.all():
+            return f"{name} of sample {int(np.argmin(fits))} is not 20 hex digits"
+    if len(table["key"].unique()) != len(table):
+        return "a key is listed twice"
+    by_name = {shard.name: shard for shard in manifest.shards}
+    named = table["shard"].combine_chunks().dictionary_encode()
+    names = named.dictionary.to_pylist()
+    if any(name not in by_name for name in names):
+        return ""  # told as another count of samples than the manifest's
+    limit = np.array([by_name[name].bytes for name in names], np.int64)[named.indices.to_numpy()]
+    home = np.array([name.partition("-")[0] for name in names])[named.indices.to_numpy()]
+    offset, size, height, width, channels = (
+        table[name].to_numpy() for name in ("offset", "size", "height", "width", "channels")
+    )
+    lengths = pc.list_value_length(table["labels"]).to_numpy()
+    rules = {
+        "split": (home == table["split"].to_numpy(), "is not that of its shard"),
+        "size": ((size >= 1) & (size <= limit), "is not within its shard"),
+        "offset": ((offset >= FIRST_OFFSET) & (offset <= limit - size), "is not within its shard"),
+        "height": ((height >= 1) & (height <= MAX_PIXELS), f"is not between 1 and {MAX_PIXELS}"),
+        "width": (
+            (width >= 1) & (width <= MAX_PIXELS // np.maximum(height, 1)),
+            f"makes no pixels or over {MAX_PIXELS}",
+        ),
+        "channels": (
+            ((channels == 1) | (channels == 3)) & (channels <= manifest.channels),
+            f"is not 1 or 3, or above the manifest's {manifest.channels}",
+        ),
+        "labels": ((lengths == 1) | (manifest.task == "multilabel"), f"are not one, as {manifest.task} has it"),
+    }
+    for name, (fits, rule) in rules.items():
+        if not fits.all():
+            return f"{name} of sample {int(np.argmin(fits))} {rule}"
+    return ""
+
+
+def _known_labels(table: pa.Table, manifest: Manifest) -> bool:
+    """Whether each label is the index of a class, and no sample has one twice."""
+    import pyarrow.compute as pc
+
+    lists = table["labels"].combine_chunks()
+    flat = lists.flatten()
+    if flat.null_count:
+        return False
+    labels, num = flat.to_numpy().astype(np.int64), len(manifest.classes)
+    if ((labels < 0) | (labels >= num)).any():
+        return False
+    rows = pc.list_parent_indices(lists).to_numpy().astype(np.int64)
+    return len(np.unique(rows * num + labels)) == len(labels)
 
 
 def _same_shards(table: pa.Table, manifest: Manifest) -> bool:

@@ -87,7 +87,7 @@ def settings_on_record(out: Store) -> tuple[DataConfig, str]:
             raise ValueError(f"it is of the dataset {nested.get('dataset')!r}")
         salt = str(nested.pop("salt", ""))
         return DataConfig.model_validate(nested), salt
-    except (StoreKeyError, ValueError, AttributeError, TypeError, ValidationError) as error:
+    except (StoreKeyError, ValueError, AttributeError, TypeError, ValidationError, RecursionError) as error:
         raise ValueError(
             f"{out.uri}/{SETTINGS} does not hold the settings of a dataset ({' '.join(str(error).split())[:120]}): "
             "restore it, or run `medmamba shard` with the same settings, which says what differs"

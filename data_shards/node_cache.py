@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from data_shards.fields import SHA256
 from data_shards.manifest import ShardEntry
 
 # A file written to in the same tick of the file system's clock in which it was looked at would look unchanged.
 _SETTLED_S = 2.0
+_ROOM = "room"  # the lock of whoever takes room on the disk; all others are named by a sha256
 
 
 class DigestError(ValueError):
@@ -92,15 +94,17 @@ class NodeCache:
 
     def _has_room(self, folder: Path, size_bytes: int, part: Path, mine: Collection[str]) -> bool:
         """Takes room for `part` on the disk; others' shards give way, those used longest ago first."""
-        with _locked(folder, "room"):
+        with _locked(folder, _ROOM):
             part.unlink(missing_ok=True)  # left by a process that was killed: its lock is ours now
-            for left in folder.glob("*.part"):
+            for left in _named_by_digest(folder, ".part"):
                 _delete(folder, left)
-            copies = {path: path.stat() for path in folder.glob("*.tar")}
-            copies |= {path: path.stat() for path in folder.glob("*.part")}
+            copies = {path: path.stat() for ending in (".tar", ".part") for path in _named_by_digest(folder, ending)}
             used = sum(state.st_size for state in copies.values())
             free = shutil.disk_usage(folder).free
             limit = self.limit_bytes or (free + used) // 2
+            fixed = sum(state.st_size for path, state in copies.items() if path.suffix == ".part" or path.stem in mine)
+            if fixed + size_bytes > limit or size_bytes >= free + used - fixed:
+                return False  # nobody's copy gives way to what would not fit without it either
             for path in sorted(copies, key=lambda path: copies[path].st_mtime_ns):
                 if used + size_bytes <= limit and size_bytes < free:
                     break
@@ -172,9 +176,14 @@ def _lock(sha256: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[None]:
     """Holds the lock of that name; BlockingIOError where another holds it and `wait` is off."""
-    with (folder / "locks" / name).open("wb") as file:
+    assert name == _ROOM or SHA256.fullmatch(name), f"{name!r} is not a sha256, but files here are named by it"
+    with (folder / "locks" / name).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def _named_by_digest(folder: Path, ending: str) -> list[Path]:
+    return [path for path in folder.glob(f"*{ending}") if SHA256.fullmatch(path.stem)]
 
 
 def _delete(folder: Path, path: Path) -> bool:

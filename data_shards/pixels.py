@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from data_shards.decode import MAX_PIXELS
 from data_shards.draws import uniforms
 
 try:
@@ -73,6 +74,7 @@ def stretched(data: bytes, height: int, width: int, channels: int) -> np.ndarray
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
         return _with_channels(pixels, channels)
     image: Image.Image = JpegImageFile(io.BytesIO(data))
+    _check_size(*image.size)
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
@@ -125,9 +127,19 @@ def crop_boxes(
 
 def _png(data: bytes) -> np.ndarray:
     """Pixels (H, W) or (H, W, 3) of a PNG, which has the same in every decoder."""
+    _check_size(*struct.unpack_from(">II", data, 16))
     if pyspng is not None:
         return pyspng.load(data)
     return np.asarray(PngImageFile(io.BytesIO(data)))
+
+
+def _check_size(width: int, height: int) -> None:
+    """ValueError before memory is taken for pixels that no conversion would have put into a shard."""
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(
+            f"an image of the shard says that it has {width} x {height} pixels, but {MAX_PIXELS:,} at most can be "
+            "stored: the dataset was not made by a conversion; make it again from its images"
+        )
 
 
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
@@ -145,6 +157,7 @@ def _jpeg_part(
     left, top, right, bottom = box
     scale = next((s for s in _REDUCED if bottom - top >= s * height and right - left >= s * width), 1)
     data, full_height, full_width, colours = _cut_below(data, bottom)
+    _check_size(full_width, full_height)
     # Asked for at least this many pixels, libjpeg takes the smallest scale that gives them: 1 / scale.
     shape = (-(-full_height // scale), -(-full_width // scale), 1 if colours == 1 or channels == 1 else 3)
     # Not strict: after a cut the file goes on where the decoder has what it wants. Its sha256 was verified.

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import time
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_shards.bounded_table import TableError, read_bounded
 from data_shards.config import DataConfig
+from data_shards.fields import KEY, MAX_CLASSES
 from data_shards.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.leakage import OtherDataset
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
 from data_shards.rules import RULES
 from data_shards.source import ImageSet, Row
+from data_shards.split import SPLITS
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
 if TYPE_CHECKING:
@@ -40,6 +45,7 @@ _SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
 }
 _COLUMNS = tuple(_SHAPES)
 _WORTH_KEEPING_S = 2.0  # a chunk that took less is sooner done again after a kill than written by every conversion
+_ID_BYTES = 16
 
 
 def chunks(num: int) -> list[tuple[int, int]]:
@@ -134,7 +140,7 @@ def _keep(ids: Sequence[str], prints: Fingerprints, out: Store) -> str:
     key = f"{FOLDER}{digest_of(names)[:20]}{_ENDING}"
     buffer = io.BytesIO()
     columns = {name: getattr(prints, name)[chosen] for name in _COLUMNS}
-    np.savez(buffer, ids=np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, 16), **columns)
+    np.savez(buffer, ids=np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, _ID_BYTES), **columns)
     out.put(key, buffer.getvalue())
     return key
 
@@ -156,17 +162,38 @@ def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], F
 def _kept(key: str, out: Store) -> tuple[dict[str, int], Fingerprints] | None:
     """Fingerprints that were kept; None where they are damaged, or of another release."""
     try:
-        with np.load(io.BytesIO(out.get(key)), allow_pickle=False) as arrays:
-            ids, prints = arrays["ids"], Fingerprints(*(arrays[name] for name in _COLUMNS))
-    except (StoreKeyError, ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
+        data = out.get(key)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            num = _num_rows(archive)
+            if num * _ID_BYTES > len(data):  # they are not compressed
+                return None
+            ids = _column(archive, "ids", num, np.dtype(np.uint8), (_ID_BYTES,))
+            prints = Fingerprints(
+                *(_column(archive, name, num, kind, shape) for name, (shape, kind) in _SHAPES.items())
+            )
+    except (StoreKeyError, ValueError, KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
-    shapes = {"ids": ((16,), np.dtype(np.uint8)), **_SHAPES}
-    columns = {"ids": ids, **{name: getattr(prints, name) for name in _COLUMNS}}
-    if any((array.shape[1:], array.dtype) != shapes[name] for name, array in columns.items()):
-        return None
-    if len({len(array) for array in columns.values()}) != 1 or not np.isin(prints.state, (BLANK, SHARP)).all():
+    if not np.isin(prints.state, (BLANK, SHARP)).all() or (prints.size < 0).any():
         return None
     return {name.tobytes().hex(): i for i, name in enumerate(ids)}, prints
+
+
+def _num_rows(archive: zipfile.ZipFile) -> int:
+    with archive.open("ids.npy") as file:
+        np.lib.format.read_magic(file)
+        return int(np.lib.format.read_array_header_1_0(file)[0][0])
+
+
+def _column(archive: zipfile.ZipFile, name: str, num: int, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """One array of `num` rows. np.load would take memory for whatever shape a header claims."""
+    with archive.open(f"{name}.npy") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is not an array of format 1.0")
+        found = np.lib.format.read_array_header_1_0(file)
+        if found != ((num, *shape), False, kind):
+            raise ValueError(f"{name} is {found}, not {(num, *shape)} {kind}")
+        data = file.read(num * math.prod(shape) * kind.itemsize)
+    return np.frombuffer(data, kind).reshape(num, *shape).copy()
 
 
 def fingerprints_bytes(keys: Sequence[str], rows: Sequence[Row], splits: Sequence[str], prints: Fingerprints) -> bytes:
@@ -197,31 +224,57 @@ def fingerprints_bytes(keys: Sequence[str], rows: Sequence[Row], splits: Sequenc
 
 def stored_digests(out: Store) -> dict[str, bytes]:
     """The digest of its pixels for every key of a finished dataset. ManifestError where they are missing or damaged."""
-    table = _table(out, ["key", "pixels"])
+    table = _table(out)
     return dict(zip(table["key"].to_pylist(), table["pixels"].to_pylist(), strict=True))
 
 
 def stored_samples(out: Store, keys: Collection[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Split and labels of those of a finished dataset's keys, undecodable images' too; none where they are damaged."""
     try:
-        table = _table(out, ["key", "split", "labels"])
+        table = _table(out)
     except ManifestError:
         return {}
     rows = zip(*(table[name].to_pylist() for name in ("key", "split", "labels")), strict=True)
     return {key: (split, tuple(labels)) for key, split, labels in rows if key in keys}
 
 
-def _table(out: Store, columns: list[str]) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _table(out: Store) -> pa.Table:
+    """The fingerprints beside a finished dataset, each value of the kind and range that `fingerprints_bytes` writes."""
     try:
-        return pq.read_table(io.BytesIO(out.get(FINGERPRINTS)), columns=columns)
-    except (StoreKeyError, pa.ArrowException, OSError) as error:
-        raise ManifestError(
-            f"{out.uri} has no whole {FINGERPRINTS} ({' '.join(str(error).split())[:120]}): delete {MANIFEST} there "
-            f"{MAKE_AGAIN}"
-        ) from error
+        table = read_bounded(out.get(FINGERPRINTS), _schema(), least_row_bytes=16, most_labels=MAX_CLASSES)
+        problem = _problem(table)
+    except (StoreKeyError, TableError) as error:
+        problem = " ".join(str(error).split())[:120]
+    if problem:
+        raise ManifestError(f"{out.uri} has no whole {FINGERPRINTS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}")
+    return table
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    kinds = {"key": pa.string(), "split": pa.string(), "labels": pa.list_(pa.int32()), "state": pa.uint8()}
+    return pa.schema({**kinds, "pixels": pa.binary(16), "bits": pa.binary(24)})
+
+
+def _problem(table: pa.Table) -> str:
+    """The first column that holds what no fingerprints do, and the rule; "" for none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if any(table[name].null_count for name in table.schema.names) or len(table) == 0:
+        return "a value is missing, or there are no images"
+    labels = table["labels"].combine_chunks().flatten()
+    rules = {
+        "key": (pc.all(pc.match_substring_regex(table["key"], f"^{KEY.pattern}$")), "is not 20 hex digits"),
+        "split": (pc.all(pc.is_in(table["split"], pa.array(SPLITS))), f"is not one of {', '.join(SPLITS)}"),
+        "state": (pc.less_equal(pc.max(table["state"]), SHARP), f"is above {SHARP}"),
+        "labels": (pc.all(pc.greater_equal(labels, 0)), "are below 0"),
+    }
+    for name, (holds, rule) in rules.items():
+        if holds.as_py() is False:
+            return f"{name} {rule}"
+    return "" if not labels.null_count else "a label is missing"
 
 
 def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
@@ -238,7 +291,7 @@ def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
         name = key.removesuffix(f"/{FINGERPRINTS}")
         if name == key or name.startswith(f"{dataset}/") or f"{name}/{MANIFEST}" not in keys:
             continue
-        table = _table(datasets.at(*name.split("/")), ["key", "split", "labels", "state", "pixels", "bits"])
+        table = _table(datasets.at(*name.split("/")))
         words = {
             column: np.frombuffer(b"".join(table[column].to_pylist()), "<u8").reshape(len(table), -1)
             for column in ("pixels", "bits")

@@ -14,13 +14,14 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_shards.decode import UndecodableImage, stored_bytes
+from data_shards.decode import MAX_PIXELS, UndecodableImage, stored_bytes
+from data_shards.fields import Count, Key, Label, Sha256, ShardName, SizeBytes, SplitName
 from data_shards.plan import PlannedRow, ShardPlan, digest_of, shard_digest
 from data_shards.store import Store, StoreKeyError
 
@@ -29,19 +30,23 @@ if TYPE_CHECKING:
     from data_shards.source import ImageSet
 
 IMAGE_MEMBERS = ("png", "jpg")
+FIRST_OFFSET = tarfile.BLOCKSIZE  # of an image: a header is before it
+
+
+Side = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
 
 
 class Sample(NamedTuple):
     """One image in a shard; `offset` and `size` are those of the coded image in the tar, in bytes."""
 
-    key: str
-    labels: tuple[int, ...]
-    group: str
-    offset: int
-    size: int
-    height: int
-    width: int
-    channels: int
+    key: Key
+    labels: tuple[Label, ...]
+    group: Key
+    offset: SizeBytes
+    size: SizeBytes
+    height: Side
+    width: Side
+    channels: Literal[1, 3]
 
 
 class Quarantined(BaseModel):
@@ -49,7 +54,7 @@ class Quarantined(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: str
+    key: Key
     reason: str
 
 
@@ -58,14 +63,17 @@ class ShardPart(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    split: str
-    plan: str
-    bytes: int
-    sha256: str
+    name: ShardName
+    split: SplitName
+    plan: Sha256
+    bytes: SizeBytes
+    sha256: Sha256
     samples: tuple[Sample, ...]
     quarantine: tuple[Quarantined, ...]
-    histogram: tuple[tuple[int, ...], ...]
+    histogram: Annotated[
+        tuple[Annotated[tuple[Count, ...], Field(min_length=256, max_length=256)], ...],
+        Field(min_length=3, max_length=3),
+    ]
     """How many pixels have each of the 256 values: three rows for RGB; grey counts in each of them."""
     stamps: str = ""
     """Digest of the stamps that its images' files had before they were read (`ImageSet.stamp`); empty: not known."""
@@ -84,15 +92,32 @@ def part_key(name: str) -> str:
 def find_shard(
     plan: ShardPlan, config: DataConfig, out: Store, *, image_set: ImageSet | None = None
 ) -> ShardPart | None:
-    """The finished shard of exactly this plan, if the store has it, and no file of `image_set` was replaced since."""
+    """The finished shard of exactly this plan, if the store has it, and no file of `image_set` was replaced since.
+
+    A commit mark that cannot be its is none.
+    """
     try:
-        part = ShardPart.model_validate_json(out.get(part_key(plan.name)))
+        part = ShardPart.model_validate_json(out.get(part_key(plan.name)), strict=True)
     except (StoreKeyError, ValidationError):
         return None
     finished = part.plan == shard_digest(plan, config) and out.head(tar_key(plan.name)) == part.bytes
     if finished and part.stamps and image_set is not None and part.stamps != _stamps(plan, image_set):
         return None
-    return part if finished else None
+    return part if finished and _is_of(part, plan) else None
+
+
+def _is_of(part: ShardPart, plan: ShardPlan) -> bool:
+    """Whether a commit mark holds the rows of the plan, each once, as images within the shard's bytes."""
+    planned = {row.key: (tuple(row.row.labels), row.group) for row in plan.rows}
+    kept = [sample.key for sample in part.samples]
+    named = [*kept, *(image.key for image in part.quarantine)]
+    return (
+        (part.name, part.split) == (plan.name, plan.split)
+        and sorted(named) == sorted(planned)
+        and all((sample.labels, sample.group) == planned[sample.key] for sample in part.samples)
+        and all(FIRST_OFFSET <= sample.offset <= part.bytes - sample.size for sample in part.samples)
+        and all(sample.size and sample.height * sample.width <= MAX_PIXELS for sample in part.samples)
+    )
 
 
 def _stamps(plan: ShardPlan, image_set: ImageSet) -> str:
@@ -168,6 +193,9 @@ def _members(data: bytes) -> dict[str, dict[str, bytes]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for info in tar:
+                # A link may lead to itself, and a sparse file of a few bytes may unpack to any number of them.
+                if not info.isreg() or info.issparse():
+                    raise ValueError(f"its member {info.name!r} is not a plain file")
                 key, _, extension = info.name.partition(".")
                 file = tar.extractfile(info)
                 members.setdefault(key, {})[extension] = file.read() if file else b""

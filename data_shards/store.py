@@ -175,6 +175,8 @@ def open_store(uri: str) -> Store:
 
 def checked_key(key: str) -> str:
     """The key itself; StoreError where it is none."""
+    if not isinstance(key, str) or "\0" in key:  # from a file that anybody may have written
+        raise StoreError(f"{key!r} is no key: a key is text without a zero byte")
     parts = PurePosixPath(key).parts
     plain = bool(key) and not key.startswith("/") and ".." not in parts and "/".join(parts) == key
     if not plain or any(part.startswith(_UNFINISHED) for part in parts):

@@ -5,21 +5,22 @@ Parameters have upstream's names everywhere, so an upstream file is the same ten
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from medmamba.config import VARIANTS, ConvNetConfig, MedMambaConfig, ModelConfig
+from medmamba.config import MOST_CLASSES, VARIANTS, ConvNetConfig, MedMambaConfig, ModelConfig
 from medmamba.model import build_model
 
 WEIGHTS, MODEL = "weights.safetensors", "model.json"
@@ -29,10 +30,24 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "network", "modul
 _WRAPPING = ("module", "_orig_mod")
 _FIRST_TENSOR = ["patch_embed", "proj", "weight"]
 _CONFIG: TypeAdapter[MedMambaConfig | ConvNetConfig] = TypeAdapter(ModelConfig)
+_KINDS = (torch.float32, torch.int64)  # weights, and BatchNorm's counters
+Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that belongs to another network."""
+
+
+class Card(BaseModel):
+    """What a user of a model must know of it: how an image becomes its input, and what its outputs mean."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    classes: list[str] = Field(min_length=1, max_length=MOST_CLASSES)
+    task: Literal["multiclass", "ordinal", "multilabel"]
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+    channels: Literal[1, 3]
+    max_side: Annotated[int, Field(ge=1)] | None = None
 
 
 def save_model(folder: Path, model: nn.Module, config: MedMambaConfig | ConvNetConfig, *, card: dict[str, Any]) -> None:
@@ -41,6 +56,7 @@ def save_model(folder: Path, model: nn.Module, config: MedMambaConfig | ConvNetC
     `card` says what a user of the model needs: classes, task, image_size, channels. The same model gives the same
     bytes. Neither file is ever seen half-written.
     """
+    _check_card(card, config, where="card")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS, save(_portable(model.state_dict())))
     text = json.dumps({"format": _FORMAT, "config": config.model_dump(mode="json"), "card": card}, indent=2)
@@ -48,20 +64,42 @@ def save_model(folder: Path, model: nn.Module, config: MedMambaConfig | ConvNetC
 
 
 def load_model(
-    folder: Path, *, scan: str = "auto", device: str = "cpu"
+    folder: Path, *, scan: str = "auto", device: str = "cpu", digest: str | None = None
 ) -> tuple[nn.Module, MedMambaConfig | ConvNetConfig, dict[str, Any]]:
-    """Returns (model in eval mode on `device`, its config, its card). CheckpointError: no such folder, or damaged."""
+    """Returns (model in eval mode on `device`, its config, its card).
+
+    `digest` is the `model_digest` that the files must have, where it is known. CheckpointError: no such folder,
+    another digest, another format, damaged, or files that contradict themselves or each other. Memory is taken only
+    for tensors that the file holds.
+    """
     try:
-        stored = json.loads((folder / MODEL).read_text())
-        config, card = _CONFIG.validate_python(stored["config"]), stored["card"]
-        state = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        weights, described = ((folder / name).read_bytes() for name in (WEIGHTS, MODEL))
+    except OSError as error:
+        raise _not_a_model(folder, error) from error
+    found = model_digest(weights, described)
+    if digest is not None and found != digest:
         raise CheckpointError(
-            f"{folder}: not a model ({error}); a model is a folder with {MODEL} and {WEIGHTS} as save_model writes them"
-        ) from error
+            f"{folder}: {WEIGHTS} and {MODEL} have the digest {found[:12]}, but {digest[:12]} is on record: one or "
+            "both were replaced or damaged, and are not used; restore them, or train and register the model again"
+        )
+    try:
+        config, card = _described(described)
+        state = load(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise _not_a_model(folder, error) from error
+    _check_fits(config, state, where=str(folder))
+    _check_values(state, where=str(folder))
+    _check_card(card, config, where=f"{folder}/{MODEL}")
     model = build_model(config, scan=scan, device=device)
     load_state(model, state, where=str(folder))
     return model.eval(), config, card
+
+
+def model_digest(weights: bytes, described: bytes) -> str:
+    """What a model is known by: sha256 (hex) of the bytes of weights.safetensors and, behind them, model.json."""
+    return hashlib.sha256(weights + described).hexdigest()
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
@@ -95,9 +133,7 @@ def load_upstream(source: Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         raise CheckpointError(f"{where}: not a state dict of tensors; save it with torch.save(net.state_dict(), path)")
     state = _upstream_names(loaded, where)
     config = _config_of(state, where)
-    with torch.device("meta"):  # shapes only: a wrong checkpoint is named here, not where it is used
-        skeleton = build_model(config, scan="reference", device="meta")
-    load_state(skeleton, {name: value.to("meta") for name, value in state.items()}, where=where)
+    _check_fits(config, state, where)
     return state, config
 
 
@@ -107,6 +143,87 @@ def export_upstream(model: nn.Module, path: Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     torch.save(_portable(model.state_dict()), beside)
     os.replace(beside, path)
+
+
+def _described(data: bytes) -> tuple[MedMambaConfig | ConvNetConfig, dict[str, Any]]:
+    """Config and card of a model.json. CheckpointError, ValueError, RecursionError: not one of format 1."""
+    stored = json.loads(data)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{MODEL} holds a {type(stored).__name__}, not an object")
+    if stored.get("format") != _FORMAT or isinstance(stored["format"], bool):
+        raise CheckpointError(
+            f"{MODEL} is of format {str(stored.get('format', 'none'))[:40]!r}, and this code reads format {_FORMAT} "
+            "only; read it with the version of this project that wrote it"
+        )
+    if set(stored) != {"format", "config", "card"} or not isinstance(stored["card"], dict):
+        raise ValueError(f"{MODEL} has the fields {', '.join(map(str, stored))[:200]}, not format, config and card")
+    try:
+        return _CONFIG.validate_python(stored["config"]), stored["card"]
+    except ValidationError as error:
+        raise ValueError(f"config: {_first_of(error)}") from error
+
+
+def _check_card(card: dict[str, Any], config: MedMambaConfig | ConvNetConfig, *, where: str) -> None:
+    """CheckpointError where a card lacks a key, has a value of the wrong kind, or contradicts the config."""
+    try:
+        classes = Card.model_validate(card).classes
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{where}: {_first_of(error)}; the card of a model says its {', '.join(Card.model_fields)}: save it again "
+            "with all but the last of them"
+        ) from error
+    if len(set(classes)) != len(classes) or "" in classes:
+        raise CheckpointError(f"{where}: classes {classes[:20]}: each class has a name of its own; save it with those")
+    if len(classes) != config.num_classes:
+        raise CheckpointError(
+            f"{where}: the card names {len(classes)} classes, but the network has {config.num_classes} outputs, one "
+            "for each class; save it with the names of exactly those"
+        )
+
+
+def _check_fits(config: MedMambaConfig | ConvNetConfig, state: Mapping[str, Tensor], where: str) -> None:
+    """CheckpointError where the tensors are not those of the config's network; no memory is taken for it."""
+    if config.num_classes < 1:
+        raise CheckpointError(f"{where}: num_classes is 0, but a network has an output; save it with its config")
+    blocks = sum(config.resolved_depths) if isinstance(config, MedMambaConfig) else len(config.widths) * config.blocks
+    if blocks > len(state):  # building thousands of them only to say so would take minutes
+        raise CheckpointError(
+            f"{where}: a checkpoint of another architecture: {len(state)} tensors for {blocks} blocks; build the model "
+            "from the checkpoint's own config"
+        )
+    with torch.device("meta"):  # shapes only: a wrong checkpoint is named here, not where it is used
+        skeleton = build_model(config, scan="reference", device="meta")
+    load_state(skeleton, {name: value.to("meta") for name, value in state.items()}, where=where)
+
+
+def _check_values(state: Mapping[str, Tensor], where: str) -> None:
+    """CheckpointError for a tensor of another type than save_model writes, or with values that are not numbers."""
+    for name, value in state.items():
+        if value.dtype not in _KINDS:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} is {value.dtype}, but {WEIGHTS} holds float32 and int64; write it with "
+                "save_model"
+            )
+        if not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has values that are not finite, so every score would be nan: the file was "
+                "damaged, or the training diverged; restore it, or train again with a lower train.optim.lr"
+            )
+
+
+def _not_a_model(folder: Path, error: Exception) -> CheckpointError:
+    told = " ".join(str(error).split())[:300]
+    return CheckpointError(
+        f"{folder}: not a model ({told}); a model is a folder with {MODEL} and {WEIGHTS} as save_model writes them"
+    )
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first broken rule as `field = value: rule`."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    value = "" if isinstance(first["input"], dict | list) else f" = {first['input']!r:.60}"
+    return f"{where}{value}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _portable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

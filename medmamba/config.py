@@ -13,7 +13,10 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nano": ((24, 48, 96, 192), (1, 1, 1, 1)),
 }
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Far beyond what any machine trains. A model.json may come from anybody, and decides how much memory is taken.
+MOST_STAGES, MOST_CLASSES = 8, 1 << 16
+Width = Annotated[int, Field(ge=1, le=8192)]
+Depth = Annotated[int, Field(ge=1, le=256)]
 
 
 class MedMambaConfig(BaseModel):
@@ -25,17 +28,17 @@ class MedMambaConfig(BaseModel):
     """Which network this is."""
     variant: Literal["T", "S", "B", "nano"] = "nano"
     """Size: T, S and B are the paper's (14, 19 and 40 million parameters), nano (0.5 million) is for CPUs."""
-    num_classes: int = Field(default=0, ge=0)
+    num_classes: int = Field(default=0, ge=0, le=MOST_CLASSES)
     """Number of scores per image; 0 takes the number of classes of the dataset."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Chance that the last block's scan branch is left out for an image in training; grows linearly from 0."""
     branches: Literal["both", "conv", "scan"] = "both"
     """Which half of every block works; the other half passes its channels on unchanged (for ablations)."""
-    dims: tuple[PositiveInt, ...] = ()
+    dims: tuple[Width, ...] = Field(default=(), max_length=MOST_STAGES)
     """Channels of each stage instead of the variant's: even, each twice the one before."""
-    depths: tuple[PositiveInt, ...] = ()
+    depths: tuple[Depth, ...] = Field(default=(), max_length=MOST_STAGES)
     """Number of blocks of each stage instead of the variant's."""
-    d_state: int = Field(default=16, ge=1)
+    d_state: int = Field(default=16, ge=1, le=1024)
     """Number of states N of the selective scan per channel."""
 
     @model_validator(mode="after")
@@ -67,11 +70,11 @@ class ConvNetConfig(BaseModel):
 
     kind: Literal["convnet"] = "convnet"
     """Which network this is."""
-    num_classes: int = Field(default=0, ge=0)
+    num_classes: int = Field(default=0, ge=0, le=MOST_CLASSES)
     """Number of scores per image; 0 takes the number of classes of the dataset."""
-    widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 128), min_length=1)
+    widths: tuple[Width, ...] = Field(default=(16, 32, 64, 128), min_length=1, max_length=MOST_STAGES)
     """Channels of each stage; every stage after the first halves height and width."""
-    blocks: int = Field(default=1, ge=1)
+    blocks: int = Field(default=1, ge=1, le=256)
     """Number of residual blocks per stage."""
 
 

@@ -31,7 +31,7 @@ from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.steps.shard import check_images
 from pipelines.summary import print_plan, print_summary
-from pipelines.terminal import Terminal, console, table
+from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
 from pipelines.workflows import WORKFLOWS, until
 
 DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
@@ -394,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_help()
         return DONE if argv else WRONG_USE
     verb = VERBS.get(argv[0])
+    show_log_visibly()
     try:
         if verb is None:
             raise UsageError(_no_such_verb(argv[0]))
@@ -473,11 +474,20 @@ def _kept(store: str, run_name: str) -> dict | None:
     if folder.head(WORKFLOW_FILE) is None:
         return None
     try:
-        return json.loads(folder.get(WORKFLOW_FILE))
-    except json.JSONDecodeError as error:
+        kept = json.loads(folder.get(WORKFLOW_FILE))
+        problem = "" if _is_kept(kept) else "it does not hold a workflow and a recipe"
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem:
         raise ValueError(
-            f"{folder.uri}/{WORKFLOW_FILE} is not whole JSON ({error}): name the recipe (--recipe) instead"
-        ) from None
+            f"{folder.uri}/{WORKFLOW_FILE} is not whole JSON ({problem}): delete it, and name the workflow and the "
+            "recipe (--recipe) instead"
+        )
+    return kept
+
+
+def _is_kept(kept: Any) -> bool:
+    return isinstance(kept, dict) and kept.get("workflow") in [*WORKFLOWS] and isinstance(kept.get("recipe"), dict)
 
 
 def _kept_workflow(work: Resolved) -> str:
@@ -541,5 +551,5 @@ def _nobody_reads() -> int:
 
 
 def _tell(error: object, code: int) -> int:
-    print(f"medmamba: {error}", file=sys.stderr)
+    print(f"medmamba: {visible(str(error))}", file=sys.stderr)
     return code

@@ -25,7 +25,8 @@ def predict(
     """One row per image: {"image", "class" (the most probable), "scores" {class: probability}, "model", "version"}.
 
     `model` may be left out where only one has the alias. Raises ValueError for a file that is missing or no image
-    (naming it, before a model is loaded) and where no model, or more than one, has the alias.
+    (naming it, before a model is loaded) and where no model, or more than one, has the alias. Raises
+    `registry.IntegrityError` where the model's files are not those that were registered.
     """
     import pandas as pd
 
@@ -34,7 +35,7 @@ def predict(
     tracking = tracking or open_tracking(store)
     version = find_model(tracking, model, alias)
     with loaded(tracking, version, device=device) as registered:
-        frame = registered.predict(pd.DataFrame({"image": pd.Series(pixels, dtype=object)}))
+        frame = registered.predict(None, pd.DataFrame({"image": pd.Series(pixels, dtype=object)}))
     return [
         {
             "image": str(path),

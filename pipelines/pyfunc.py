@@ -25,13 +25,22 @@ class Classifier:
     """A trained network with its preprocessing. `load_model(uri, model_config={"device": "cuda"})` moves it."""
 
     def load_context(self, context: Any) -> None:
-        """Reads weights.safetensors and model.json from the artifacts."""
+        """Reads weights.safetensors and model.json from the artifacts.
+
+        Raises ValueError where they have not the digest that the model was packaged with: they were replaced.
+        """
         _keep_kernels_outside()
         from medmamba.checkpoint import load_model
 
         folder = Path(context.artifacts["weights"]).parent
-        self.device = (context.model_config or {}).get("device", "cpu")
-        self.model, _, self.card = load_model(folder, device=self.device)
+        settings = context.model_config or {}
+        if not settings.get("digest"):
+            raise ValueError(
+                f"{folder}: the packaged model names no digest of its weights, so they cannot be checked: MLmodel was "
+                "edited; restore it, or register the model again"
+            )
+        self.device = settings.get("device", "cpu")
+        self.model, _, self.card = load_model(folder, device=self.device, digest=settings["digest"])
 
     def predict(self, context, model_input, params=None):  # hints here would replace the signature
         """Probabilities, one row per image and one column per class.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 import warnings
@@ -10,13 +11,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pipelines.tracking import Tracking, TrackingError
 
 ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
+DIGEST_TAG = "medmamba.digest"  # of weights.safetensors and model.json (`medmamba.checkpoint.model_digest`)
+PACKAGE_TAG = "medmamba.package"  # of all files of the packaged model (`package_digest`)
+# What MLflow and Python add beside a packaged model where it is loaded in place; none of it is ever read here.
+_ADDED = ("__pycache__", "registered_model_meta")
 # What predicting needs, and no more: the serving environment has neither Ray nor DeepSpeed.
 NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors")
+
+
+class IntegrityError(ValueError):
+    """The files of a registered version are not those that were registered."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,9 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
 
     import data_shards
     import medmamba
-    from medmamba.checkpoint import MODEL, WEIGHTS
+    from medmamba.checkpoint import MODEL, WEIGHTS, model_digest
 
+    digest = model_digest((checkpoint / WEIGHTS).read_bytes(), (checkpoint / MODEL).read_bytes())
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([ColSpec(DataType.double, name) for name in classes]),
@@ -61,9 +72,20 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
             artifacts={"weights": str(checkpoint / WEIGHTS), "card": str(checkpoint / MODEL)},
             code_paths=[package.__path__[0] for package in (medmamba, data_shards)],
             signature=signature,
-            model_config={"device": "cpu"},  # what a person may override when loading
+            # The device may be overridden when loading; the digest is what the model holds its two files to.
+            model_config={"device": "cpu", "digest": digest},
             pip_requirements=requirements(),
         )
+
+
+def package_digest(folder: Path) -> str:
+    """sha256 (hex) over path and content of every file of a packaged model, in the order of their paths."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    digest = hashlib.sha256()
+    for name in sorted(name for name in files if not set(name.split("/")) & set(_ADDED)):
+        with files[name].open("rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def requirements() -> list[str]:
@@ -90,8 +112,13 @@ def versions(tracking: Tracking, model: str) -> list[Version]:
 
 
 def create_version(tracking: Tracking, model: str, packaged: Path, run_id: str, tags: Mapping[str, str]) -> Version:
-    """Uploads a packaged model to its run's artifacts and makes a version of it; the tags come with it."""
+    """Uploads a packaged model to its run's artifacts and makes a version of it; the tags come with it.
+
+    One more tag holds the digest of the packaged files: whoever can write to the artifacts cannot write there.
+    """
     from mlflow.exceptions import MlflowException
+
+    tags = {**tags, PACKAGE_TAG: package_digest(packaged)}
 
     with tracking.errors(f"cannot register a version of {model}"):
         with _patience():
@@ -102,7 +129,7 @@ def create_version(tracking: Tracking, model: str, packaged: Path, run_id: str, 
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
-        return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=dict(tags)))
+        return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=tags))
 
 
 def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
@@ -158,18 +185,47 @@ def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
 
 @contextlib.contextmanager
 def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iterator[Any]:
-    """The version as MLflow's pyfunc model, for the length of a block (its files lie in a temporary folder)."""
-    import mlflow.artifacts
-    import mlflow.pyfunc
+    """The version as a `pyfunc.Classifier`, for the length of a block (its files are in a temporary folder).
 
-    # Already imported, the installed packages are used, whose kernels are compiled, not the copies in the model.
-    import medmamba.checkpoint  # noqa: F401
+    The files are compared with the digests in the version's tags first, and the code among them is not run: weights
+    and model.json are read by the code that is installed here. Raises IntegrityError where anything was replaced.
+    """
+    import mlflow.artifacts
+
+    from medmamba.checkpoint import CheckpointError
+    from pipelines.pyfunc import Classifier
 
     with tempfile.TemporaryDirectory(prefix="medmamba-registered-") as folder:
         with tracking.errors(f"cannot fetch {version.uri}"), _patience():
             source = tracking.client.get_model_version_download_uri(version.model, str(version.number))
             local = mlflow.artifacts.download_artifacts(source, dst_path=folder, tracking_uri=tracking.uri)
-        yield mlflow.pyfunc.load_model(local, model_config={"device": device})
+        weights = _checked_weights(version, Path(local))
+        classifier = Classifier()
+        settings = {"device": device, "digest": version.tags[DIGEST_TAG]}
+        try:
+            classifier.load_context(SimpleNamespace(artifacts={"weights": str(weights)}, model_config=settings))
+        except CheckpointError as error:
+            raise IntegrityError(f"{version.uri} cannot be used: {error}") from error
+        yield classifier
+
+
+def _checked_weights(version: Version, folder: Path) -> Path:
+    """Where the weights of a downloaded version are, once its files have the digest that its tags name."""
+    from medmamba.checkpoint import WEIGHTS
+
+    if DIGEST_TAG not in version.tags:
+        raise IntegrityError(
+            f"{version.uri} has no tag {DIGEST_TAG}, so its weights cannot be checked: it was not registered by "
+            "`medmamba register`; name another alias or model"
+        )
+    expected = version.tags.get(PACKAGE_TAG)  # versions from before there was one are held to the other tag alone
+    if expected is not None and (found := package_digest(folder)) != expected:
+        raise IntegrityError(
+            f"the files of {version.uri} have the digest {found[:12]}, but {expected[:12]} was registered (tag "
+            f"{PACKAGE_TAG}): some of them were replaced, added, removed or damaged in the artifact store, and none is "
+            "used; restore them, or delete the version and register its run again"
+        )
+    return folder / "artifacts" / WEIGHTS
 
 
 def _version(entry: Any) -> Version:

@@ -9,6 +9,7 @@ from data_shards.split import SPLITS
 from data_shards.store import Store
 from pipelines.class_table import completed, print_classes
 from pipelines.flow import StepState
+from pipelines.steps.evaluate import BASELINES
 from pipelines.terminal import console, table
 
 FEW_TEST_IMAGES = 500
@@ -74,19 +75,14 @@ def _print_metrics(facts: dict[str, Any]) -> None:
     names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
     title = f"Test split, {facts['num_samples']} images"
     rows = [("network", *(f"{facts['metrics'][name]:.4f}" for name in names))]
-    called = {
-        "pixels": "logistic regression, pixels",
-        "size": "logistic regression, width and height",
-        "chance": "chance (largest class)",
-    }
-    for key, name in called.items():
+    for key, name in BASELINES.items():
         if key in facts["baselines"]:
             found = facts["baselines"][key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
     table(title, ("on the same images", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
     interval = facts.get("intervals", {}).get("auc")
     for key, reason in facts.get("absent_baselines", {}).items():
-        console().print(f"{called[key]}: not to be had ({reason})")
+        console().print(f"{BASELINES.get(key, 'baselines')}: not to be had ({reason})")
     if interval:
         console().print(f"95 % interval of the network's AUC, by group: {interval[0]:.3f} to {interval[1]:.3f}")
     if facts["num_samples"] < FEW_TEST_IMAGES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -10,15 +11,40 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
+# What a terminal obeys instead of showing it: control characters, and the marks that turn the direction of text.
+_OBEYED = [*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _OBEYED if chr(code) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """The text with every character that a terminal would obey written out: names and reasons come from anybody."""
+    return text.translate(_SHOWN)
+
+
+class _VisibleLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def show_log_visibly() -> None:
+    """Makes warnings printable that Python itself prints: they name files of image sets too."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_VisibleLines())
+
+
+class _Console(Console):
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(visible(text), **how)
 
 
 class Terminal:
     """Messages go to standard error, so that standard output holds results only (tables, JSON)."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._console = _Console(stderr=True, highlight=False, quiet=quiet)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
@@ -62,12 +88,16 @@ class Terminal:
             self._plain_line(name, done, total, text, left_s)
             return
         if self._live is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
             self._live = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
             self._live.start()
         if name not in self._tasks:
             self._tasks[name] = self._live.add_task(name, total=total, text=text)
-        self._live.update(self._tasks[name], completed=done, text=text)
+        self._live.update(self._tasks[name], completed=done, total=total, text=text)
 
     def _plain_line(self, name: str, done: int, total: int, text: str, left_s: float | None) -> None:
         """For a log file: now and then a line, and always the last."""
@@ -113,7 +143,7 @@ def table(
 
 def console() -> Console:
     """Standard output; 110 columns where it is no terminal, so that a log keeps its tables whole."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    return _Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
 
 
 def duration(seconds: float) -> str:

@@ -203,8 +203,16 @@ class Tracking:
 
         try:
             kept = json.loads(out.get(RUN_FILE))
+            known = isinstance(kept, dict) and all(isinstance(kept.get(n), str) for n in ("run_id", "tracking_uri"))
         except StoreKeyError:
             return None
+        except (ValueError, RecursionError):
+            known = False
+        if not known:
+            raise TrackingError(
+                f"{out.uri}/{RUN_FILE} is not what a step writes: it was edited or damaged; delete that file to find "
+                "the run again by its tags"
+            )
         with self.errors("cannot read a run"):
             try:
                 if self.client.get_run(kept["run_id"]).info.lifecycle_stage == "active":

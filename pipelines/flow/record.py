@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from data_shards.store import Store
-from pipelines.override import difference
+from pipelines.override import difference, explain
 
 CONFIG, RECORD = "config.json", "record.json"
 STILL_TO_RUN = "still to run"
@@ -104,13 +105,24 @@ def _plain(value: Any) -> Any:
 
 
 def _read(out: Store, key: str, kind: type[Kept]) -> Kept:
+    data = out.get(key)
     try:
-        return kind(**json.loads(out.get(key)))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(
-            f"{out.uri}/{key} is not what a step writes ({error}): it was edited or damaged; "
-            f"restore it, or delete the step's folder to run the step again"
-        ) from None
+        found = kind(**json.loads(data))
+        _adapter(kind).validate_json(data, strict=True)  # type: ignore[arg-type]
+        return found
+    except ValidationError as error:
+        problem = explain(error)[:200]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        problem = str(error)
+    raise ValueError(
+        f"{out.uri}/{key} is not what a step writes ({problem}): it was edited or damaged; "
+        f"restore it, or delete the step's folder to run the step again"
+    )
+
+
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
 def _short(value: Any, limit: int = 60) -> str:

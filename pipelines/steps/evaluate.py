@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from pipelines.flow import StepContext
 from pipelines.placement import Placement
 
 PREDICTIONS = "predictions.parquet"
+BASELINES = {
+    "pixels": "logistic regression, pixels",
+    "size": "logistic regression, width and height",
+    "chance": "chance (largest class)",
+}
+METRICS = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")  # of each task
+_READ_AT_ONCE = 256  # images between two looks at how far reading is
 
 
 class EvaluateConfig(BaseModel):
@@ -27,7 +35,7 @@ class EvaluateConfig(BaseModel):
     micro_batch: int = Field(64, ge=1)
     """Images per forward pass; changes nothing but speed and rounding."""
     baseline_side: int = Field(28, ge=0)
-    """Side in pixels of the images that the logistic regression beside the network sees. 0: no baselines."""
+    """Side in pixels of the images that the logistic regression compared with the network sees. 0: no baselines."""
     baseline_samples: int = Field(5000, ge=10)
     """Training images the baselines are fitted on at most: of every class its share, and at least one."""
 
@@ -37,19 +45,19 @@ def run(
 ) -> dict:
     """Evaluates on the test split, every sample exactly once, and keeps the scores as Parquet.
 
-    Returns metrics, the interval of the AUC, the yardsticks (chance, logistic regression on pixels, on width and
-    height), why one of them is absent, and where things lie.
+    Returns metrics, the interval of the AUC, the baselines (chance, logistic regression on pixels, on width and
+    height), why one of them is absent, and where things are stored.
     """
     uri = context.store.at(shard["data"]).uri
     data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
     with context.tracking.running(out, run=context.run, step="evaluate", params=config.model_dump()) as run_id:
-        labels, logits = _infer(config, placement, uri, context.store.at(train["model"]).uri, data, context)
+        model = (context.store.at(train["model"]).uri, train["digest"])
+        labels, logits = _infer(config, placement, uri, model, data, context)
         scores = _scores(logits, data.manifest.task)
         table = _parquet(data, scores)
         out.put(PREDICTIONS, table)
         metrics = _measure(scores, labels, data.manifest.task)
-        context.show.say("fitting the yardsticks: logistic regression on the same images")
-        baselines, absent = _baselines(config, data)
+        baselines, absent = _baselines(config, data, show=context.show)
         logged = {f"test_{name}": value for name, value in metrics.items()}
         for name, found in baselines.items():
             logged |= {f"baseline_{name}_{key}": value for key, value in found.items()}
@@ -68,7 +76,10 @@ def run(
 
 
 def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`)."""
+    """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`).
+
+    CheckpointError where the model's files have not the digest that the training recorded.
+    """
     import torch
 
     from medmamba.checkpoint import load_model
@@ -79,8 +90,9 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     torch.set_num_threads(placement.threads)
     set_precision("float32")  # a metric must not depend on the device it is measured on
     with tempfile.TemporaryDirectory(prefix="medmamba-model-") as folder:
-        _fetch(open_store(payload["model"]), Path(folder))
-        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device)
+        uri, digest = payload["model"]
+        _fetch(open_store(uri), Path(folder))
+        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device, digest=digest)
     return infer(
         model,
         open_dataset(open_store(payload["dataset"]), digest=payload["digest"]),
@@ -97,7 +109,12 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
 
 
 def _infer(
-    config: EvaluateConfig, placement: Placement, dataset: str, model: str, data: Dataset, context: StepContext
+    config: EvaluateConfig,
+    placement: Placement,
+    dataset: str,
+    model: tuple[str, str],
+    data: Dataset,
+    context: StepContext,
 ) -> tuple[np.ndarray, np.ndarray]:
     import ray
 
@@ -178,29 +195,54 @@ def _intervals(scores: np.ndarray, data: Dataset) -> dict[str, list[float]]:
         return {}
 
 
-def _baselines(config: EvaluateConfig, data: Dataset) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Metrics of chance and of logistic regressions, on the same splits as the network; and why one is absent."""
-    if config.baseline_side == 0 or data.manifest.task == "multilabel":
-        return {}, {}
+def _baselines(
+    config: EvaluateConfig, data: Dataset, *, show: Any = None
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Metrics of chance and of logistic regressions, on the same splits as the network; and why one is absent.
+
+    `show` is told what is being done: reading and fitting may take longer than the evaluation itself.
+    """
+    if config.baseline_side == 0:
+        return {}, {"all": "evaluate.baseline_side is 0"}
+    if data.manifest.task == "multilabel":
+        return {}, {"all": "a multilabel set has none yet"}
     from medmamba.metrics.baselines import logistic_regression
 
-    found = {"chance": {"auc": 0.5, "accuracy": _majority_accuracy(data)}}
+    found = {"chance": _chance(data)}
     absent: dict[str, str] = {}
     train, test = data.index("train"), data.index("test")
     fitted = stratified(train.labels.argmax(1), config.baseline_samples)
-    features = {"pixels": (_pixels(data, "train", fitted, config), _pixels(data, "test", np.arange(len(test)), config))}
+    wanted = [("train", fitted), ("test", np.arange(len(test)))]
+    features = {"pixels": tuple(_pixels(data, wanted, config, show))}
     sizes = [np.stack([index.width, index.height], 1).astype(np.float32) for index in (train, test)]
     if sizes[0].std(0).any():
         features["size"] = (sizes[0][fitted], sizes[1])
-    for name, (train_x, test_x) in features.items():
+    for done, (name, (train_x, test_x)) in enumerate(features.items()):
+        if show is not None:
+            show.say(f"fitting the baseline {name!r} on {len(train_x)} training images ({BASELINES[name]})")
+            show.progress("baselines", {"done": done, "total": len(features), "unit": f"fitted, now {name}"})
         try:
             scores = logistic_regression(train_x, train.labels[fitted], test_x, len(data.manifest.classes))
             metrics = _measure(scores, test.labels, data.manifest.task)
-        except ValueError as error:  # a yardstick is no reason to lose the evaluation it stands beside
+        except ValueError as error:  # a baseline is no reason to lose the evaluation
             absent[name] = str(error)
             continue
-        found[name] = {key: metrics[key] for key in ("auc", "accuracy", "balanced_accuracy")}
+        found[name] = {key: metrics[key] for key in METRICS}
     return found, absent
+
+
+def _chance(data: Dataset) -> dict[str, float]:
+    """What naming the largest class of the training split each time reaches on the test split; its AUC is 0.5."""
+    num = len(data.manifest.classes)
+    share = _majority_accuracy(data)
+    return {
+        "auc": 0.5,
+        "accuracy": share,
+        "balanced_accuracy": 1 / num,
+        "sensitivity": 1 / num,
+        "specificity": (num - 1) / num,
+        "f1": 2 * share / (1 + share) / num,
+    }
 
 
 def stratified(classes_n: np.ndarray, at_most: int) -> np.ndarray:
@@ -222,9 +264,21 @@ def _majority_accuracy(data: Dataset) -> float:
     return float(data.index("test").labels[:, majority].mean())
 
 
-def _pixels(data: Dataset, split: str, index: np.ndarray, config: EvaluateConfig) -> np.ndarray:
-    """Flattened pixels in [0, 1] of the images at these positions of the split, one row each."""
+def _pixels(
+    data: Dataset, wanted: list[tuple[str, np.ndarray]], config: EvaluateConfig, show: Any
+) -> Iterator[np.ndarray]:
+    """Of each (split, positions in it): the images' flattened pixels in [0, 1], one row each."""
     from data_shards.loader import read_images
 
-    images = read_images(data, split, index, image_size=config.baseline_side)
-    return images.reshape(len(images), -1).astype(np.float32) / 255
+    done, total = 0, sum(len(index) for _, index in wanted)
+    for split, index in wanted:
+        parts = []
+        for first in range(0, len(index), _READ_AT_ONCE):
+            parts.append(
+                read_images(data, split, index[first : first + _READ_AT_ONCE], image_size=config.baseline_side)
+            )
+            done += len(parts[-1])
+            if show is not None:
+                show.progress("baselines", {"done": done, "total": total, "unit": "images read"})
+        images = np.concatenate(parts)
+        yield images.reshape(len(images), -1).astype(np.float32) / 255

@@ -14,8 +14,10 @@ from data_shards.store import Store, StoreKeyError
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.registry import Version, by_alias, by_number, move_alias, tag_version
+from pipelines.steps.evaluate import BASELINES
 
 DECISION = "decision.json"
+BELOW_BASELINE = 0.01  # what the network may lack: one image of a small test split is as much
 
 
 class GateConfig(BaseModel):
@@ -29,6 +31,9 @@ class GateConfig(BaseModel):
     """Test metric that is compared with the champion's on the same manifest."""
     minimum: float = Field(0.0, ge=0, le=1)
     """The metric must reach this also where there is no champion yet."""
+    beats_baseline: bool = True
+    """The metric must not be more than 0.01 below that of the best baseline (chance, logistic regression on pixels, on
+    width and height) on the same images. Where there is none, the verdict says so."""
     force: bool = False
     """Promote whatever the comparison says. It is recorded, in the step and on the version."""
 
@@ -93,10 +98,17 @@ def _compare(config: GateConfig, candidate: Version, champion: Version | None) -
     said = f"test {config.metric} {ours:.4f} of version {candidate.number}"
     if ours < config.minimum:
         return "no", f"{said} is below the minimum of {config.minimum:g} (gate.minimum)"
+    baseline, note = _best_baseline(config, candidate)
+    if baseline is not None and baseline[1] - ours > BELOW_BASELINE + 1e-9:
+        name, best = baseline
+        return "no", (
+            f"{said} is more than {BELOW_BASELINE:g} below the baseline's {best:.4f} ({BASELINES[name]}; "
+            "gate.beats_baseline)"
+        )
     if champion is None:
-        return "yes", f"{said}, and there is no {config.alias} yet"
+        return "yes", f"{said}, and there is no {config.alias} yet{note}"
     if champion.number == candidate.number:
-        return "yes", f"version {candidate.number} is the {config.alias} already"
+        return "yes", f"version {candidate.number} is the {config.alias} already{note}"
     theirs, manifest = _measured(champion, config.metric), candidate.tags.get("medmamba.manifest")
     if theirs is None or manifest is None or champion.tags.get("medmamba.manifest") != manifest:
         return "no", (
@@ -105,12 +117,26 @@ def _compare(config: GateConfig, candidate: Version, champion: Version | None) -
             f"`medmamba promote --run {candidate.tags.get('medmamba.run', 'NAME')} --force`"
         )
     told = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
-    return ("yes", f"{said} is not below {told}") if ours >= theirs else ("no", f"{said} is below {told}")
+    return ("yes", f"{said} is not below {told}{note}") if ours >= theirs else ("no", f"{said} is below {told}")
 
 
-def _measured(version: Version, metric: str) -> float | None:
+def _best_baseline(config: GateConfig, candidate: Version) -> tuple[tuple[str, float] | None, str]:
+    """The best baseline on the same images with its metric, if there is one; and which are absent, for the reason."""
+    if not config.beats_baseline:
+        return None, ""
+    known = {name: _measured(candidate, config.metric, of=f"baseline_{name}") for name in BASELINES}
+    found = {name: value for name, value in known.items() if value is not None}
+    absent = {name: candidate.tags.get(f"baseline_{name}_absent") for name in ("all", *BASELINES)}
+    told = [f"baseline {name}: {reason}" for name, reason in absent.items() if reason and name not in found]
+    if not found:
+        return None, f" (not compared with a baseline: {'; '.join(told) or f'no {config.metric} of one is on record'})"
+    best = max(found, key=lambda name: found[name])
+    return (best, found[best]), f" (absent {'; '.join(told)})" if told else ""
+
+
+def _measured(version: Version, metric: str, *, of: str = "test") -> float | None:
     try:
-        value = float(version.tags[f"test_{metric}"])
+        value = float(version.tags[f"{of}_{metric}"])
     except (KeyError, ValueError):
         return None
     return value if math.isfinite(value) else None
@@ -120,7 +146,9 @@ def _kept(out: Store, champion: Version | None, candidate: Version) -> dict[str,
     """The decision of an interrupted run of this step, unless the alias has gone elsewhere since."""
     try:
         decision = json.loads(out.get(DECISION))
-    except StoreKeyError:
+    except (StoreKeyError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None
+    if not isinstance(decision, dict) or not {"verdict", "reason", "forced", "previous"} <= decision.keys():
+        return None  # not what this step writes
     now = champion.number if champion else None
     return decision if now in (decision["previous"], candidate.number) else None

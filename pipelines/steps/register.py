@@ -85,7 +85,7 @@ def _fetch(model: Store, folder: Path, expected: str) -> Path:
 
 
 def _tags(context: StepContext, shard: dict, train: dict, evaluate: dict) -> dict[str, str]:
-    """What the version says of itself: where it comes from, and the test metrics (a promotion reads them here)."""
+    """What the version says of itself: its origin, test metrics and baselines (a promotion reads them here)."""
     about = {
         "medmamba.run": context.run,
         "medmamba.dataset": shard["dataset"],
@@ -94,4 +94,8 @@ def _tags(context: StepContext, shard: dict, train: dict, evaluate: dict) -> dic
         "medmamba.train_run": train.get("mlflow_run", ""),
         "medmamba.evaluate_run": evaluate.get("mlflow_run", ""),
     }
+    for name, figures in evaluate.get("baselines", {}).items():
+        about |= {f"baseline_{name}_{key}": repr(float(value)) for key, value in figures.items()}
+    for name, reason in evaluate.get("absent_baselines", {}).items():
+        about[f"baseline_{name}_absent"] = reason[:500]
     return about | {f"test_{key}": repr(float(value)) for key, value in evaluate["metrics"].items()}

@@ -16,7 +16,7 @@ from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.tracking import Tracking
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.state import BEST, ResumeError, check_resumable
+from pipelines.worker.state import BEST, ResumeError, check_resumable, read_described
 
 RAY_RUN = "ray"
 SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are whole
@@ -140,7 +140,7 @@ def keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:
     for name, data in files.items():
         digest.update(data)
         out.put(f"model/{name}", data)
-    state = json.loads((folder / "train.json").read_text())
+    state = read_described((folder / "train.json").read_bytes())
     return {
         "digest": digest.hexdigest(),
         "model": f"runs/{run}/train/model",
@@ -158,12 +158,15 @@ def find_checkpoint(out: Store) -> dict[str, Any] | None:
     """
     try:
         newest = json.loads(out.get(SNAPSHOT))["latest_checkpoint_result"]
-        return json.loads(out.get(f"{RAY_RUN}/{newest['checkpoint_dir_name']}/train.json")) if newest else None
+        if not newest:
+            return None
+        data = out.get(f"{RAY_RUN}/{newest['checkpoint_dir_name']}/train.json")
+        return read_described(data, remedy=_begin_again(out))
     except StoreKeyError as error:
         if out.head(SNAPSHOT) is None:
             return None
         raise ResumeError(f"{error}, which {SNAPSHOT} names: {_begin_again(out)}") from error
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ResumeError(
             f"{out.uri}/{SNAPSHOT} or the checkpoint it names is torn ({error}): {_begin_again(out)}"
         ) from error

@@ -24,7 +24,7 @@ class TrainConfig(BaseModel):
     micro_batch: int = Field(32, ge=1)
     """Images per forward pass. BatchNorm takes its statistics over exactly these, so it is part of the recipe;
     batch_size must be a multiple of micro_batch x workers."""
-    image_size: int = Field(64, ge=32)
+    image_size: int = Field(64, ge=32, le=4096)
     """Side in pixels to which the loader brings every image."""
     precision: Precision = "float32"
     """float32: exact and reproducible. tf32: faster on a GPU, products keep 10 bits of the fraction. bfloat16: matrix

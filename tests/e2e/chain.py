@@ -14,6 +14,7 @@ TINY = [
     "--data.phantoms.side", "32", "--data.samples-per-shard", "20", "--train.image-size", "32", "--train.epochs", "2",
     "--train.batch-size", "8", "--train.micro-batch", "4", "--tune.trials", "2", "--tune.epochs", "1",
     "--tune.space.batch-size", "8", "16", "--evaluate.baseline-side", "16",
+    "--gate.no-beats-baseline",  # two epochs need not be better than a logistic regression
 ]  # fmt: skip
 
 

@@ -138,7 +138,8 @@ def test_the_checkpoint_snippet_runs(tmp_path, monkeypatch, capsys):
     (snippet,) = (text for language, text in FENCES if language == "python" and "load_upstream" in text)
     monkeypatch.chdir(tmp_path)
     config = MedMambaConfig(num_classes=3)
-    save_model(Path("medmamba-store/runs/quickstart/train/model"), build_model(config), config, card={"image_size": 64})
+    card = {"classes": ["a", "b", "c"], "task": "multiclass", "image_size": 64, "channels": 1}
+    save_model(Path("medmamba-store/runs/quickstart/train/model"), build_model(config), config, card=card)
     exec(compile(snippet, "README.md", "exec"), {})
     model, found, _ = load_model(Path("nano"))
     assert (found.variant, found.num_classes) == ("nano", 3)

@@ -41,11 +41,24 @@ def damaged(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
     return bytes(data)
 
 
+# What a field may not be where it becomes a path, a size or a shape. VICTIM is replaced by a file of the test.
+_HOSTILE = [
+    "VICTIM", "../VICTIM", "/dev/zero", "..", ".", "", "a/b", "a\0b", "\x1b[2J", "[red]x[/red]", "x" * 5000, "0" * 64,
+    "train-00000", "../../train-00000", -1, 0, 1, 2**31, 2**62, 2**63 - 1, 2**63, 10**30, 1e308, float("nan"),
+    float("-inf"), True, None, [], {}, [[[]]], [10**12] * 3,
+]  # fmt: skip
+
+
+def hostile_json(seed: bytes) -> st.SearchStrategy[bytes]:
+    """The seed with one to three values, anywhere in it, replaced by what somebody would choose to do harm."""
+    return altered_json(seed, st.sampled_from(_HOSTILE))
+
+
 @st.composite
-def altered_json(draw: st.DrawFn, seed: bytes) -> bytes:
-    """The seed with one to three values, anywhere in it, replaced or removed."""
+def altered_json(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any] | None = None) -> bytes:
+    """The seed with one to three values, anywhere in it, replaced (by one of `values`) or removed."""
     document = json.loads(seed)
-    values = st.one_of(
+    anything = st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}),
         st.lists(st.integers(), max_size=2),
     )  # fmt: skip
@@ -55,7 +68,7 @@ def altered_json(draw: st.DrawFn, seed: bytes) -> bytes:
             places += [(parent[key], inner) for inner in _keys(parent[key])]
         parent, key = draw(st.sampled_from(places))
         if draw(st.booleans()):
-            parent[key] = draw(values)
+            parent[key] = draw(anything if values is None else values)
         else:
             del parent[key]
             if not document:

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("hypothesis", reason="the fuzz tests need hypothesis, which is in the extra `dev`")
 pydicom = pytest.importorskip("pydicom", reason="DICOM needs the extra `dicom`")
 
-from damage import altered_json, damaged
+from damage import altered_json, damaged, hostile_json
 from dicom_files import PATIENT, dicom_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,8 +34,11 @@ from data_shards import dicom
 from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert
 from data_shards.decode import UndecodableImage, decode, stored_bytes
+from data_shards.leakage import LEAKS, read_report
+from data_shards.local_shard import LocalShards
 from data_shards.manifest import INDEX, MANIFEST, manifest_digest, open_dataset
 from data_shards.plan import plan_shards
+from data_shards.scan import FINGERPRINTS, stored_digests
 from data_shards.shard import ShardPart, find_shard, part_key, read_samples, tar_key, write_shard
 from data_shards.source import open_source
 from data_shards.split import assign_splits
@@ -300,6 +303,35 @@ def dataset_of(store):
         assert index is None or len(index) == dataset.manifest.splits[split].samples
 
 
+@in_folder
+def check_reading(folder, data):
+    """Whatever a manifest says, its shards are read to the end or refused, and nothing else on the disk is touched."""
+    victim = folder / "victim"
+    victim.write_bytes(b"precious")
+    store = laid_down(folder, **{MANIFEST: data.replace(b"VICTIM", str(victim).encode())})
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def read():
+        dataset = open_dataset(store)
+        shards = LocalShards([(store, entry) for entry in dataset.manifest.shards])
+        index = dataset.index("train")
+        return shards.read_many(index.shard, index.offset, index.size)
+
+    result_of(read)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path: data for path, data in after.items() if folder / "cache" not in path.parents} == before
+
+
+@in_folder
+def check_report(folder, data):
+    result_of(read_report, laid_down(folder, **{LEAKS: data}))
+
+
+@in_folder
+def check_fingerprints(folder, data):
+    result_of(stored_digests, laid_down(folder, **{FINGERPRINTS: data}))
+
+
 @st.composite
 def one_object_damaged(draw):
     key = draw(st.sampled_from(sorted(written())))
@@ -359,10 +391,16 @@ KINDS = {
     "table": (check_csv, st.one_of(damaged(TABLES), st.text(max_size=200).map(str.encode))),
     "npz": (check_npz, damaged([npz(np.savez), npz(np.savez_compressed)])),
     "manifest": (check_manifest, st.one_of(damaged([MANIFEST_JSON]), altered_json(MANIFEST_JSON))),
+    "hostile manifest": (check_reading, hostile_json(MANIFEST_JSON)),
+    "report": (check_report, st.one_of(damaged([written()[LEAKS]]), hostile_json(written()[LEAKS]))),
+    "fingerprints": (check_fingerprints, damaged([written()[FINGERPRINTS]])),
     "index": (check_index, damaged([written()[INDEX]])),
     "shard": (check_shard, damaged([SHARD["tar"]])),
     "verify": (check_verify, one_object_damaged()),
-    "commit mark": (check_part, st.one_of(damaged([SHARD["part"]]), altered_json(SHARD["part"]))),
+    "commit mark": (
+        check_part,
+        st.one_of(damaged([SHARD["part"]]), altered_json(SHARD["part"]), hostile_json(SHARD["part"])),
+    ),
 }
 
 

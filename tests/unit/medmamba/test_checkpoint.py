@@ -1,10 +1,15 @@
 """Models on disk: bit-equal round trips, upstream's files, refusals that name the tensor."""
 
+import functools
 import json
+import resource
+import tempfile
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from medmamba.checkpoint import (
     MODEL,
@@ -14,6 +19,7 @@ from medmamba.checkpoint import (
     load_model,
     load_state,
     load_upstream,
+    model_digest,
     save_model,
 )
 from medmamba.config import ConvNetConfig, MedMambaConfig
@@ -153,7 +159,7 @@ def test_an_ablation_is_recognised_from_the_shapes(branches):
 def test_a_checkpoint_of_another_architecture_is_refused_naming_tensor_and_shapes(tmp_path):
     save_model(tmp_path, trained(TINY), TINY, card=CARD)
     other = TINY.model_copy(update={"num_classes": 5})
-    (tmp_path / MODEL).write_text(json.dumps({"config": other.model_dump(mode="json"), "card": CARD}))
+    (tmp_path / MODEL).write_text(json.dumps({"format": 1, "config": other.model_dump(mode="json"), "card": CARD}))
     with pytest.raises(CheckpointError, match=r"'head.weight' is of shape \(3, 16\) in it and of shape \(5, 16\)"):
         load_model(tmp_path)
 
@@ -191,3 +197,122 @@ def test_a_damaged_model_is_refused_with_a_remedy(tmp_path, damage):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="not a model"):
         load_model(tmp_path / ("nowhere" if damage == "no folder" else "m"))
+
+
+def edited(folder, **changes):
+    """A saved model whose model.json has other values: `card__x` inside the card, `config__x` inside the config."""
+    for name, data in saved().items():
+        (folder / name).write_bytes(data)
+    stored = json.loads((folder / MODEL).read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = stored[parents[0]] if parents else stored
+        if value is MISSING:
+            del place[last]
+        else:
+            place[last] = value
+    (folder / MODEL).write_text(json.dumps(stored))
+
+
+@functools.cache
+def saved() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder), build_model(TINY), TINY, card=CARD)
+        return {name: (Path(folder) / name).read_bytes() for name in (WEIGHTS, MODEL)}
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize("value", [99, 0, 2, "1", None, True, 1.5, [1], "\x1b[2J", MISSING], ids=repr)
+def test_another_format_is_refused_with_what_to_do(tmp_path, value):
+    edited(tmp_path, format=value)
+    with pytest.raises(CheckpointError, match=r"of format .*reads format 1 only; read it with") as refused:
+        load_model(tmp_path)
+    assert str(refused.value).isprintable()
+
+
+CARD_FAULTS = [
+    *({f"card__{name}": MISSING} for name in CARD),
+    {"card__classes": []}, {"card__classes": "abc"}, {"card__classes": [1, 2, 3]}, {"card__classes": ["a", "b"]},
+    {"card__classes": ["a", "a", "b"]}, {"card__classes": ["", "a", "b"]}, {"card__classes": ["a", "b", "c", "d"]},
+    {"card__task": "regression"}, {"card__task": None}, {"card__channels": 2}, {"card__channels": "1"},
+    {"card__image_size": 0}, {"card__image_size": -32}, {"card__image_size": 10**9},
+    {"card__image_size": "64"}, {"card__image_size": 64.5}, {"card__image_size": [64]},
+    {"card__image_size": [64, 10**9]}, {"card__max_side": 0}, {"card__max_side": "big"},
+    {"card": {}}, {"card": []}, {"card": None}, {"card": MISSING}, {"extra": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CARD_FAULTS, ids=str)
+def test_a_card_without_a_key_of_wrong_kind_or_in_contradiction_is_refused(tmp_path, changes):
+    edited(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=r"; (the card|a model|each class|.*outputs|save it)|one for each class"):
+        load_model(tmp_path)
+
+
+def test_a_card_that_could_not_be_read_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match=r"image_size.*Field required"):
+        save_model(tmp_path, trained(TINY), TINY, card={"classes": ["a", "b", "c"], "task": "ordinal", "channels": 1})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config__dims": [10**9, 2 * 10**9]}, {"config__depths": [10**9, 1]}, {"config__d_state": 10**9},
+        {"config__num_classes": 10**9}, {"config__num_classes": 0}, {"config__dims": [4096, 8192]},
+        {"config__dims": [8] * 100}, {"config__depths": [256, 256]}, {"config__kind": "vit"}, {"config": None},
+        {"config": {"kind": "convnet", "num_classes": 3, "widths": [10**9]}},
+        {"config": {"kind": "convnet", "num_classes": 3, "widths": [8192] * 8, "blocks": 10**6}},
+        {"config__drop_path": float("nan")}, {"config__unknown": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_of_a_network_that_the_file_does_not_hold_takes_no_memory(tmp_path, changes):
+    edited(tmp_path, **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError):
+        load_model(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", '"x"', "{", "", "[" * 200_000, "\ud800", '{"format": 1}'], ids=len)
+def test_what_is_no_json_object_is_no_model(tmp_path, text):
+    edited(tmp_path)
+    (tmp_path / MODEL).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError) as refused:
+        load_model(tmp_path)
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    edited(tmp_path)
+    state = load(saved()[WEIGHTS])
+    state["head.weight"][0, 0] = value
+    (tmp_path / WEIGHTS).write_bytes(save(state))
+    with pytest.raises(CheckpointError, match=r"'head\.weight' has values that are not finite"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64])
+def test_weights_of_another_type_are_refused(tmp_path, kind):
+    edited(tmp_path)
+    state = load(saved()[WEIGHTS])
+    state["head.bias"] = state["head.bias"].to(kind)
+    (tmp_path / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))
+    with pytest.raises(CheckpointError, match=rf"'head\.bias' is {kind}"):
+        load_model(tmp_path)
+
+
+def test_a_digest_on_record_is_that_of_the_bytes_that_are_used(tmp_path):
+    edited(tmp_path)
+    digest = model_digest((tmp_path / WEIGHTS).read_bytes(), (tmp_path / MODEL).read_bytes())
+    assert load_model(tmp_path, digest=digest)[2] == CARD
+    state = load(saved()[WEIGHTS])
+    state["head.bias"] += 1
+    (tmp_path / WEIGHTS).write_bytes(save(state))
+    with pytest.raises(CheckpointError, match=rf"{digest[:12]} is on record: one or both were replaced"):
+        load_model(tmp_path, digest=digest)
+    load_model(tmp_path)

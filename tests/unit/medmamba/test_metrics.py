@@ -147,3 +147,30 @@ def test_the_yardstick_refuses_a_class_it_never_saw():
 def test_the_metrics_load_no_torch():
     modules = "medmamba.metrics.classification, medmamba.metrics.intervals, medmamba.metrics.baselines"
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_baselines_are_fitted_with_few_threads_and_leave_the_others_theirs():
+    from threading import Event, Thread
+
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    seen: set[int] = set()
+    over = Event()
+
+    def watch():
+        while not over.is_set():
+            seen.update(threads())
+
+    generator = np.random.default_rng(0)
+    x, y = generator.random((1000, 400)), np.arange(1000) % 3
+    watcher = Thread(target=watch)
+    with threadpool_limits(6):  # by this thread, which alone may set them, as threadpoolctl has it
+        watcher.start()
+        logistic_regression(x, y, x, 3)
+        over.set()
+        watcher.join()
+        assert max(threads()) == 6
+    assert 2 in seen

@@ -292,6 +292,45 @@ def test_a_damaged_record_of_the_workflow_is_named(capsys):
     assert "--recipe" in line
 
 
+@pytest.mark.parametrize(
+    "kept",
+    ["[]", "null", "7", '"x"', "{}", '{"workflow": "release"}', '{"workflow": "../x", "recipe": {}}', "[" * 100_000,
+     '{"workflow": ["release"], "recipe": {}}', '{"workflow": "release", "recipe": []}', "\xff", "\x00"],
+    ids=lambda kept: kept[:30],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [("train", "--run", "r"), ("run", "--recipe", "quickstart", "--run", "r", "--dry-run")]
+)
+def test_a_workflow_that_cannot_be_is_named(capsys, kept, words):
+    open_store("store").at("runs", "r").put(WORKFLOW_FILE, kept.encode("latin-1"))
+    line = told(capsys, *words, "--store", "store", code=1)
+    assert "workflow.json is not whole JSON" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("record.json", {"facts": []}), ("record.json", {"facts": None}), ("record.json", {"seconds": "long"}),
+        ("record.json", {"inputs": {"x": 7}}), ("record.json", {"placement": []}), ("record.json", {"more": 1}),
+        ("record.json", {"started": 3}), ("config.json", {"config": []}), ("config.json", {"inputs": ["x"]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_cannot_be_is_named(capsys, key, changes):
+    finish("store", "r", recipe("quickstart"), promote=NO)
+    step = open_store("store").at("runs", "r", "promote")
+    step.put(key, json.dumps({**json.loads(step.get(key)), **changes}).encode())
+    line = told(capsys, "promote", "--run", "r", "--store", "store", "--dry-run", code=1)
+    assert f"{key} is not what a step writes" in line
+    assert "delete the step's folder" in line
+
+
+@pytest.mark.parametrize("place", ["../../../etc", "/etc", "", "a/../../b", "a\0b", 7, None, ["x"], {}])
+def test_a_place_in_a_record_leads_nowhere_outside_the_store(place):
+    with pytest.raises(ValueError, match="is no key"):
+        open_store("store").at(place)
+
+
 def test_the_store_comes_from_the_environment_where_none_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MEDMAMBA_STORE", str(tmp_path / "elsewhere"))
     assert resolved(capsys, "train", *DRY)["store"] == str(tmp_path / "elsewhere")

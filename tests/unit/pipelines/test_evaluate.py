@@ -9,7 +9,9 @@ from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
+from medmamba.metrics.classification import evaluate
 from pipelines.steps.evaluate import EvaluateConfig, _baselines, _intervals, stratified
+from pipelines.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,35 @@ def test_a_rare_class_is_among_the_samples_the_yardsticks_are_fitted_on():
 def test_yardsticks_are_fitted_on_few_images_of_every_class(data):
     found, absent = _baselines(EvaluateConfig(baseline_side=16, baseline_samples=10), data)
     assert absent == {}
-    assert {"auc", "accuracy", "balanced_accuracy"} == found["pixels"].keys()
+    for name in ("pixels", "chance"):
+        assert found[name].keys() == {"auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1"}
+
+
+def test_chance_is_what_naming_the_largest_class_each_time_reaches(data):
+    labels = data.index("test").labels
+    guess = np.zeros(labels.shape)
+    guess[:, data.index("train").labels.sum(0).argmax()] = 1
+    found, _ = _baselines(EvaluateConfig(baseline_side=16, baseline_samples=10), data)
+    assert found["chance"] == pytest.approx(evaluate(guess, labels, "multiclass"))
+
+
+def test_the_terminal_says_what_is_done_while_baselines_are_read_and_fitted(data, capsys):
+    terminal = Terminal()
+    _baselines(EvaluateConfig(baseline_side=16), data, show=terminal)
+    terminal.close()
+    told = capsys.readouterr().err
+    num = len(data.index("train")) + len(data.index("test"))
+    assert f"baselines: {num}/{num} images read" in told
+    assert f"fitting the baseline 'pixels' on {len(data.index('train'))} training images" in told
+
+
+@pytest.mark.parametrize("task", ["off", "multilabel"])
+def test_where_there_are_no_baselines_the_reason_is_given(data, task):
+    manifest = data.manifest.model_copy(update={"task": "multilabel" if task == "multilabel" else "multiclass"})
+    config = EvaluateConfig(baseline_side=0 if task == "off" else 16)
+    found, absent = _baselines(config, dataclasses.replace(data, manifest=manifest))
+    assert found == {}
+    assert set(absent) == {"all"}
 
 
 def test_a_yardstick_that_cannot_be_fitted_is_absent_with_its_reason(data):

@@ -71,6 +71,61 @@ def test_a_damaged_or_missing_file_is_named(checkpoint, name, is_there):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epoch", 9), ("step", 31), ("best", {"val_auc": 1.0, "val_loss": 0.0}), ("history", []), ("seed", 6),
+        ("digests", {}), ("manifest", "n" * 64), ("note", "x"), ("digest", "0" * 64),
+    ],
+)  # fmt: skip
+def test_an_edited_train_json_is_refused(checkpoint, field, value):
+    edit(checkpoint, **{field: value})
+    with pytest.raises(ResumeError, match=r"train\.json .*edited or damaged.*delete the folder `ray` .*--run NAME"):
+        read_state(checkpoint, placement=placement(), manifest="m" * 64)
+
+
+def test_a_train_json_from_before_it_had_a_digest_is_read(checkpoint):
+    described = json.loads((checkpoint / "train.json").read_text())
+    del described["digest"]
+    (checkpoint / "train.json").write_text(json.dumps(described))
+    assert read_state(checkpoint, placement=placement(), manifest="m" * 64).epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epoch", -1), ("epoch", 10**30), ("epoch", "3"), ("best", []), ("history", {}), ("ranks", 0),
+        ("zero_stage", 4), ("digests", {"../../etc/passwd": "0" * 64}), ("digests", {"/dev/zero": "0" * 64}),
+        ("digests", {"engine": "x"}), ("digests", []), ("manifest", None), ("digest", 7),
+    ],
+)  # fmt: skip
+def test_a_train_json_that_cannot_be_is_refused_before_any_file_it_names_is_opened(checkpoint, field, value):
+    edit(checkpoint, **{field: value})
+    with pytest.raises(ResumeError, match=rf"train\.json .*cannot be used \({field}.*delete the folder `ray`"):
+        read_state(checkpoint, placement=placement(), manifest="m" * 64)
+
+
+def test_a_train_json_without_a_field_is_refused(checkpoint):
+    described = json.loads((checkpoint / "train.json").read_text())
+    for name in ("ranks", "digest"):
+        del described[name]
+    (checkpoint / "train.json").write_text(json.dumps(described))
+    with pytest.raises(ResumeError, match=r"has no ranks"):
+        read_state(checkpoint, placement=placement(), manifest="m" * 64)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000], ids=len)
+def test_a_train_json_that_is_torn_is_refused(checkpoint, data):
+    (checkpoint / "train.json").write_bytes(data)
+    with pytest.raises(ResumeError, match=r"train\.json .*delete the folder `ray`"):
+        read_state(checkpoint, placement=placement(), manifest="m" * 64)
+
+
+def edit(checkpoint, **changes) -> None:
+    described = json.loads((checkpoint / "train.json").read_text())
+    (checkpoint / "train.json").write_text(json.dumps({**described, **changes}))
+
+
+@pytest.mark.parametrize(
     ("auc", "loss", "better"),
     [(0.91, 0.9, True), (0.89, 0.1, False), (0.9, 0.29, True), (0.9, 0.31, False), (0.9, 0.3, False)],
     ids=["higher AUC", "lower AUC", "same AUC, lower loss", "same AUC, higher loss", "the same"],

@@ -1,9 +1,11 @@
 """Plain lines where there is no terminal, live bars where there is one, tables that fit."""
 
+import logging
+
 import pytest
 
 from pipelines import terminal
-from pipelines.terminal import Terminal, duration, table
+from pipelines.terminal import Terminal, console, duration, show_log_visibly, table
 
 STEP = {"epoch": 2, "epochs": 4, "step": 5, "steps": 10, "images_per_s": 812.3, "loss": 0.4123, "left_s": 41.0}
 EPOCH = {
@@ -118,3 +120,38 @@ def test_a_table_keeps_every_cell_whole_by_folding_it(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (750, "12:30"), (10930, "3:02:10")])
 def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+EVIL = "a\x1b[2J\x1b]0;title\x07b\x9bc\u202ed\rtail\x08"
+SEEN = r"a\x1b[2J\x1b]0;title\x07b\x9bc\u202ed\x0dtail\x08"
+
+
+def test_what_a_terminal_would_obey_is_written_out_wherever_text_is_printed(capsys):
+    terminal = Terminal()
+    terminal.say(EVIL)
+    terminal.progress(EVIL, {"done": 1, "total": 1, "unit": EVIL})
+    terminal.trace(EVIL)
+    console().print(EVIL, soft_wrap=True)
+    table(EVIL, (EVIL, "b"), [(EVIL, "x")])
+    told = capsys.readouterr()
+    for text in (told.out, told.err):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert told.err.count(SEEN) == 4
+    assert SEEN in told.out
+
+
+def test_a_warning_that_python_itself_prints_is_written_out_too(capsys):
+    show_log_visibly()
+    record = logging.LogRecord("data_shards", logging.WARNING, "", 0, "1 image set aside: %s", (EVIL,), None)
+    assert logging.lastResort is not None
+    logging.lastResort.handle(record)
+    assert capsys.readouterr().err == f"1 image set aside: {SEEN}\n"
+
+
+def test_markup_in_a_name_stays_text(capsys):
+    terminal = Terminal()
+    terminal.say("[red]x[/red] [link=http://a]y[/link]")
+    table("[bold]t[/bold]", ("[red]c[/red]",), [("[blink]v[/blink]",)])
+    told = capsys.readouterr()
+    assert "[red]x[/red] [link=http://a]y[/link]" in told.err
+    assert all(name in told.out for name in ("[bold]t[/bold]", "[red]c[/red]", "[blink]v[/blink]"))

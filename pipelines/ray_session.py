@@ -41,8 +41,7 @@ OWN_DEFAULTS = {
     # Ray then takes 127.0.0.1 for the address of the node, and all its servers bind to the address of the node. Any
     # other way of naming it (`_node_ip_address`, `--node-ip-address`) turns loopback into a routable address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_enable_metrics_collection": "false",  # the agent would serve them to every user of this machine, without a token
-    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",  # a container's share of the CPUs is what is meant
+    "RAY_enable_metrics_collection": "false",  # else the agent serves them to every user of the machine, with no token
 }
 
 
@@ -52,7 +51,8 @@ def connect(*, num_cpus: int | None = None) -> None:
     Raises ValueError where RAY_ADDRESS names a Ray that does not answer, or a variable to be passed on holds a secret.
     """
     address = os.environ.get("RAY_ADDRESS")
-    _prepare_environment()
+    for name, value in (DEFAULTS if address else {**DEFAULTS, **OWN_DEFAULTS}).items():
+        os.environ.setdefault(name, value)
     if not address:
         _own_token()
     import ray
@@ -75,13 +75,6 @@ def connect(*, num_cpus: int | None = None) -> None:
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(_no_ray(address, str(error).splitlines()[0])) from None
     _take_sigterm_back()
-
-
-def _prepare_environment() -> None:
-    """Sets what Ray reads when it is imported or started; what the user has set stays."""
-    own = {} if os.environ.get("RAY_ADDRESS") else OWN_DEFAULTS
-    for name, value in {**DEFAULTS, **own}.items():
-        os.environ.setdefault(name, value)
 
 
 def _bind_to_loopback() -> None:
@@ -135,7 +128,7 @@ def preview(
 
 def this_machine() -> Node:
     """What an embedded Ray would have here: the CPUs of the container, the GPUs of CUDA_VISIBLE_DEVICES."""
-    _prepare_environment()
+    os.environ.setdefault("RAY_DISABLE_DOCKER_CPU_WARNING", "1")  # a container's share of the CPUs is what is meant
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
     found = ResourceAndLabelSpec().resolve(is_head=True)

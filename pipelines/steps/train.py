@@ -94,7 +94,9 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.worker.process_group import NodeTorchConfig
 
     filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
@@ -102,7 +104,7 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={**payload, "board": board},
-            torch_config=TorchConfig(backend=placement.backend),
+            torch_config=NodeTorchConfig(backend=placement.backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),

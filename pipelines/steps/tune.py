@@ -174,14 +174,15 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
         return RayReporter(send, rank, board=payload["board"], name=trial_id, log=log)
 
     checkpoint = ray.tune.get_checkpoint()
-    world_of_one()
+    placement = Placement.model_validate(payload["placement"])
+    world_of_one(placement.backend)
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
         if folder:
             state = json.loads((Path(folder) / "train.json").read_text())
             best.update(best_auc=state["best"]["val_auc"], best_loss=state["best"]["val_loss"])
         train_on_dataset(
             config,
-            Placement.model_validate(payload["placement"]),
+            placement,
             payload["dataset"],
             reporter,
             resume=Path(folder) if folder else None,

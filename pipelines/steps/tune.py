@@ -17,6 +17,7 @@ from pipelines.board import Watch
 from pipelines.flow import StepContext
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
+from pipelines.steps.train import check_batches
 from pipelines.tracking import TrackingError
 from pipelines.worker.config import TrainStepConfig
 
@@ -114,6 +115,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     the sweep was ended before its last trial: the step is then not finished, and asked again it goes on.
     """
     config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
+    check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
     with tracking.running(out, run=context.run, step="tune", params=params) as parent:

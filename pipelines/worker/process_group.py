@@ -15,7 +15,7 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBacken
 
 from pipelines.worker.network import bind_collectives, listen_on
 
-_meeting: dist.TCPStore | None = None  # rank 0's; it serves the others for as long as the process runs
+_meeting: dist.Store | None = None  # rank 0's; it serves the others for as long as the process runs
 
 
 class NodeTorchConfig(TorchConfig):
@@ -52,9 +52,12 @@ def _bind() -> None:
 
 
 def _open_meeting(ranks: int) -> tuple[str, int]:
-    """Opens rank 0's store; returns where the other ranks find it."""
+    """Opens rank 0's store; returns where the other ranks find it. A rank that is alone opens no socket."""
     global _meeting
     address = ray.util.get_node_ip_address()
+    if ranks == 1:
+        _meeting = dist.HashStore()
+        return address, 0
     listening = listen_on(address)
     port = listening.getsockname()[1]
     _meeting = dist.TCPStore(

@@ -14,6 +14,7 @@ import numpy as np
 from data_shards import catalog, phantoms
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.labels import check_settings
+from data_shards.store import open_store
 
 # As a setting: no such column, whatever the catalogue says.
 NO_COLUMN = "-"
@@ -90,8 +91,18 @@ def check_source(config: DataConfig) -> None:
     if config.layout == "phantoms":
         return
     _require_source(config)
-    if "://" not in config.source and not Path(config.source).expanduser().exists():
+    if config.source.startswith("s3://"):
+        _check_objects(config.source)
+    elif "://" not in config.source and not Path(config.source).expanduser().exists():
         raise ValueError(f"{config.source} is no such source: nothing lies there; check --data.source")
+
+
+def _check_objects(uri: str) -> None:
+    """ValueError where neither an object of that name nor one below it is there."""
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    named = folder != "s3:/" and open_store(folder).head(name) is not None
+    if not named and next(iter(open_store(uri).list()), None) is None:
+        raise ValueError(f"{uri} is no such source: no objects lie there; check --data.source")
 
 
 def _require_source(config: DataConfig) -> None:

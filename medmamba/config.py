@@ -13,6 +13,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nano": ((24, 48, 96, 192), (1, 1, 1, 1)),
 }
 
+PATCH = 4  # pixels of an image's side that become one position of the first stage
 # Far beyond what any machine trains. A model.json may come from anybody, and decides how much memory is taken.
 MOST_STAGES, MOST_CLASSES = 8, 1 << 16
 Width = Annotated[int, Field(ge=1, le=8192)]
@@ -62,6 +63,19 @@ class MedMambaConfig(BaseModel):
         """Number of blocks of each stage."""
         return self.depths or VARIANTS[self.variant][1]
 
+    def last_side(self, image_size: int) -> int:
+        """Side of the last stage's maps: every stage after the first halves it and drops an odd rest; may be 0."""
+        return image_size // PATCH >> (len(self.resolved_dims) - 1)
+
+    def least_image_size(self, side: int) -> int:
+        """The smallest image whose maps in the last stage have at least that side."""
+        return PATCH * side << (len(self.resolved_dims) - 1)
+
+    @property
+    def normalises_batches(self) -> bool:
+        """Whether BatchNorm is applied to the maps of every stage."""
+        return self.branches != "scan"
+
 
 class ConvNetConfig(BaseModel):
     """A small residual convolutional network: the honest yardstick beside MedMamba."""
@@ -76,6 +90,22 @@ class ConvNetConfig(BaseModel):
     """Channels of each stage; every stage after the first halves height and width."""
     blocks: int = Field(default=1, ge=1, le=256)
     """Number of residual blocks per stage."""
+
+    def last_side(self, image_size: int) -> int:
+        """Side of the last stage's maps: every stage after the first halves it and rounds up."""
+        side = image_size // PATCH
+        for _ in self.widths[1:]:
+            side = -(-side // 2)
+        return side
+
+    def least_image_size(self, side: int) -> int:
+        """The smallest image whose maps in the last stage have at least that side."""
+        return PATCH * (((side - 1) << (len(self.widths) - 1)) + 1)
+
+    @property
+    def normalises_batches(self) -> bool:
+        """Whether BatchNorm is applied to the maps of every stage."""
+        return True
 
 
 ModelConfig = Annotated[MedMambaConfig | ConvNetConfig, Field(discriminator="kind")]

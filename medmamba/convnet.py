@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor, nn
 
-from medmamba.config import ConvNetConfig
+from medmamba.config import PATCH, ConvNetConfig
 
 
 class ConvNet(nn.Module):
@@ -20,7 +20,7 @@ class ConvNet(nn.Module):
     def __init__(self, config: ConvNetConfig):
         super().__init__()
         self.config = config
-        self.stem = nn.Conv2d(3, config.widths[0], 4, stride=4)
+        self.stem = nn.Conv2d(3, config.widths[0], PATCH, stride=PATCH)
         blocks: list[nn.Module] = []
         narrow = config.widths[0]
         for stage, width in enumerate(config.widths):

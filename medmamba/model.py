@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor, nn
 
-from medmamba.config import ConvNetConfig, MedMambaConfig
+from medmamba.config import PATCH, ConvNetConfig, MedMambaConfig
 from medmamba.convnet import ConvNet
 from medmamba.ops.ss2d_scan import backend_scan, resolve_backend
 
 NUM_DIRECTIONS = 4
-PATCH = 4  # pixels of an image's side that become one position
 MIN_SIDE = 32  # below, the third patch merging has nothing left to merge
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # the step sizes that a fresh scan starts with
 

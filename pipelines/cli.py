@@ -23,6 +23,7 @@ from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unc
 from pipelines.bench import bench
 from pipelines.class_table import completed
 from pipelines.datasets import datasets
+from pipelines.demand import ON_RAY, RunDemand
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
@@ -67,7 +68,8 @@ class Work(Generic[Values, Where]):
     store: str = ""
     """Where everything lies: a folder or s3://bucket/prefix. Empty: $MEDMAMBA_STORE, else ./medmamba-store."""
     dry_run: Flag = False
-    """Print the resolved configuration and the state of each step; run nothing."""
+    """Print the resolved configuration and placement and the state of each step, and look for the images; run
+    nothing."""
     json: Flag = False
     """Print the result as JSON on standard output."""
 
@@ -183,11 +185,8 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
 
     def open_context() -> StepContext:
         states = plan_steps(steps, store, work.run)
-        if any(state.name == "shard" and state.state != "done" for state in states):
-            check_images(work.values.data, store)  # before anything is written under the run's name
-        context = _open_context(work, workflow, store, terminal)
-        _check_divides(work.values, context.placement, states)
-        return context
+        _check_source(work, states, store)  # before anything is written under the run's name
+        return _open_context(work, workflow, states, store, terminal=terminal)
 
     try:
         # Libraries print where they like; standard output is for the result.
@@ -214,7 +213,9 @@ def _verdict(states: list[StepState], terminal: Terminal) -> int:
     return DONE
 
 
-def _open_context(work: Resolved, workflow: str, store: Store, terminal: Terminal) -> StepContext:
+def _open_context(
+    work: Resolved, workflow: str, states: Sequence[StepState], store: Store, *, terminal: Terminal
+) -> StepContext:
     """Connects to everything a step may need; whatever cannot be reached is named before any work."""
     store.check()
     from pipelines.tracking import open_tracking
@@ -224,37 +225,51 @@ def _open_context(work: Resolved, workflow: str, store: Store, terminal: Termina
 
     terminal.say("connecting to Ray")
     ray_session.connect()
-    placement = ray_session.place(work.placement, store, say=terminal.say)
-    terminal.say(
-        f"placement: {placement.workers} x {placement.cpus_per_worker:g} CPU on {placement.device}, "
-        f"ZeRO {placement.zero_stage}, scan {placement.scan}, {placement.trials} trials at once"
-    )
+    demand = RunDemand(work.values, states, store, work.run)
+    placement = ray_session.place(work.placement, store, demand.for_placement(), say=terminal.say)
+    terminal.say(f"placement: {placement.summary}")
+    demand.check(placement)
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
     return StepContext(store, work.run, placement, tracking, terminal)
 
 
-def _check_divides(values: Recipe, placement: Placement, states: Sequence[StepState]) -> None:
-    """Raises ValueError where the workers do not divide a batch: after the sweep would be late to find out."""
-    to_do = {state.name: state.state != "done" for state in states}
-    searched = values.tune.space.batch_size if "tune" in to_do else ()
-    # With the sweep done its winner has the say, and the training itself looks at once.
-    if to_do.get("train") and to_do.get("tune", True):
-        for size in searched or (values.train.batch_size,):
-            override(values, {"train.batch_size": size}).train.accumulation(placement.workers)
-
-
 def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> int:
     states = plan_steps(steps, store, work.run)
     recipe_values = work.values.model_dump(mode="json")
-    resolved = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}
+    resolved: dict[str, Any] = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}
+    _check_source(work, states, store)
+    notes: list[str] = []
+    placement = _preview(work, states, store, notes.append)
+    where = f"the Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
     if work.json:
-        resolved["placement"] = work.placement.model_dump(mode="json")
+        resolved["placement"] = placement.model_dump(mode="json") if placement else None
+        resolved |= {"placed_on": where if placement else None, "notes": notes}
         print(json.dumps({**resolved, "steps": {state.name: state.state for state in states}}, indent=2))
     else:
         print(json.dumps(resolved, indent=2))
         print_plan(states)
+        for line in [f"placement on {where}: {placement.summary}", *notes] if placement else notes:
+            print(line)
     return DONE
+
+
+def _preview(work: Resolved, states: Sequence[StepState], store: Store, say: Callable[[str], None]) -> Placement | None:
+    """The placement that the work would get; None where nothing is left that needs a Ray."""
+    if all(state.state == "done" for state in states if state.name in ON_RAY):
+        return None
+    from pipelines import ray_session
+
+    demand = RunDemand(work.values, states, store, work.run)
+    placement = ray_session.preview(work.placement, store, demand.for_placement(), say=say)
+    demand.check(placement)
+    return placement
+
+
+def _check_source(work: Resolved, states: Sequence[StepState], store: Store) -> None:
+    """Raises ValueError where the images are still to be converted and are not there."""
+    if any(state.name == "shard" and state.state != "done" for state in states):
+        check_images(work.values.data, store)
 
 
 # ------------------------------------------------------------------------------------------------ verbs that look

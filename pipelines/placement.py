@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 8.0  # beside a GPU, unless more are asked for
+
+
+Device = Literal["cpu", "cuda"]
 
 
 class Node(NamedTuple):
@@ -19,13 +23,30 @@ class Node(NamedTuple):
     gpus: float = 0
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What the steps that are still to run ask of the number of workers; `auto` takes no other number."""
+
+    micro_batches: int = 0
+    """Micro-batches that a training step may have: their greatest common divisor, which the workers must divide.
+    0: any number of workers will do."""
+    batches: str = ""
+    """The batch sizes that this follows from, as the user wrote them."""
+    ranks: int = 0
+    """Workers that wrote the checkpoint from which a training resumes; 0: there is none."""
+
+
+NO_DEMAND = Demand()
+
+
 class PlacementConfig(BaseModel):
     """What a person may say about the placement; `auto` and 0 are resolved from what Ray has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     workers: int = Field(0, ge=0)
-    """Training workers. 0: one per GPU, or one with all CPUs where there is no GPU."""
+    """Training workers. 0: one per GPU, fewer where the batches of the recipe cannot be shared evenly among so many, or
+    one with all CPUs where there is no GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
@@ -78,56 +99,44 @@ class Placement(BaseModel):
         """Workers of the loader of one training worker: beside a GPU all its CPUs but one, else one."""
         return max(1, self.threads - 1) if self.device == "cuda" else 1
 
+    @property
+    def summary(self) -> str:
+        """In one line, for the user."""
+        scan = "auto (decided on a worker)" if self.scan == "auto" else self.scan
+        return (
+            f"{self.workers} x {self.cpus_per_worker:g} CPU on {self.device}, ZeRO {self.zero_stage}, scan {scan}, "
+            f"{self.trials} trials at once"
+        )
+
     def for_trial(self) -> Placement:
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
         return self.model_copy(update={"workers": 1, "zero_stage": 0, "cpus_per_worker": self.cpus_per_trial})
 
 
-def resolve(config: PlacementConfig, nodes: Sequence[Node]) -> Placement:
-    """Returns the placement for a Ray of these nodes.
+def resolve(
+    config: PlacementConfig,
+    nodes: Sequence[Node],
+    demand: Demand = NO_DEMAND,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Placement:
+    """Returns the placement for a Ray of these nodes; where `auto` leaves GPUs idle, `say` gets a line with the reason.
 
-    Raises ValueError (value, rule, remedy) where it is impossible, before any worker starts.
+    Raises ValueError (value, rule, remedy) where it is impossible, before any worker starts. Whether a number of
+    workers that the user named divides the batches is for the training's own configuration to check.
     """
-    num_cpus, num_gpus = sum(node.cpus for node in nodes), sum(int(node.gpus) for node in nodes)
+    num_gpus = _num_gpus(nodes)
     device = config.device if config.device != "auto" else ("cuda" if num_gpus else "cpu")
     if device == "cuda" and not num_gpus:
         raise ValueError(
             "--placement.device cuda: this Ray has no GPU; start it on a machine with one, or leave the device on auto"
         )
-    workers = config.workers or (num_gpus if device == "cuda" else 1)
-    if device == "cuda" and workers > num_gpus:
-        raise ValueError(
-            f"--placement.workers {workers}: one GPU per worker, and this Ray has {num_gpus:g}; "
-            f"ask for at most {num_gpus:g}, or add nodes"
-        )
-    cpus = config.cpus_per_worker or _share(nodes, workers, device, num_cpus)
-    if cpus < LEAST_CPUS:
-        raise ValueError(
-            f"--placement.workers {workers}: {cpus:g} of the {num_cpus:g} CPUs of this Ray for each worker, but "
-            f"at least {LEAST_CPUS:g} is needed; ask for fewer workers, or start Ray with more CPUs"
-        )
-    if cpus * workers > num_cpus:
-        raise ValueError(
-            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g} = {workers * cpus:g} CPUs, "
-            f"but this Ray has {num_cpus:g}; lower one of them, or start Ray with more CPUs"
-        )
-    if (room := _room(nodes, cpus, device)) < workers:
-        raise ValueError(
-            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker lies on one node, and the "
-            f"nodes of this Ray ({_told(nodes)}) have room for {room} of them on {device}; lower one of them"
-        )
+    workers = config.workers or _auto_workers(config, nodes, device, demand, say=say)
+    cpus = _cpus_per_worker(config, nodes, workers, device)
+    if fault := _fault(nodes, workers, cpus, device):
+        raise ValueError(fault)
     stage = int(config.zero_stage) if config.zero_stage != "auto" else int(device == "cuda")
-    trials = config.trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
-    if device == "cuda" and trials > num_gpus:
-        raise ValueError(
-            f"--placement.trials {trials}: one GPU per trial, and this Ray has {num_gpus:g}; ask for fewer"
-        )
-    cpus_per_trial = _share(nodes, trials, device, config.cpus_per_worker * workers or num_cpus)
-    if not cpus_per_trial:
-        raise ValueError(
-            f"--placement.trials {trials}: the nodes of this Ray ({_told(nodes)}) have no room for so many; "
-            f"ask for fewer"
-        )
+    trials, cpus_per_trial = _trials(config, nodes, device)
     return Placement(
         workers=workers,
         device=device,
@@ -141,7 +150,99 @@ def resolve(config: PlacementConfig, nodes: Sequence[Node]) -> Placement:
     )
 
 
-def _share(nodes: Sequence[Node], count: int, device: str, num_cpus: float) -> float:
+def _auto_workers(
+    config: PlacementConfig, nodes: Sequence[Node], device: Device, demand: Demand, *, say: Callable[[str], None]
+) -> int:
+    """The most workers, at most one per GPU, that the recipe can run on; those of a checkpoint where there is one."""
+    most = _num_gpus(nodes) if device == "cuda" else 1
+
+    def fits(count: int) -> bool:
+        return not _fault(nodes, count, _cpus_per_worker(config, nodes, count, device), device)
+
+    if demand.ranks and fits(demand.ranks):
+        if demand.ranks != most:
+            say(
+                f"{_of_all(demand.ranks, most, device)}: as many as wrote the checkpoint that the training resumes from"
+            )
+        return demand.ranks
+    roomy = next((count for count in range(most, 1, -1) if fits(count)), 1)
+    if roomy < most:
+        say(
+            f"{_of_all(roomy, most, device)}: the CPUs of this Ray ({_told(nodes)}) are not enough for more workers; "
+            f"lower --placement.cpus-per-worker or start Ray with more CPUs to use all"
+        )
+    even = next(
+        count for count in range(roomy, 0, -1) if demand.micro_batches % count == 0 and (count == 1 or fits(count))
+    )
+    if even < roomy:
+        say(
+            f"{_of_all(even, most, device)} for training: {demand.batches} cannot be shared evenly by more workers; "
+            f"raise the batch size or lower train.micro_batch to use all"
+        )
+    return even
+
+
+def _of_all(count: int, most: int, device: Device) -> str:
+    return f"{count} of {most} GPUs" if device == "cuda" else f"{count} workers"
+
+
+def _cpus_per_worker(config: PlacementConfig, nodes: Sequence[Node], workers: int, device: Device) -> float:
+    return config.cpus_per_worker or _share(nodes, workers, device, _num_cpus(nodes))
+
+
+def _fault(nodes: Sequence[Node], workers: int, cpus: float, device: Device) -> str:
+    """Why so many workers, each with so many CPUs, cannot run on the nodes; empty where they can."""
+    num_cpus, num_gpus = _num_cpus(nodes), _num_gpus(nodes)
+    if device == "cuda" and workers > num_gpus:
+        return (
+            f"--placement.workers {workers}: one GPU per worker, and this Ray has {num_gpus:g}; "
+            f"ask for at most {num_gpus:g}, or add nodes"
+        )
+    if cpus < LEAST_CPUS:
+        return (
+            f"--placement.workers {workers}: {cpus:g} of the {num_cpus:g} CPUs of this Ray for each worker, but "
+            f"at least {LEAST_CPUS:g} is needed; ask for fewer workers, or start Ray with more CPUs"
+        )
+    if cpus * workers > num_cpus:
+        return (
+            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g} = {workers * cpus:g} CPUs, "
+            f"but this Ray has {num_cpus:g}; lower one of them, or start Ray with more CPUs"
+        )
+    if (room := _room(nodes, cpus, device)) < workers:
+        return (
+            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker lies on one node, and the "
+            f"nodes of this Ray ({_told(nodes)}) have room for {room} of them on {device}; lower one of them"
+        )
+    return ""
+
+
+def _trials(config: PlacementConfig, nodes: Sequence[Node], device: Device) -> tuple[int, float]:
+    """Trials of a sweep at once, and the CPUs of each."""
+    num_cpus, num_gpus = _num_cpus(nodes), _num_gpus(nodes)
+    if device == "cuda" and config.trials > num_gpus:
+        raise ValueError(
+            f"--placement.trials {config.trials}: one GPU per trial, and this Ray has {num_gpus:g}; ask for fewer"
+        )
+    # A trial is a world of one, so what divides a batch among workers does not limit how many run at once.
+    most = config.trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
+    named = config.cpus_per_worker * (config.workers or (num_gpus if device == "cuda" else 1))
+    for trials in [most] if config.trials else range(most, 0, -1):
+        if cpus := _share(nodes, trials, device, min(named, num_cpus) or num_cpus):
+            return trials, cpus
+    raise ValueError(
+        f"--placement.trials {most}: the nodes of this Ray ({_told(nodes)}) have no room for so many; ask for fewer"
+    )
+
+
+def _num_cpus(nodes: Sequence[Node]) -> float:
+    return sum(node.cpus for node in nodes)
+
+
+def _num_gpus(nodes: Sequence[Node]) -> int:
+    return sum(int(node.gpus) for node in nodes)
+
+
+def _share(nodes: Sequence[Node], count: int, device: Device, num_cpus: float) -> float:
     """The most CPUs, of `num_cpus` shared evenly, that each of `count` processes can have on one of the nodes."""
     fair = num_cpus / count if device == "cpu" else min(MOST_CPUS, max(1.0, num_cpus / count))
     # One node is always filled to the last process; which, and with how many, tells the share.
@@ -149,7 +250,7 @@ def _share(nodes: Sequence[Node], count: int, device: str, num_cpus: float) -> f
     return max((share for share in shares if share and _room(nodes, share, device) >= count), default=0.0)
 
 
-def _room(nodes: Sequence[Node], cpus: float, device: str) -> int:
+def _room(nodes: Sequence[Node], cpus: float, device: Device) -> int:
     """How many processes of so many CPUs, and a GPU each on cuda, fit on the nodes."""
     fitting = [(math.floor(node.cpus / cpus + 1e-9), int(node.gpus)) for node in nodes]
     return sum(min(held) if device == "cuda" else held[0] for held in fitting)

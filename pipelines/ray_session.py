@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.store import Store
-from pipelines.placement import Node, Placement, PlacementConfig, resolve
+from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
 from pipelines.shipment import PASSED_VARIABLES, refuse_secrets
 
 CONNECT_TIMEOUT_S = 8.0
@@ -36,6 +36,13 @@ DEFAULTS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own takes a Ctrl-C for the end of the sweep
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a driver that is killed forgets the trials begun since; 10 by default
 }
+# The same, of a Ray of our own only: a cluster's belongs to whoever started it.
+OWN_DEFAULTS = {
+    # Ray then takes 127.0.0.1 for the address of the node, and all its servers bind to the address of the node. Any
+    # other way of naming it (`_node_ip_address`, `--node-ip-address`) turns loopback into a routable address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_metrics_collection": "false",  # else the agent serves them to every user of the machine, with no token
+}
 
 
 def connect(*, num_cpus: int | None = None) -> None:
@@ -43,9 +50,9 @@ def connect(*, num_cpus: int | None = None) -> None:
 
     Raises ValueError where RAY_ADDRESS names a Ray that does not answer, or a variable to be passed on holds a secret.
     """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    for name, value in (DEFAULTS if address else {**DEFAULTS, **OWN_DEFAULTS}).items():
+        os.environ.setdefault(name, value)
     if not address:
         _own_token()
     import ray
@@ -54,6 +61,7 @@ def connect(*, num_cpus: int | None = None) -> None:
         return
     quiet = {"logging_level": logging.ERROR, "log_to_driver": os.environ.get("MEDMAMBA_WORKER_LOGS") == "1"}
     if not address:
+        _bind_to_loopback()
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         _take_sigterm_back()
@@ -69,26 +77,73 @@ def connect(*, num_cpus: int | None = None) -> None:
     _take_sigterm_back()
 
 
+def _bind_to_loopback() -> None:
+    from ray._private import ray_constants
+
+    # Ray reads the variable once, when it is imported, which may have been before it was set.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
+
+
 def _take_sigterm_back() -> None:
     """Ray's core puts a handler over Python's that prints a stack and aborts the process after 3 s of cleaning up."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-def place(config: PlacementConfig, store: Store, *, say: Callable[[str], None] = lambda text: None) -> Placement:
+def place(
+    config: PlacementConfig,
+    store: Store,
+    demand: Demand = NO_DEMAND,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Placement:
     """Returns the placement on the connected Ray, its scan backend by name: the one that runs on a worker.
 
     Waits, and says so, where a cluster has no CPU yet. Raises ValueError where the placement is impossible, or where
     nodes cannot share a local store.
     """
-    nodes = _nodes(say)
+    placement = _resolved(config, store, demand, _nodes(say), say)
+    return placement.model_copy(update={"scan": _scan_backend(placement)})
+
+
+def preview(
+    config: PlacementConfig,
+    store: Store,
+    demand: Demand = NO_DEMAND,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Placement:
+    """The placement that `place` would return, but for the scan backend, which stays as it was named.
+
+    Looks at the Ray of RAY_ADDRESS; where there is none, counts this machine's CPUs and GPUs as an embedded Ray would,
+    without starting one. Raises what `place` raises, and does not wait for nodes.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        connect()
+        nodes = _nodes(say, wait_s=0)
+    else:
+        nodes = [this_machine()]
+    return _resolved(config, store, demand, nodes, say)
+
+
+def this_machine() -> Node:
+    """What an embedded Ray would have here: the CPUs of the container, the GPUs of CUDA_VISIBLE_DEVICES."""
+    os.environ.setdefault("RAY_DISABLE_DOCKER_CPU_WARNING", "1")  # a container's share of the CPUs is what is meant
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    found = ResourceAndLabelSpec().resolve(is_head=True)
+    return Node(found.num_cpus or 0, found.num_gpus or 0)
+
+
+def _resolved(
+    config: PlacementConfig, store: Store, demand: Demand, nodes: list[Node], say: Callable[[str], None]
+) -> Placement:
     if len(nodes) > 1 and store.is_local:
         raise ValueError(
             f"store {store.uri} is a local folder, but this Ray has {len(nodes)} nodes, which do not share it; "
             f"use --store s3://BUCKET/PREFIX"
         )
-    placement = resolve(config, nodes)
-    return placement.model_copy(update={"scan": _scan_backend(placement)})
+    return resolve(config, nodes, demand, say=say)
 
 
 def _nodes(say: Callable[[str], None], wait_s: float = JOIN_WAIT_S) -> list[Node]:

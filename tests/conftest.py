@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,14 +73,14 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_cluster(env: dict[str, str], *, log: Path) -> Iterator[RayHead]:
-    """A Ray head of two CPUs with ports and a folder of its own, ended by its process group."""
+def ray_cluster(env: dict[str, str], *, log: Path, resources: Sequence[str] = ("--num-cpus=2",)) -> Iterator[RayHead]:
+    """A Ray head, by default of two CPUs, with ports and a folder of its own, ended by its process group."""
     folder = tempfile.mkdtemp(prefix="mm-ray-")  # short: Ray's sockets lie in it, and their paths may have 107 bytes
     port, dashboard = free_port(), free_port()
     ports = {"port": port, "dashboard-port": dashboard, "ray-client-server-port": free_port()}
     ports |= {"dashboard-agent-listen-port": free_port(), "metrics-export-port": free_port()}
     binaries = Path(sys.executable).parent
-    command = [str(binaries / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command = [str(binaries / "ray"), "start", "--head", "--block", *resources]
     command += [f"--{name}={number}" for name, number in ports.items()]
     command += [f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     # A job's `python` is looked up on the head's PATH.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_shards.manifest import open_dataset
 from data_shards.store import Store, StoreKeyError, arrow_filesystem
 from pipelines.board import Watch
 from pipelines.flow import StepContext
@@ -33,12 +34,13 @@ def run(
 ) -> dict:
     """Trains with the recipe, or with a sweep's winner over it, and keeps the best epoch's model under `out/model`.
 
-    Raises ValueError where the placement does not divide the batch, the model has not one output per class, or a
-    checkpoint cannot be continued exactly.
+    Raises ValueError where the placement does not divide the batch, the training split does not fill one, the model
+    has not one output per class, or a checkpoint cannot be continued exactly.
     """
     resolved = override(config, tune["winner"]) if tune else config
     resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
     resolved.with_classes(len(shard["counts"]["train"]))
+    check_batches([resolved.train.batch_size], shard, context)
     _check_resume(out, placement, shard["digest"], context)
     params = flatten(resolved.model_dump())
     with context.tracking.running(out, run=context.run, step="train", params=params) as run_id:
@@ -53,6 +55,17 @@ def run(
         with checkpoint.as_directory() as folder:
             facts = keep_best(Path(folder), out, context.run, shard["max_side"])
     return {**facts, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
+
+
+def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> None:
+    """Raises ValueError where the training split does not fill a batch of one of the sizes: nothing to train on."""
+    data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
+    held = data.manifest.splits["train"].samples
+    if max(sizes) > held:
+        raise ValueError(
+            f"train.batch_size {max(sizes)}: the training split holds {held} images, and an incomplete batch is "
+            f"dropped; use batches of at most {held}"
+        )
 
 
 def ray_worker(payload: dict[str, Any]) -> None:
@@ -94,7 +107,9 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.worker.process_group import NodeTorchConfig
 
     filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
@@ -102,7 +117,7 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={**payload, "board": board},
-            torch_config=TorchConfig(backend=placement.backend),
+            torch_config=NodeTorchConfig(backend=placement.backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),

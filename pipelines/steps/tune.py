@@ -19,6 +19,7 @@ from pipelines.board import Watch
 from pipelines.flow import StepContext
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
+from pipelines.steps.train import check_batches
 from pipelines.tracking import TrackingError
 from pipelines.worker.config import TrainStepConfig
 
@@ -116,6 +117,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     the sweep was ended before its last trial: the step is then not finished, and asked again it goes on.
     """
     config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
+    check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
     with tracking.running(out, run=context.run, step="tune", params=params) as parent:
@@ -188,13 +190,14 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
         return RayReporter(send, rank, board=payload["board"], name=trial_id, log=log)
 
     checkpoint = ray.tune.get_checkpoint()
-    world_of_one()
+    placement = Placement.model_validate(payload["placement"])
+    world_of_one(placement.backend)
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
         if folder:
             best.after(json.loads((Path(folder) / "train.json").read_text())["best"])
         train_on_dataset(
             config,
-            Placement.model_validate(payload["placement"]),
+            placement,
             payload["dataset"],
             reporter,
             resume=Path(folder) if folder else None,

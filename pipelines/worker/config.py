@@ -79,6 +79,24 @@ class TrainStepConfig(BaseModel):
     train: TrainConfig = TrainConfig()
     """How its weights are found."""
 
+    @model_validator(mode="after")
+    def _maps_are_large_enough(self) -> TrainStepConfig:
+        size, micro_batch = self.train.image_size, self.train.micro_batch
+        side = self.model.last_side(size)
+        if side < 1:
+            raise ValueError(
+                f"train.image_size {size}: every stage of the network halves the image, and nothing is left for the "
+                f"last one; use at least {self.model.least_image_size(1)}, or a network of fewer stages"
+            )
+        # torch refuses this in the middle of a training: one value has no variance.
+        if micro_batch * side * side == 1 and self.model.normalises_batches:
+            raise ValueError(
+                f"train.image_size {size} with train.micro_batch {micro_batch}: BatchNorm needs more than one value "
+                f"per channel, and the last stage's maps are 1 x 1; use train.image_size "
+                f"{self.model.least_image_size(2)} or more, or train.micro_batch 2 or more"
+            )
+        return self
+
     def with_classes(self, num_classes: int) -> TrainStepConfig:
         """The config whose model has an output for each class of the data; ValueError where it asks for another."""
         if self.model.num_classes not in (0, num_classes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.loop import train_loop
+from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.state import TrainState
 
 PROGRESS_EVERY_S = 0.5
@@ -73,11 +73,12 @@ def train_on_dataset(
     return train_loop(config, placement, data, engine, reporter(engine.rank), resume)
 
 
-def world_of_one() -> None:
-    """What torch.distributed reads from the environment, for a process that trains alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    )
+def world_of_one(backend: str) -> None:
+    """Makes this process a group of its own in torch.distributed, for a trial. It listens to this machine only."""
+    import torch.distributed as dist
+
+    bind_collectives(LOOPBACK)
+    # DeepSpeed reads these. Nobody meets at the address: the store is in the memory of this process.
+    os.environ.update({"MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

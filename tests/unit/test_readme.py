@@ -127,6 +127,11 @@ def dry_run(words: list[str], folder: Path) -> None:
         kept = {"workflow": "direct", "recipe": RECIPES["quickstart"]().model_dump(mode="json")}
         run = words[words.index("--run") + 1]
         open_store(str(folder)).at("runs", run).put("workflow.json", json.dumps(kept).encode())
+    if "--data.source" in words:  # a dry run looks whether it is there
+        at = words.index("--data.source") + 1
+        (source := folder / words[at]).parent.mkdir(parents=True, exist_ok=True)
+        source.touch()
+        words = [*words[:at], str(source), *words[at + 1 :]]
     assert main([*words, *([] if "--dry-run" in words else ["--dry-run"]), "--store", str(folder)]) == 0
 
 

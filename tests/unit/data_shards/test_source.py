@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.decode import UndecodableImage, decode
-from data_shards.source import open_source
+from data_shards.source import check_source, open_source
 from data_shards.split import LeakError, assign_splits
 from data_shards.store import open_store
 
@@ -433,3 +433,13 @@ def test_a_patient_in_two_given_splits_is_named(tmp_path):
     images = open_source(config(write(tmp_path, FOLDERS | {"t.csv": table}), **TABLE, split_column="part"))
     with pytest.raises(LeakError, match="'p0' stands in train and in test"):
         splits_of(images)
+
+
+def test_a_source_on_s3_is_looked_for_as_an_object_or_as_a_folder(s3):
+    store = open_store(s3)
+    store.put("sets/set.npz", b"x")
+    for uri in (f"{s3}/sets/set.npz", f"{s3}/sets", f"{s3}/sets/", "/".join(s3.split("/")[:3])):
+        check_source(DataConfig(dataset="own", layout="folders", source=uri))
+    for uri in (f"{s3}/sets/other.npz", f"{s3}/set", f"{s3}/sets/set"):
+        with pytest.raises(ValueError, match=f"{uri} is no such source: .*check --data.source"):
+            check_source(DataConfig(dataset="own", layout="folders", source=uri))

@@ -25,8 +25,9 @@ from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, _forced, _parse, ma
 from pipelines.flow import run_steps
 from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
-from pipelines.recipes import RECIPES, recipe
+from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.registry import by_alias
+from pipelines.steps.train import SNAPSHOT
 from pipelines.tracking import open_tracking
 from pipelines.workflows import WORKFLOWS
 
@@ -57,6 +58,14 @@ def resolved(capsys, *argv: str) -> dict:
     """What a dry run prints as JSON."""
     assert main([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def source_of(name: str) -> list[str]:
+    """The option that names the images of a recipe, for those that do not make their own; a dry run looks for them."""
+    if recipe(name).data.dataset == "phantoms":
+        return []
+    Path("images").touch()
+    return ["--data.source", "images"]
 
 
 def test_help_names_every_verb_recipe_and_exit_code(capsys):
@@ -91,12 +100,12 @@ def test_the_help_of_a_verb_shows_a_recipes_own_values_with_help_texts(capsys):
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("workflow", ["release", "direct"])
 def test_every_recipe_dry_runs_in_every_workflow_and_writes_nothing(name, workflow, capsys, tmp_path):
-    found = resolved(capsys, "run", workflow, "--recipe", name, "--dry-run")
-    assert found["recipe"] == recipe(name).model_dump(mode="json")
+    found = resolved(capsys, "run", workflow, "--recipe", name, "--dry-run", *source_of(name))
+    assert override(recipe(name), {"data.source": found["recipe"]["data"]["source"]}) == Recipe(**found["recipe"])
     assert (found["run"], found["workflow"]) == (name, workflow)
     assert set(found["steps"].values()) == {"to do"}
     assert ("tune" in found["steps"]) == (workflow == "release")
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"images"}
 
 
 def test_a_dry_run_prints_the_configuration_and_the_steps_with_their_states(capsys):
@@ -123,7 +132,8 @@ def test_a_step_of_its_own_has_what_it_needs_before_it(verb, capsys):
         (["--tune.space.lr"], "tune.space.lr", []),
         (["--tune.space.batch-size", "16", "32"], "tune.space.batch_size", [16, 32]),
         (["--model.variant", "T"], "model.variant", "T"),
-        (["--data.classes", "b", "a"], "data.classes", ["b", "a"]),
+        (["--data.dataset", "own", "--data.layout", "folders", "--data.source", ".", "--data.classes", "b", "a"],
+         "data.classes", ["b", "a"]),
         (["--data.max-side", "64"], "data.max_side", 64),
         (["--data.max-side", "None"], "data.max_side", None),
         (["--train.optim.betas", "0.8", "0.9"], "train.optim.betas", [0.8, 0.9]),
@@ -132,7 +142,7 @@ def test_a_step_of_its_own_has_what_it_needs_before_it(verb, capsys):
         (["--data.seed", "1", "--data.seed", "2"], "data.seed", 2),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_an_option_sets_one_field(argv, key, value, capsys):
     found = resolved(capsys, "run", "release", *DRY, *argv)["recipe"]
     for part in key.split("."):
@@ -141,7 +151,7 @@ def test_an_option_sets_one_field(argv, key, value, capsys):
 
 
 def test_booleans_can_be_switched_off_where_the_recipe_has_them_on(capsys):
-    found = resolved(capsys, "train", "--recipe", "bccd", "--dry-run", "--train.augment.no-rot90")
+    found = resolved(capsys, "train", "--recipe", "bccd", "--dry-run", "--train.augment.no-rot90", *source_of("bccd"))
     assert found["recipe"]["train"]["augment"]["rot90"] is False
 
 
@@ -150,10 +160,119 @@ def test_the_network_is_chosen_by_its_kind(capsys):
     assert found["recipe"]["model"] == {"kind": "convnet", "num_classes": 0, "widths": [16, 32, 64, 128], "blocks": 2}
 
 
-def test_the_placement_is_parsed_but_not_part_of_the_recipe(capsys):
+def test_the_placement_is_resolved_but_not_part_of_the_recipe(capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
     found = resolved(capsys, "train", *DRY, "--placement.workers", "2", "--placement.zero-stage", "1")
-    assert (found["placement"]["workers"], found["placement"]["zero_stage"]) == (2, "1")
+    placement = found["placement"]
+    assert (placement["workers"], placement["zero_stage"], placement["cpus_per_worker"]) == (2, 1, 2)
+    assert (placement["scan"], found["placed_on"], found["notes"]) == ("auto", "this machine", [])
     assert found["recipe"] == recipe("quickstart").model_dump(mode="json")
+
+
+# Workers of a training on 1 to 8 GPUs: the most that divide the micro-batches of every batch that may be trained.
+WORKERS = {
+    ("quickstart", "release"): [1] * 8,  # the sweep may choose batches of one micro-batch
+    ("quickstart", "direct"): [1, 2, 2, 2, 2, 2, 2, 2],
+    ("pneumoniamnist", "release"): [1, 2, 2, 2, 2, 2, 2, 2],
+    ("pneumoniamnist", "direct"): [1, 2, 2, 2, 2, 2, 2, 2],
+    ("breastmnist", "release"): [1] * 8,
+    ("breastmnist", "direct"): [1] * 8,
+    ("bccd", "release"): [1] * 8,
+    ("bccd", "direct"): [1] * 8,
+    ("paper-medmnist", "release"): [1, 2, 2, 4, 4, 4, 4, 4],
+    ("paper-medmnist", "direct"): [1, 2, 2, 4, 4, 4, 4, 4],
+    ("paper", "release"): [1, 2, 2, 4, 4, 4, 4, 4],
+    ("paper", "direct"): [1, 2, 2, 4, 4, 4, 4, 4],
+}
+
+
+@pytest.mark.parametrize("num_gpus", range(1, 9))
+def test_every_recipe_runs_on_any_number_of_gpus_and_a_gpu_without_a_worker_is_explained(num_gpus, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 64, "GPU": num_gpus}))
+    assert {name for name, _ in WORKERS} == set(RECIPES)
+    for (name, workflow), expected in WORKERS.items():
+        found = resolved(capsys, "run", workflow, "--recipe", name, "--dry-run", *source_of(name))
+        workers = expected[num_gpus - 1]
+        assert (found["placement"]["workers"], found["placement"]["trials"]) == (workers, num_gpus), (name, workflow)
+        assert found["placement"]["device"] == "cuda"
+        assert [note.partition(" for training: ")[0] for note in found["notes"]] == (
+            [f"{workers} of {num_gpus} GPUs"] if workers < num_gpus else []
+        )
+
+
+def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 16, "GPU": 2}')
+    assert main(["run", "direct", *DRY, "--train.batch-size", "16"]) == 0
+    *_, placement, note = capsys.readouterr().out.splitlines()
+    assert placement == (
+        "placement on this machine: 1 x 8 CPU on cuda, ZeRO 1, scan auto (decided on a worker), 2 trials at once"
+    )
+    assert note == (
+        "1 of 2 GPUs for training: batch size 16 in micro-batches of 16 cannot be shared evenly by more workers; "
+        "raise the batch size or lower train.micro_batch to use all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--placement.workers", "2"], r"batch_size 16 is no multiple of train\.micro_batch 16 x 2 workers; lower"),
+        (["--placement.workers", "5"], r"--placement\.workers 5: one GPU per worker, and this Ray has 4; .*at most 4"),
+        (["--placement.trials", "5"], r"--placement\.trials 5: one GPU per trial, and this Ray has 4"),
+        (["--placement.cpus-per-worker", "9"], r"workers 1 x --placement\.cpus-per-worker 9 = 9 CPUs, .*has 8"),
+        (["--placement.device", "cpu", "--placement.workers", "64"], r"workers 64: 0\.12 of the 8 CPUs"),
+        (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files: get them .* with --data\.source"),
+        (["--data.dataset", "own", "--data.layout", "folders"], r"'own' needs its files: .*--data\.source"),
+        (["--data.dataset", "breastmnist", "--data.source", "typo.npz"], r"typo\.npz is no such source"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_could_not_run_is_refused_by_a_dry_run_too(argv, line, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 4}')
+    assert re.search(line, told(capsys, "run", "release", *DRY, *argv, code=1))
+
+
+def test_a_dry_run_of_a_ray_that_does_not_answer_is_an_error_unless_nothing_needs_it(capsys, monkeypatch):
+    finish("store", "r", recipe("quickstart"), last="evaluate")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
+        assert "no Ray answers there" in told(capsys, "train", *DRY, code=1)
+        found = resolved(capsys, "promote", "--run", "r", "--store", "store", "--dry-run")
+    assert (found["steps"]["promote"], found["placement"], found["placed_on"]) == ("to do", None, None)
+
+
+def test_once_the_sweep_has_a_winner_its_batch_size_counts(capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 2}')
+    for size, workers in ((16, 1), (32, 2)):
+        winner = {"digest": "t", "winner": {"train.batch_size": size}, "trials": []}
+        finish("store", f"won-{size}", recipe("quickstart"), last="tune", tune=winner)
+        found = resolved(capsys, "train", "--workflow", "release", "--run", f"won-{size}", "--store", "store", *DRY)
+        assert (found["steps"]["tune"], found["placement"]["workers"]) == ("done", workers)
+
+
+def test_a_finished_training_does_not_limit_the_gpus_of_what_follows(capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 3}')
+    finish("store", "r", recipe("breastmnist"), last="train")
+    found = resolved(capsys, "evaluate", "--run", "r", "--store", "store", "--dry-run")
+    assert (found["placement"]["workers"], found["notes"]) == (3, [])
+
+
+@pytest.mark.parametrize("begun_on", [1, 2, 4])
+def test_an_interrupted_training_resumes_on_as_many_workers_as_wrote_its_checkpoint(begun_on, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 4}')
+    sizes = override(recipe("quickstart"), {"train.batch_size": 64})
+    finish("store", "r", sizes, workflow="direct", last="train", failing=["train"])
+    out = open_store("store").at("runs/r/train")
+    state = {"epoch": 3, "ranks": begun_on, "zero_stage": 1, "manifest": "5" * 64}
+    out.put("ray/checkpoint_1/train.json", json.dumps(state).encode())
+    out.put(SNAPSHOT, json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}}).encode())
+    asked = ["train", "--run", "r", "--store", "store", "--dry-run"]
+    found = resolved(capsys, *asked)
+    assert found["placement"]["workers"] == begun_on
+    assert ("as many as wrote the checkpoint" in "".join(found["notes"])) == (begun_on < 4)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8}')
+    assert f"Resume with --placement.workers {begun_on} --placement.zero-stage 1" in told(capsys, *asked, code=1)
 
 
 @pytest.mark.parametrize(

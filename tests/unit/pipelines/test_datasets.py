@@ -3,6 +3,7 @@
 import json
 import shlex
 import zipfile
+from pathlib import Path
 
 import pytest
 from http_server import Site, answers, drops_after, running, without_length
@@ -135,6 +136,8 @@ def test_a_private_set_is_told_how_to_be_placed_by_hand(name, capsys, tmp_path):
 def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, capsys):
     from pipelines.datasets import _next_command
 
+    Path("some where").mkdir()
+    Path("some where/x.zip").touch()  # a dry run looks whether it is there
     words = shlex.split(_next_command(catalog.card(name), "some where/x.zip"))
     assert main([*words[1:], "--dry-run", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["recipe"]["data"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.placement import Node, PlacementConfig, resolve
+from pipelines.placement import Demand, Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig
 
 
@@ -111,3 +111,56 @@ def test_a_worker_that_fits_on_no_node_is_refused(nodes, wishes, told):
         return
     with pytest.raises(ValueError, match=told):
         resolve(PlacementConfig(**wishes), nodes)
+
+
+@pytest.mark.parametrize(("micro_batches", "num_gpus", "workers"), [
+    (1, 8, 1), (2, 3, 2), (4, 3, 2), (4, 8, 4), (6, 4, 3), (6, 8, 6), (7, 6, 1), (8, 8, 8), (0, 5, 5),
+])  # fmt: skip
+def test_auto_takes_the_most_workers_that_share_the_micro_batches_evenly(micro_batches, num_gpus, workers):
+    lines: list[str] = []
+    demand = Demand(micro_batches, "batch size 7 in micro-batches of 1")
+    placement = resolve(PlacementConfig(), [Node(64, num_gpus)], demand, say=lines.append)
+    assert (placement.workers, placement.trials) == (workers, num_gpus)
+    assert placement.cpus_per_worker == min(8, 64 // workers)
+    assert len(lines) == (workers < num_gpus)
+    assert all(line.startswith(f"{workers} of {num_gpus} GPUs for training: batch size 7") for line in lines)
+
+
+def test_workers_that_the_user_named_are_not_replaced_by_fewer():
+    assert resolve(PlacementConfig(workers=3), [Node(8, 4)], Demand(4)).workers == 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wishes", "workers", "trials"),
+    [
+        ([Node(1, 8)], {}, 4, 8),
+        ([Node(8, 4)], {"cpus_per_worker": 4}, 2, 4),
+        ([Node(4, 1), Node(0, 1)], {}, 1, 1),
+        ([Node(2, 2), Node(4, 2)], {"cpus_per_worker": 2}, 3, 4),
+    ],
+    ids=str,
+)
+def test_auto_takes_fewer_workers_and_trials_where_the_cpus_are_too_few(nodes, wishes, workers, trials):
+    lines: list[str] = []
+    placement = resolve(PlacementConfig(**wishes), nodes, say=lines.append)
+    assert (placement.workers, placement.trials) == (workers, trials)
+    assert placement.cpus_per_trial > 0
+    (line,) = lines
+    gpus = sum(node.gpus for node in nodes)
+    assert line.startswith(f"{workers} of {gpus} GPUs: the CPUs of this Ray")
+
+
+def test_auto_takes_as_many_workers_as_wrote_the_checkpoint_where_there_are_so_many():
+    lines: list[str] = []
+    assert resolve(PlacementConfig(), [Node(8, 4)], Demand(4, ranks=2), say=lines.append).workers == 2
+    assert resolve(PlacementConfig(), [Node(8)], Demand(4, ranks=2), say=lines.append).workers == 2
+    assert [line.partition(":")[0] for line in lines] == ["2 of 4 GPUs", "2 workers"]
+    assert resolve(PlacementConfig(), [Node(8, 4)], Demand(4, ranks=8)).workers == 4
+    assert resolve(PlacementConfig(workers=4), [Node(8, 4)], Demand(4, ranks=2)).workers == 4
+
+
+def test_fewer_workers_leave_the_trials_of_a_sweep_as_they_were():
+    many = resolve(PlacementConfig(cpus_per_worker=4), [Node(16, 4)], Demand(4))
+    one = resolve(PlacementConfig(cpus_per_worker=4), [Node(16, 4)], Demand(1))
+    assert (many.workers, one.workers) == (4, 1)
+    assert (many.trials, many.cpus_per_trial) == (one.trials, one.cpus_per_trial) == (4, 4)

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from data_shards.config import DataConfig, PhantomConfig
+from data_shards.convert import convert
 from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
+from pipelines.flow import StepContext
 from pipelines.placement import Placement
-from pipelines.steps.train import SNAPSHOT, find_checkpoint, keep_best, log_new_epochs
+from pipelines.steps.train import SNAPSHOT, check_batches, find_checkpoint, keep_best, log_new_epochs
 from pipelines.tracking import open_tracking
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.state import ResumeError, TrainState, file_digests, read_state, write_state
@@ -90,3 +93,14 @@ def test_the_network_has_an_output_for_each_class_of_the_data(model):
     assert five.with_classes(5) == five
     with pytest.raises(ValueError, match=r"num_classes 5: the data set has 3 classes.*leave it at 0"):
         five.with_classes(3)
+
+
+def test_a_batch_that_the_training_split_does_not_fill_is_refused_before_a_worker_starts(tmp_path):
+    store = open_store(str(tmp_path))
+    config = DataConfig(phantoms=PhantomConfig(num_patients=30, images_per_patient=1, side=32))
+    shard = {"data": "datasets/p/default"}
+    shard["digest"] = convert(config, store.at(shard["data"]))["digest"]
+    context = StepContext(store, "r", ALONE, tracking=None, show=None)
+    check_batches([1, 18], shard, context)
+    with pytest.raises(ValueError, match=r"train\.batch_size 32: the training split holds (\d+) images, .* at most \1"):
+        check_batches([1, 32], shard, context)

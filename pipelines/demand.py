@@ -1,0 +1,65 @@
+"""What the steps of a run that are still to do ask of its placement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_shards.store import Store
+from pipelines.flow import StepState
+from pipelines.flow.runner import step_folder
+from pipelines.override import override
+from pipelines.placement import Demand, Placement
+from pipelines.recipes import Recipe
+from pipelines.steps.train import find_checkpoint
+from pipelines.worker.config import TrainConfig
+from pipelines.worker.state import check_resumable
+
+ON_RAY = ("shard", "tune", "train", "evaluate")  # the other steps do their work in the driver
+
+
+class RunDemand:
+    """The trainings that a run may still come to, and the checkpoint from which its training resumes."""
+
+    def __init__(self, recipe: Recipe, states: Sequence[StepState], store: Store, run: str) -> None:
+        by_name = {state.name: state for state in states}
+        train = by_name.get("train")
+        self._trainings = _possible_trainings(recipe, by_name) if train and train.state != "done" else []
+        begun = train is not None and train.state == "interrupted"
+        self._checkpoint: dict[str, Any] | None = find_checkpoint(step_folder(store, run, "train")) if begun else None
+
+    def for_placement(self) -> Demand:
+        """What `auto` has to know to choose a number of workers that the run can finish on."""
+        if not self._trainings:
+            return Demand()
+        sizes = [training.batch_size for training in self._trainings]
+        name = "batch size" if len(sizes) == 1 else "batch sizes"
+        return Demand(
+            micro_batches=math.gcd(*(training.accumulation(1) for training in self._trainings)),
+            batches=f"{name} {', '.join(map(str, sizes))} in micro-batches of {self._trainings[0].micro_batch}",
+            ranks=self._checkpoint["ranks"] if self._checkpoint else 0,
+        )
+
+    def check(self, placement: Placement) -> None:
+        """Raises ValueError where the workers do not divide a batch, or could not resume the checkpoint exactly.
+
+        After the sweep, or on the workers, would be late to find out.
+        """
+        for training in self._trainings:
+            training.accumulation(placement.workers)
+        if self._checkpoint:
+            check_resumable(self._checkpoint, placement=placement, manifest=self._checkpoint["manifest"])
+
+
+def _possible_trainings(recipe: Recipe, states: Mapping[str, StepState]) -> list[TrainConfig]:
+    """The recipe's training, or one for each batch size that the sweep may choose or has chosen."""
+    tune = states.get("tune")
+    if tune is None:
+        sizes: Sequence[int] = ()
+    elif tune.record is not None:
+        winner = tune.record.facts["winner"]
+        sizes = (winner["train.batch_size"],) if "train.batch_size" in winner else ()
+    else:
+        sizes = recipe.tune.space.batch_size
+    return [override(recipe, {"train.batch_size": size}).train for size in sizes] or [recipe.train]

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_shards.store import Store
 from pipelines.placement import Node, Placement, PlacementConfig, resolve
+from pipelines.reaper import ended_with_driver
 from pipelines.shipment import PASSED_VARIABLES, refuse_secrets
 
 CONNECT_TIMEOUT_S = 8.0
@@ -55,7 +56,8 @@ def connect(*, num_cpus: int | None = None) -> None:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": os.environ.get("MEDMAMBA_WORKER_LOGS") == "1"}
     if not address:
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
+        with ended_with_driver():
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         _take_sigterm_back()
         return
     _check_answers(address)

@@ -80,6 +80,21 @@ def watch(driver: int, mark: str) -> None:
         time.sleep(0.05)
 
 
+def is_alive(process: Process) -> bool:
+    """Whether this very process, and no later one of its number, is still there."""
+    return process in dict(_processes())
+
+
+def children() -> dict[Process, str]:
+    """The children of this process, each with the name of its program (of 15 characters at most)."""
+    found = {}
+    for process, parent in _processes():
+        if parent == os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{process[0]}/comm") as file:
+                found[process] = file.read().strip()
+    return found
+
+
 class _Search:
     """The processes of a mark found so far."""
 
@@ -116,8 +131,8 @@ class _Search:
 
 
 def _processes() -> Iterator[tuple[Process, int]]:
-    """(pid, start time) -> parent of every process that is not a zombie."""
-    for name in os.listdir("/proc"):
+    """(pid, start time) -> parent of every process that is not a zombie; none where the system is not Linux."""
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipelines.scratch import scratch
 from pipelines.tracking import Tracking, TrackingError
 
 ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
@@ -165,10 +165,10 @@ def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iter
     # Already imported, the installed packages are used, whose kernels are compiled, not the copies in the model.
     import medmamba.checkpoint  # noqa: F401
 
-    with tempfile.TemporaryDirectory(prefix="medmamba-registered-") as folder:
+    with scratch("registered") as folder:
         with tracking.errors(f"cannot fetch {version.uri}"), _patience():
             source = tracking.client.get_model_version_download_uri(version.model, str(version.number))
-            local = mlflow.artifacts.download_artifacts(source, dst_path=folder, tracking_uri=tracking.uri)
+            local = mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracking.uri)
         yield mlflow.pyfunc.load_model(local, model_config={"device": device})
 
 

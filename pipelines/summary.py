@@ -7,6 +7,7 @@ from typing import Any
 
 from data_shards.store import Store
 from pipelines.flow import StepState
+from pipelines.status import winner_name
 from pipelines.terminal import console, table
 
 FEW_TEST_IMAGES = 500
@@ -14,7 +15,8 @@ FEW_TEST_IMAGES = 500
 
 def print_plan(states: Sequence[StepState]) -> None:
     """The steps of a dry run and their states."""
-    table("Steps", ("step", "state"), [(state.name, state.state) for state in states])
+    rows = [(state.name, f"{state.state}: {state.reason}" if state.reason else state.state) for state in states]
+    table("Steps", ("step", "state"), rows)
 
 
 def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
@@ -48,6 +50,7 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
         stopped = sum(row["stopped_early"] for row in facts["trials"])
         failed = sum(row["error"] is not None for row in facts["trials"])
         lines = [f"{len(facts['trials'])} trials, {stopped - failed} stopped early, {failed} failed"]
+        lines.append(f"winner: {winner_name(facts)}")
         return lines + [f"winner: {key} = {_short(value)}" for key, value in facts["winner"].items()]
     if step == "train":
         return [f"best of {facts['epochs']} epochs: {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"]
@@ -63,18 +66,19 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
 def _print_metrics(facts: dict[str, Any]) -> None:
     """The network beside what simpler means reach on the same split; says where a split is too small to tell much."""
     names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
-    title = f"Test split, {facts['num_samples']} images"
+    # The words are short so that the table fits 80 columns.
+    title = f"Test split, {facts['num_samples']} images; for comparison logistic regression and chance"
     rows = [("network", *(f"{facts['metrics'][name]:.4f}" for name in names))]
     called = {
-        "pixels": "logistic regression, pixels",
-        "size": "logistic regression, width and height",
-        "chance": "chance (largest class)",
+        "pixels": "logistic, pixels",
+        "size": "logistic, size",
+        "chance": "largest class",
     }
     for key, name in called.items():
         if key in facts["baselines"]:
             found = facts["baselines"][key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
-    table(title, ("on the same images", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
+    table(title, ("", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
     interval = facts.get("intervals", {}).get("auc")
     for key, reason in facts.get("absent_baselines", {}).items():
         console().print(f"{called[key]}: not to be had ({reason})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store, open_store
+from pipelines.board import Watch, post
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
+from pipelines.scratch import scratch
 
 PREDICTIONS = "predictions.parquet"
 
@@ -41,8 +43,8 @@ def run(
     height), why one of them is absent, and where things lie.
     """
     uri = context.store.at(shard["data"]).uri
-    data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
     with context.tracking.running(out, run=context.run, step="evaluate", params=config.model_dump()) as run_id:
+        data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
         labels, logits = _infer(config, placement, uri, context.store.at(train["model"]).uri, data, context)
         scores = _scores(logits, data.manifest.task)
         table = _parquet(data, scores)
@@ -76,9 +78,9 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
 
     placement = Placement.model_validate(payload["placement"])
     torch.set_num_threads(placement.threads)
-    with tempfile.TemporaryDirectory(prefix="medmamba-model-") as folder:
-        _fetch(open_store(payload["model"]), Path(folder))
-        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device)
+    with scratch("model") as folder:
+        _fetch(open_store(payload["model"]), folder)
+        model, _, card = load_model(folder, scan=placement.scan, device=placement.device)
     return infer(
         model,
         open_dataset(open_store(payload["dataset"]), digest=payload["digest"]),
@@ -90,8 +92,20 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
         device=torch.device(placement.device),
         workers=placement.loader_workers,
         disk_bytes=placement.cache_bytes,
-        progress=lambda images: payload["board"].post.remote("evaluate", {"images": images}),
+        progress=_poster(payload["board"], rank),
     )
+
+
+def _poster(board: Any, rank: int) -> Callable[[int], None]:
+    """Posts how many images this rank has done so far: a task that runs again begins at 0, and counts once."""
+    done = 0
+
+    def progress(images: int) -> None:
+        nonlocal done
+        done += images
+        post(board, "evaluate", {"rank": rank, "images": done})
+
+    return progress
 
 
 def _infer(
@@ -99,17 +113,17 @@ def _infer(
 ) -> tuple[np.ndarray, np.ndarray]:
     import ray
 
-    from pipelines.board import Watch
     from pipelines.worker.inference import join
 
-    total, done = len(data.index("test")), 0
+    total = len(data.index("test"))
+    done: dict[int, int] = {}
 
     def show(name: str, values: dict) -> None:
-        nonlocal done
-        done += values["images"]
-        context.show.progress(name, {"done": done, "total": total, "unit": "images"})
+        done[values["rank"]] = values["images"]
+        context.show.progress(name, {"done": sum(done.values()), "total": total, "unit": "images"})
 
     with Watch(show) as board:
+        context.show.begin(f"starting {placement.workers} evaluation task{'s' if placement.workers > 1 else ''}")
         payload = {
             "placement": placement.model_dump(),
             "dataset": dataset,

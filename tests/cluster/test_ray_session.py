@@ -90,4 +90,4 @@ except ValueError as error:
     print(error)
 """
     (told,) = outcome(2, lines, tmp_path).splitlines()
-    assert "1 of 2 trials failed, and not because they diverged (OSError: the reason)" in told
+    assert "1 of 2 trials failed for reasons other than divergence (unexpected OSError: the reason" in told

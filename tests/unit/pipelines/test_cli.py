@@ -391,7 +391,7 @@ def test_what_stops_a_command_is_no_success(stopped, capsys, monkeypatch):
         raise stopped
 
     monkeypatch.setitem(VERBS, "datasets", stop)
-    assert "the same command goes on where it stopped" in told(capsys, "datasets", code=1)
+    assert "interrupted; run the same command to resume" in told(capsys, "datasets", code=1)
 
 
 def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path):

@@ -176,10 +176,10 @@ def test_branches_that_do_not_need_a_failed_step_go_on_and_failures_are_told_tog
         bring(steps, store)
     told = str(error.value)
     assert "step bad failed: a is 3, must be 2; set 2" in told
-    assert "step worse failed: broken" in told
+    assert "step worse failed: unexpected RuntimeError: broken" in told
     assert "not run because of that: needs, far" in told
     assert (len(other.calls), len(needs.calls)) == (1, 0)
-    expected = {"bad": "interrupted", "worse": "interrupted", "needs": "to do", "far": "to do", "other": "done"}
+    expected = {"bad": "failed", "worse": "failed", "needs": "to do", "far": "to do", "other": "done"}
     assert states(steps, store) == expected
 
 

@@ -79,8 +79,10 @@ def test_an_epochs_metrics_are_told_each_time_on_one_line(capsys, clock):
     shown.progress("train", EPOCH)
     (first, second) = lines(capsys)
     assert first == second
-    assert "val AUC 0.9000" in first
-    assert "800 images/s" in first
+    assert "val loss 0.400, AUC 0.9000, accuracy 0.800" in first
+    longest = {**EPOCH, "epoch": 100, "train_loss": 12.3456}
+    shown.progress("trial 12/12", longest)
+    assert len(lines(capsys)[0]) <= 80
 
 
 def test_on_a_terminal_bars_are_drawn_and_end(capsys, monkeypatch):

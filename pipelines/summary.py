@@ -66,15 +66,15 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
 def _print_metrics(facts: dict[str, Any]) -> None:
     """The network beside what simpler means reach on the same split; says where a split is too small to tell much."""
     names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
-    # The words are short so that the table fits 80 columns.
     title = f"Test split, {facts['num_samples']} images; for comparison logistic regression and chance"
     rows = [("network", *(f"{facts['metrics'][name]:.4f}" for name in names))]
     called = {
-        "pixels": "logistic, pixels",
-        "size": "logistic, size",
-        "chance": "largest class",
+        "pixels": "logistic regression, pixels",
+        "size": "logistic regression, width and height",
+        "chance": "chance (largest class)",
     }
-    for key, name in called.items():
+    # Short, so that the table fits 80 columns.
+    for key, name in {"pixels": "logistic, pixels", "size": "logistic, size", "chance": "largest class"}.items():
         if key in facts["baselines"]:
             found = facts["baselines"][key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))

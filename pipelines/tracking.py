@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from data_shards.disk import full_disk, is_full, says_full
 from data_shards.store import Store, StoreKeyError
 from pipelines.faults import kept_reason
 from pipelines.flow.record import CONFIG
@@ -396,9 +397,18 @@ def _errors(uri: str, doing: str) -> Iterator[None]:
         yield
     except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
         told = " ".join(str(error).split()).replace(uri, public_address(uri))
+        if urlsplit(uri).scheme == "sqlite" and (says_full(error) or is_full(_sqlite_path(uri))):
+            raise TrackingError(
+                f"{full_disk(_sqlite_path(uri), 'the runs that MLflow keeps')}, or use another store"
+            ) from error
         if any(sign in told for sign in LOST):
             raise TrackingError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error
         raise TrackingError(f"MLflow at {public_address(uri)}: {doing}: {told[:400]}{_remedy(uri, told)}") from error
+
+
+def _sqlite_path(uri: str) -> str:
+    """`sqlite:///relative.db` or `sqlite:////absolute.db` -> the file's path."""
+    return urlsplit(uri).path[1:]
 
 
 def _unreachable(uri: str, reason: str) -> str:

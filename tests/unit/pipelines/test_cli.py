@@ -227,7 +227,7 @@ def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(c
     assert "1 images could not be decoded" in seen.out
     assert "3 trials, 1 stopped early, 1 failed" in seen.out
     assert "winner: train.optim.lr = 0.00235" in seen.out
-    assert re.search(r"logistic regression, pixels +│ 0\.7000 │ 0\.6000", seen.out)
+    assert re.search(r"logistic, pixels +│ 0\.7000 │ 0\.6000", seen.out)
     assert "Only 120 test images" in seen.out
     assert "models:/medmamba-phantoms@champion" in seen.out
     assert [line.split() for line in seen.err.splitlines()[1:]] == [
@@ -259,7 +259,7 @@ def test_a_run_goes_on_by_its_name_alone_with_its_own_recipe_and_workflow(capsys
         found = resolved(capsys, verb, "--run", "mine", "--store", "store", "--dry-run")
         assert found["recipe"] == begun.model_dump(mode="json")
         assert found["workflow"] == "direct"
-        assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "interrupted")
+        assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "failed")
 
 
 def test_another_value_for_a_begun_run_is_drift_named_field_by_field(capsys):

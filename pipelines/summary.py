@@ -87,8 +87,7 @@ def _print_metrics(facts: dict[str, Any]) -> None:
     if facts["num_samples"] < FEW_TEST_IMAGES:
         step = 100 / facts["num_samples"]
         console().print(
-            f"Only {facts['num_samples']} test images: one image is {step:.2f} points of accuracy; "
-            f"differences of a few points say little."
+            f"Only {facts['num_samples']} test images: one is {step:.2f} points of accuracy, so small gaps say little."
         )
 
 

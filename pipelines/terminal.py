@@ -39,6 +39,7 @@ class Terminal:
 
     def step(self, name: str, state: str) -> None:
         """A step starts, resumes, is done or failed."""
+        self._waiting = None
         self._end_bars()
         self._console.print(f"[bold]{name:<9}[/bold] {state}")
 

@@ -24,7 +24,7 @@ from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
 from pipelines.datasets import datasets
-from pipelines.faults import RESUME, fault_line, lost_ray, users_mistake
+from pipelines.faults import RESUME, fault_line, has_more, lost_ray
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
@@ -190,8 +190,7 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
         except (WorkflowError, RaySessionError) as error:
             if isinstance(error, RaySessionError):
                 terminal.trace("".join(traceback.format_exception(error)))
-            # A user's mistake is said in full; of all else the log has more.
-            elif all(users_mistake(each) for each in error.failures.values()):
+            elif not any(has_more(each) for each in error.failures.values()):
                 raise
             error.args = (f"{error}{log.named()}",)
             raise

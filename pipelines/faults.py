@@ -97,6 +97,14 @@ def users_mistake(error: BaseException) -> ValueError | None:
     return None
 
 
+def has_more(error: BaseException) -> bool:
+    """Whether the log has more than the line: the error, or what is right behind it, is not a user's mistake."""
+    behind = error.__cause__
+    if users_mistake(error) is None:
+        return True
+    return behind is not None and users_mistake(behind) is None and not isinstance(behind, OSError)
+
+
 def _wrapped(error: BaseException) -> list[BaseException]:
     """What Ray has wrapped in this error: a task's or a trial's cause, the failures of training workers."""
     failures = getattr(error, "worker_failures", None) or {}

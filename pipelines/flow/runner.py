@@ -14,7 +14,7 @@ from graphlib import TopologicalSorter
 from typing import Literal
 
 from data_shards.store import Store
-from pipelines.faults import fault_line, kept_reason, users_mistake
+from pipelines.faults import fault_line, has_more, kept_reason
 from pipelines.flow.record import (
     Identity,
     Record,
@@ -116,7 +116,7 @@ def run_steps(
                 show.step(step.name, "done")
             states[step.name] = StepState(step.name, "done", record)
         except Exception as error:  # the fault boundary of one step: others that do not need it still run
-            if users_mistake(error) is None:
+            if has_more(error):
                 show.trace("".join(traceback.format_exception(error)))
             failures[step.name] = error
             reasons[step.name] = fault_line(error, step=step.name, places=[store.uri] if store.is_local else [])

@@ -306,10 +306,11 @@ def _check_reasons(results: Any) -> None:
 
     reasons = [error for error in results.errors if not isinstance(getattr(error, "cause", error), TrainingError)]
     if reasons:
+        line = fault_line(reasons[0], step="tune").removesuffix(f": {RESUME}").removesuffix(f", then {RESUME}")
         raise ValueError(
             f"{len(reasons)} of {len(results)} trials failed for reasons other than divergence "
-            f"({fault_line(reasons[0], step='tune')}); fix the cause and run the same command to try them again"
-        )
+            f"({line}); fix the cause and run the same command to try them again"
+        ) from reasons[0]
 
 
 def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepContext) -> list[dict[str, Any]]:

@@ -511,3 +511,26 @@ def test_the_table_of_bench_fits_80_columns_a_line_to_a_row(capsys, monkeypatch)
     monkeypatch.setattr(terminal, "console", lambda: Console(width=200))
     terminal.table("Speed", *_speed_table([replace(figures, case=case) for case in cases]))
     assert capsys.readouterr().out.splitlines()[3] == ruler, "narrower than it wants to be: rows are folded"
+
+
+def test_an_unforeseen_error_is_one_line_and_its_traceback_is_in_the_file_that_it_names(capsys, monkeypatch, tmp_path):
+    def breaks(argv) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(VERBS, "status", breaks)
+    assert main(["status"]) == 1
+    line, named = capsys.readouterr().err.splitlines()
+    assert line == "medmamba: unexpected ZeroDivisionError: ours; if it comes again, report it as a defect"
+    kept = Path(named.removeprefix("details: ")).read_text()
+    assert kept.startswith("Traceback")
+    assert kept.endswith("ZeroDivisionError: ours\n")
+
+
+def test_status_and_a_dry_run_say_failed_with_the_reason_of_a_step_that_refused(capsys):
+    finish("store", "half", recipe("quickstart"), workflow="direct", last="evaluate", failing=["train"])
+    assert main(["status", "half", "--store", "store", "--json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["step"] == "train"]
+    assert (row["state"], row["told"]) == ("failed", "stopped by the test")
+    assert main(["run", "--run", "half", "--store", "store", "--dry-run"]) == 0
+    assert "failed: stopped by the test" in capsys.readouterr().out

@@ -262,3 +262,28 @@ def test_a_step_that_takes_ctrl_c_for_itself_gives_it_back(store):
 
     bring([Step("only", takes_it, Settings())], store)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_failure_is_on_record_with_its_reason_until_the_step_runs_again(store):
+    reason = "a is 3, must be 2; set 2"
+    with pytest.raises(WorkflowError):
+        bring([Step("only", Counted(error=ValueError(reason)), Settings())], store)
+    steps = [Step("only", Counted(error=KeyboardInterrupt()), Settings())]
+    (state,) = plan_steps(steps, store, RUN)
+    assert (state.state, state.reason) == ("failed", reason)
+    with pytest.raises(KeyboardInterrupt):
+        bring(steps, store)
+    (state,) = plan_steps(steps, store, RUN)
+    assert (state.state, state.reason) == ("interrupted", "")
+    bring([Step("only", Counted(), Settings())], store)
+    assert sorted(store.list(f"runs/{RUN}/only/")) == [
+        f"runs/{RUN}/only/{n}" for n in ("config.json", "half", "record.json")
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"other": 1}', b"[]", b"\xff"], ids=repr)
+def test_a_damaged_reason_leaves_the_step_failed(store, content):
+    with pytest.raises(WorkflowError):
+        bring([Step("only", Counted(error=ValueError("x")), Settings())], store)
+    store.put(f"runs/{RUN}/only/failure.json", content)
+    assert states([Step("only", Counted(), Settings())], store) == {"only": "failed"}

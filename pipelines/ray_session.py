@@ -71,9 +71,7 @@ def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None =
         try:
             with ended_with_driver():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
-        except (Exception, SystemExit) as error:  # most come as a bare Exception, a full disk as an OSError
-            if isinstance(error, SystemExit) and not error.code:
-                raise
+        except Exception as error:  # most come as a bare Exception, a full disk as an OSError
             raise RaySessionError(_not_started(error)) from error
         _take_sigterm_back()
         if lost is not None:

@@ -98,11 +98,11 @@ except ValueError as error:
 
 LIVES = """
 import os, signal, time
-import ray
 from pipelines import ray_session
 from pipelines.reaper import children
 
 ray_session.connect(num_cpus=1, lost=lambda server: (print("lost", server, flush=True), os._exit(7)))
+import ray  # it reads its settings when it is imported
 
 @ray.remote
 def here() -> int:

@@ -1,6 +1,8 @@
 """What decides the bytes of a dataset: the `data` part of a recipe."""
 
 import math
+import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -96,19 +98,33 @@ class DataConfig(BaseModel):
     """Where the image set lies: an .npz file, a folder, a .zip, a .tar, or a table beside its images; local or s3://."""
     layout: Literal["catalog", "npz", "folders", "csv", "phantoms"] = "catalog"
     """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `csv` a table of files and labels
-    (CSV or XLSX)."""
+    (CSV, TSV or XLSX)."""
     classes: tuple[str, ...] = ()
-    """Class names in the order of their indices; empty: the catalogue's, or the labels found, sorted."""
+    """Class names in the order of their indices; empty: the catalogue's, or the labels found, sorted. Naming them also
+    says that labels which look doubtful (`A|B`, `Benign` beside `benign`) are meant as they are."""
+    drop_classes: tuple[str, ...] = ()
+    """Classes to leave out with their images; in a multilabel set the label is removed and the image is kept. `''`
+    leaves out rows without a label."""
+    class_map: tuple[str, ...] = ()
+    """Classes to rename, as old=new: `bkl=benign nv=benign`. Several may become one; a name that no class has yet takes
+    the place of its first old one in the order of classes."""
     task: Literal["catalog", "multiclass", "ordinal", "multilabel"] = "catalog"
     """What a label means; `catalog` is the catalogue's task, or multiclass for a set that is not in it."""
     csv: str = ""
-    """Path of the table inside the source, .csv or .xlsx; empty: the catalogue's, or the only .csv, or .xlsx, there."""
+    """Path of the table inside the source; empty: the catalogue's, or the only .csv there, or .xlsx, or .tsv."""
     image_column: str = ""
-    """Column with the image's path, relative to the table; empty: the catalogue's, or `file`."""
+    """Column with the image's path, relative to the table or to the source; empty: the catalogue's, or `file`."""
     label_column: str = ""
-    """Column with the label (several separated by `|` if multilabel); empty: the catalogue's, or `label`."""
+    """Column with the label (several of them in a multilabel set); empty: the catalogue's, or `label`."""
+    label_separator: str = "|"
+    """What separates the labels in a cell of a multilabel table."""
+    no_finding: str = ""
+    """The label of a multilabel table that means none of the classes, for example 'No Finding'; empty: only an empty
+    cell means it."""
     group_column: str = ""
     """Column with the patient, or whatever must not stand in two splits; empty: the catalogue's, or none."""
+    group_pattern: str = ""
+    """Regular expression whose first group is the patient in an image's path: `patient_(\\d+)_`; empty: none."""
     split_column: str = ""
     """Column saying train, val or test; empty: the catalogue's, or none, and splits are drawn; `-`: none in any
     case."""
@@ -163,6 +179,65 @@ class DataConfig(BaseModel):
                 )
         return value
 
+    @field_validator("class_map")
+    @classmethod
+    def _old_and_new(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        new_names: dict[str, str] = {}
+        for pair in value:
+            old, equals, new = pair.rpartition("=")
+            if not equals or not new.strip():
+                raise ValueError(f"class_map has {pair!r}, but it says old=new: write for example bkl=benign nv=benign")
+            if new_names.setdefault(old.strip(), new.strip()) != new.strip():
+                raise ValueError(f"class_map gives {old.strip()!r} two new names: keep one of them")
+        for new in new_names.values():
+            if new_names.get(new, new) != new:
+                raise ValueError(
+                    f"class_map renames to {new!r}, and {new!r} to {new_names[new]!r}: names are replaced once, so map "
+                    "each old name to its last one"
+                )
+        return value
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern_with_a_group(cls, value: str) -> str:
+        try:
+            num_groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"group_pattern {value!r} is not a regular expression ({error}): correct it") from None
+        if value and not num_groups:
+            raise ValueError(
+                f"group_pattern {value!r} has no group: put the part that names the patient in parentheses, as in "
+                r"'patient_(\d+)_'"
+            )
+        return value
+
+    @field_validator("label_separator")
+    @classmethod
+    def _something_separates(cls, value: str) -> str:
+        if not value:
+            raise ValueError("label_separator is empty, but labels need something between them: write | or ; or ,")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> "DataConfig":
+        if self.group_pattern and self.group_column:
+            raise ValueError(
+                f"group_pattern {self.group_pattern!r} and group_column {self.group_column!r} both name the groups: "
+                "give one of them"
+            )
+        renamed = {name.strip() for pair in self.class_map for name in pair.rpartition("=")[::2]}
+        if both := sorted(renamed & set(self.drop_classes)):
+            raise ValueError(
+                f"{both[0]!r} is in drop_classes and in class_map: a class is either left out or renamed, so take it "
+                "out of one of them"
+            )
+        if self.no_finding and self.no_finding in (*self.classes, *self.drop_classes):
+            raise ValueError(
+                f"no_finding {self.no_finding!r} means none of the classes, but it is named as a class: take it out of "
+                "classes and drop_classes"
+            )
+        return self
+
     @model_validator(mode="after")
     def _room_for_training(self) -> "DataConfig":
         if self.val_fraction + self.test_fraction >= 1:
@@ -170,6 +245,6 @@ class DataConfig(BaseModel):
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leave nothing to train on: "
                 "their sum must stay below 1"
             )
-        if len(set(self.classes)) != len(self.classes):
+        if len({unicodedata.normalize("NFC", name) for name in self.classes}) != len(self.classes):
             raise ValueError(f"classes {self.classes} name one class twice: each name may stand once")
         return self

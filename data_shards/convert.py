@@ -10,7 +10,9 @@ import functools
 import json
 import logging
 import os
+import shlex
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +21,8 @@ import numpy as np
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
-from data_shards.fingerprint import Fingerprints, joined
-from data_shards.leakage import LEAKS, Copy, Guarded, guard, read_report, refuse_elsewhere
+from data_shards.fingerprint import Fingerprints
+from data_shards.leakage import LEAKS, Copy, DuplicatesError, Guarded, guard, lost_text, read_report, refuse_elsewhere
 from data_shards.leakage_page import LEAKS_PAGE, page
 from data_shards.lease import Lease, one_driver
 from data_shards.manifest import (
@@ -37,21 +39,31 @@ from data_shards.manifest import (
     manifest_digest,
     open_dataset,
 )
-from data_shards.plan import ShardPlan, config_digest, digest_of, plan_shards, sample_keys
+from data_shards.names import SETTINGS, printable, salt_digest
+from data_shards.plan import ShardPlan, config_digest, plan_shards, sample_keys
 from data_shards.rules import RULES, RULES_KEY, changes_since
-from data_shards.scan import FINGERPRINTS, FOLDER, chunks, fingerprints_bytes, other_datasets, scan_chunk
+from data_shards.scan import (
+    FINGERPRINTS,
+    FOLDER,
+    REFUSED,
+    Scan,
+    chunks,
+    fingerprints_bytes,
+    kept_if_ended,
+    other_datasets,
+    scan_chunk,
+)
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError, open_store
 
-SETTINGS = "config.json"
 LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
 _log = logging.getLogger(__name__)
 
 Task = tuple[DataConfig, ShardPlan, str]
-ScanTask = tuple[DataConfig, int, list[Row], str]
+ScanTask = tuple[DataConfig, int, list[Row], list[str], str]
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
@@ -79,30 +91,26 @@ def convert(
     Raises:
         ValueError: the store holds a dataset of other settings here, the image set or its splits are at fault, or
             more images than `max_quarantine` cannot be decoded. No manifest is written then.
-        LeakError: an image stands in two splits, and the config refuses that. Nothing is written then.
+        DuplicatesError: an image is in two splits, and the config refuses that. No shard is written then.
     """
     if out.head(MANIFEST) is not None:
         _refuse_drift(config, out)
         _notice_rules(out)
         dataset = open_dataset(out)
-        _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [])
+        listing = f"`{_command('quarantine', config, out)}` lists them"
+        _check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [listing])
         if config.leaks.datasets == "refuse":
             refuse_elsewhere(read_report(out))
         return _facts(dataset, made=0)
     # Two drivers of the same settings write the same bytes, so they may both work; where a store cannot say who was
     # first, only one does.
     with one_driver(out, LEASE, f"{socket.gethostname()}, process {os.getpid()}") as held:
-        made = _converted(config, out, run_tasks, progress, held)
+        settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
+        made = _converted(_findable(config), out, _Run(run_tasks, progress, settings, held))
     return _facts(open_dataset(out), made=made)
 
 
-def _converted(
-    config: DataConfig,
-    out: Store,
-    run_tasks: RunTasks,
-    progress: Callable[[int, int, str], None],
-    held: Lease | None,
-) -> int:
+def _converted(config: DataConfig, out: Store, run: _Run) -> int:
     """Everything up to the manifest; how many shards were written."""
     for key in out.clean(older_than_s=_ABANDONED_S):
         _log.warning("removed what a killed writer left behind of %s", key)
@@ -110,36 +118,48 @@ def _converted(
         with contextlib.suppress(StoreKeyError):
             if out.age_s(key) > _ABANDONED_S:
                 out.delete(key)
-    settings = json.dumps({**_settings(config), RULES_KEY: RULES}, indent=1).encode()
-    config = _findable(config)
     _source.cache_clear()  # the images may have been mended since this process looked
     image_set = _source(config)
     for note in image_set.notes:  # told here only: no file name goes into the store
         _log.warning("%s", note)
     _check_classes(image_set)
     keys = sample_keys(image_set.rows, config)
-    out.ensure(SETTINGS, settings)
-    prints = _scanned(image_set, config, out, run_tasks, progress)
-    guarded = _guarded(image_set, keys, prints, config, out)
+    out.ensure(SETTINGS, run.settings)
+    scan = Scan(image_set, config, out)
+    with kept_if_ended(scan, out):
+        _look(scan, image_set.rows, config, out, run=run)
+        return _write(image_set, keys, scan.prints, config, out=out, run=run)
+
+
+def _write(
+    image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, *, out: Store, run: _Run
+) -> int:
+    """Everything from the fingerprints to the manifest; how many shards were written."""
+    out.delete(REFUSED)  # of an earlier try
+    try:
+        guarded = _guarded(image_set, keys, prints, config, out)
+    except DuplicatesError as refusal:
+        out.put(REFUSED, refusal.report.model_dump_json(indent=1).encode())
+        raise DuplicatesError(f"{refusal}; `{_command('leaks', config, out)}` lists all duplicates") from None
     chosen = _Chosen(
         [image_set.rows[i] for i in guarded.rows],
         [keys[i] for i in guarded.rows],
         Fingerprints(*(column[guarded.rows] for column in (prints.state, prints.pixels, prints.bits, prints.size))),
     )
     plans = plan_shards(chosen.rows, guarded.splits, config, keys=chosen.keys, sizes=chosen.prints.size.tolist())
-    found = {plan.name: find_shard(plan, config, out) for plan in plans}
+    found = {plan.name: find_shard(plan, config, out, image_set=image_set) for plan in plans}
     # A shard that lacks images is made again: they may have been mended since.
     parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
     tasks = [(config, plan, out.uri) for plan in plans if plan.name not in parts]
-    progress(len(parts), len(plans), "shards")
-    for part in run_tasks(write_one, tasks):
+    run.progress(len(parts), len(plans), "shards")
+    for part in run.run_tasks(write_one, tasks):
         parts[part.name] = _Part(part)
-        progress(len(parts), len(plans), "shards")
-    if held is not None:
-        held.check()
+        run.progress(len(parts), len(plans), "shards")
+    if run.held is not None:
+        run.held.check()
     _remove_strays(plans, out)
     _write_report(guarded, chosen, image_set, config, out)
-    if not out.holds(SETTINGS, settings):
+    if not out.holds(SETTINGS, run.settings):
         raise ValueError(
             f"another conversion with other settings began in {out.uri} while this one ran, and may have replaced its "
             "shards: run again once it has ended, and give one of the two a name of its own with --data.name"
@@ -151,11 +171,9 @@ def _converted(
 
 
 def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
-    """Looks at the images of one run of rows; where it starts, and their fingerprints. Runs in any process."""
-    config, start, rows, uri = task
-    settings = f"{config_digest(config)}{config.source}|{RULES}"
-    image_set, out = _source(config), open_store(uri)
-    return start, scan_chunk(image_set, start, rows, max_side=config.max_side, settings=settings, out=out)
+    """Looks at the images of some rows; the task's number and their fingerprints. Runs in any process."""
+    config, start, rows, ids, uri = task
+    return start, scan_chunk(_source(config), rows, ids, max_side=config.max_side, out=open_store(uri))
 
 
 def write_one(task: Task) -> ShardPart:
@@ -169,6 +187,15 @@ def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
     rows = open_source(config).rows
     for row, key in zip(rows, sample_keys(rows, config), strict=True):
         yield key, row.where, row.frame
+
+
+class _Run(NamedTuple):
+    """How a conversion is run; nothing of it decides a byte but `settings`, which are written next to the shards."""
+
+    run_tasks: RunTasks
+    progress: Callable[[int, int, str], None]
+    settings: bytes
+    held: Lease | None
 
 
 class _Chosen(NamedTuple):
@@ -199,22 +226,20 @@ def _check_classes(image_set: ImageSet) -> None:
         )
 
 
-def _scanned(
-    image_set: ImageSet,
-    config: DataConfig,
-    out: Store,
-    run_tasks: RunTasks,
-    progress: Callable[[int, int, str], None],
-) -> Fingerprints:
-    num = len(image_set.rows)
+def _look(scan: Scan, rows: Sequence[Row], config: DataConfig, out: Store, *, run: _Run) -> None:
+    """Completes the fingerprints: only images that no earlier try has looked at are read."""
+    missing = scan.missing
     # With their rows, as a process that finds the rows of DICOM files itself reads the headers of all of them.
-    tasks = [(config, start, image_set.rows[start:end], out.uri) for start, end in chunks(num)]
-    parts: dict[int, Fingerprints] = {}
-    progress(0, num, "images")
-    for start, part in run_tasks(scan_one, tasks):
-        parts[start] = part
-        progress(sum(map(len, parts.values())), num, "images")
-    return joined(parts[start] for start in sorted(parts))
+    tasks: list[ScanTask] = []
+    for start, end in chunks(len(missing)):
+        among = missing[start:end].tolist()
+        tasks.append((config, start, [rows[i] for i in among], [scan.ids[i] for i in among], out.uri))
+    done = len(rows) - len(missing)
+    run.progress(done, len(rows), "images")
+    for start, part in run.run_tasks(scan_one, tasks):
+        scan.add(missing[start : start + len(part)], part)
+        done += len(part)
+        run.progress(done, len(rows), "images")
 
 
 def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config: DataConfig, out: Store) -> Guarded:
@@ -232,6 +257,7 @@ def _guarded(image_set: ImageSet, keys: list[str], prints: Fingerprints, config:
         config.leaks,
         draw=draw,
         keys=keys,
+        classes=image_set.classes,
         official=config.dataset in names() and card(config.dataset).split_policy.startswith("official"),
         others=() if config.leaks.datasets == "off" else other_datasets(out, config.dataset),
     )
@@ -280,9 +306,11 @@ def _commit(
     quarantine = tuple(sorted((q for part in parts for q in part.quarantine), key=lambda q: q.key))
     table = pa.concat_tables(part.table for part in parts)
     reasons = {q.key: q.reason for q in quarantine}
-    _check_quarantine(config, len(quarantine), len(table), lambda: _named(plans, reasons))
-    if quarantine:  # told here only: no file name goes into the store
-        _log.warning("%d images set aside: %s", len(quarantine), "; ".join(_named(plans, reasons)))
+    listing = f"`{_command('quarantine', config, out)}` lists all of them"
+    _check_quarantine(config, len(quarantine), len(table), lambda: [*_named(plans, reasons), listing])
+    if quarantine:  # reported here only: no file name goes into the store
+        _log.warning("%d images quarantined: %s; %s", len(quarantine), "; ".join(_named(plans, reasons)), listing)
+    _check_lost_classes(plans, reasons, image_set.classes, listing)
     index = index_bytes(table)
     channels: Literal[1, 3] = 3 if any(part.rgb for part in parts) else 1
     mean, std = channel_statistics(np.sum([part.histogram_CV for part in parts], axis=0)[:channels])
@@ -314,16 +342,45 @@ def _check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[
     if share > config.max_quarantine:
         raise ValueError(
             f"{bad} of {bad + good} images ({share:.1%}) cannot be decoded, but max_quarantine allows "
-            f"{config.max_quarantine:.1%}: {'; '.join([*named(), 'mend or remove them'])}, or raise "
+            f"{config.max_quarantine:.1%}: {'; '.join([*named(), 'repair or remove them'])}, or raise "
             "--data.max-quarantine (under another --run)"
         )
+
+
+def _check_lost_classes(
+    plans: Sequence[ShardPlan], reasons: dict[str, str], classes: Sequence[str], listing: str
+) -> None:
+    """ValueError where a class has lost all its images of a split because none of them could be decoded."""
+    planned = Counter((plan.split, label) for plan in plans for p in plan.rows for label in p.row.labels)
+    bad = Counter(
+        (plan.split, label) for plan in plans for p in plan.rows if p.key in reasons for label in p.row.labels
+    )
+    lost = [home for home, num in sorted(bad.items()) if num == planned[home]]
+    if not lost:
+        return
+    label, homes = lost[0][1], {split for split, other in lost if other == lost[0][1]}
+    there = [plan for plan in plans if plan.split in homes]
+    keys = {p.key for plan in there for p in plan.rows if label in p.row.labels}
+    named = "; ".join(_named(there, {key: reason for key, reason in reasons.items() if key in keys}))
+    raise ValueError(
+        f"{lost_text(lost, classes)}: none of the {len(keys)} images that {classes[label]!r} had there can be decoded "
+        f"({named}), but every split needs every class; repair them, add images of the class, or leave the class out; "
+        f"{listing}"
+    )
+
+
+def _command(verb: str, config: DataConfig, out: Store) -> str:
+    """The command that lists what this conversion left out, with the names of the files."""
+    place = f"/datasets/{config.dataset}/{config.name}"
+    store = f" --store {shlex.quote(out.uri.removesuffix(place))}" if out.uri.endswith(place) else ""
+    return f"medmamba shards {verb} {config.dataset}/{config.name} --names{store}"
 
 
 def _named(plans: Sequence[ShardPlan], reasons: dict[str, str], most: int = 3) -> list[str]:
     """The first files in quarantine with their reasons, for the owner's eyes only."""
     rows = sorted((p.row.where, reasons[p.key]) for plan in plans for p in plan.rows if p.key in reasons)
     more = [f"and {len(rows) - most} more"] if len(rows) > most else []
-    return [f"{where} ({reason})" for where, reason in rows[:most]] + more
+    return [f"{printable(where)} ({printable(reason)})" for where, reason in rows[:most]] + more
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
@@ -331,7 +388,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
-    return {**flat, "salt": digest_of(config.salt)[:12] if config.salt else ""}
+    return {**flat, "salt": salt_digest(config.salt)}
 
 
 def _refuse_drift(config: DataConfig, out: Store) -> None:

@@ -55,8 +55,21 @@ class FileSet:
         except OSError as error:  # a link to nowhere, no right to read it, a bad block
             raise UndecodableImage(f"cannot be read: {error.strerror or type(error).__name__}") from error
 
+    def inside(self, row: Row) -> str:
+        """See ImageSet."""
+        return self._name(row.where)
+
+    def stamp(self, row: Row) -> str:
+        """See ImageSet. With the file's name, as the same `where` is another file below another root."""
+        name = self._name(row.where)
+        stamp = self._files.stamp(name)
+        return f"{name}|{stamp}" if stamp else ""
+
+    def _name(self, where: str) -> str:
+        return posixpath.normpath(posixpath.join(self._root, where))
+
     def _open(self, buffer_bytes: int, where: str) -> BinaryIO:
-        name = posixpath.normpath(posixpath.join(self._root, where))
+        name = self._name(where)
         if dicom.named_as_image(where):  # in one request
             return io.BytesIO(self._files.read(name))
         return self._files.open(name, buffer_bytes=buffer_bytes)

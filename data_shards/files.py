@@ -47,6 +47,10 @@ class Files(Protocol):
         """The file, of which only what is asked for is read, `buffer_bytes` at least; of a zip's member all."""
         ...
 
+    def stamp(self, name: str) -> str:
+        """A text that changes when the file is replaced, found without reading it; "" where it cannot be known."""
+        ...
+
 
 def open_files(uri: str) -> Files:
     """The files of a folder, a .tar, a .zip, or an s3:// prefix, those inside of zips too.
@@ -135,6 +139,11 @@ class NestedFiles:
         files, inside = self._homes[name]
         return files.local(inside)
 
+    def stamp(self, name: str) -> str:
+        """See Files."""
+        files, inside = self._homes[name]
+        return files.stamp(inside)
+
 
 class FolderFiles:
     """The files below a local folder."""
@@ -161,12 +170,16 @@ class FolderFiles:
         """The file, of which only what is asked for is read."""
         return (self._folder / name).open("rb", buffering=buffer_bytes)
 
+    def stamp(self, name: str) -> str:
+        """See Files; of a link, that of what it leads to."""
+        return file_stamp(self._folder / name)
+
 
 class TarFiles:
     """The members of an uncompressed tar, read at their offsets."""
 
     def __init__(self, path: Path):
-        self._path, self._size = path, path.stat().st_size
+        self._path, self._size, self._stamp = path, path.stat().st_size, file_stamp(path)
         self._places: dict[str, tuple[int, int]] = {}
         folders = []
         try:
@@ -201,6 +214,10 @@ class TarFiles:
             file.seek(offset + start)
             return file.read(max(0, min(length, size - start)))
 
+    def stamp(self, name: str) -> str:
+        """See Files: that of the archive, so that all its members change when it is written again."""
+        return f"{self._stamp}|{self._places[name]}" if self._stamp else ""
+
     def local(self, name: str) -> Path:
         """See Files."""
         offset, size = self._places[name]
@@ -221,8 +238,10 @@ class StoreFiles:
 
     def __init__(self, store: S3Store):
         self._store = store
-        keys = [key for key in store.raw_keys() if not any(hidden(part) for part in PurePosixPath(key).parts)]
+        tags = {key: tag for key, tag in store.raw_tags() if not any(hidden(part) for part in PurePosixPath(key).parts)}
+        keys = list(tags)
         self.names = [key for key in keys if key and not key.endswith("/")]
+        self._tags = {name: tags[name] for name in self.names}
         if not self.names:
             raise ValueError(f"{store.uri} is no such source: no objects lie there; check --data.source")
         self.folders = with_parents([key.rstrip("/") for key in keys if key.endswith("/")], self.names)
@@ -239,6 +258,11 @@ class StoreFiles:
         """The object, of which only what is asked for is fetched."""
         parts = RangedFile(functools.partial(self._part, name), functools.partial(self._size, name))
         return io.BufferedReader(parts, buffer_bytes)
+
+    def stamp(self, name: str) -> str:
+        """See Files: the ETag that the object had when the prefix was listed."""
+        tag = self._tags[name]
+        return f"{self._store.uri}/{name}|{tag}" if tag else ""
 
     def _part(self, name: str, start: int, length: int) -> bytes:
         return self._store.get(name, start=start, length=length)
@@ -259,6 +283,18 @@ def with_parents(folders: Iterable[str], names: Iterable[str]) -> list[str]:
 def hidden(name: str) -> bool:
     """Whether a file or folder is no part of the set: dot files, notebooks' checkpoints, other systems' litter."""
     return name.startswith(".") or name in _JUNK
+
+
+def file_stamp(path: Path) -> str:
+    """A text that changes when a local file is replaced or written to; "" where it cannot be looked at.
+
+    With the time of its last change of any kind, which no program sets back, as `cp -p` and rsync do with the other.
+    """
+    try:
+        found = path.stat()
+    except OSError:  # reported when the image is read
+        return ""
+    return f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}|{found.st_ino}"
 
 
 def local_copy(uri: str) -> Path:

@@ -78,6 +78,11 @@ class ZipFiles:
         """The whole file in memory: only its end shows whether its bytes are those that were packed."""
         return io.BytesIO(self.read(name))
 
+    def stamp(self, name: str) -> str:
+        """See Files: by the checksum of its bytes, which the table of contents holds."""
+        member = self._members[name]
+        return f"{name}|{member.size_bytes}|{member.crc}"
+
     def local(self, name: str) -> Path:
         """The file, unpacked into the machine's cache."""
         member, stat = self._members[name], self._path.stat()

@@ -24,10 +24,19 @@ from data_shards.store import Store, StoreKeyError
 
 LEAKS = "leakage.json"
 MOST_FINDINGS = 10_000
+# Of one finding so many copies are always listed, and all of them until the report has so many in all: some 20 MB.
+MOST_COPIES, MOST_COPIES_IN_ALL = 50, 100_000
+_MOST_COPIES_ONCE = 50  # that reports without `equal` list of a finding
 _HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out the most, then val
 
 Draw = Callable[[Sequence[Row]], list[str]]
 """Gives each row its split; raises where a group is torn apart or a split lacks a class."""
+
+
+class DuplicatesError(LeakError):
+    """A conversion is refused because of copies; `report` lists all of them, by key."""
+
+    report: LeakReport
 
 
 class _Frozen(BaseModel):
@@ -40,6 +49,8 @@ class Copy(_Frozen):
     key: str
     split: str
     labels: tuple[int, ...]
+    label_names: tuple[str, ...] = ()
+    """The labels as class names; empty in reports of earlier releases."""
     dataset: str = ""
     """Empty: this one."""
     fate: Literal["kept", "dropped", "moved"] = "kept"
@@ -51,10 +62,36 @@ class Finding(_Frozen):
     """Images that are the same."""
 
     kind: Literal["exact", "near"]
+    """exact: all of them have equal pixels; near: not all."""
     where: Literal["across splits", "within a split", "across datasets"]
     conflict: bool
     """Whether equal pixels have different labels."""
     copies: tuple[Copy, ...]
+    """At least one of every split and label that there is."""
+    more: int = Field(default=0, ge=0)
+    """Copies beyond those that are listed. Reports of earlier releases listed 50 and did not count the others."""
+    equal: int | None = None
+    """How many of all the copies have pixels equal to another one's; none in reports of earlier releases, which called
+    a finding exact where any two were."""
+
+    @property
+    def num_copies(self) -> int:
+        """How many images it is about."""
+        return len(self.copies) + self.more
+
+    @property
+    def head(self) -> str:
+        """Its kind, and of a near one how many copies are exact."""
+        if self.equal is None and self.kind == "exact" and self.num_copies > 2:
+            return "exact or near"
+        return f"near ({self.equal} with equal pixels)" if self.kind == "near" and self.equal else self.kind
+
+    def rest(self, shown: int) -> str:
+        """How many copies are not among the first `shown`, in words; "" where there are none."""
+        hidden = self.num_copies - shown
+        if self.equal is None and self.num_copies == _MOST_COPIES_ONCE:
+            return f"and {hidden:,} or more copies: the release that made the report listed {_MOST_COPIES_ONCE}"
+        return f"and {hidden:,} more copies" if hidden else ""
 
 
 class LeakReport(_Frozen):
@@ -97,6 +134,7 @@ class OtherDataset:
     splits: Sequence[str]
     labels: Sequence[tuple[int, ...]]
     prints: Fingerprints
+    classes: Sequence[str] = ()
 
 
 def guard(
@@ -107,6 +145,7 @@ def guard(
     draw: Draw,
     keys: Sequence[str],
     official: bool,
+    classes: Sequence[str] = (),
     others: Iterable[OtherDataset] = (),
 ) -> Guarded:
     """The rows that go on, with their splits, and a report of all copies.
@@ -118,51 +157,106 @@ def guard(
         draw: Gives rows their splits; where they have none yet, rows of one group are given the same.
         keys: Theirs in the shards.
         official: Whether splits that the rows have are those of a published set, which are kept as they are.
+        classes: Names of the labels.
         others: Datasets to compare with.
 
     Raises:
-        LeakError: a copy stands in two splits (or in another dataset, or under another label), and the config refuses.
+        DuplicatesError: a copy is in two splits (or in another dataset, or under another label), and the config refuses
+            that; or a class would lose all its images of a split to what the config does about copies.
     """
     exact, alike = _clusters(prints, config.near)
     drawn = all(row.split is None for row in rows)
     across = _policy(config, drawn=drawn, official=official)
     together = _components(rows, alike) if across == "move" else None
     first = draw(_in_groups(rows, together) if drawn and together is not None else rows)
-    found = _Found(rows, keys, exact, alike, first)
-    dropped = _dropped(found, config, across)
-    torn = found.torn(~dropped) if across == "move" else []
-    splits = _moved(first, together, torn) if together is not None else list(first)
-    if config.within == "drop":
-        dropped[found.spare(splits, ~dropped)] = True
-    findings, num_findings = found.findings(splits, dropped)
-    shared = np.zeros(len(rows), bool)
-    for other in others:
-        like = _also_in(other, found, prints, config)
-        shared[[i for i, _, _ in like]] = True
-        num_findings += len(like)
-        findings += [
-            found.finding_elsewhere(other, *each, splits=splits, dropped=dropped)
-            for each in like[: MOST_FINDINGS - len(findings)]
-        ]
-    kept = [i for i in range(len(rows)) if not dropped[i]]
-    report = LeakReport(
-        images=len(rows),
-        undecodable=int((prints.state == UNDECODABLE).sum()),
-        blank=int(len(rows) - np.isin(prints.state, (UNDECODABLE, SHARP)).sum()),
-        near=config.near,
-        across=across,
-        counts={**found.counts(together if drawn else None), "also in other datasets": int(shared.sum())},
-        dropped=tuple(sorted(keys[i] for i in np.flatnonzero(dropped).tolist())),
-        findings=tuple(findings),
-        more=num_findings - len(findings),
+    found = _Found(rows, keys, exact, alike, first, classes)
+    dropped, splits, elsewhere = np.zeros(len(rows), bool), list(first), []
+    try:
+        dropped = _dropped(found, config, across)
+        torn = found.torn(~dropped) if across == "move" else []
+        splits = _moved(first, together, torn) if together is not None else list(first)
+        if config.within == "drop":
+            dropped[found.spare(splits, ~dropped)] = True
+        elsewhere = [_elsewhere(other, found, prints, config.near) for other in others]
+        if config.datasets == "refuse":
+            _refuse_those_elsewhere(found, elsewhere)
+        _refuse_lost_classes(found, splits, dropped, config)
+    except DuplicatesError as refusal:
+        refusal.report = _report(found, prints, config, across, splits=splits, dropped=dropped, elsewhere=elsewhere)
+        raise
+    report = _report(
+        found,
+        prints,
+        config,
+        across,
+        splits=splits,
+        dropped=dropped,
+        elsewhere=elsewhere,
+        together=together if drawn else None,
     )
+    kept = [i for i in range(len(rows)) if not dropped[i]]
     if len(kept) < len(rows) or splits != first:  # no group may be torn by it, no class lost
         splits = draw([replace(rows[i], split=splits[i]) for i in kept])
     return Guarded(kept, splits, report)
 
 
+@dataclass(frozen=True)
+class _Elsewhere:
+    """What another dataset has in common with this one: pairs (row here, copy there, whether pixels are equal)."""
+
+    name: str
+    rows: list[int]
+    pairs: list[tuple[int, Copy, bool]]
+    """The first of them."""
+
+
+def _elsewhere(other: OtherDataset, found: _Found, prints: Fingerprints, near: int) -> _Elsewhere:
+    like = found.elsewhere(other, prints, near)
+    pairs = [(i, _copy_there(other, j), equal) for i, j, equal in like[:MOST_FINDINGS]]
+    return _Elsewhere(other.name, [i for i, _, _ in like], pairs)
+
+
+def _copy_there(other: OtherDataset, j: int) -> Copy:
+    labels = tuple(other.labels[j])
+    names = named_labels(labels, other.classes)
+    return Copy(key=other.keys[j], split=other.splits[j], labels=labels, label_names=names, dataset=other.name)
+
+
+def _report(
+    found: _Found,
+    prints: Fingerprints,
+    config: LeakConfig,
+    across: Literal["report", "drop", "move", "refuse"],
+    *,
+    splits: Sequence[str],
+    dropped: np.ndarray,
+    elsewhere: Sequence[_Elsewhere],
+    together: np.ndarray | None = None,
+) -> LeakReport:
+    findings, num_findings = found.findings(splits, dropped)
+    shared = np.zeros(len(found.rows), bool)
+    for other in elsewhere:
+        shared[other.rows] = True
+        num_findings += len(other.rows)
+        findings += [
+            found.finding_elsewhere(*pair, splits=splits, dropped=dropped)
+            for pair in other.pairs[: MOST_FINDINGS - len(findings)]
+        ]
+    return LeakReport(
+        images=len(found.rows),
+        undecodable=int((prints.state == UNDECODABLE).sum()),
+        blank=int(len(found.rows) - np.isin(prints.state, (UNDECODABLE, SHARP)).sum()),
+        near=config.near,
+        across=across,
+        counts={**found.counts(together), "also in other datasets": int(shared.sum())},
+        dropped=tuple(sorted(found.keys[i] for i in np.flatnonzero(dropped).tolist())),
+        findings=tuple(findings),
+        more=num_findings - len(findings),
+    )
+
+
 def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
-    """(N,) bool: what is left out for its labels, or for a copy in a split held out more. LeakError: see guard."""
+    """(N,) bool: what is left out for its labels, or for a copy in a split held out more; raises as guard does."""
     dropped = np.zeros(len(found.rows), bool)
     conflicts = found.conflicts()
     if config.labels == "refuse" and conflicts:
@@ -186,23 +280,48 @@ def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
     return dropped
 
 
-def _also_in(
-    other: OtherDataset, found: _Found, prints: Fingerprints, config: LeakConfig
-) -> list[tuple[int, int, bool]]:
-    """See _Found.elsewhere. LeakError where there are any, and the config refuses that."""
-    like = found.elsewhere(other, prints, config.near)
-    if config.datasets == "refuse" and like:
-        raise LeakError(
-            f"{len(like)} images are also in the dataset {other.name!r} of this store (e.g. key "
-            f"{found.keys[like[0][0]]}): use another store, or --data.leaks.datasets report"
-        )
-    return like
+def _refuse_those_elsewhere(found: _Found, elsewhere: Sequence[_Elsewhere]) -> None:
+    for other in elsewhere:
+        for here, there, _ in other.pairs[:1]:
+            raise DuplicatesError(
+                f"{len(other.rows)} images are also in the dataset {other.name!r} of this store (for example "
+                f"{found.rows[here].where!r}, key {found.keys[here]}, which has the key {there.key} there): use "
+                "another store, or --data.leaks.datasets report"
+            )
 
 
-def read_report(store: Store) -> LeakReport:
+def _refuse_lost_classes(found: _Found, splits: Sequence[str], dropped: np.ndarray, config: LeakConfig) -> None:
+    """DuplicatesError where what was dropped or moved were all images that a split had of a class."""
+    homes = list(zip(splits, dropped.tolist(), strict=True))
+    if not dropped.any() and list(splits) == list(found.splits):
+        return
+    before = Counter(
+        (split, label) for row, split in zip(found.rows, found.splits, strict=True) for label in row.labels
+    )
+    after = {
+        (split, label) for row, (split, gone) in zip(found.rows, homes, strict=True) if not gone for label in row.labels
+    }
+    lost = [home for home in sorted(before) if home not in after]
+    if not lost:
+        return
+    label, homes_lost = lost[0][1], [split for split, other in lost if other == lost[0][1]]
+    there = [i for i, row in enumerate(found.rows) if found.splits[i] in homes_lost and label in row.labels]
+    num_dropped = int(dropped[there].sum())
+    fates = {"dropped": num_dropped, "moved to another split": len(there) - num_dropped}
+    told = " and ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+    keeping = {"across": config.across in ("drop", "move"), "labels": config.labels == "drop"}
+    asked = " and ".join(f"--data.leaks.{name} report" for name, does in keeping.items() if does)
+    raise DuplicatesError(
+        f"{lost_text(lost, found.classes)}: of the {len(there)} images that {found.label_names((label,))[0]!r} had "
+        f"there, {told} as duplicates, but every split needs every class; keep the duplicates with "
+        f"{asked or '--data.leaks.across report'}, add images of the class, or leave the class out"
+    )
+
+
+def read_report(store: Store, key: str = LEAKS) -> LeakReport:
     """The report of a finished dataset. ManifestError where it is missing or none."""
     try:
-        return LeakReport.model_validate_json(store.get(LEAKS))
+        return LeakReport.model_validate_json(store.get(key))
     except (StoreKeyError, ValidationError) as error:
         raise ManifestError(
             f"{store.uri} has no whole {LEAKS} ({' '.join(str(error).split())[:120]}): delete {MANIFEST} there "
@@ -293,8 +412,9 @@ class _Found:
         exact: np.ndarray,
         alike: np.ndarray,
         splits: Sequence[str],
+        classes: Sequence[str] = (),
     ):
-        self.rows, self.keys, self.exact, self.splits = rows, keys, exact, splits
+        self.rows, self.keys, self.exact, self.splits, self.classes = rows, keys, exact, splits, classes
         self.same, self.like = _several(exact), _several(alike)
 
     def conflicts(self) -> list[list[int]]:
@@ -327,25 +447,58 @@ class _Found:
         conflicts = {int(self.exact[members[0]]) for members in self.conflicts()}
         found = []
         for members in self.like:
-            numbers = {int(self.exact[i]) for i in members}
-            where, kind = _where(self.splits[i] for i in members), "exact" if len(numbers) < len(members) else "near"
-            found.append((where, not numbers & conflicts, kind, self.keys[members[0]], members))
-        found.sort(key=lambda each: each[:4])
-        # Only of those that are told: a finding takes some 3 kB, and a set that stands in the store twice has as many
-        # as it has images.
-        return [
-            Finding(
-                kind=kind,
-                where=where,
-                conflict=not harmless,
-                copies=tuple(self._copy(i, splits, dropped) for i in members[:50]),
+            numbers = Counter(int(self.exact[i]) for i in members)
+            equal = sum(times for times in numbers.values() if times > 1)
+            kind: Literal["exact", "near"] = "exact" if len(numbers) == 1 else "near"
+            harmless = not numbers.keys() & conflicts
+            order = _where(self.splits[i] for i in members), harmless, kind, -equal, self.keys[members[0]]
+            found.append((order, members))
+        found.sort()
+        # Only of the worst: a finding takes some 3 kB, and a set that is in the store twice has as many as images.
+        listed, room = [], MOST_COPIES_IN_ALL
+        for (where, harmless, kind, equal, _), members in found[:MOST_FINDINGS]:
+            shown = self._telling_first(members)[: max(MOST_COPIES, room)]
+            room -= len(shown)
+            listed.append(
+                Finding(
+                    kind=kind,
+                    where=where,
+                    conflict=not harmless,
+                    copies=tuple(self._copy(i, splits, dropped) for i in shown),
+                    more=len(members) - len(shown),
+                    equal=-equal,
+                )
             )
-            for where, harmless, kind, _, members in found[:MOST_FINDINGS]
-        ], len(found)
+        return listed, len(found)
+
+    def _telling_first(self, members: Sequence[int]) -> list[int]:
+        """The members, those first that show in which splits and under which labels the image is."""
+        seen: set[tuple] = set()
+        first: list[int] = []
+        others: list[int] = []
+        for i in members:
+            home = self.splits[i], self.rows[i].labels
+            (others if home in seen else first).append(i)
+            seen.add(home)
+        return [*first, *others]
+
+    def label_names(self, labels: Sequence[int]) -> tuple[str, ...]:
+        """The labels as class names."""
+        return named_labels(labels, self.classes)
 
     def _copy(self, i: int, splits: Sequence[str], dropped: np.ndarray) -> Copy:
-        fate = "dropped" if dropped[i] else "moved" if splits[i] != self.splits[i] else "kept"
-        return Copy(key=self.keys[i], split=self.splits[i], labels=self.rows[i].labels, fate=fate, row=i)
+        fate: Literal["kept", "dropped", "moved"] = (
+            "dropped" if dropped[i] else "moved" if splits[i] != self.splits[i] else "kept"
+        )
+        labels = self.rows[i].labels
+        return Copy(
+            key=self.keys[i],
+            split=self.splits[i],
+            labels=labels,
+            label_names=self.label_names(labels),
+            fate=fate,
+            row=i,
+        )
 
     def counts(self, together: np.ndarray | None) -> dict[str, int]:
         """Copies beyond the first, by kind and place; an image counts once, at its worst."""
@@ -378,15 +531,15 @@ class _Found:
         return [(i, equal.get(e, like[a]), e in equal) for i, (e, a) in enumerate(ours) if a in like]
 
     def finding_elsewhere(
-        self, other: OtherDataset, i: int, j: int, equal: bool, *, splits: Sequence[str], dropped: np.ndarray
+        self, i: int, theirs: Copy, equal: bool, *, splits: Sequence[str], dropped: np.ndarray
     ) -> Finding:
-        """Image i of this dataset, which is j there."""
-        theirs = Copy(key=other.keys[j], split=other.splits[j], labels=tuple(other.labels[j]), dataset=other.name)
+        """Image i of this dataset, and what it is there."""
         return Finding(
             kind="exact" if equal else "near",
             where="across datasets",
             conflict=False,
             copies=(self._copy(i, splits, dropped), theirs),
+            equal=2 if equal else 0,
         )
 
     def refuse(self, clusters_: list[list[int]], what: str, why: str, remedy: str) -> None:
@@ -397,11 +550,35 @@ class _Found:
             here = self.splits[one], self.rows[one].labels
             two = next((i for i in members if (self.splits[i], self.rows[i].labels) != here), members[1])
             kind = "equal pixels" if self.exact[one] == self.exact[two] else "nearly equal"
-            named = [f"{self.rows[i].where!r} ({self.splits[i]}, label {self.rows[i].labels})" for i in (one, two)]
+            named = [f"{self.rows[i].where!r} ({self.splits[i]}, {self._label_text(i)})" for i in (one, two)]
             shown.append(f"{' = '.join(named)}: {kind}")
-        raise LeakError(
-            f"{len(clusters_)} times {what} ({'; '.join(shown)}): {why}; mend the set, or say what to do with {remedy}"
+        if len(clusters_) > len(shown):
+            shown.append(f"and {len(clusters_) - len(shown)} more")
+        raise DuplicatesError(
+            f"{len(clusters_)} times {what} ({'; '.join(shown)}): {why}; fix the set, or say what to do with {remedy}"
         )
+
+    def _label_text(self, i: int) -> str:
+        return "label " + (", ".join(map(repr, self.label_names(self.rows[i].labels))) or "none")
+
+
+def named_labels(labels: Sequence[int], classes: Sequence[str]) -> tuple[str, ...]:
+    """Class names of labels; "class 2" where the names are not known."""
+    return tuple(classes[label] if label < len(classes) else f"class {label}" for label in labels)
+
+
+def lost_text(lost: Sequence[tuple[str, int]], classes: Sequence[str]) -> str:
+    """Which classes are gone from which splits, from pairs (split, label): one clause, the first label first."""
+    homes: dict[int, list[str]] = {}
+    for split, label in lost:
+        homes.setdefault(label, []).append(split)
+    told = []
+    for label, splits in homes.items():
+        each = sorted(splits, key=SPLITS.index)
+        among = " and ".join([*([", ".join(each[:-1])] if each[:-1] else []), each[-1]])
+        told.append(f"class {named_labels((label,), classes)[0]!r} is gone from {among}")
+    more = [f"{len(told) - 5} more classes are gone from some split"] if len(told) > 5 else []
+    return ", ".join([*told[:5], *more])
 
 
 def _where(splits: Iterable[str]) -> Literal["across splits", "within a split"]:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from data_shards.leakage import Copy, Finding, LeakReport
+from data_shards.leakage import Copy, Finding, LeakReport, named_labels
 
 LEAKS_PAGE = "leakage.html"
 MOST_SHOWN = 100  # findings with images: a page of some megabytes
-_MOST_COPIES = 6
+MOST_COPIES_SHOWN = 6  # of each finding
 _SIDE = 160
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a }
@@ -31,44 +31,76 @@ figcaption { font-size: .8rem; overflow-wrap: anywhere } img { image-rendering: 
 
 
 def page(
-    report: LeakReport, *, title: str, classes: tuple[str, ...], picture: Callable[[Copy], np.ndarray | None]
+    report: LeakReport,
+    *,
+    title: str,
+    classes: tuple[str, ...],
+    picture: Callable[[Copy], np.ndarray | None],
+    named: Callable[[Copy], str] = lambda copy: "",
+    most: int = MOST_SHOWN,
 ) -> str:
-    """HTML that needs nothing else. `picture` gives a copy's pixels (H, W, C), or None where they cannot be had."""
+    """HTML that needs nothing else.
+
+    Args:
+        report: What was found.
+        title: The dataset.
+        classes: Its class names, for reports of earlier releases, which hold labels as numbers only.
+        picture: Gives a copy's pixels (H, W, C), or None where they cannot be had.
+        named: Gives a copy's file, for a page that stays with the owner of the images.
+        most: Findings that are shown with their images.
+    """
     rows = "".join(f'<tr><td>{_e(what)}</td><td class="number">{n:,}</td></tr>' for what, n in report.counts.items())
-    shown = [_section(number, f, classes, picture) for number, f in enumerate(report.findings[:MOST_SHOWN], 1)]
-    rest = len(report.findings) + report.more - len(shown)
-    more = f"<p>{rest:,} more findings are in leakage.json without pictures.</p>" if rest > 0 else ""
+    shown = [
+        _section(number, finding, classes, picture, named) for number, finding in enumerate(report.findings[:most], 1)
+    ]
+    num = len(report.findings) + report.more
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{_e(title)}: images that stand twice</title><style>{_STYLE}</style></head><body>
-<h1>{_e(title)}: images that stand twice</h1>
+<title>{_e(title)}: duplicates</title><style>{_STYLE}</style></head><body>
+<h1>{_e(title)}: duplicates</h1>
 <p>{report.images:,} images compared by their decoded pixels (exact) and by fingerprints that differ in at most
 {report.near} of 168 bits (near); {report.blank:,} without structure by their pixels only; {report.undecodable:,} could
 not be decoded. Copies in different splits: policy <b>{report.across}</b>. {len(report.dropped):,} images left out.</p>
 <table><tr><th>copies beyond the first</th><th>images</th></tr>{rows}</table>
-{"".join(shown) or "<p>No image stands twice.</p>"}{more}
+<p>{num:,} groups of duplicates.</p>
+{"".join(shown) or "<p>No image appears twice.</p>"}{_rest(report, len(shown))}
 </body></html>
 """
 
 
+def _rest(report: LeakReport, shown: int) -> str:
+    """How many groups are not on the page, and where they are."""
+    listed = len(report.findings) - shown
+    told = [f"{listed:,} more groups are in leakage.json without pictures."] if listed else []
+    told += [f"{report.more:,} more groups were only counted."] if report.more else []
+    return f"<p>{' '.join(told)}</p>" if told else ""
+
+
 def _section(
-    number: int, finding: Finding, classes: tuple[str, ...], picture: Callable[[Copy], np.ndarray | None]
+    number: int,
+    finding: Finding,
+    classes: tuple[str, ...],
+    picture: Callable[[Copy], np.ndarray | None],
+    named: Callable[[Copy], str],
 ) -> str:
     mark = "across" if finding.where != "within a split" else ""
     conflict = ', <span class="conflict">different labels</span>' if finding.conflict else ""
-    figures = "".join(_figure(copy, classes, picture(copy)) for copy in finding.copies[:_MOST_COPIES])
-    rest = len(finding.copies) - _MOST_COPIES
-    more = f"<p>and {rest} more</p>" if rest > 0 else ""
-    head = f'{number}. {finding.kind}, <span class="{mark}">{finding.where}</span>{conflict}'
+    copies = finding.copies[:MOST_COPIES_SHOWN]
+    figures = "".join(_figure(copy, classes, picture(copy), named(copy)) for copy in copies)
+    rest = finding.rest(len(copies))
+    more = f"<p>{rest}</p>" if rest else ""
+    where = f'<span class="{mark}">{finding.where}</span>'
+    head = f"{number}. {finding.head}, {where}{conflict}, {finding.num_copies:,} copies"
     return f"<section><h2>{head}</h2>{figures}{more}</section>"
 
 
-def _figure(copy: Copy, classes: tuple[str, ...], pixels_HWC: np.ndarray | None) -> str:
+def _figure(copy: Copy, classes: tuple[str, ...], pixels_HWC: np.ndarray | None, name: str) -> str:
     known = () if copy.dataset else classes  # another dataset's labels have names of their own
-    names = ", ".join(known[label] if label < len(known) else f"label {label}" for label in copy.labels)
-    told = " · ".join(filter(None, (copy.dataset, copy.split, names, "" if copy.fate == "kept" else copy.fate)))
+    labels = ", ".join(copy.label_names or named_labels(copy.labels, known))
+    told = " · ".join(filter(None, (copy.dataset, copy.split, labels, "" if copy.fate == "kept" else copy.fate)))
     image = "<p>(no picture)</p>" if pixels_HWC is None else _image(pixels_HWC)
-    return f"<figure>{image}<figcaption>{_e(told)}<br>{copy.key}</figcaption></figure>"
+    file = f"<br>{_e(name)}" if name else ""
+    return f"<figure>{image}<figcaption>{_e(told)}<br>{copy.key}{file}</figcaption></figure>"
 
 
 def _image(pixels_HWC: np.ndarray) -> str:

@@ -228,6 +228,14 @@ def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
     return Dataset(store, manifest, found, table)
 
 
+def read_classes(store: Store) -> tuple[str, ...]:
+    """The class names of the dataset in a store, for messages: none where its manifest cannot be read."""
+    try:
+        return Manifest.model_validate_json(store.get(MANIFEST)).classes
+    except (StoreKeyError, ValidationError):
+        return ()
+
+
 # Under another --run, because a run whose shard step has a record does not make it again.
 MAKE_AGAIN = (
     "and make the dataset again: `medmamba shard` with the same settings under another --run keeps whole shards"

@@ -12,7 +12,14 @@ from typing import Any
 RULES_KEY = "rules"
 # Rules -> what they changed for image sets that the rules before would have converted too. Datasets of the first
 # rules have no number.
-CHANGES: dict[int, tuple[str, ...]] = {2: ()}
+CHANGES: dict[int, tuple[str, ...]] = {
+    2: (
+        "labels of a table that may be several in one cell, two spellings of one class or a missing value are refused "
+        "until an option says what they are",
+        "class names and groups of a table that differ only in how Unicode codes an accent are one, in the form NFC",
+        "classes of a table that are all numbers are ordered by value, fractions and signs too",
+    )
+}
 RULES = max(CHANGES)
 
 

@@ -122,9 +122,13 @@ class S3Store(Store):
 
     def raw_keys(self, prefix: str = "") -> Iterator[str]:
         """As `list`, with the empty objects that consoles and pyarrow put where a folder is meant ("x/", "")."""
+        return (key for key, _ in self.raw_tags(prefix))
+
+    def raw_tags(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        """The keys of `raw_keys`, each with its object's tag, which the listing gives without another request."""
         for page in self._pages("list_objects_v2", prefix):
             for entry in page.get("Contents", ()):
-                yield entry["Key"].removeprefix(self._root)
+                yield entry["Key"].removeprefix(self._root), entry.get("ETag", "")
 
     def delete(self, key: str) -> None:
         place = self._place(key)

@@ -1,65 +1,172 @@
-"""The look at every image before shards are planned: in chunks that any process can do, and that a killed run keeps.
+"""The look at every image before shards are planned: in chunks that any process can do.
 
-Of a finished dataset the fingerprints lie beside its index, so that other datasets can be compared with it.
+A conversion that was refused or killed leaves its fingerprints in the store, so that the next try need not look again.
+Those of a finished dataset are stored next to its index, so that other datasets can be compared with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.fingerprint import Fingerprints, fingerprint
+from data_shards.config import DataConfig
+from data_shards.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.leakage import OtherDataset
-from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
+from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
+from data_shards.rules import RULES
 from data_shards.source import ImageSet, Row
-from data_shards.store import Store, StoreKeyError, open_store
+from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FINGERPRINTS = "fingerprints.parquet"
 FOLDER = "scan/"
-_COLUMNS = ("state", "pixels", "bits", "size")
-_WORTH_KEEPING_S = 2.0  # a chunk that took less is sooner done again than fetched
+REFUSED = f"{FOLDER}leakage.json"
+"""The report of duplicates of a conversion that was refused because of them."""
+_ENDING = ".npz"
+_SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+    "state": ((), np.dtype(np.uint8)),
+    "pixels": ((2,), np.dtype(np.uint64)),
+    "bits": ((3,), np.dtype(np.uint64)),
+    "size": ((), np.dtype(np.int64)),
+}
+_COLUMNS = tuple(_SHAPES)
+_WORTH_KEEPING_S = 2.0  # a chunk that took less is sooner done again after a kill than written by every conversion
 
 
 def chunks(num: int) -> list[tuple[int, int]]:
-    """Rows [start, end) of each task: enough tasks for many workers, of at most 4,096 images."""
+    """Images [start, end) of each task: enough tasks for many workers, of at most 4,096 images."""
     step = min(4096, max(32, -(-num // 64)))
     return [(start, min(start + step, num)) for start in range(0, num, step)]
 
 
+class Scan:
+    """The fingerprints of N rows: those that an earlier try left in the store, until `add` brings the others.
+
+    A fingerprint is known by what decides it (the image's file and its stamp, the frame, max_side, the DICOM settings,
+    the rules) and by the salt, without which a file's name could be guessed from it. Labels, splits, seeds, what is
+    done about duplicates and the conversion's name do not matter, so a try with others of them finds it again. Images
+    that could not be decoded are never kept: what they lacked may be there now, such as a library.
+    """
+
+    def __init__(self, image_set: ImageSet, config: DataConfig, out: Store):
+        settings = digest_of([RULES, config.salt, config.max_side, config.dicom.model_dump(mode="json")])
+        self.ids = [image_id(settings, image_set.stamp(row), row.frame) for row in image_set.rows]
+        num = len(self.ids)
+        self.prints = Fingerprints(
+            *(np.zeros((num, *shape), kind) for shape, kind in (_SHAPES[name] for name in _COLUMNS))
+        )
+        self._found = np.zeros(num, bool)
+        for known in _kept_in_store(out, config.dataset):
+            self._take(known)
+        self._new = False
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Positions of the rows that have still to be looked at, in order."""
+        return np.flatnonzero(~self._found)
+
+    def add(self, positions: np.ndarray, prints: Fingerprints) -> None:
+        """Fingerprints of the rows at these positions."""
+        for name in _COLUMNS:
+            getattr(self.prints, name)[positions] = getattr(prints, name)
+        self._found[positions] = self._new = True
+
+    def keep(self, out: Store) -> None:
+        """Leaves what is known in the store as one object, for the next try."""
+        if not self._new or out.head(MANIFEST) is not None:
+            return
+        before = list(out.list(FOLDER))
+        known = np.flatnonzero(self._found)
+        columns = Fingerprints(*(getattr(self.prints, name)[known] for name in _COLUMNS))
+        kept = _keep([self.ids[i] for i in known.tolist()], columns, out)
+        for key in before:
+            if key.endswith(_ENDING) and key != kept:
+                out.delete(key)
+
+    def _take(self, known: tuple[dict[str, int], Fingerprints]) -> None:
+        places, prints = known
+        found = [(i, places[name]) for i, name in enumerate(self.ids) if name in places and not self._found[i]]
+        if found:
+            here, there = (np.array(column) for column in zip(*found, strict=True))
+            self.add(here, Fingerprints(*(getattr(prints, name)[there] for name in _COLUMNS)))
+
+
+@contextlib.contextmanager
+def kept_if_ended(scan: Scan, out: Store) -> Iterator[None]:
+    """Whatever ends the block early, a refusal or Ctrl-C, the fingerprints are kept first."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):  # what ended the block is reported
+            scan.keep(out)
+        raise
+
+
+def image_id(settings: str, stamp: str, frame: int) -> str:
+    """What an image's fingerprint is known by: 32 hex digits, or "" where its file has no stamp."""
+    return digest_of([settings, stamp, frame])[:32] if stamp else ""
+
+
 def scan_chunk(
-    image_set: ImageSet, start: int, rows: Sequence[Row], *, max_side: int | None, settings: str, out: Store
+    image_set: ImageSet, rows: Sequence[Row], ids: Sequence[str], *, max_side: int | None, out: Store
 ) -> Fingerprints:
-    """The fingerprints of rows that begin at `start`: those that an earlier run left in the store, or made now."""
-    digest = digest_of([settings, [(row.where, row.frame) for row in rows]])
-    key = f"{FOLDER}{start:09d}-{digest[:20]}.npz"
-    kept = _kept(key, out)
-    # Where an image could not be decoded it may have been mended since.
-    if kept is not None and len(kept) == len(rows) and kept.state.all():
-        return kept
+    """The fingerprints of some rows; where they took long they are kept at once, as the driver may be killed."""
     began = time.monotonic()
     found = fingerprint(image_set, rows, max_side=max_side)
     if time.monotonic() - began > _WORTH_KEEPING_S:
-        buffer = io.BytesIO()
-        np.savez(buffer, **{name: getattr(found, name) for name in _COLUMNS})
-        out.put(key, buffer.getvalue())
+        _keep(ids, found, out)
     return found
 
 
-def _kept(key: str, out: Store) -> Fingerprints | None:
+def _keep(ids: Sequence[str], prints: Fingerprints, out: Store) -> str:
+    """Writes fingerprints of images that have an id and could be decoded; the object's key."""
+    chosen = np.array([bool(name) for name in ids], bool) & (prints.state != UNDECODABLE)
+    names = [name for name, keep in zip(ids, chosen, strict=True) if keep]
+    key = f"{FOLDER}{digest_of(names)[:20]}{_ENDING}"
+    buffer = io.BytesIO()
+    columns = {name: getattr(prints, name)[chosen] for name in _COLUMNS}
+    np.savez(buffer, ids=np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, 16), **columns)
+    out.put(key, buffer.getvalue())
+    return key
+
+
+def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], Fingerprints]]:
+    """What tries of this conversion left, and those of the same dataset under another name: id -> place, and prints."""
+    root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
+    if root and "/" not in rest:
+        out = open_store(f"{root}/datasets/{dataset}")
+        keys = [key for key in out.list() if key.count("/") == 2 and key.partition("/")[2].startswith(FOLDER)]
+    else:
+        keys = list(out.list(FOLDER))
+    for key in keys:
+        found = _kept(key, out) if key.endswith(_ENDING) else None
+        if found is not None:
+            yield found
+
+
+def _kept(key: str, out: Store) -> tuple[dict[str, int], Fingerprints] | None:
+    """Fingerprints that were kept; None where they are damaged, or of another release."""
     try:
         with np.load(io.BytesIO(out.get(key)), allow_pickle=False) as arrays:
-            return Fingerprints(*(arrays[name] for name in _COLUMNS))
-    except (StoreKeyError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            ids, prints = arrays["ids"], Fingerprints(*(arrays[name] for name in _COLUMNS))
+    except (StoreKeyError, ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
         return None
+    shapes = {"ids": ((16,), np.dtype(np.uint8)), **_SHAPES}
+    columns = {"ids": ids, **{name: getattr(prints, name) for name in _COLUMNS}}
+    if any((array.shape[1:], array.dtype) != shapes[name] for name, array in columns.items()):
+        return None
+    if len({len(array) for array in columns.values()}) != 1 or not np.isin(prints.state, (BLANK, SHARP)).all():
+        return None
+    return {name.tobytes().hex(): i for i, name in enumerate(ids)}, prints
 
 
 def fingerprints_bytes(keys: Sequence[str], rows: Sequence[Row], splits: Sequence[str], prints: Fingerprints) -> bytes:
@@ -92,6 +199,16 @@ def stored_digests(out: Store) -> dict[str, bytes]:
     """The digest of its pixels for every key of a finished dataset. ManifestError where they are missing or damaged."""
     table = _table(out, ["key", "pixels"])
     return dict(zip(table["key"].to_pylist(), table["pixels"].to_pylist(), strict=True))
+
+
+def stored_samples(out: Store, keys: Collection[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Split and labels of those of a finished dataset's keys, undecodable images' too; none where they are damaged."""
+    try:
+        table = _table(out, ["key", "split", "labels"])
+    except ManifestError:
+        return {}
+    rows = zip(*(table[name].to_pylist() for name in ("key", "split", "labels")), strict=True)
+    return {key: (split, tuple(labels)) for key, split, labels in rows if key in keys}
 
 
 def _table(out: Store, columns: list[str]) -> pa.Table:
@@ -130,5 +247,10 @@ def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
             table["state"].to_numpy().astype(np.uint8), words["pixels"], words["bits"], np.zeros(len(table), np.int64)
         )
         yield OtherDataset(
-            name, table["key"].to_pylist(), table["split"].to_pylist(), table["labels"].to_pylist(), prints
+            name,
+            table["key"].to_pylist(),
+            table["split"].to_pylist(),
+            table["labels"].to_pylist(),
+            prints,
+            read_classes(datasets.at(*name.split("/"))),
         )

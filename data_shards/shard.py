@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_shards.decode import UndecodableImage, stored_bytes
-from data_shards.plan import PlannedRow, ShardPlan, shard_digest
+from data_shards.plan import PlannedRow, ShardPlan, digest_of, shard_digest
 from data_shards.store import Store, StoreKeyError
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class ShardPart(BaseModel):
     quarantine: tuple[Quarantined, ...]
     histogram: tuple[tuple[int, ...], ...]
     """How many pixels have each of the 256 values: three rows for RGB; grey counts in each of them."""
+    stamps: str = ""
+    """Digest of the stamps that its images' files had before they were read (`ImageSet.stamp`); empty: not known."""
 
 
 def tar_key(name: str) -> str:
@@ -79,14 +81,25 @@ def part_key(name: str) -> str:
     return f"parts/{name}.json"
 
 
-def find_shard(plan: ShardPlan, config: DataConfig, out: Store) -> ShardPart | None:
-    """The finished shard of exactly this plan, if the store has it."""
+def find_shard(
+    plan: ShardPlan, config: DataConfig, out: Store, *, image_set: ImageSet | None = None
+) -> ShardPart | None:
+    """The finished shard of exactly this plan, if the store has it, and no file of `image_set` was replaced since."""
     try:
         part = ShardPart.model_validate_json(out.get(part_key(plan.name)))
     except (StoreKeyError, ValidationError):
         return None
     finished = part.plan == shard_digest(plan, config) and out.head(tar_key(plan.name)) == part.bytes
+    if finished and part.stamps and image_set is not None and part.stamps != _stamps(plan, image_set):
+        return None
     return part if finished else None
+
+
+def _stamps(plan: ShardPlan, image_set: ImageSet) -> str:
+    """A digest that changes when the file of any of the plan's images is replaced; "" where one has no stamp."""
+    stamps = [image_set.stamp(planned.row) for planned in plan.rows]
+    # With the keys, which are salted: nobody can hold a guessed name to it.
+    return digest_of([[planned.key for planned in plan.rows], stamps]) if all(stamps) else ""
 
 
 def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: Store) -> ShardPart:
@@ -95,6 +108,7 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
     An image that cannot be decoded is set aside in the part's `quarantine` with its reason.
     """
     tar = _Tar()
+    stamps = _stamps(plan, image_set)
     samples: list[Sample] = []
     quarantine: list[Quarantined] = []
     histogram_CV = np.zeros((3, 256), np.int64)
@@ -122,6 +136,7 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
         samples=tuple(samples),
         quarantine=tuple(quarantine),
         histogram=tuple(tuple(row) for row in histogram_CV.tolist()),
+        stamps=stamps,
     )
     out.ensure(tar_key(plan.name), data)
     out.ensure(part_key(plan.name), part.model_dump_json().encode())

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_shards import catalog, phantoms
 from data_shards.config import DataConfig, PhantomConfig
+from data_shards.labels import check_settings
 
 # As a setting: no such column, whatever the catalogue says.
 NO_COLUMN = "-"
@@ -46,6 +47,14 @@ class ImageSet(Protocol):
         """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C)."""
         ...
 
+    def inside(self, row: Row) -> str:
+        """Where the row's file is inside the source, as its owner finds it there."""
+        ...
+
+    def stamp(self, row: Row) -> str:
+        """A text that changes when the row's file is replaced, found without reading it; "" where that is unknown."""
+        ...
+
 
 def open_source(config: DataConfig) -> ImageSet:
     """The image set that `config` describes.
@@ -53,7 +62,9 @@ def open_source(config: DataConfig) -> ImageSet:
     Raises ValueError with the value, the rule and a remedy: unknown dataset, no such source, an empty class folder, a
     table without a column, a row without its file, a label out of range, a damaged file.
     """
+    classes_named = bool(config.classes)
     config = resolved(config)
+    check_settings(config)
     if config.layout == "phantoms":
         return PhantomSet(config.phantoms, config.seed)
     _require_source(config)
@@ -64,15 +75,16 @@ def open_source(config: DataConfig) -> ImageSet:
     if config.layout == "csv":
         from data_shards.source_table import open_csv
 
-        return open_csv(config)
+        return open_csv(config, classes_named=classes_named)
     from data_shards.source_folders import open_folders
 
     return open_folders(config)
 
 
 def check_source(config: DataConfig) -> None:
-    """ValueError where the set's files are not named, or no local path of that name is there: before any work."""
+    """ValueError where the set's files are not named or not there, or a setting does not fit: before any work."""
     config = resolved(config)
+    check_settings(config)
     if config.layout == "phantoms":
         return
     _require_source(config)
@@ -105,6 +117,8 @@ def resolved(config: DataConfig) -> DataConfig:
     update |= {field: getattr(card, field) for field in ("classes", *columns) if not getattr(config, field)}
     if config.split_column == NO_COLUMN:
         update |= {"split_column": ""}
+    if config.group_pattern:
+        update |= {"group_column": ""}
     config = config.model_copy(update=update)
     if config.layout == "phantoms" and config.classes != phantoms.CLASSES:
         raise ValueError(f"classes are {config.classes}, but phantoms are {phantoms.CLASSES}: leave --data.classes out")
@@ -128,3 +142,11 @@ class PhantomSet:
     def read(self, row: Row) -> np.ndarray:
         """uint8 (side, side)."""
         return phantoms.phantom(self._config, self._seed, int(row.where.removeprefix("patient")), row.frame)
+
+    def inside(self, row: Row) -> str:
+        """See ImageSet; there is no file."""
+        return row.where
+
+    def stamp(self, row: Row) -> str:
+        """See ImageSet: a phantom is a function of its settings."""
+        return f"{self._config.model_dump_json()}|{self._seed}|{row.where}"

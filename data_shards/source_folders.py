@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
 from data_shards.files import Files, open_files
+from data_shards.labels import ClassEdits, grouped_by_path, relabelled
 from data_shards.source import Row
 from data_shards.split import SPLIT_WORDS
 
@@ -25,7 +26,7 @@ def open_folders(config: DataConfig) -> FileSet:
             f"{source} has the folders {', '.join(found)}, which look like splits, not classes: list the images in a "
             "CSV with a split column (--data.layout csv)"
         )
-    classes = config.classes or tuple(found)
+    classes = ClassEdits(config).names_in_source(config.classes, found) or tuple(found)
     extra = sorted(set(found) - set(classes))
     if extra:
         raise ValueError(
@@ -39,7 +40,8 @@ def open_folders(config: DataConfig) -> FileSet:
             what = "is empty" if name in found else f"is missing (there are {', '.join(found)})"
             raise ValueError(f"class folder {name!r} of {source} {what}: put its images there, or mend --data.classes")
         rows += [Row(where, 0, (index,), None, None) for where in members]
-    return FileSet(files, root, rows, config, classes=classes)
+    made = relabelled(rows, classes, config, source)
+    return FileSet(files, root, grouped_by_path(made.rows, config), config, classes=made.classes, notes=made.notes)
 
 
 def _folders_in(files: Files, root: str) -> list[str]:

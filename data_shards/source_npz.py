@@ -10,13 +10,15 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_shards.config import DataConfig
-from data_shards.files import cached, local_copy
+from data_shards.files import cached, file_stamp, local_copy
+from data_shards.labels import relabelled
 from data_shards.source import Row
 from data_shards.split import SPLITS
 
@@ -26,67 +28,123 @@ class NpzSet:
 
     def __init__(self, config: DataConfig):
         self._path = local_copy(config.source)
+        self._stamp = file_stamp(self._path)
         self.task: str = config.task
-        self.notes: tuple[str, ...] = ()
-        labels = {split: _labels(self._path, split, config.task) for split in SPLITS}
-        self.classes = config.classes or tuple(str(i) for i in range(_num_classes(labels.values())))
-        self._images = {split: _images(self._path, split) for split in SPLITS}
-        self.rows = []
-        for split in SPLITS:
+        splits, notes = _splits_there(self._path)
+        labels = {split: _labels(self._path, split, config.task) for split in splits}
+        if any(of_split.one_hot for of_split in labels.values()):
+            notes.append(f"labels of {self._path.name} are one-hot: each row's column with the 1 is its class")
+        indices = {split: of_split.indices for split, of_split in labels.items()}
+        classes = _index_names(config) or _numbered_classes(self._path, labels)
+        self._images = {split: _images(self._path, split) for split in splits}
+        rows = []
+        for split in splits:
             images = self._images[split]
-            if len(images) != len(labels[split]):
+            if len(images) != len(indices[split]):
                 raise ValueError(
-                    f"{self._path.name} has {len(images)} {split}_images but {len(labels[split])} {split}_labels: "
+                    f"{self._path.name} has {len(images)} {split}_images but {len(indices[split])} {split}_labels: "
                     "each image needs one row of labels, so write the file again"
                 )
-            for i, found in enumerate(labels[split]):
-                self.rows.append(Row(f"{split}_images/{i}", 0, self._checked(found, split, i), split, None))
+            for i, found in enumerate(indices[split]):
+                self._check(found, len(classes), split, i)
+                rows.append(Row(f"{split}_images/{i}", 0, found, split, None))
+        self.rows, self.classes, edited = relabelled(rows, classes, config, self._path.name)
+        self.notes: tuple[str, ...] = (*notes, *edited)
 
     def read(self, row: Row) -> np.ndarray:
         """uint8 (H, W) or (H, W, 3)."""
         array, _, index = row.where.partition("_images/")
-        return np.asarray(self._images[array][int(index)])
+        return np.ascontiguousarray(self._images[array][int(index)])
 
-    def _checked(self, labels: tuple[int, ...], split: str, index: int) -> tuple[int, ...]:
-        bad = [label for label in labels if not 0 <= label < len(self.classes)]
+    def inside(self, row: Row) -> str:
+        """See ImageSet: the array and the image's place in it."""
+        return row.where
+
+    def stamp(self, row: Row) -> str:
+        """See ImageSet: that of the .npz, of which a part cannot be replaced alone."""
+        return f"{self._stamp}|{row.where}" if self._stamp else ""
+
+    def _check(self, labels: tuple[int, ...], num_classes: int, split: str, index: int) -> None:
+        bad = [label for label in labels if not 0 <= label < num_classes]
         if bad:
             raise ValueError(
                 f"label {bad[0]} at {split}_labels[{index}] of {self._path.name} is out of range: there are "
-                f"{len(self.classes)} classes, so labels are 0 to {len(self.classes) - 1}; mend the file or "
-                "--data.classes"
+                f"{num_classes} classes, so labels are 0 to {num_classes - 1}; fix the file or --data.classes"
             )
-        return labels
 
 
-def _num_classes(labels_of_splits: Iterable[list[tuple[int, ...]]]) -> int:
-    return 1 + max((label for labels in labels_of_splits for row in labels for label in row), default=-1)
+class _Labels(NamedTuple):
+    """Class indices of each row, and whether they were one-hot."""
+
+    indices: list[tuple[int, ...]]
+    one_hot: bool = False
 
 
-def _labels(path: Path, split: str, task: str) -> list[tuple[int, ...]]:
-    """Class indices of each row; the array is (n,), (n, 1), or multi-hot (n, classes) if the task is multilabel."""
+def _index_names(config: DataConfig) -> tuple[str, ...]:
+    """What the indices are called, where classes are named: by these, or by numbers where --data.class-map has them."""
+    renamed = {pair.rpartition("=")[0].strip() for pair in config.class_map}
+    if not config.classes or any(name.isdecimal() for name in config.classes):
+        return config.classes
+    numbers = [int(name) for name in renamed if name.isdecimal() and len(name) < 7]
+    num_classes = len(config.classes)
+    while num_classes in numbers:
+        num_classes += 1
+    return tuple(str(i) if str(i) in renamed else config.classes[i] for i in range(num_classes))
+
+
+def _splits_there(path: Path) -> tuple[tuple[str, ...], list[str]]:
+    """The splits of the file: all three, or train and test; a notice in the latter case."""
+    with _archive(path) as archive:
+        there = {os.path.splitext(member)[0] for member in archive.namelist()}
+    present = [split for split in SPLITS if {f"{split}_images", f"{split}_labels"} & there]
+    if present != ["train", "test"]:
+        return SPLITS, []
+    return ("train", "test"), [f"{path.name} has no val arrays: validation is drawn from train"]
+
+
+def _numbered_classes(path: Path, labels: Mapping[str, _Labels]) -> tuple[str, ...]:
+    """Numbers as names of the classes. ValueError where there are more than images, so that some have none."""
+    found = (label for of_split in labels.values() for row in of_split.indices for label in row)
+    num_classes = 1 + max(found, default=-1)
+    num_images = sum(len(of_split.indices) for of_split in labels.values())
+    if num_classes > num_images:
+        raise ValueError(
+            f"labels of {path.name} go up to {num_classes - 1}, but there are {num_images} images: labels are 0, 1, 2 "
+            "and so on, and every class needs images, so write them so"
+        )
+    return tuple(str(i) for i in range(num_classes))
+
+
+def _labels(path: Path, split: str, task: str) -> _Labels:
+    """The array is (n,) or (n, 1) with indices, or (n, classes): multi-hot, or one-hot if the task is not multilabel.
+
+    Booleans, integers and floats of whole numbers in any byte order are the same to it.
+    """
     name = f"{split}_labels"
     with _archive(path) as archive:
         _header(archive, path, name)
         with _told_damage(path, name), archive.open(f"{name}.npy") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
+    if values.dtype.kind not in "biuf" or not (np.isfinite(values) & (values == np.rint(values))).all():
+        raise ValueError(f"{name} of {path.name} are {values.dtype}, but labels are whole numbers: write them so")
+    indicators = values.ndim == 2 and np.isin(values, (0, 1)).all()
     if task == "multilabel":
-        if values.ndim != 2 or not np.isin(values, (0, 1)).all():
+        if not indicators:
             raise ValueError(
                 f"{name} of {path.name} must hold 0 and 1 of shape (n, classes) for multilabel, not {values.shape}"
             )
-        return [tuple(np.flatnonzero(row).tolist()) for row in values]
+        return _Labels([tuple(np.flatnonzero(row).tolist()) for row in values])
+    one_hot = bool(indicators and values.shape[1] > 1 and (values.sum(axis=1) == 1).all())
+    if one_hot:
+        return _Labels([(label,) for label in values.argmax(axis=1).tolist()], one_hot=True)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
         raise ValueError(
-            f"{name} of {path.name} has the shape {values.shape}, but one class per image is (n,) or (n, 1): write it "
-            "so, or set --data.task multilabel"
+            f"{name} of {path.name} has the shape {values.shape}, but one class per image is (n,), (n, 1), or (n, "
+            "classes) with a single 1 in each row: write it so, or set --data.task multilabel"
         )
-    if values.dtype.kind not in "iu":
-        if values.dtype.kind != "f" or not (values == np.rint(values)).all():
-            raise ValueError(f"{name} of {path.name} are {values.dtype}, but labels are whole numbers: write them so")
-        values = values.astype(np.int64)
-    return [(label,) for label in values.tolist()]
+    return _Labels([(int(label),) for label in values.tolist()])
 
 
 def _images(path: Path, split: str) -> np.ndarray:
@@ -148,7 +206,7 @@ def _header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[tuple[int,
     if name not in names:
         raise ValueError(
             f"{path.name} has no array {name!r} (it has {', '.join(names) or 'none'}): a MedMNIST-style file holds "
-            "images and labels of train, val and test"
+            "images and labels of train, val and test, or of train and test"
         )
     with _told_damage(path, name), archive.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
@@ -91,7 +92,8 @@ def check_splits(
                 total = sum(other[index] for other in present.values())
                 raise ValueError(
                     f"class {name!r} is missing from the {split} split (it has {total} samples in all): every split "
-                    "needs every class, so add groups of this class, raise the split's fraction, or drop the class"
+                    "needs every class, so add groups of this class, raise the split's fraction, or leave out the "
+                    f"class with --data.drop-classes {shlex.quote(name)}"
                 )
 
 

@@ -1,17 +1,29 @@
-"""The table of an image set: the rows of a CSV or of the first sheet of an XLSX, as text, with columns by name."""
+"""The table of an image set: the rows of a CSV, a TSV or the first sheet of an XLSX, as text, with columns by name."""
 
 from __future__ import annotations
 
 import csv
 import io
 import posixpath
+import re
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 # A sheet of 400,000 rows is some 200 MB of XML.
 _MAX_SHEET_BYTES = 2 << 30
-ENDINGS = (".csv", ".xlsx")
+# In the order in which they are preferred, where a set has its table in several formats.
+ENDINGS = (".csv", ".xlsx", ".tsv")
+_DELIMITERS = ",;\t|"
+# What files begin with that are named like a text but are something else.
+_NO_TEXT = {
+    b"PK\3\4": "is an XLSX workbook or a zip, not text: give it the ending .xlsx, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "is a workbook of an old Excel, not text: save it as .xlsx or CSV",
+    b"\x1f\x8b": "is compressed by gzip: unpack it",
+    b"version https://git-lfs": "is a Git LFS pointer, not the table itself: get it with `git lfs pull`",
+}
+_field_limit = threading.Lock()
 
 
 class Table:
@@ -29,7 +41,7 @@ class Table:
         self._lines = [line for line, _ in lines[1:]]
         for line, cells in lines[1:]:
             if len(cells) != len(self.names):
-                raise ValueError(f"line {line} of {path} has {len(cells)} cells for {len(self.names)} columns: mend it")
+                raise ValueError(f"line {line} of {path} has {len(cells)} cells for {len(self.names)} columns: fix it")
         self._cells = [cells for _, cells in lines[1:]]
 
     def column(self, name: str, use: str) -> list[str]:
@@ -53,17 +65,58 @@ def _is_xlsx(path: str) -> bool:
 
 
 def _csv(path: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
+    text, skipped = _text_of(path, data), 0
+    if named := re.match(r"sep=(.)\r?\n", text):  # Excel writes it, and reads it
+        text, skipped = text[named.end() :], 1
+    delimiter = named[1] if named else _delimiter(text)
+    for line, cells in _parsed(path, text, delimiter):
+        yield line + skipped, [cell.strip() for cell in cells]
+
+
+def _text_of(path: str, data: bytes) -> str:
+    for start, what in _NO_TEXT.items():
+        if data.startswith(start):
+            raise ValueError(f"{path} {what}")
+    if data[:200].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is an HTML page, not a table: download the table itself")
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    head = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    try:
-        for cells in reader:
-            yield reader.line_num, [cell.strip() for cell in cells]
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} of {path} is no CSV ({error}): mend it") from error
+        raise ValueError(f"{path} is not {'UTF-16' if utf16 else 'UTF-8'} ({error}): save it as UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(
+            f"line {line} of {path} has a NUL character, so it is not text in UTF-8 (maybe UTF-16 without its mark, or "
+            "damaged): save it as UTF-8, or get it again"
+        )
+    return text
+
+
+def _delimiter(text: str) -> str:
+    """What separates the names in the first line that is not empty, quoted ones aside."""
+    head = re.sub(r'"[^"]*"', "", next((line for line in text.splitlines() if line.strip()), ""))
+    return max(_DELIMITERS, key=head.count)
+
+
+def _parsed(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The lines, numbered, with their cells; a cell may have any length."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = []
+    # The limit is the process's: it is raised, never lowered, while this table is read, and put back.
+    with _field_limit:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, len(text) + 1))
+        try:
+            for cells in reader:
+                lines.append((reader.line_num, cells))
+        except csv.Error as error:
+            raise ValueError(
+                f"line {reader.line_num} of {path} cannot be read as CSV ({error}): correct it, maybe a quotation mark"
+            ) from error
+        finally:
+            csv.field_size_limit(before)
+    return lines
 
 
 def _xlsx(path: str, data: bytes) -> Iterator[tuple[int, list[str]]]:

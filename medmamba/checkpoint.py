@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,10 @@ from medmamba.model import build_model
 
 WEIGHTS, MODEL = "weights.safetensors", "model.json"
 _FORMAT = 1
+# Keys below which training scripts keep a state dict, and what torch's wrappers put into the names of its tensors.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "network", "module")
+_WRAPPING = ("module", "_orig_mod")
+_FIRST_TENSOR = ["patch_embed", "proj", "weight"]
 _CONFIG: TypeAdapter[MedMambaConfig | ConvNetConfig] = TypeAdapter(ModelConfig)
 
 
@@ -75,17 +81,19 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> 
 def load_upstream(source: Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], MedMambaConfig]:
     """Returns (state, config) of an upstream checkpoint: its tensors by name and the config their shapes tell.
 
-    `source` is the .pth file or its state dict, bare or below "model" or "state_dict", also with DataParallel's
-    "module." before each name. Nothing in the file is executed. CheckpointError: not a MedMamba checkpoint.
+    `source` is the .pth or .safetensors file or its state dict, bare or below a key such as "model" or "state_dict",
+    also with the names that DataParallel, torch.compile or an outer module give ("module.", "_orig_mod.", "net.").
+    Nothing in the file is executed. CheckpointError: not a MedMamba checkpoint, a truncated file, or one that holds
+    Python objects beside tensors.
     """
     where = str(source) if isinstance(source, Path) else "state dict"
-    loaded: Any = _unpickled(source) if isinstance(source, Path) else source
-    for key in ("model", "state_dict"):
+    loaded: Any = _read_tensors(source) if isinstance(source, Path) else source
+    for key in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{where}: not a state dict of tensors; save it with torch.save(net.state_dict(), path)")
-    state = {str(name).removeprefix("module."): value for name, value in loaded.items()}
+    state = _upstream_names(loaded, where)
     config = _config_of(state, where)
     with torch.device("meta"):  # shapes only: a wrong checkpoint is named here, not where it is used
         skeleton = build_model(config, scan="reference", device="meta")
@@ -130,13 +138,61 @@ def _config_of(state: Mapping[str, Tensor], where: str) -> MedMambaConfig:
     return MedMambaConfig(num_classes=num_classes, d_state=d_state, branches=branches, **sizes)
 
 
-def _unpickled(path: Path) -> Any:
+def _upstream_names(loaded: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors by upstream's names, without what a wrapper around the network put into them."""
+    parts = {str(name): [part for part in str(name).split(".") if part not in _WRAPPING] for name in loaded}
+    first = next((p for p in parts.values() if p[-3:] == _FIRST_TENSOR), _FIRST_TENSOR)
+    outer = first[: -len(_FIRST_TENSOR)]
+    state: dict[str, Tensor] = {}
+    for name, names in parts.items():
+        short = ".".join(names[len(outer) :] if names[: len(outer)] == outer else names)
+        if short in state:
+            raise CheckpointError(
+                f"{where}: two tensors are {short!r} without the names of wrappers ({name!r} is one of them); "
+                "save the state dict of one network"
+            )
+        state[short] = loaded[name]
+    return state
+
+
+def _read_tensors(path: Path) -> Any:
+    """What the file holds, of tensors and plain containers alone; CheckpointError says what else it is."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); name a file that torch.save wrote") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a damaged zip or pickle leads to
-        raise CheckpointError(
-            f"{path}: cannot be read as tensors ({error}); save it with torch.save(state_dict)"
-        ) from error
+        raise CheckpointError(f"{path}: {_why_not_tensors(path, is_zip, error)}") from error
+
+
+def _why_not_tensors(path: Path, is_zip: bool, error: Exception) -> str:
+    if not path.stat().st_size:
+        return "cannot be read as tensors, the file is empty; get it again"
+    if is_zip and not zipfile.is_zipfile(path):
+        return "cannot be read as tensors, the file is truncated; get it again"
+    objects = _python_objects(path) if isinstance(error, pickle.UnpicklingError) else []
+    if objects:
+        shown = ", ".join(objects[:3])
+        return (
+            f"cannot be read as tensors, it holds Python objects ({shown}), which could run code when they are loaded; "
+            "where you trust the file, load it yourself and save the tensors alone: "
+            "torch.save(net.state_dict(), path)"
+        )
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return f"cannot be read as tensors ({reason}); it is damaged or not a file of torch.save: get it again"
+
+
+def _python_objects(path: Path) -> list[str]:
+    """Names of what the pickle in a file would import, apart from what tensors need; nothing is imported."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a zip of torch.save, or a pickle that ends early
+        return []
 
 
 def _write(path: Path, data: bytes) -> None:

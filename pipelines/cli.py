@@ -289,7 +289,7 @@ def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> 
 
 
 def shards(argv: Sequence[str]) -> int:
-    """Look at a finished dataset: verify it, draw a contact sheet, tell which images stand twice."""
+    """Look at a dataset: verify, show, duplicates, quarantine, file names."""
     from pipelines.shards import shards
 
     return shards(argv, open_at=lambda uri: _open(uri or _default_store()))

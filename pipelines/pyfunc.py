@@ -49,10 +49,11 @@ class Classifier:
         import torch
 
         from medmamba.loss import scores
+        from medmamba.precision import exact_float32
         from medmamba.preprocess import preprocess
 
         pixels_BHWC = np.stack([self._pixels(image, first + i) for i, image in enumerate(images)])
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             logits_BC = self.model(preprocess(torch.from_numpy(pixels_BHWC).to(self.device)))
         return scores(logits_BC, self.card["task"]).cpu().numpy()
 

@@ -1,12 +1,12 @@
-"""`medmamba shards`: a finished dataset verified, looked at, and asked for images that stand twice."""
+"""`medmamba shards`: a dataset verified, looked at, and asked for duplicates, quarantine and files."""
 
 from __future__ import annotations
 
 import json as json_
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
@@ -16,12 +16,12 @@ from rich.style import Style
 from rich.text import Text
 
 from data_shards.contact_sheet import chosen, fitted, sheet
-from data_shards.leakage import LeakReport, read_report
-from data_shards.leakage_page import LEAKS_PAGE
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, open_dataset
 from data_shards.store import Store
 from data_shards.verify import verify
 from pipelines.arguments import UsageError, parse
+from pipelines.shard_leaks import leaks
+from pipelines.shard_names import dataset_in, names, quarantine
 from pipelines.terminal import Terminal, console, table
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -29,12 +29,14 @@ _SHOWN_SIDE = 16  # pixels, which are columns, of an image in the terminal
 
 
 def shards(argv: Sequence[str], *, open_at: Callable[[str], Store]) -> int:
-    """Look at a finished dataset: verify it, draw a contact sheet, tell which images stand twice."""
-    verbs = {"verify": _verify, "show": _show, "leaks": _leaks}
+    """Look at a dataset: verify, show, duplicates, quarantine, file names."""
+    verbs = {"verify": _verify, "show": _show, "leaks": leaks, "quarantine": quarantine, "names": names}
     if not argv or argv[0] in ("-h", "--help"):
-        console().print("usage: medmamba shards {verify,show,leaks} [DATASET[/NAME]] [--store STORE] [--help]\n")
+        console().print(f"usage: medmamba shards {{{','.join(verbs)}}}")
+        console().print("           [DATASET[/NAME]] [--store STORE] [--help]\n")
         for name, verb in verbs.items():
-            console().print(f"  {name:<8} {(verb.__doc__ or '').splitlines()[0]}")
+            for i, line in enumerate(textwrap.wrap((verb.__doc__ or "").splitlines()[0], 66)):
+                console().print(f"  {'' if i else name:<11} {line}")
         return 0
     if argv[0] not in verbs:
         raise UsageError(f"shards: there is no {argv[0]!r}: choose {', '.join(verbs)}")
@@ -45,7 +47,7 @@ def _verify(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     """Read every byte of a dataset again and hold it to its manifest; exit code 1 where something is wrong."""
 
     name, uri, as_json = _asked("shards verify", _verify, argv)
-    out = _dataset(open_at(uri), name)
+    out = dataset_in(open_at(uri), name)
     from pipelines import ray_session
     from pipelines.steps.shard import ray_map
 
@@ -103,7 +105,7 @@ def _show(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     path = Path(target or "contact-sheet.png")
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
         raise UsageError(f"shards show: --out {path}: give a .png in a folder that exists")
-    dataset = open_dataset(_dataset(open_at(uri), name))
+    dataset = open_dataset(dataset_in(open_at(uri), name))
     try:
         rows = list(chosen(dataset, split, per_class=per_class))
     except ValueError as error:
@@ -123,19 +125,6 @@ def _show(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     return 0
 
 
-def _leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
-    """Tell which images stand twice: across splits, under two labels, in other datasets."""
-
-    name, uri, as_json = _asked("shards leaks", _leaks, argv)
-    out = _dataset(open_at(uri), name)
-    report = read_report(out)
-    if as_json:
-        print(report.model_dump_json(indent=2))
-        return 0
-    _print_leaks(report, out)
-    return 0
-
-
 def _asked(verb: str, described: Callable, argv: Sequence[str]) -> tuple[str, str, bool]:
     """Dataset, store, and whether JSON is wanted: what the verbs take that only read and tell."""
 
@@ -152,42 +141,6 @@ def _asked(verb: str, described: Callable, argv: Sequence[str]) -> tuple[str, st
         return dataset, store, json
 
     return parse(arguments, verb, argv, description=described.__doc__)
-
-
-def _print_leaks(report: LeakReport, out: Store) -> None:
-    table(
-        "Images that stand twice",
-        ("copies beyond the first", "images"),
-        [(what, f"{count:,}") for what, count in report.counts.items()],
-    )
-    worst = [f for f in report.findings if f.where != "within a split" or f.conflict][:10]
-    if worst:
-        rows = [(f.kind, f.where + (", different labels" if f.conflict else ""), _copies(f.copies)) for f in worst]
-        table("The worst", ("kind", "where", "copies"), rows)
-    console().print(
-        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {out.uri}/{LEAKS_PAGE}",
-        soft_wrap=True,
-    )
-
-
-def _copies(copies: Sequence[Any]) -> str:
-    told = [" ".join(filter(None, (c.dataset, c.split, c.key[:8], "" if c.fate == "kept" else c.fate))) for c in copies]
-    return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
-
-
-def _dataset(store: Store, name: str) -> Store:
-    """Where the dataset lies. UsageError, listing what there is, where it is none or not said which."""
-    keys = store.at("datasets").list()
-    there = sorted(
-        key.removesuffix(f"/{MANIFEST}") for key in keys if key.count("/") == 2 and key.endswith(f"/{MANIFEST}")
-    )
-    if not there:
-        raise UsageError(f"{store.uri} holds no finished dataset: `medmamba shard` makes one, or name another --store")
-    matching = [each for each in there if not name or each == name or each.partition("/")[0] == name]
-    if len(matching) != 1:
-        how = "which one is not said" if not name else f"{name!r} is {len(matching) or 'none'} of them"
-        raise UsageError(f"{store.uri} holds the datasets {', '.join(there)}, and {how}: give DATASET/NAME")
-    return store.at("datasets", *matching[0].split("/"))
 
 
 def _blocks(images: list[Image.Image]) -> Text:

@@ -39,7 +39,10 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
         split = ", ".join(f"{name} {counts[name]}" for name in ("train", "val", "test") if name in counts)
         lines = [f"{facts['num_images']} images in {facts['num_shards']} shards ({split})"]
         if facts["quarantine"]:
-            lines.append(f"{facts['quarantine']} images could not be decoded and are in quarantine")
+            where = facts["data"].removeprefix("datasets/")
+            lines.append(
+                f"{facts['quarantine']} images could not be decoded (medmamba shards quarantine {where} --names)"
+            )
         copies = [f"{count} {what}" for what, count in facts.get("leaks", {}).items() if count]
         if copies:
             where = facts["data"].removeprefix("datasets/")

@@ -145,10 +145,10 @@ def _words(template: str) -> TextColumn:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table on standard output, folded to the width of the terminal."""
+    """Prints a table on standard output, folded to the width of the terminal; a key stays in one piece."""
     drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
-        drawn.add_column(column, overflow="fold")
+        drawn.add_column(column, overflow="fold", no_wrap=column == "key")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     console().print(drawn)

@@ -41,7 +41,7 @@ def with_frames(rows: Sequence[Row], open_file: Callable[[str], BinaryIO], confi
     expanded = []
     for row in rows:
         facts = found.get(row.where)
-        if facts is not None and not config.group_column:
+        if facts is not None and row.group is None:
             row = dataclasses.replace(row, group=_group(facts, patients, row.where))
         frames = facts.num_frames if facts is not None and config.dicom.frames == "each" else 1
         expanded += [row] if frames == 1 else [dataclasses.replace(row, frame=frame) for frame in range(frames)]
@@ -93,7 +93,7 @@ def _group(facts: dicom.Facts, patients: dict[str, str], where: str) -> str:
 
 def _require_patients(rows: Sequence[Row], expanded: Sequence[Row], config: DataConfig) -> None:
     groups = {row.group for row in expanded}
-    if len(rows) > 1 and len(groups) == 1 and None not in groups and not config.group_column:
+    if len(rows) > 1 and len(groups) == 1 and None not in groups and not (config.group_column or config.group_pattern):
         raise ValueError(
             f"all {len(rows)} DICOM files are of one patient by their PatientID or study, so no split can be drawn: "
             "if that is a stand-in for many patients, list the files in a CSV with a group column "

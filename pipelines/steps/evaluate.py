@@ -74,10 +74,12 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     import torch
 
     from medmamba.checkpoint import load_model
+    from medmamba.precision import set_precision
     from pipelines.worker.inference import infer
 
     placement = Placement.model_validate(payload["placement"])
     torch.set_num_threads(placement.threads)
+    set_precision("float32")  # a metric must not depend on the device it is measured on
     with scratch("model") as folder:
         _fetch(open_store(payload["model"]), folder)
         model, _, card = load_model(folder, scan=placement.scan, device=placement.device)

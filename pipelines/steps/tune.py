@@ -7,7 +7,9 @@ import functools
 import hashlib
 import io
 import json
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,21 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     }
 
 
+@dataclass
+class BestEpoch:
+    """Validation figures of a trial's best epoch so far, by which trials are compared, whatever came after it."""
+
+    auc: float = -1.0
+    loss: float = math.inf
+
+    def after(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """The figures once an epoch of these `metrics` (val_auc, val_loss) has ended."""
+        # A higher AUC; with equal AUC a lower loss.
+        if (metrics["val_auc"], -metrics["val_loss"]) > (self.auc, -self.loss):
+            self.auc, self.loss = metrics["val_auc"], metrics["val_loss"]
+        return {"best_auc": self.auc, "best_loss": self.loss}
+
+
 def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     """What Ray Tune runs for each trial, in the trial's own process: a world of one under the same engine."""
     import ray.tune
@@ -165,13 +182,10 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     name = trial_name(_number(ray.tune.get_context().get_trial_dir(), trial_id), step.tune.trials, trial_id)
     tracking = payload["tracking"]
     run_id = tracking.trial_run(payload["parent"], trial_id, sampled, name=name)
-    best = {"best_auc": -1.0, "best_loss": float("inf")}
+    best = BestEpoch()
 
     def send(metrics: dict, *, checkpoint: Any) -> None:
-        found = (metrics["val_auc"], -metrics["val_loss"])
-        if found > (best["best_auc"], -best["best_loss"]):
-            best.update(best_auc=found[0], best_loss=-found[1])
-        ray.tune.report({**metrics, **best}, checkpoint=checkpoint)
+        ray.tune.report({**metrics, **best.after(metrics)}, checkpoint=checkpoint)
 
     def reporter(rank: int) -> RayReporter:
         log = functools.partial(tracking.log_epoch, run_id)
@@ -181,8 +195,7 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     world_of_one()
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
         if folder:
-            state = json.loads((Path(folder) / "train.json").read_text())
-            best.update(best_auc=state["best"]["val_auc"], best_loss=state["best"]["val_loss"])
+            best.after(json.loads((Path(folder) / "train.json").read_text())["best"])
         train_on_dataset(
             config,
             Placement.model_validate(payload["placement"]),

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data_shards.augment_config import AugmentConfig
 from medmamba.config import MedMambaConfig, ModelConfig
 from medmamba.optim import OptimConfig
+from medmamba.precision import Precision
 
 
 class TrainConfig(BaseModel):
@@ -25,8 +26,9 @@ class TrainConfig(BaseModel):
     batch_size must be a multiple of micro_batch x workers."""
     image_size: int = Field(64, ge=32)
     """Side in pixels to which the loader brings every image."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products and convolutions through torch autocast; weights stay float32."""
+    precision: Precision = "float32"
+    """float32: exact and reproducible. tf32: faster on a GPU, products keep 10 bits of the fraction. bfloat16: matrix
+    products and convolutions through torch autocast; weights stay float32. Evaluation is always in float32."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the order of samples, drop-path and augmentation."""
     class_weights: bool = False

@@ -14,6 +14,7 @@ from torch import nn
 from medmamba.checkpoint import save_model
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from medmamba.optim import build_optimizer
+from medmamba.precision import set_precision
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig
 
@@ -25,6 +26,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: TrainConfig, placement: Placement) -> None:
         self.device = _device(placement)
+        set_precision(config.precision)
         deepspeed = _import_deepspeed(placement)
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()

@@ -234,6 +234,27 @@ def test_the_operator_passes_torchs_own_checks(backend):
     )
 
 
+@pytest.mark.parametrize("loss", ["sum", "weighted"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_order_gradients_of_a_compiled_backend_raise_and_first_order_ones_with_a_graph_do_not(backend, loss):
+    tensors = inputs((2, 5, 4, 8, 1, 16))
+    y = scan(*tensors, backend=backend)
+    total = y.sum() if loss == "sum" else (y * y).sum()
+    found = torch.autograd.grad(total, tensors, create_graph=True)
+    expected = scan(*tensors, backend="reference")
+    wanted = torch.autograd.grad(expected.sum() if loss == "sum" else (expected * expected).sum(), tensors)
+    for name, ours, theirs in zip(NAMES, found, wanted, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    for gradient in found:
+        with pytest.raises(NotImplementedError, match=f"{backend}.*second-order.*scan='reference'"):
+            gradient.pow(2).sum().backward(retain_graph=True)
+
+
+def test_the_definition_has_second_order_gradients():
+    tensors = [x.double().detach().requires_grad_() for x in inputs((1, 2, 3, 2, 1, 2))]
+    assert torch.autograd.gradgradcheck(lambda *x: scan(*x, backend="reference"), tensors)
+
+
 def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="'magic' does not exist; choose auto or one of reference, numba"):
         resolve_backend("magic")

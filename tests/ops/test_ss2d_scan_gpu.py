@@ -123,6 +123,14 @@ def test_segments_side_by_side_give_what_one_sequence_gives(monkeypatch):
     assert {n: e for n, e in worst(in_parts, {k: v.double() for k, v in whole.items()}).items() if e > 1e-5} == {}
 
 
+def test_second_order_gradients_raise_and_first_order_ones_with_a_graph_do_not(backend):
+    tensors = [x.requires_grad_() for x in on_gpu((2, 6, 7, 24, 1, 16), torch.float32)]
+    gradients = torch.autograd.grad(scan(*tensors, backend=backend).sum(), tensors, create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(NotImplementedError, match="second-order"):
+            gradient.pow(2).sum().backward(retain_graph=True)
+
+
 def test_it_can_be_captured_in_a_cuda_graph_forwards_and_backwards(backend):
     tensors = [x.detach().requires_grad_() for x in on_gpu((2, 14, 14, 96, 3, 16), torch.bfloat16, aligned=True)]
     weight = weight_for(tensors).to(torch.bfloat16)

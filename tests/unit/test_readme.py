@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PACKAGES = ("pipelines", "medmamba", "data_shards")
 STEPS = {step.name for workflow in WORKFLOWS.values() for step in workflow(Recipe())}
-LOOKING = ("predict", "status", "datasets", "submit", "bench")  # verbs without --dry-run
+LOOKING = ("predict", "status", "datasets", "submit", "bench", "shards")  # verbs without --dry-run
 FENCES = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -111,7 +111,8 @@ def test_every_command_is_one_that_the_command_line_takes(words, tmp_path, capsy
 def check_flags(words: list[str], folder: Path, capsys) -> None:
     """The verb and its flags exist; a command that would be submitted is checked in its own right."""
     own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    verb = [] if own[0].startswith("-") else own[: 2 if own[1:2] in (["fetch"], ["verify"]) else 1]
+    two = own[0] == "shards" or own[1:2] in (["fetch"], ["verify"])
+    verb = [] if own[0].startswith("-") else own[: 2 if two else 1]
     assert main([*verb, "--help"]) == 0
     told = capsys.readouterr().out
     for flag in (word for word in own[1:] if word.startswith("--")):

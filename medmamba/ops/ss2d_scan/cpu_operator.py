@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor
 
+from medmamba.ops.ss2d_scan.first_order import gradients
+
 _TASKS = 8  # a small batch is also cut by channels until there are about this many tasks
 _LOG2_E = 1.4426950408889634
 _SLOTS = 32  # partial sums of the parameters' gradients, at most
@@ -126,7 +128,7 @@ def register(loops: Loops) -> Callable[..., Tensor]:
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, dy, _):
-        return (*backward(dy, *ctx.saved_tensors), None)
+        return (*gradients(loops.name, backward, dy, *ctx.saved_tensors), None)
 
     torch.library.register_autograd(f"medmamba::{name}", differentiate, setup_context=remember)
 

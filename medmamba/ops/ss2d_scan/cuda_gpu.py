@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor
 
 from medmamba.ops import nvrtc
+from medmamba.ops.ss2d_scan.first_order import gradients
 
 SOURCE = Path(__file__).with_name("scan.cu")
 _ACT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -273,7 +274,7 @@ def _remember(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy, _):
-    return (*_backward(dy, *ctx.saved_tensors), None)
+    return (*gradients("cuda", _backward, dy, *ctx.saved_tensors), None)
 
 
 torch.library.register_autograd("medmamba::ss2d_scan_cuda", _differentiate, setup_context=_remember)

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from medmamba.ops.ss2d_scan.first_order import gradients
+
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _EXTENSION = "selective_scan_cuda"  # what mamba-ssm compiles; mamba_ssm itself also imports triton and transformers
 _CHUNK = 2048  # positions between two states that the forward kernel keeps
@@ -131,7 +133,7 @@ def _remember(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy, _):
-    return _backward(dy, *ctx.saved_tensors)
+    return gradients("mamba_ssm", _backward, dy, *ctx.saved_tensors)
 
 
 torch.library.impl("medmamba::selective_scan", "cuda", _run_forward)

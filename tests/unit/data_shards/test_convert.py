@@ -19,6 +19,7 @@ from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert, key_map, write_one
 from data_shards.manifest import MANIFEST, open_dataset
 from data_shards.store import open_store
+from data_shards.verify import verify
 
 
 def contents(store, prefixes=("shards/", "samples.parquet", "manifest.json")) -> dict[str, bytes]:
@@ -180,15 +181,37 @@ def test_few_undecodable_images_are_counted_and_the_whole_shards_are_kept_when_t
         convert(config, store)
 
 
-def test_what_is_set_aside_is_told_by_file_name_and_no_name_goes_into_the_store(tmp_path, caplog):
+def test_what_is_quarantined_is_told_by_file_name_and_no_name_goes_into_the_store(tmp_path, caplog):
     config = folder_config(tmp_path / "set", bad=1, max_quarantine=0.05)
     (tmp_path / "set/right/7 (1).png").unlink()
     (tmp_path / "set/right/7 (1).png").symlink_to(tmp_path / "nowhere")
     store = open_store(str(tmp_path / "out"))
     assert convert(config, store)["quarantine"] == 2
-    assert "2 images set aside: left/0 (1).png (" in caplog.text
+    assert "2 images quarantined: left/0 (1).png (" in caplog.text
     assert "right/7 (1).png (cannot be read: No such file or directory)" in caplog.text
     assert not any(b"7 (1).png" in store.get(key) for key in store.list())
+
+
+def test_too_many_undecodable_images_are_counted_and_the_command_that_lists_all_is_named(tmp_path):
+    config, store = folder_config(tmp_path / "set", bad=7), open_store(str(tmp_path / "store/datasets/own/default"))
+    command = f"medmamba shards quarantine own/default --names --store {tmp_path / 'store'}"
+    with pytest.raises(ValueError, match=re.escape(f"and 4 more; `{command}` lists all of them")):
+        convert(config, store)
+
+
+def test_a_class_none_of_whose_images_of_a_split_can_be_decoded_is_named_with_files_and_reasons(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = ["file,label,split"]
+    for i in range(24):
+        label, split = "ab"[i % 2], ("train", "val", "test")[i // 2 % 3]
+        (folder / f"{i}.png").write_bytes(b"torn" if (label, split) == ("b", "val") else coded(pixels(i)))
+        lines.append(f"{i}.png,{label},{split}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    config = DataConfig(dataset="own", layout="csv", source=str(folder), split_column="split", max_quarantine=0.5)
+    told = r"class 'b' is gone from val: none of the 4 images that 'b' had there can.*15\.png \(.*shards quarantine own"
+    with pytest.raises(ValueError, match=told):
+        convert(config, open_store(str(tmp_path / "out")))
 
 
 def test_a_relative_source_is_found_by_a_task_that_runs_in_another_folder(tmp_path, monkeypatch):
@@ -250,6 +273,22 @@ def test_mended_images_are_looked_at_again(tmp_path):
     for torn in ("0 (1).png", "1 (1).png"):
         (tmp_path / "set/left" / torn).write_bytes(coded(pixels(7)))
     assert convert(config, store)["quarantine"] == 0
+
+
+def test_a_shard_whose_images_were_replaced_since_is_made_again(tmp_path):
+    config = folder_config(tmp_path / "set", bad=2, samples_per_shard=10)
+    store = open_store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="max_quarantine"):
+        convert(config, store)
+    kept = [part for key in store.list("parts/") if not (part := json.loads(store.get(key)))["quarantine"]]
+    places = {key: where for key, where, _ in key_map(config)}
+    replaced = kept[0]["samples"][0][0]
+    old = (tmp_path / "set" / places[replaced]).stat()
+    (tmp_path / "set" / places[replaced]).write_bytes(coded(pixels(4711)))
+    os.utime(tmp_path / "set" / places[replaced], ns=(old.st_atime_ns, old.st_mtime_ns))
+    facts = convert(config.model_copy(update={"max_quarantine": 0.05}), store)
+    assert facts["kept"] == len(kept) - 1
+    assert verify(store).problems == []
 
 
 def test_a_set_of_one_class_is_refused(tmp_path):

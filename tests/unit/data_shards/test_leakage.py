@@ -12,10 +12,10 @@ from tiny_sets import coded
 
 from data_shards.config import DataConfig, LeakConfig
 from data_shards.convert import convert, key_map
-from data_shards.leakage import LEAKS, LeakReport, read_report
+from data_shards.leakage import LEAKS, DuplicatesError, Finding, LeakReport, lost_text, read_report
 from data_shards.leakage_page import LEAKS_PAGE
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
-from data_shards.scan import FINGERPRINTS
+from data_shards.scan import FINGERPRINTS, FOLDER, REFUSED
 from data_shards.split import LeakError
 from data_shards.store import open_store
 
@@ -72,19 +72,19 @@ def test_a_set_without_copies_is_reported_as_such(tmp_path):
     report = read_report(store)
     assert (report.images, report.findings, report.dropped, facts["dropped"]) == (12, (), (), 0)
     assert set(report.counts.values()) == {0}
-    assert "No image stands twice" in store.get(LEAKS_PAGE).decode()
+    assert "No image appears twice" in store.get(LEAKS_PAGE).decode()
 
 
-def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_anything_is_written(tmp_path):
+def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_any_shard_is_written(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]))
     with pytest.raises(LeakError, match=r"2 times copies of one image") as caught:
         convert(config, store)
     told = str(caught.value)
-    assert "'copy in train.png' (train, label (0,)) = 'test0.png' (test, label (0,)): equal pixels" in told
-    assert "'near copy in val.png' (val, label (1,)) = 'test1.png' (test, label (1,)): nearly equal" in told
+    assert "'copy in train.png' (train, label 'a') = 'test0.png' (test, label 'a'): equal pixels" in told
+    assert "'near copy in val.png' (val, label 'b') = 'test1.png' (test, label 'b'): nearly equal" in told
     assert "--data.leaks.across" in told
-    assert [key for key in store.list() if key != "config.json"] == []
+    assert [key for key in store.list() if key != "config.json" and not key.startswith(FOLDER)] == []
 
 
 def test_near_0_looks_for_equal_pixels_only(tmp_path):
@@ -196,6 +196,7 @@ def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_
     assert convert(config, store)["leaks"]["also in other datasets"] == 1
     (finding,) = read_report(store).findings
     assert [(copy.dataset, copy.split) for copy in finding.copies] == [("", "test"), ("mine/default", "train")]
+    assert [copy.label_names for copy in finding.copies] == [("b",), ("a",)]
     with pytest.raises(LeakError, match=r"1 images are also in other datasets"):  # asked of a finished one
         convert(config.model_copy(update={"leaks": LeakConfig(datasets="refuse")}), store)
     # Another conversion of the same images is no leak.
@@ -232,6 +233,111 @@ def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
     report = read_report(store)
     wheres = [finding.where for finding in report.findings]
     assert (wheres, report.more) == (["across splits"] * 2 + ["across datasets"] * 3, 11)
+
+
+def test_a_group_in_which_only_some_are_equal_is_near_and_says_how_many_are_equal(tmp_path):
+    rows = [*distinct(), ("equal.png", 120, "a", "test", "patient x"), ("near.png", -120, "a", "test", "patient y")]
+    store = open_store(str(tmp_path / "out"))
+    convert(config_of(write_set(tmp_path / "set", rows)), store)
+    (finding,) = read_report(store).findings
+    assert (finding.kind, finding.equal, finding.num_copies) == ("near", 2, 3)
+    assert "1. near (2 with equal pixels)" in store.get(LEAKS_PAGE).decode()
+
+
+def many_copies(num: int) -> list[tuple[str, int, str, str, str]]:
+    """An image `num` times in train, under both labels, and at last once in test."""
+    many = [(f"many {i:03d}.png", 900, "ab"[i == num - 1], "train", f"patient many {i}") for i in range(num)]
+    return [*distinct(), *many, ("zz last.png", 900, "a", "test", "patient z")]
+
+
+def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_label(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    convert(config_of(write_set(tmp_path / "set", many_copies(60)), leaks=LeakConfig(across="report")), store)
+    (finding,) = read_report(store).findings
+    assert [(copy.split, copy.label_names) for copy in finding.copies[:3]] == [
+        ("train", ("a",)),
+        ("train", ("b",)),
+        ("test", ("a",)),
+    ]
+    assert (len(finding.copies), finding.more, len({copy.key for copy in finding.copies})) == (61, 0, 61)
+    assert "61 copies" in store.get(LEAKS_PAGE).decode()
+    assert "and 55 more copies" in store.get(LEAKS_PAGE).decode()
+
+
+def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_shards.leakage.MOST_COPIES", 4)
+    monkeypatch.setattr("data_shards.leakage.MOST_COPIES_IN_ALL", 10)
+    store = open_store(str(tmp_path / "out"))
+    convert(config_of(write_set(tmp_path / "set", many_copies(20)), leaks=LeakConfig(across="report")), store)
+    (finding,) = read_report(store).findings
+    assert (len(finding.copies), finding.more, finding.num_copies) == (10, 11, 21)
+
+
+@pytest.mark.parametrize(
+    ("leaks", "told"),
+    [
+        (
+            {"across": "drop"},
+            r"'b' is gone from train: of the 1 images that 'b' had there, 1 dropped.*leaks\.across report",
+        ),
+        ({"across": "move"}, r"'b' is gone from train: .* 1 moved to another split .*leaks\.across report"),
+        ({"labels": "drop"}, r"'b' is gone from train: .* 1 dropped .*--data\.leaks\.labels report"),
+    ],
+    ids=["dropped across splits", "moved", "dropped for its labels"],
+)
+def test_a_class_that_lost_all_its_images_of_a_split_to_duplicates_is_named_with_the_reason(tmp_path, leaks, told):
+    rows = [row for row in distinct() if row[3] != "train" or row[2] == "a"]
+    copy = ("only b.png", 100, "b", "train", "p") if "labels" in leaks else ("only b.png", 121, "b", "train", "p")
+    config = config_of(write_set(tmp_path / "set", [*rows, copy]), leaks={"across": "report", **leaks})
+    with pytest.raises(DuplicatesError, match=told):
+        convert(config, open_store(str(tmp_path / "out")))
+
+
+def test_classes_that_are_gone_are_named_with_their_splits():
+    lost = [("test", 1), ("train", 1), ("val", 1), ("val", 0)]
+    assert lost_text(lost, ("a", "b")) == "class 'b' is gone from train, val and test, class 'a' is gone from val"
+    assert lost_text([("val", i) for i in range(9)], ()).endswith(
+        "'class 4' is gone from val, 4 more classes are gone from some split"
+    )
+
+
+def test_a_refusal_leaves_the_complete_report_by_key_and_says_which_command_prints_it(tmp_path):
+    store = open_store(str(tmp_path / "a store/datasets/mine/default"))
+    folder = write_set(tmp_path / "set", [*distinct(), *COPIES])
+    with pytest.raises(DuplicatesError, match=r"`medmamba shards leaks mine/default --names --store '.*/a store'`"):
+        convert(config_of(folder), store)
+    report = read_report(store, REFUSED)
+    assert (report.across, len(report.findings), report.more, report.dropped) == ("refuse", 2, 0, ())
+    assert b"copy in train" not in store.get(REFUSED)
+    convert(config_of(folder, leaks={"across": "drop"}), store)
+    assert store.head(REFUSED) is None
+
+
+def test_a_report_of_an_earlier_release_is_read(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"}), store)
+    old = json.loads(store.get(LEAKS))
+    for finding in old["findings"]:
+        del finding["more"], finding["equal"]
+        for copy in finding["copies"]:
+            del copy["label_names"]
+    store.put(LEAKS, json.dumps(old).encode())
+    report = read_report(store)
+    assert [finding.head for finding in report.findings] == ["exact", "near"]
+    assert [copy.label_names for copy in report.findings[0].copies] == [(), ()]
+
+
+def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_count():
+    copy = {"key": "0" * 20, "split": "train", "labels": [0]}
+
+    def finding(num: int, **counted) -> Finding:
+        facts = {"kind": "exact", "where": "within a split", "conflict": False, "copies": [copy] * num, **counted}
+        return Finding.model_validate(facts)
+
+    assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
+    assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more copies"]
+    assert finding(50).rest(6) == "and 44 or more copies: the release that made the report listed 50"
+    assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
 
 
 def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_path):

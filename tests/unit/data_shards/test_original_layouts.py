@@ -1,5 +1,7 @@
 """Every set of the paper, in an imitation of its published form, opened by its card alone."""
 
+import csv
+import io
 import posixpath
 from collections import Counter
 
@@ -99,6 +101,48 @@ def test_unpacking_a_zip_beside_itself_changes_nothing(tmp_path):
     for part in (tmp_path / "images").iterdir():
         part.rename(source / "images" / part.name)
     assert by_card("pad-ufes-20", source).rows == rows
+
+
+def part_of_pad(folder, *, without):
+    """PAD-UFES-20 with its own table, of which the images of a class and some others have not been fetched."""
+    made = pad_ufes_20(folder, "unpacked")
+    table = csv.DictReader(io.StringIO((made.source / "metadata.csv").read_text()))
+    for number, row in enumerate(table):
+        if row["diagnostic"] == without or number % 7 == 0:
+            next(made.source.rglob(row["img_id"])).unlink()
+    return made.source
+
+
+def test_a_part_of_pad_becomes_shards_with_its_own_table_and_the_classes_that_it_has(tmp_path, caplog):
+    source = part_of_pad(tmp_path, without="ACK")
+    config = DataConfig(dataset="pad-ufes-20", source=str(source), rows_without_file="drop")
+    with pytest.raises(ValueError, match="name an image that is not there"):
+        open_source(config.model_copy(update={"rows_without_file": "refuse"}))
+    facts = convert(config, open_store(str(tmp_path / "store")))
+    assert set(facts["counts"]["test"]) == {"BCC", "NEV", "SEK", "SCC", "MEL"}
+    assert facts["num_images"] == len(list(source.rglob("*.png")))
+    assert "no image is left of ACK" in caplog.text
+    assert "rows of metadata.csv name an image that is not there" in caplog.text
+
+
+def test_classes_of_pad_are_joined_left_out_and_named(tmp_path):
+    source = pad_ufes_20(tmp_path, "unpacked").source
+    malignant = ("BCC=malignant", "SCC=malignant", "MEL=malignant")
+    images = by_card("pad-ufes-20", source, class_map=malignant, drop_classes=("SEK",))
+    assert images.classes == ("malignant", "ACK", "NEV")
+    with pytest.raises(ValueError, match=r"class 'ACK' is missing .* --data\.drop-classes ACK"):
+        convert(
+            DataConfig(
+                dataset="pad-ufes-20", source=str(part_of_pad(tmp_path / "part", without="ACK")),
+                rows_without_file="drop", classes=("BCC", "ACK", "NEV", "SEK", "SCC", "MEL"),
+            ),
+            open_store(str(tmp_path / "store")),
+        )  # fmt: skip
+
+
+def test_a_group_pattern_counts_in_place_of_the_published_group_column(tmp_path):
+    images = by_card("pad-ufes-20", pad_ufes_20(tmp_path, "unpacked").source, group_pattern=r"PAT_15(\d+)_")
+    assert {row.group for row in images.rows} == {f"{i:02d}" for i in range(30)}
 
 
 def test_the_fetal_table_is_read_from_excel_too(tmp_path):

@@ -218,10 +218,75 @@ def test_a_replaced_npz_is_read_anew(tmp_path):
     assert images.read(images.rows[0]).all()
 
 
+ONE_HOT = np.eye(2)[[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([False, True, False, True]),
+        np.array([[False], [True], [False], [True]]),
+        np.array([0.0, 1.0, 0.0, 1.0]),
+        np.array([0, 1, 0, 1], ">u2"),
+        ONE_HOT,
+        ONE_HOT.astype(bool),
+        np.asfortranarray(ONE_HOT.astype(">i8")),
+    ],
+    ids=["bool", "bool-n1", "float", "big-endian", "one-hot", "one-hot-bool", "one-hot-fortran"],
+)
+def test_labels_of_any_kind_of_number_are_read(tmp_path, labels):
+    images = open_source(config(npz(tmp_path / "a.npz", train_labels=labels), layout="npz"))
+    assert images.classes == ("0", "1")
+    assert [row.labels for row in images.rows[:4]] == [(0,), (1,), (0,), (1,)]
+    assert images.notes == (
+        ("labels of a.npz are one-hot: each row's column with the 1 is its class",) * (labels.shape == (4, 2))
+    )
+
+
+def test_bool_labels_of_several_classes_are_read(tmp_path):
+    labels = {f"{split}_labels": np.array([[1, 1], [0, 1], [0, 0], [1, 0]], bool) for split in ("train", "val", "test")}
+    images = open_source(config(npz(tmp_path / "a.npz", **labels), layout="npz", task="multilabel"))
+    assert [row.labels for row in images.rows[:4]] == [(0, 1), (1,), (), (0,)]
+
+
+def test_an_npz_with_train_and_test_has_its_validation_drawn_from_train(tmp_path):
+    images = open_source(config(npz(tmp_path / "a.npz", drop=("val_images", "val_labels")), layout="npz"))
+    assert Counter(row.split for row in images.rows) == {"train": 4, "test": 4}
+    assert images.notes == ("a.npz has no val arrays: validation is drawn from train",)
+    splits = splits_of(images)
+    assert Counter(splits) == {"train": 2, "val": 2, "test": 4}
+    assert splits[4:] == ["test"] * 4
+
+
+def test_pixels_in_fortran_order_are_the_same_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 6, 3), dtype=np.uint8)
+    images = open_source(config(npz(tmp_path / "a.npz", train_images=np.asfortranarray(pixels)), layout="npz"))
+    read = images.read(images.rows[2])
+    assert np.array_equal(read, pixels[2])
+    assert read.flags.c_contiguous
+
+
+@pytest.mark.parametrize("label", [255, 2**40])
+def test_a_label_beyond_the_number_of_images_is_named(tmp_path, label):
+    path = npz(tmp_path / "a.npz", train_labels=np.array([0, 1, label, 0]))
+    with pytest.raises(ValueError, match=rf"go up to {label}, but there are 12 images"):
+        open_source(config(path, layout="npz"))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"drop": ("val_images",)}, "has no array 'val_images'"),
+        ({"drop": ("val_labels",)}, "has no array 'val_labels'"),
+        ({"drop": ("test_images", "test_labels")}, "has no array 'test_labels'"),
+        ({"drop": ("train_images", "val_images", "val_labels")}, "has no array 'train_images'"),
+        ({"train_images": np.zeros((4, 8, 8), np.uint16)}, "uint16"),
+        ({"train_images": np.zeros((4, 3, 8, 8), np.uint8)}, r"uint8 \(4, 3, 8, 8\), but images are"),
+        ({"train_labels": np.array([0, 1, np.nan, 1])}, "whole numbers"),
+        ({"train_labels": np.array([0, 1, np.inf, 1])}, "whole numbers"),
+        ({"train_labels": np.array(["no", "yes", "no", "yes"])}, "whole numbers"),
+        ({"train_labels": ONE_HOT * 0.9}, "whole numbers"),
+        ({"train_labels": np.ones((4, 2), int)}, "one class per image"),
         ({"train_images": np.zeros((4, 8, 8), np.float32)}, "float32"),
         ({"train_images": np.zeros((4, 64), np.uint8)}, "uint8"),
         ({"train_images": np.zeros((3, 8, 8), np.uint8)}, "3 train_images but 4 train_labels"),

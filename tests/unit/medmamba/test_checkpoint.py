@@ -1,6 +1,7 @@
 """Models on disk: bit-equal round trips, upstream's files, refusals that name the tensor."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -56,7 +57,35 @@ def test_weights_are_stored_in_float32_whatever_they_were(tmp_path):
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}, lambda s: {f"module.{k}": v for k, v in s.items()}])
+def renamed(rename):
+    return lambda state: {rename(name): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda s: {"model": s},
+        lambda s: {"epoch": 3, "best": 0.9, "model_state_dict": s},
+        renamed("module.{}".format),
+        renamed("_orig_mod.{}".format),
+        renamed("_orig_mod.module.{}".format),
+        renamed("module._orig_mod.{}".format),
+        renamed(lambda name: name.replace("blocks.0.", "blocks.0._orig_mod.")),
+        lambda s: {"state_dict": renamed("net.{}".format)(s)},
+    ],
+    ids=[
+        "bare",
+        "model",
+        "script",
+        "parallel",
+        "compiled",
+        "both",
+        "both, other order",
+        "compiled blocks",
+        "lightning",
+    ],
+)
 def test_an_upstream_checkpoint_goes_out_and_comes_back_with_the_config_its_shapes_tell(tmp_path, wrap):
     model = trained(TINY)
     export_upstream(model, tmp_path / "net.pth")
@@ -67,6 +96,44 @@ def test_an_upstream_checkpoint_goes_out_and_comes_back_with_the_config_its_shap
     load_state(again, state, where="net.pth")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(again(images), model(images))
+
+
+def test_an_upstream_checkpoint_may_be_a_safetensors_file(tmp_path):
+    save_model(tmp_path, trained(TINY), TINY, card=CARD)
+    assert load_upstream(tmp_path / WEIGHTS)[1] == TINY
+
+
+def test_two_networks_in_one_state_dict_are_refused():
+    state = build_model(TINY).state_dict()
+    both = {**state, **{f"module.{name}": value for name, value in state.items()}}
+    with pytest.raises(CheckpointError, match=r"two tensors are 'patch_embed.proj.weight'.*one network"):
+        load_upstream(both)
+
+
+def old_format(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("save", [torch.save, old_format])
+@pytest.mark.parametrize("kept", [0, 1, 50, 0.5, 0.9])
+def test_a_truncated_checkpoint_is_refused_in_one_sentence(tmp_path, save, kept):
+    path = tmp_path / "net.pth"
+    save(trained(TINY).state_dict(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(CheckpointError, match=r"^\S*net\.pth: cannot be read as tensors.*get it again$"):
+        load_upstream(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(lambda net: net, "MedMamba"), (lambda net: {"model": net.state_dict(), "args": Namespace(lr=1)}, "Namespace")],
+    ids=["the network itself", "arguments beside the weights"],
+)
+def test_python_objects_in_a_checkpoint_are_named_and_not_loaded(tmp_path, content, named):
+    torch.save(content(build_model(TINY, scan="reference")), tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=rf"Python objects \(.*{named}.*state_dict"):
+        load_upstream(tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize("variant", ["T", "S", "B", "nano"])

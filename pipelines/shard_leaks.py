@@ -1,0 +1,202 @@
+"""`medmamba shards leaks`: which images appear twice, as a table, JSON, or a page that stays with their owner."""
+
+from __future__ import annotations
+
+import json as json_
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from data_shards.decode import UndecodableImage, decode
+from data_shards.leakage import LEAKS, Copy, Finding, LeakReport, named_labels, read_report
+from data_shards.leakage_page import LEAKS_PAGE, MOST_COPIES_SHOWN, page
+from data_shards.manifest import MANIFEST, open_dataset, read_classes
+from data_shards.names import Places, samples
+from data_shards.scan import REFUSED
+from data_shards.shard import tar_key
+from data_shards.store import Store
+from pipelines.arguments import UsageError, parse
+from pipelines.shard_names import Owner, check_target, dataset_in, find_places, owners_config, place_text
+from pipelines.terminal import console, table
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+SHOWN = 10  # groups in the terminal
+_NO_PLACES = Places({}, None)
+
+
+@dataclass(frozen=True)
+class LeaksArguments(Owner):
+    """What `shards leaks` takes."""
+
+    dataset: tyro.conf.Positional[str] = ""
+    """DATASET or DATASET/NAME, as under datasets/ in the store, finished or refused; empty: the only one there."""
+    names: Flag = False
+    """Find the files in the source."""
+    page: str = ""
+    """HTML file to write with pictures and, with --names, files; outside of the store and of the image set."""
+    store: str = ""
+    """Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store."""
+    all: Flag = False
+    """Print all groups that are listed, with all their copies."""
+    json: Flag = False
+    """Print JSON."""
+
+
+def leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
+    """Report duplicates: across splits, under two labels, in other datasets; --names finds files."""
+    asked = parse(LeaksArguments, "shards leaks", argv, description=leaks.__doc__)
+    store = open_at(asked.store)
+    out = dataset_in(store, asked.dataset, unfinished=True)
+    finished = out.head(MANIFEST) is not None
+    if not finished and out.head(REFUSED) is None:
+        raise UsageError(
+            f"{out.uri} is not finished, and was not refused because of duplicates: bring it to done with "
+            "`medmamba shard`"
+        )
+    report = _labelled(read_report(out, LEAKS if finished else REFUSED), out, store)
+    places = _NO_PLACES
+    if asked.names or asked.page:
+        config = owners_config(store, out, asked)
+        check_target(asked.page, store, config, kind=".html")
+        if asked.names or not finished:
+            places = find_places(config, _keys(report, out, finished))
+    if asked.page:
+        _write_page(report, out, places, asked, finished)
+    if asked.json:
+        print(json_.dumps(_told(report, out, places if asked.names else None, finished), indent=2))
+        return 0
+    _print(report, out, asked, places)
+    return 0
+
+
+def _labelled(report: LeakReport, out: Store, store: Store) -> LeakReport:
+    """The report with class names in every copy: those of earlier releases hold labels as numbers only."""
+    if all(copy.label_names or not copy.labels for finding in report.findings for copy in finding.copies):
+        return report
+    names = {copy.dataset for finding in report.findings for copy in finding.copies}
+    classes = {name: read_classes(store.at("datasets", *name.split("/")) if name else out) for name in names}
+
+    def labelled(finding: Finding) -> Finding:
+        copies = [
+            copy.model_copy(update={"label_names": named_labels(copy.labels, classes[copy.dataset])})
+            for copy in finding.copies
+        ]
+        return finding.model_copy(update={"copies": tuple(copies)})
+
+    return report.model_copy(update={"findings": tuple(labelled(finding) for finding in report.findings)})
+
+
+def _keys(report: LeakReport, out: Store, finished: bool) -> set[str]:
+    if finished:
+        return {each.key for each in samples(open_dataset(out), report)}
+    return {copy.key for finding in report.findings for copy in finding.copies if not copy.dataset}
+
+
+def _told(report: LeakReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
+    """The report as JSON, with the number of all groups, and files where they are wanted."""
+    told = report.model_dump(mode="json")
+    for finding in told["findings"]:
+        for copy in finding["copies"]:
+            if places is not None and not copy["dataset"]:
+                place = places.of.get(copy["key"])
+                found = {"path": place.path, "frame": place.frame, "file": place.file} if place else {}
+                copy |= {"path": None, "frame": None, "file": None, **found}
+    state: dict[str, Any] = {"finished": finished, "groups": len(report.findings) + report.more}
+    if places is not None:
+        missing = [key for key in report.dropped if key not in places.of]
+        files = {key: places.of[key].file for key in report.dropped if key in places.of}
+        state |= {"dropped_files": files, "without_file": _without_file(report, places) + len(missing)}
+        state |= {"notes": list(places.notes)}
+    return {**told, **state, "uri": out.uri}
+
+
+def _without_file(report: LeakReport, places: Places) -> int:
+    keys = {copy.key for finding in report.findings for copy in finding.copies if not copy.dataset}
+    return len((keys - set(report.dropped)) - places.of.keys())
+
+
+def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places) -> None:
+    table(
+        "Duplicates",
+        ("copies beyond the first", "images"),
+        [(what, f"{count:,}") for what, count in report.counts.items()],
+    )
+    groups = len(report.findings) + report.more
+    shown = report.findings if asked.all else report.findings[:SHOWN]
+    if shown:
+        columns = ("#", "group", "split", "label", "key", *(("file",) if asked.names else ()))
+        rows = [row for i, finding in enumerate(shown, 1) for row in _rows(i, finding, asked, places)]
+        table(f"{len(shown):,} of {groups:,} groups, the worst first", columns, rows)
+    if len(shown) < len(report.findings):
+        hidden = len(report.findings) - len(shown)
+        console().print(f"and {hidden:,} more groups: --all prints them, --json has them", soft_wrap=True)
+    if report.more:
+        console().print(f"and {report.more:,} more groups that the report counts but does not list", soft_wrap=True)
+    if asked.names and (missing := _without_file(report, places)):
+        console().print(f"{missing:,} copies have no file in the source any more: it was removed or renamed")
+    for note in places.notes:
+        console().print(note, soft_wrap=True)
+    where = asked.page or (f"{out.uri}/{LEAKS_PAGE}" if out.head(LEAKS_PAGE) is not None else "--page FILE.html")
+    console().print(
+        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {where}", soft_wrap=True
+    )
+
+
+def _rows(number: int, finding: Finding, asked: LeaksArguments, places: Places) -> list[tuple[str, ...]]:
+    """A line for each copy of a group, and one that says how many are not shown."""
+    copies = finding.copies if asked.all else finding.copies[:MOST_COPIES_SHOWN]
+    head = f"{finding.head}, {finding.where}" + (", different labels" if finding.conflict else "")
+    rows = []
+    for i, copy in enumerate(copies):
+        split = " ".join(filter(None, (copy.dataset, copy.split, "" if copy.fate == "kept" else copy.fate)))
+        place = places.of.get(copy.key)
+        file = "(another dataset)" if copy.dataset else place_text(place)
+        cells = (split, ", ".join(copy.label_names), copy.key[:8], *((file,) if asked.names else ()))
+        rows.append((str(number) if not i else "", head if not i else "", *cells))
+    if rest := finding.rest(len(copies)):
+        how = " (--all)" if len(copies) < len(finding.copies) else ""
+        rows.append(("", f"{rest}{how}", "", "", "", *(("",) if asked.names else ())))
+    return rows
+
+
+def _write_page(report: LeakReport, out: Store, places: Places, asked: LeaksArguments, finished: bool) -> None:
+    pictures = _Pictures(out if finished else None, places)
+
+    def named(copy: Copy) -> str:
+        place = places.of.get(copy.key)
+        return place_text(place) if asked.names and not copy.dataset else ""
+
+    most = {"most": len(report.findings)} if asked.all else {}
+    title = "/".join(out.uri.rsplit("/", 2)[1:])
+    told = page(report, title=title, classes=(), picture=pictures, named=named, **most)
+    Path(asked.page).write_bytes(told.encode())
+
+
+class _Pictures:
+    """The pixels of a copy: from the shard that holds it, else from the source."""
+
+    def __init__(self, out: Store | None, places: Places):
+        self._out, self._places = out, places
+        self._at: dict[str, tuple[str, int, int]] = {}
+        if out is not None:
+            rows = open_dataset(out).table
+            columns = (rows[name].to_pylist() for name in ("key", "shard", "offset", "size"))
+            self._at = {key: (shard, offset, size) for key, shard, offset, size in zip(*columns, strict=True)}
+
+    def __call__(self, copy: Copy) -> np.ndarray | None:
+        place = self._places.of.get(copy.key)
+        try:
+            if copy.dataset:
+                return None
+            if self._out is not None and copy.key in self._at:
+                shard, offset, size = self._at[copy.key]
+                return decode(self._out.get(tar_key(shard), start=offset, length=size))
+            if place is not None and place.row is not None and self._places.image_set is not None:
+                return decode(self._places.image_set.read(place.row))
+        except UndecodableImage:
+            return None
+        return None

@@ -30,9 +30,9 @@ class WorkLog:
         self._file.flush()
 
     def named(self) -> str:
-        """How a message to the user ends that has more to it: the file, and the host where that is another one."""
+        """How a message ends that the file has more to: its path, and the host where that may be another one."""
         host = f" on {socket.gethostname()}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
-        return f"\ndetails: {self.path}{host}" if self.path else ""
+        return f"\ndetails: {self.path}{host}" if self.path and self.path.stat().st_size else ""
 
 
 def log_folder() -> Path:

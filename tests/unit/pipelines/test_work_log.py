@@ -101,3 +101,10 @@ def test_notices_reach_the_caller_for_the_block_only(capfd):
         logging.getLogger("other").warning("not ours")
     logging.getLogger("data_shards.x").warning("after")
     assert said == ["in 1"]
+
+
+def test_a_file_in_which_there_is_nothing_is_not_named():
+    with work_log() as log:
+        assert log.named() == ""
+        os.write(2, b"a library\n")
+        assert log.named() == f"\ndetails: {log.path}"

@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from data_shards.disk import full_disk, says_full, size_text
+
 if TYPE_CHECKING:
     import pyarrow.fs
 
@@ -198,7 +200,7 @@ class FileStore(Store):
         """See Store. Written beside, synced, then put in place: a reader never sees a part of it."""
         target = self.folder / checked_key(key)
         beside = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
-        with self._errors(f"cannot write {key}"):
+        with self._errors(f"cannot write {key}", data=data):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with beside.open("wb") as file:
@@ -277,7 +279,7 @@ class FileStore(Store):
         return self.folder / checked_key(key)
 
     @contextlib.contextmanager
-    def _errors(self, doing: str, *, key: str | None = None) -> Iterator[None]:
+    def _errors(self, doing: str, *, key: str | None = None, data: bytes | Path | None = None) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, IsADirectoryError) as error:
@@ -290,10 +292,18 @@ class FileStore(Store):
                 "another store"
             ) from error
         except OSError as error:
+            if says_full(error):
+                raise StoreError(self._no_room(doing, data)) from error
             raise StoreError(
-                f"{self.uri}: {doing}: {error.strerror or error}; the store must be a folder you may write to, with "
-                "room left: mend that, or use another store"
+                f"{self.uri}: {doing}: {error.strerror or error}; the store must be a folder you may write to: fix "
+                "that, or use another store"
             ) from error
+
+    def _no_room(self, doing: str, data: bytes | Path | None) -> str:
+        size = None if data is None else data.stat().st_size if isinstance(data, Path) else len(data)
+        needed = "" if size is None else f"{size_text(size)} needed for this object"
+        what = doing.removeprefix("cannot write ")
+        return f"{full_disk(self.uri, what, needed)}, or use another store"
 
 
 def tell_unconditional(store: Store) -> None:

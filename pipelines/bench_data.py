@@ -21,6 +21,7 @@ import tyro
 from pipelines.arguments import UsageError, parse
 from pipelines.bench_loaders import LOADERS, Work, make_images, save_work, summarise, told_in
 from pipelines.bench_writers import WRITERS
+from pipelines.scratch import scratch
 from pipelines.terminal import Terminal, console, table
 
 _LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured
@@ -133,8 +134,8 @@ def _works(asked: dict[str, Any]) -> Iterator[tuple[str, Work, int]]:
     for title, work in (("JPEG 512 px to 224 px parts", jpeg), ("PNG 28 px", small)):
         if not work.num:
             continue
-        with tempfile.TemporaryDirectory(prefix="medmamba-bench-") as folder:
-            work = replace(work, folder=folder)
+        with scratch("bench") as folder:
+            work = replace(work, folder=str(folder))
             Terminal().say(f"drawing {work.num} images: {title}")
             num_bytes = make_images(work)
             save_work(work)

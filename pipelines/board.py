@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
 POLL_S = 0.5
+LOOK_S = 10.0  # the longest that one look waits; the last one, when the work is over, waits less
+LAST_LOOK_S = 3.0
 
 
 class Board:
@@ -25,8 +28,17 @@ class Board:
         return posts
 
 
+def post(board: Any, name: str, values: dict) -> None:
+    """Posts to a board, from a worker. Never fails: a training does not end because nobody sees how far it is."""
+    with contextlib.suppress(Exception):
+        board.post.remote(name, values)
+
+
 class Watch:
-    """Opens a board and shows its posts while the block runs: `with Watch(show) as board: ...`."""
+    """Opens a board and shows its posts while the block runs: `with Watch(show) as board: ...`.
+
+    A board that dies comes back, empty: what is posted after that is shown again.
+    """
 
     def __init__(self, show: Callable[[str, dict], None]) -> None:
         self._show = show
@@ -34,10 +46,7 @@ class Watch:
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Any:
-        import ray
-
-        # Anywhere but on a worker's CPU: it holds none, and Ray's own scheduling decides.
-        self._board: Any = ray.remote(num_cpus=0)(Board).remote()
+        self._board = _open_board()
         self._thread.start()
         return self._board
 
@@ -45,19 +54,30 @@ class Watch:
         import ray
 
         self._over.set()
-        self._thread.join()
-        ray.kill(self._board)
+        self._thread.join(LOOK_S + LAST_LOOK_S)
+        # Where Ray itself is gone, the error that ends the block is what must be reported.
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):
+            ray.kill(self._board)
 
     def _look(self) -> None:
         import ray
 
-        while True:
+        last = False
+        while not last:
             last = self._over.wait(POLL_S)
             try:
-                posts = ray.get(self._board.take.remote(), timeout=10)
+                posts = ray.get(self._board.take.remote(), timeout=LAST_LOOK_S if last else LOOK_S)
             except ray.exceptions.RayError:
-                return  # the display ends with its board; the training's own error tells what happened
+                continue  # being restarted, or gone with Ray: then the work's own error says what happened
             for name, values in posts:
                 self._show(name, values)
-            if last:
-                return
+
+
+def _open_board() -> Any:
+    """The actor, on the driver's own node: another one may be lost, and the progress with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # It holds no CPU, so it is in the way of no worker.
+    return ray.remote(num_cpus=0, max_restarts=-1)(Board).options(scheduling_strategy=here).remote()

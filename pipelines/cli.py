@@ -3,12 +3,13 @@
 Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
 """
 
-import contextlib
 import difflib
+import functools
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,15 +25,19 @@ from pipelines.bench import bench
 from pipelines.class_table import completed
 from pipelines.datasets import datasets
 from pipelines.demand import ON_RAY, RunDemand
+from pipelines.faults import RESUME, fault_line, has_more, lost_ray
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
 from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import Placement, PlacementConfig
+from pipelines.ray_session import RaySessionError
 from pipelines.recipes import RECIPES, Recipe, recipe
+from pipelines.scratch import remove_left_behind
 from pipelines.steps.shard import check_images
 from pipelines.summary import print_plan, print_summary
 from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
+from pipelines.work_log import own_messages, work_log
 from pipelines.workflows import WORKFLOWS, until
 
 DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
@@ -180,20 +185,20 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
     store = _open(work.store)
     if work.dry_run:
         return _dry_run(work, workflow, steps, store)
-    terminal = Terminal()
-    terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
-
-    def open_context() -> StepContext:
-        states = plan_steps(steps, store, work.run)
-        _check_source(work, states, store)  # before anything is written under the run's name
-        return _open_context(work, workflow, states, store, terminal=terminal)
-
-    try:
-        # Libraries print where they like; standard output is for the result.
-        with contextlib.redirect_stdout(sys.stderr):
-            states = run_steps(steps, store, work.run, open_context=open_context, show=terminal)
-    finally:
-        terminal.close()
+    with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
+        terminal = Terminal(log=log)
+        try:
+            with own_messages(terminal.say):
+                states = _brought(work, workflow, steps, store, terminal)
+        except (WorkflowError, RaySessionError) as error:
+            if isinstance(error, RaySessionError):
+                terminal.trace("".join(traceback.format_exception(error)))
+            elif not any(has_more(each) for each in error.failures.values()):
+                raise
+            error.args = (f"{error}{log.named()}",)
+            raise
+        finally:
+            terminal.close()
     if work.json:
         facts = {state.name: state.record.facts for state in states if state.record}
         if "shard" in facts:
@@ -201,7 +206,20 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
         print(json.dumps(facts, indent=2))
     else:
         print_summary(states, store, work.run)
-    return _verdict(states, terminal)
+    return _verdict(states, Terminal())
+
+
+def _brought(work: Resolved, workflow: str, steps: list[Step], store: Store, terminal: Terminal) -> list[StepState]:
+    """The steps, brought to done."""
+    terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
+    remove_left_behind()
+
+    def open_context() -> StepContext:
+        states = plan_steps(steps, store, work.run)
+        _check_source(work, states, store)  # before anything is written under the run's name
+        return _open_context(work, workflow, states, store, terminal=terminal)
+
+    return run_steps(steps, store, work.run, open_context=open_context, show=terminal)
 
 
 def _verdict(states: list[StepState], terminal: Terminal) -> int:
@@ -220,18 +238,32 @@ def _open_context(
     store.check()
     from pipelines.tracking import open_tracking
 
+    terminal.begin("opening MLflow")
     tracking = open_tracking(store)
+    tracking.close_killed(store.at("runs", work.run))
+    terminal.ready()
     from pipelines import ray_session
 
-    terminal.say("connecting to Ray")
-    ray_session.connect()
+    address = os.environ.get("RAY_ADDRESS")
+    terminal.begin(f"connecting to the Ray at {address}" if address else "starting Ray on this machine")
+    ray_session.connect(lost=functools.partial(_end_without_ray, terminal))
+    terminal.ready()
     demand = RunDemand(work.values, states, store, work.run)
+    terminal.begin("looking for CPUs, GPUs and a backend of the scan")
     placement = ray_session.place(work.placement, store, demand.for_placement(), say=terminal.say)
+    terminal.ready()
     terminal.say(f"placement: {placement.summary}")
     demand.check(placement)
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
     return StepContext(store, work.run, placement, tracking, terminal)
+
+
+def _end_without_ray(terminal: Terminal, server: str) -> None:
+    """Ends this process at once: what waits for a Ray that is gone would wait for minutes, or for ever."""
+    terminal.close()
+    terminal.say(f"medmamba: {lost_ray(server)}{terminal.details()}")
+    os._exit(FAILED)
 
 
 def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> int:
@@ -425,7 +457,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HelpShown:
         return _flushed(DONE)
     except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train a Ctrl-C
-        return _tell("interrupted; the same command goes on where it stopped", FAILED)
+        return _tell(f"interrupted; {RESUME}", FAILED)
+    except Exception as error:  # the last boundary: the traceback is kept, the user gets a line
+        return _unexpected(error)
 
 
 def _parse(kind: Any, verb: str, argv: Sequence[str], description: str) -> Any:
@@ -563,6 +597,12 @@ def _nobody_reads() -> int:
     # `medmamba ... | head`: whoever read has enough. Python would complain once more when it flushes at the end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAILED
+
+
+def _unexpected(error: Exception) -> int:
+    with work_log(through=True) as log:
+        log.write("".join(traceback.format_exception(error)))
+        return _tell(f"{fault_line(error)}{log.named()}", FAILED)
 
 
 def _tell(error: object, code: int) -> int:

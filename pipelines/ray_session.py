@@ -7,17 +7,24 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_shards.disk import full_disk, is_full, says_full
 from data_shards.store import Store
+from pipelines.faults import RESUME, causes
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
+from pipelines.reaper import Process, children, ended_with_driver, is_alive
 from pipelines.shipment import PASSED_VARIABLES, refuse_secrets
 
+# Of these two an embedded Ray has one each; it does not survive their end.
+SERVERS = {"gcs_server": "its GCS", "raylet": "its raylet"}
 CONNECT_TIMEOUT_S = 8.0
+WATCH_S = 0.5
 JOIN_WAIT_S = 300.0
 # Set before Ray is imported. Each can be overridden from outside.
 DEFAULTS = {
@@ -45,10 +52,16 @@ OWN_DEFAULTS = {
 }
 
 
-def connect(*, num_cpus: int | None = None) -> None:
+class RaySessionError(ValueError):
+    """Ray did not start on this machine: says why and what to do."""
+
+
+def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None = None) -> None:
     """Connects to the Ray of RAY_ADDRESS, or starts an embedded one. Does nothing where one is connected.
 
-    Raises ValueError where RAY_ADDRESS names a Ray that does not answer, or a variable to be passed on holds a secret.
+    `lost` is called, in a thread, where a server of the embedded one ends before `ray.shutdown`, with its name.
+    Raises RaySessionError where an embedded one does not start, ValueError where RAY_ADDRESS names a Ray that does not
+    answer, or a variable to be passed on holds a secret.
     """
     address = os.environ.get("RAY_ADDRESS")
     for name, value in (DEFAULTS if address else {**DEFAULTS, **OWN_DEFAULTS}).items():
@@ -63,8 +76,14 @@ def connect(*, num_cpus: int | None = None) -> None:
     if not address:
         _bind_to_loopback()
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
+        try:
+            with ended_with_driver():
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
+        except Exception as error:  # most come as a bare Exception, a full disk as an OSError
+            raise RaySessionError(_not_started(error)) from error
         _take_sigterm_back()
+        if lost is not None:
+            _watch_servers(lost)
         return
     _check_answers(address)
     passed = {name: os.environ[name] for name in (*PASSED_VARIABLES, *DEFAULTS) if name in os.environ}
@@ -82,6 +101,40 @@ def _bind_to_loopback() -> None:
 
     # Ray reads the variable once, when it is imported, which may have been before it was set.
     ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
+
+
+def _not_started(error: BaseException) -> str:
+    """Why Ray did not start on this machine, and what to do."""
+    temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if is_full(temporary) or any(says_full(each) for each in causes(error)):
+        return f"Ray did not start: {full_disk(temporary, 'its files')}, or set RAY_TMPDIR to a folder on another disk"
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"Ray did not start on this machine ({line[:200]}): it may be overloaded or out of memory; end what else runs, "
+        f"then {RESUME}"
+    )
+
+
+def _watch_servers(lost: Callable[[str], None]) -> None:
+    """Calls `lost`, in a thread, with the name of a server of the embedded Ray, soon after that has ended.
+
+    Without its GCS Ray ends the driver itself after 60 s, in native code and without a word of what to do; without its
+    raylet it notices after 30 s, and the work hangs until then.
+    """
+    own = {process: name for process, name in children().items() if name in SERVERS}
+    threading.Thread(target=_watch, args=(own, lost), daemon=True).start()
+
+
+def _watch(own: dict[Process, str], lost: Callable[[str], None]) -> None:
+    import ray
+
+    gone: list[str] = []
+    while not gone:
+        time.sleep(WATCH_S)
+        gone = [name for process, name in own.items() if not is_alive(process)]
+        if not ray.is_initialized():  # ray.shutdown: it disconnects before it ends its servers
+            return
+    lost(SERVERS[gone[0]])
 
 
 def _take_sigterm_back() -> None:

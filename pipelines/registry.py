@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipelines.scratch import scratch
 from pipelines.tracking import Tracking, TrackingError
 
 ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
@@ -195,10 +195,10 @@ def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iter
     from medmamba.checkpoint import CheckpointError
     from pipelines.pyfunc import Classifier
 
-    with tempfile.TemporaryDirectory(prefix="medmamba-registered-") as folder:
+    with scratch("registered") as folder:
         with tracking.errors(f"cannot fetch {version.uri}"), _patience():
             source = tracking.client.get_model_version_download_uri(version.model, str(version.number))
-            local = mlflow.artifacts.download_artifacts(source, dst_path=folder, tracking_uri=tracking.uri)
+            local = mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracking.uri)
         weights = _checked_weights(version, Path(local))
         classifier = Classifier()
         settings = {"device": device, "digest": version.tags[DIGEST_TAG]}

@@ -11,11 +11,11 @@ import importlib.util
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.provenance import COMMIT_VARIABLE, PACKAGES, git_commit
+from pipelines.scratch import scratch
 
 # Where the services are, never who may use them.
 PASSED_VARIABLES = (
@@ -63,14 +63,14 @@ def job_variables(environ: Mapping[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def staged_packages() -> Iterator[Path]:
     """A temporary folder with a copy of the three packages: code and data files, no caches, nothing else."""
-    with tempfile.TemporaryDirectory(prefix="medmamba-submit-") as folder:
+    with scratch("submit") as folder:
         for name in PACKAGES:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"package {name} is not installed"
             assert spec.origin is not None, f"package {name} has no __init__"
             ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbi", "*.nbc", ".*", "tests")
-            shutil.copytree(Path(spec.origin).parent, Path(folder) / name, ignore=ignored)
-        yield Path(folder)
+            shutil.copytree(Path(spec.origin).parent, folder / name, ignore=ignored)
+        yield folder
 
 
 def refuse_secrets(values: Mapping[str, str]) -> None:

@@ -1,33 +1,40 @@
-"""What stands in a store: runs, their steps, and one clause about each."""
+"""What a store holds: runs, the states of their steps, and one clause about each."""
 
 from __future__ import annotations
 
 from data_shards.store import Store
-from pipelines.flow.record import CONFIG, RECORD, Record, read_record
+from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
+from pipelines.steps.tune import trial_name
 
 
 def read_status(store: Store, run: str = "") -> list[dict]:
     """Rows {run, step, state, finished, seconds, told}, of one run or of all, in the order in which steps finished."""
-    begun: dict[tuple[str, str], bool] = {}
+    begun: dict[tuple[str, str], set[str]] = {}
     for key in store.list(f"runs/{run}/" if run else "runs/"):
         parts = key.split("/")
-        if len(parts) == 4 and parts[3] in (CONFIG, RECORD):
-            place = (parts[1], parts[2])
-            begun[place] = begun.get(place, False) or parts[3] == RECORD
+        if len(parts) == 4 and parts[3] in (CONFIG, RECORD, FAILURE):
+            begun.setdefault((parts[1], parts[2]), set()).add(parts[3])
     rows = []
-    for (name, step), finished in begun.items():
-        record = read_record(store.at("runs", name, step)) if finished else None
+    for (name, step), files in begun.items():
+        out = store.at("runs", name, step)
+        record = read_record(out) if RECORD in files else None
+        failure = read_failure(out) if record is None and FAILURE in files else None
         rows.append(
             {
                 "run": name,
                 "step": step,
-                "state": "done" if record else "interrupted",
+                "state": "done" if record else "failed" if failure else "interrupted",
                 "finished": record.finished if record else None,
                 "seconds": record.seconds if record else None,
-                "told": _told(record),
+                "told": failure.reason if failure else _told(record),
             }
         )
     return sorted(rows, key=lambda row: (row["run"], row["finished"] or "9"))
+
+
+def winner_name(facts: dict) -> str:
+    """The trial that won a sweep as users read it: "trial 3/8"; its id in records of before trials had numbers."""
+    return trial_name(facts.get("winner_number", 0), len(facts["trials"]), facts["winner_trial"])
 
 
 def _told(record: Record | None) -> str:
@@ -36,7 +43,7 @@ def _told(record: Record | None) -> str:
         classes = {name for counts in facts["counts"].values() for name in counts}
         return f"{facts['num_images']} images of {len(classes)} classes in {facts['num_shards']} shards"
     if "trials" in facts:
-        return f"{len(facts['trials'])} trials, winner {facts['winner_trial']}"
+        return f"{len(facts['trials'])} trials, winner {winner_name(facts)}"
     if "best_epoch" in facts:
         return f"epoch {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"
     if "predictions" in facts:

@@ -9,6 +9,7 @@ from data_shards.split import SPLITS
 from data_shards.store import Store
 from pipelines.class_table import completed, print_classes
 from pipelines.flow import StepState
+from pipelines.status import winner_name
 from pipelines.steps.evaluate import BASELINES
 from pipelines.terminal import console, table
 
@@ -17,7 +18,8 @@ FEW_TEST_IMAGES = 500
 
 def print_plan(states: Sequence[StepState]) -> None:
     """The steps of a dry run and their states."""
-    table("Steps", ("step", "state"), [(state.name, state.state) for state in states])
+    rows = [(state.name, f"{state.state}: {state.reason}" if state.reason else state.state) for state in states]
+    table("Steps", ("step", "state"), rows)
 
 
 def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
@@ -58,6 +60,7 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
         stopped = sum(row["stopped_early"] for row in facts["trials"])
         failed = sum(row["error"] is not None for row in facts["trials"])
         lines = [f"{len(facts['trials'])} trials, {stopped - failed} stopped early, {failed} failed"]
+        lines.append(f"winner: {winner_name(facts)}")
         return lines + [f"winner: {key} = {_short(value)}" for key, value in facts["winner"].items()]
     if step == "train":
         return [f"best of {facts['epochs']} epochs: {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"]
@@ -73,13 +76,14 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
 def _print_metrics(facts: dict[str, Any]) -> None:
     """The network beside what simpler means reach on the same split; says where a split is too small to tell much."""
     names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
-    title = f"Test split, {facts['num_samples']} images"
+    title = f"Test split, {facts['num_samples']} images; for comparison logistic regression and chance"
     rows = [("network", *(f"{facts['metrics'][name]:.4f}" for name in names))]
-    for key, name in BASELINES.items():
+    # Short, so that the table fits 80 columns.
+    for key, name in {"pixels": "logistic, pixels", "size": "logistic, size", "chance": "largest class"}.items():
         if key in facts["baselines"]:
             found = facts["baselines"][key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
-    table(title, ("on the same images", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
+    table(title, ("", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
     interval = facts.get("intervals", {}).get("auc")
     for key, reason in facts.get("absent_baselines", {}).items():
         console().print(f"{BASELINES.get(key, 'baselines')}: not to be had ({reason})")
@@ -88,8 +92,7 @@ def _print_metrics(facts: dict[str, Any]) -> None:
     if facts["num_samples"] < FEW_TEST_IMAGES:
         step = 100 / facts["num_samples"]
         console().print(
-            f"Only {facts['num_samples']} test images: one image is {step:.2f} points of accuracy; "
-            f"differences of a few points say little."
+            f"Only {facts['num_samples']} test images: one is {step:.2f} points of accuracy, so small gaps say little."
         )
 
 

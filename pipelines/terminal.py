@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
+
+from pipelines.work_log import WorkLog
 
 PLAIN_EVERY_S = 10.0
 # What a terminal obeys instead of showing it: control characters, and the marks that turn the direction of text.
@@ -41,14 +43,20 @@ class _Console(Console):
 
 
 class Terminal:
-    """Messages go to standard error, so that standard output holds results only (tables, JSON)."""
+    """Messages go to standard error, so that standard output holds results only (tables, JSON).
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._console = _Console(stderr=True, highlight=False, quiet=quiet)
+    With `log` they go to what standard error was before its block, and tracebacks into its file.
+    """
+
+    def __init__(self, *, quiet: bool = False, log: WorkLog | None = None) -> None:
+        file = log.terminal if log else None
+        self._console = _Console(file=file, stderr=file is None, highlight=False, quiet=quiet)
+        self._log = log
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._said: dict[str, float] = {}
+        self._waiting: tuple[str, float] | None = None
 
     def say(self, text: str) -> None:
         """One line."""
@@ -56,17 +64,45 @@ class Terminal:
         self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def step(self, name: str, state: str) -> None:
-        """A step starts, resumes or is done."""
+        """A step starts, resumes, is done or failed."""
+        self._waiting = None
         self._end_bars()
         self._console.print(f"[bold]{name:<9}[/bold] {state}")
 
     def trace(self, text: str) -> None:
-        """The traceback of an unexpected error."""
+        """The traceback of an unexpected error: into the log where there is one."""
         self._end_bars()
-        self.say(text)
+        if self._log is not None and self._log.path is not None:
+            self._log.write(text)
+        else:
+            self.say(text)
+
+    def details(self) -> str:
+        """What ends a message that the log has more to; empty without one."""
+        return self._log.named() if self._log is not None else ""
+
+    def begin(self, what: str) -> None:
+        """Something that shows no progress of its own starts ("starting Ray"); on a terminal its seconds count."""
+        self._end_bars()
+        if self._console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), _SecondsColumn())
+            self._live = Progress(*columns, console=self._console, transient=True)
+            self._live.start()
+            self._live.add_task(what, total=None)
+        else:
+            self.say(what)
+        self._waiting = (what, time.monotonic())
+
+    def ready(self) -> None:
+        """What began last is there, after so many seconds; does nothing where nothing is waited for."""
+        if self._waiting is not None:
+            (what, began), self._waiting = self._waiting, None
+            self._end_bars()
+            self.say(f"{what}: took {duration(time.monotonic() - began)}")
 
     def progress(self, name: str, values: dict[str, Any]) -> None:
-        """Shows where `name` (a step or a trial) stands: {"done", "total", "unit"}, or what the loop reports."""
+        """Shows how far `name` (a step or a trial) is: {"done", "total", "unit"}, or what the loop reports."""
+        self.ready()
         if "finished_epoch" in values:
             self.say(_epoch_line(name, values))
         elif "done" in values:
@@ -81,40 +117,57 @@ class Terminal:
 
     def close(self) -> None:
         """Ends the live display."""
+        self._waiting = None
         self._end_bars()
 
     def _bar(self, name: str, done: int, total: int, text: str, left_s: float | None = None) -> None:
-        if not self._console.is_terminal:
-            self._plain_line(name, done, total, text, left_s)
-            return
-        if self._live is None:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[text]}", markup=False),
-            )
-            self._live = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
-            self._live.start()
-        if name not in self._tasks:
-            self._tasks[name] = self._live.add_task(name, total=total, text=text)
-        self._live.update(self._tasks[name], completed=done, total=total, text=text)
-
-    def _plain_line(self, name: str, done: int, total: int, text: str, left_s: float | None) -> None:
-        """For a log file: now and then a line, and always the last."""
         now = time.monotonic()
         began, done_then = self._began.setdefault(name, (now, done))
+        if left_s is None and done > done_then:
+            left_s = (now - began) * (total - done) / (done - done_then)
+        left = f"{duration(left_s)} left" if left_s is not None and done < total else ""
+        if not self._console.is_terminal:
+            self._plain_line(name, done, total, text, left)
+            return
+        if self._live is None:
+            # The bar takes what the words leave of a line, so that at 80 columns none is folded.
+            bar = BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4))
+            columns = (_words("{task.description}"), bar, _words("{task.fields[text]}"), _words("{task.fields[left]}"))
+            self._live = Progress(*columns, console=self._console, transient=True, expand=True)
+            self._live.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._live.add_task(name, total=total, text=text, left=left)
+        self._live.update(self._tasks[name], completed=done, text=text, left=left)
+
+    def _plain_line(self, name: str, done: int, total: int, text: str, left: str) -> None:
+        """For a log file: now and then a line, and always the last."""
+        now = time.monotonic()
         if done < total and now - self._said.get(name, now - PLAIN_EVERY_S) < PLAIN_EVERY_S:
             return
         self._said[name] = now
-        if left_s is None and done > done_then:
-            left_s = (now - began) * (total - done) / (done - done_then)
-        left = f", {duration(left_s)} left" if left_s is not None and done < total else ""
-        self.say(f"{name}: {text}  ({100 * done // max(total, 1)} %{left})")
+        self.say(f"{name}: {text}  ({100 * done // max(total, 1)} %{f', {left}' if left else ''})")
 
     def _end_bars(self) -> None:
         if self._live is not None:
             self._live.stop()
         self._live, self._tasks, self._began, self._said = None, {}, {}, {}
+
+
+class _SecondsColumn(TextColumn):
+    """How long something has taken so far, as a clock."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Any) -> Any:
+        """See TextColumn."""
+        from rich.text import Text
+
+        return Text(duration(task.elapsed or 0))
+
+
+def _words(template: str) -> TextColumn:
+    return TextColumn(template, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
 
 
 def table(
@@ -154,8 +207,8 @@ def duration(seconds: float) -> str:
 
 
 def _epoch_line(name: str, values: dict[str, Any]) -> str:
+    """At most 80 columns, for trials with numbers of two digits too."""
     return (
-        f"{name}: epoch {values['epoch']:.0f}  loss {values['train_loss']:.4f}  val loss {values['val_loss']:.4f}  "
-        f"val AUC {values['val_auc']:.4f}  val accuracy {values['val_accuracy']:.4f}  "
-        f"{values['images_per_s']:.0f} images/s"
+        f"{name}: epoch {values['epoch']:.0f}  loss {values['train_loss']:.3f}  val loss {values['val_loss']:.3f}, "
+        f"AUC {values['val_auc']:.4f}, accuracy {values['val_accuracy']:.3f}"
     )

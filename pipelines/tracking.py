@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from data_shards.disk import full_disk, is_full, says_full
 from data_shards.store import Store, StoreKeyError
+from pipelines.faults import kept_reason
 from pipelines.flow.record import CONFIG
 from pipelines.provenance import git_commit
 
@@ -40,6 +42,8 @@ SETTINGS = {
 }
 ONE_HOST_SCHEMES = ("sqlite", "file", "")
 LOST = ("Max retries exceeded", "timed out", "Connection refused", "RemoteDisconnected")  # said of a server gone
+REASON = "medmamba.failure"  # tag of a run that failed: why
+TAG_CHARACTERS = 500
 PARAM_CHARACTERS = 6000  # the most that MLflow keeps of one parameter
 BATCH_METRICS = 1000  # points in one call, MLflow's limit
 BATCH_ENTRIES = 100  # parameters or tags in one call
@@ -103,10 +107,15 @@ class Tracking:
         self.log_params(run_id, params or {})
         return run_id
 
-    def trial_run(self, parent_id: str, trial_id: str, params: Mapping[str, Any] | None = None) -> str:
-        """The run id of a trial, nested under the sweep's run; found again by its tags after a restore."""
+    def trial_run(
+        self, parent_id: str, trial_id: str, params: Mapping[str, Any] | None = None, *, name: str = ""
+    ) -> str:
+        """The run id of a trial, nested under the sweep's run; found again by its tags after a restore.
+
+        `name` is what users read, by default made from the id.
+        """
         identity = {**_parent(parent_id), "medmamba.trial": trial_id}
-        run_id = self._begin(self._find(identity), f"trial {trial_id}", identity)
+        run_id = self._begin(self._find(identity), name or f"trial {trial_id}", identity)
         self.log_params(run_id, params or {})
         return run_id
 
@@ -119,6 +128,8 @@ class Tracking:
         except BaseException as error:
             # What broke the step is what must be told, not that MLflow could not be told of it.
             with contextlib.suppress(TrackingError):
+                if isinstance(error, Exception):
+                    self.set_tags(run_id, {REASON: kept_reason(error, step=step)[:TAG_CHARACTERS]})
                 self.finish(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         self.finish(run_id)
@@ -178,6 +189,20 @@ class Tracking:
             self.finish(trial.info.run_id, status)
         return len(trials)
 
+    def close_killed(self, run: Store) -> int:
+        """Ends as KILLED what a killed driver left RUNNING of the run in this folder; returns how many.
+
+        Nobody else may be working on the run.
+        """
+        with self.errors("cannot end the runs of a killed command"):
+            where = "attributes.status = 'RUNNING'"
+            left = self.client.search_runs([self.experiment_id], where, max_results=1000)
+            mine = {each.info.run_id for each in left if _is_below(each.data.tags.get("medmamba.record", ""), run)}
+            mine |= {each.info.run_id for each in left if each.data.tags.get("mlflow.parentRunId") in mine}
+        for run_id in mine:
+            self.finish(run_id, "KILLED")
+        return len(mine)
+
     def drop_trials(self, parent_id: str, kept: Collection[str]) -> None:
         """Deletes the trials of a sweep that are not in `kept`: a killed driver forgot them, others replaced them."""
         with self.errors("cannot remove trials"):
@@ -190,6 +215,8 @@ class Tracking:
             if found is None:
                 return self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
             self.client.update_run(found, status="RUNNING")
+            if REASON in self.client.get_run(found).data.tags:
+                self.client.delete_tag(found, REASON)  # of an earlier try
             return found
 
     def _find(self, tags: Mapping[str, str]) -> str | None:
@@ -356,6 +383,10 @@ def _identity(out: Store) -> str:
         return ""
 
 
+def _is_below(uri: str, folder: Store) -> bool:
+    return uri.startswith(f"{folder.uri}/")
+
+
 def _parent(run_id: str | None) -> dict[str, str]:
     return {} if run_id is None else {"mlflow.parentRunId": run_id}
 
@@ -374,9 +405,18 @@ def _errors(uri: str, doing: str) -> Iterator[None]:
         yield
     except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
         told = " ".join(str(error).split()).replace(uri, public_address(uri))
+        if urlsplit(uri).scheme == "sqlite" and (says_full(error) or is_full(_sqlite_path(uri))):
+            raise TrackingError(
+                f"{full_disk(_sqlite_path(uri), 'the runs that MLflow keeps')}, or use another store"
+            ) from error
         if any(sign in told for sign in LOST):
             raise TrackingError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error
         raise TrackingError(f"MLflow at {public_address(uri)}: {doing}: {told[:400]}{_remedy(uri, told)}") from error
+
+
+def _sqlite_path(uri: str) -> str:
+    """`sqlite:///relative.db` or `sqlite:////absolute.db` -> the file's path."""
+    return urlsplit(uri).path[1:]
 
 
 def _unreachable(uri: str, reason: str) -> str:

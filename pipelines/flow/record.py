@@ -1,18 +1,23 @@
-"""What a step leaves in the store: config.json before its first byte, record.json after its last."""
+"""What a step leaves in the store: config.json before its first byte, record.json after its last.
+
+A step that failed leaves failure.json with the reason, until it runs again; it is not part of its identity.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from data_shards.store import Store
+from data_shards.store import Store, StoreError, StoreKeyError
 from pipelines.override import difference, explain
 
-CONFIG, RECORD = "config.json", "record.json"
+CONFIG, RECORD, FAILURE = "config.json", "record.json", "failure.json"
 STILL_TO_RUN = "still to run"
 
 
@@ -48,9 +53,36 @@ class Record:
     packages: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a step failed, in one line, and when."""
+
+    reason: str
+    when: str
+
+
+def write_failure(out: Store, reason: str) -> None:
+    """Writes failure.json; where the store cannot take it (its disk is full), the step counts as interrupted."""
+    failure = Failure(reason, datetime.now(UTC).isoformat(timespec="seconds"))
+    with contextlib.suppress(StoreError):
+        out.put(FAILURE, to_json(asdict(failure)))
+
+
+def read_failure(out: Store) -> Failure | None:
+    """Why a step failed that has not been run again since; None where it did not fail."""
+    try:
+        failure = Failure(**json.loads(out.get(FAILURE)))
+    except StoreKeyError:
+        return None
+    except (ValueError, TypeError):
+        return Failure("the reason was not written to its end", "")
+    return failure
+
+
 def write_identity(out: Store, identity: Identity) -> None:
-    """Writes config.json; one that is already there stays (it was found equal by `check_identity`)."""
+    """Writes config.json, and forgets an earlier failure; a config that is already there stays (`check_identity`)."""
     out.put(CONFIG, to_json(asdict(identity)), if_absent=True)
+    out.delete(FAILURE)  # it runs again
 
 
 def write_record(out: Store, record: Record) -> None:

@@ -14,27 +14,33 @@ from graphlib import TopologicalSorter
 from typing import Literal
 
 from data_shards.store import Store
+from pipelines.faults import fault_line, has_more, kept_reason
 from pipelines.flow.record import (
     Identity,
     Record,
     check_identity,
+    read_failure,
     read_identity,
     read_record,
+    write_failure,
     write_identity,
     write_record,
 )
 from pipelines.flow.step import Step, StepContext
 from pipelines.provenance import git_commit, package_versions
 
-State = Literal["done", "interrupted", "to do"]
+State = Literal["done", "failed", "interrupted", "to do"]
 
 
 class WorkflowError(RuntimeError):
-    """At least one step failed; `failures` maps its name to the exception, `skipped` names what needed it."""
+    """At least one step failed; `failures` maps its name to the exception, `skipped` names what needed it.
 
-    def __init__(self, failures: dict[str, Exception], skipped: list[str]) -> None:
-        self.failures, self.skipped = failures, skipped
-        told = [f"step {name} failed: {error}" for name, error in failures.items()]
+    The message has a line for each, `reasons` says why in one line.
+    """
+
+    def __init__(self, failures: dict[str, Exception], reasons: dict[str, str], skipped: list[str]) -> None:
+        self.failures, self.reasons, self.skipped = failures, reasons, skipped
+        told = [f"step {name} failed: {reason}" for name, reason in reasons.items()]
         if skipped:
             told.append(f"not run because of that: {', '.join(skipped)}")
         super().__init__("\n".join(told))
@@ -42,11 +48,12 @@ class WorkflowError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepState:
-    """Where a step stands in a run, and its facts once it is done."""
+    """The state of a step in a run, its facts once it is done, and the reason where it failed."""
 
     name: str
     state: State
     record: Record | None = None
+    reason: str = ""
 
 
 def step_folder(store: Store, run: str, step: str) -> Store:
@@ -73,8 +80,9 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
         begun, record = read_identity(out), read_record(out)
         if begun is not None:
             check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
-        state: State = "done" if record else "interrupted" if begun else "to do"
-        states[step.name] = StepState(step.name, state, record)
+        failure = read_failure(out) if begun and not record else None
+        state: State = "done" if record else "failed" if failure else "interrupted" if begun else "to do"
+        states[step.name] = StepState(step.name, state, record, failure.reason if failure else "")
     return list(states.values())
 
 
@@ -90,6 +98,7 @@ def run_steps(
     context = open_context() if any(state.state != "done" for state in planned) else None
     states: dict[str, StepState] = {}
     failures: dict[str, Exception] = {}
+    reasons: dict[str, str] = {}
     skipped: list[str] = []
     for step in in_order(steps):
         if any(needed in failures or needed in skipped for needed in step.inputs.values()):
@@ -106,12 +115,14 @@ def run_steps(
             else:
                 show.step(step.name, "done")
             states[step.name] = StepState(step.name, "done", record)
-        except Exception as error:  # the fault boundary of one step: others that do not need it go on
-            if not isinstance(error, ValueError):
+        except Exception as error:  # the fault boundary of one step: others that do not need it still run
+            if has_more(error):
                 show.trace("".join(traceback.format_exception(error)))
             failures[step.name] = error
+            reasons[step.name] = fault_line(error, step=step.name, places=[store.uri] if store.is_local else [])
+            show.step(step.name, "failed")
     if failures:
-        raise WorkflowError(failures, skipped)
+        raise WorkflowError(failures, reasons, skipped)
     return list(states.values())
 
 
@@ -133,8 +144,12 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
     write_identity(out, identity)
     started, clock = datetime.now(UTC), time.monotonic()
     facts_of = {name: states[needed].record.facts for name, needed in step.inputs.items()}  # type: ignore[union-attr]
-    with _own_interrupt():
-        facts = step.run(step.config, context.placement, out, context, **facts_of)
+    try:
+        with _own_interrupt():
+            facts = step.run(step.config, context.placement, out, context, **facts_of)
+    except Exception as error:
+        write_failure(out, kept_reason(error, step=step.name))
+        raise
     assert isinstance(facts.get("digest"), str), f"step {step.name} returned no digest"
     record = Record(
         facts=facts,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store, open_store
+from pipelines.board import Watch, post
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
+from pipelines.scratch import scratch
 
 PREDICTIONS = "predictions.parquet"
 BASELINES = {
@@ -49,8 +50,8 @@ def run(
     height), why one of them is absent, and where things are stored.
     """
     uri = context.store.at(shard["data"]).uri
-    data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
     with context.tracking.running(out, run=context.run, step="evaluate", params=config.model_dump()) as run_id:
+        data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
         model = (context.store.at(train["model"]).uri, train["digest"])
         labels, logits = _infer(config, placement, uri, model, data, context)
         scores = _scores(logits, data.manifest.task)
@@ -89,10 +90,10 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     placement = Placement.model_validate(payload["placement"])
     torch.set_num_threads(placement.threads)
     set_precision("float32")  # a metric must not depend on the device it is measured on
-    with tempfile.TemporaryDirectory(prefix="medmamba-model-") as folder:
+    with scratch("model") as folder:
         uri, digest = payload["model"]
-        _fetch(open_store(uri), Path(folder))
-        model, _, card = load_model(Path(folder), scan=placement.scan, device=placement.device, digest=digest)
+        _fetch(open_store(uri), folder)
+        model, _, card = load_model(folder, scan=placement.scan, device=placement.device, digest=digest)
     return infer(
         model,
         open_dataset(open_store(payload["dataset"]), digest=payload["digest"]),
@@ -104,8 +105,20 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
         device=torch.device(placement.device),
         workers=placement.loader_workers,
         disk_bytes=placement.cache_bytes,
-        progress=lambda images: payload["board"].post.remote("evaluate", {"images": images}),
+        progress=_poster(payload["board"], rank),
     )
+
+
+def _poster(board: Any, rank: int) -> Callable[[int], None]:
+    """Posts how many images this rank has done so far: a task that runs again begins at 0, and counts once."""
+    done = 0
+
+    def progress(images: int) -> None:
+        nonlocal done
+        done += images
+        post(board, "evaluate", {"rank": rank, "images": done})
+
+    return progress
 
 
 def _infer(
@@ -118,17 +131,17 @@ def _infer(
 ) -> tuple[np.ndarray, np.ndarray]:
     import ray
 
-    from pipelines.board import Watch
     from pipelines.worker.inference import join
 
-    total, done = len(data.index("test")), 0
+    total = len(data.index("test"))
+    done: dict[int, int] = {}
 
     def show(name: str, values: dict) -> None:
-        nonlocal done
-        done += values["images"]
-        context.show.progress(name, {"done": done, "total": total, "unit": "images"})
+        done[values["rank"]] = values["images"]
+        context.show.progress(name, {"done": sum(done.values()), "total": total, "unit": "images"})
 
     with Watch(show) as board:
+        context.show.begin(f"starting {placement.workers} evaluation task{'s' if placement.workers > 1 else ''}")
         payload = {
             "placement": placement.model_dump(),
             "dataset": dataset,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +14,7 @@ from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
 from pipelines.registry import create_version, find_version, package
+from pipelines.scratch import scratch
 
 
 class RegisterConfig(BaseModel):
@@ -47,10 +47,10 @@ def run(
         identity = {"medmamba.record": out.uri, "medmamba.digest": train["digest"]}
         version = find_version(tracking, name, identity)
         if version is None:
-            with tempfile.TemporaryDirectory(prefix="medmamba-register-") as folder:
-                checkpoint = _fetch(context.store.at(train["model"]), Path(folder) / "checkpoint", train["digest"])
+            with scratch("register") as folder:
+                checkpoint = _fetch(context.store.at(train["model"]), folder / "checkpoint", train["digest"])
                 card = json.loads((checkpoint / MODEL).read_text())["card"]
-                packaged = Path(folder) / "packaged"
+                packaged = folder / "packaged"
                 package(packaged, checkpoint, card["classes"])
                 tags = identity | _tags(context, shard, train, evaluate)
                 version = create_version(tracking, name, packaged, run_id, tags)

@@ -22,10 +22,10 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
         name = "shard" if unit == "shards" else "compare"
         context.show.progress(name, {"done": done, "total": total, "unit": unit})
 
-    _check_reachable(config, placement)
     # Whoever may read MLflow shall not learn the salt.
     params = config.model_dump(exclude={"salt"})
     with context.tracking.running(out, run=context.run, step="shard", params=params) as run_id:
+        _check_reachable(config, placement)
         facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
         context.show.say(_classes_line(facts))
         context.tracking.log_metrics(run_id, logged(facts))

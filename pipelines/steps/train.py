@@ -12,6 +12,7 @@ from typing import Any
 from data_shards.manifest import open_dataset
 from data_shards.store import Store, StoreKeyError, arrow_filesystem
 from pipelines.board import Watch
+from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
@@ -38,12 +39,13 @@ def run(
     has not one output per class, or a checkpoint cannot be continued exactly.
     """
     resolved = override(config, tune["winner"]) if tune else config
-    resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
-    resolved.with_classes(len(shard["counts"]["train"]))
-    check_batches([resolved.train.batch_size], shard, context)
-    _check_resume(out, placement, shard["digest"], context)
     params = flatten(resolved.model_dump())
+    # What is refused is FAILED in MLflow too.
     with context.tracking.running(out, run=context.run, step="train", params=params) as run_id:
+        resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
+        resolved.with_classes(len(shard["counts"]["train"]))
+        check_batches([resolved.train.batch_size], shard, context)
+        _check_resume(out, placement, shard["digest"], context)
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
@@ -131,10 +133,12 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
         )
+        workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
+        context.show.begin(f"starting {workers}")  # until their first step
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _first_cause(error) from None
+            raise users_mistake(error) or error from None
     assert result.checkpoint is not None, "the training ended without a checkpoint"
     return result.checkpoint
 
@@ -192,18 +196,8 @@ def _begin_again(out: Store) -> str:
 
 
 def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:
-    """Says aloud that a training goes on, and refuses one that could not go on exactly, before any worker starts."""
+    """Says that a training resumes, and refuses one that could not do so exactly, before any worker starts."""
     described = find_checkpoint(out)
     if described:
         check_resumable(described, placement=placement, manifest=manifest)
         context.show.say(f"training resumes after epoch {described['epoch']}")
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The exception a worker raised, out of Ray's wrapping; a ValueError stays one line for the person."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, ValueError):
-            return cause
-    return error

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_shards.store import Store, arrow_filesystem
 from pipelines.board import Watch
+from pipelines.faults import RESUME, fault_line
 from pipelines.flow import StepContext
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
@@ -116,11 +118,11 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     Raises ValueError where every trial failed, where one failed for another reason than that it diverged, and where
     the sweep was ended before its last trial: the step is then not finished, and asked again it goes on.
     """
-    config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
-    check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
     with tracking.running(out, run=context.run, step="tune", params=params) as parent:
+        config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
+        check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
         payload = {
             "config": config.model_dump(),
             "placement": placement.for_trial().model_dump(),
@@ -149,6 +151,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         "digest": digest,
         "winner": overrides,
         "winner_trial": winner["trial"],
+        "winner_number": winner["number"],
         "trials": trials,
         "mlflow_run": parent,
     }
@@ -178,8 +181,9 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     step = TuneStepConfig.model_validate(payload["config"])
     config = override(step.start, {**sampled, "train.epochs": step.tune.epochs})
     trial_id = ray.tune.get_context().get_trial_id()
+    name = trial_name(_number(ray.tune.get_context().get_trial_dir(), trial_id), step.tune.trials, trial_id)
     tracking = payload["tracking"]
-    run_id = tracking.trial_run(payload["parent"], trial_id, sampled)
+    run_id = tracking.trial_run(payload["parent"], trial_id, sampled, name=name)
     best = BestEpoch()
 
     def send(metrics: dict, *, checkpoint: Any) -> None:
@@ -187,7 +191,7 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
 
     def reporter(rank: int) -> RayReporter:
         log = functools.partial(tracking.log_epoch, run_id)
-        return RayReporter(send, rank, board=payload["board"], name=trial_id, log=log)
+        return RayReporter(send, rank, board=payload["board"], name=name, log=log)
 
     checkpoint = ray.tune.get_checkpoint()
     placement = Placement.model_validate(payload["placement"])
@@ -202,6 +206,20 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
             reporter,
             resume=Path(folder) if folder else None,
         )
+
+
+def trial_name(number: int, trials: int, trial_id: str) -> str:
+    """What users read: "trial 3/8"; its id where Ray does not say which one it is."""
+    return f"trial {number}/{trials}" if number else f"trial {trial_id}"
+
+
+def _number(path: str, trial_id: str) -> int:
+    """Which of the sweep's trials, counted from 1, writes to this folder; 0 where its name does not say.
+
+    Tune names the folder once, `trial_<id>_<number>_<values>_<time>`, and keeps it when a sweep is restored.
+    """
+    found = re.match(rf".*_{re.escape(trial_id)}_(\d+)(_|$)", Path(path).name)
+    return int(found.group(1)) if found else 0
 
 
 def search_space(config: TuneStepConfig) -> dict[str, Any]:
@@ -269,6 +287,8 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 ),
             )
+        at_once = min(placement.trials, config.tune.trials)
+        context.show.begin(f"starting {config.tune.trials} trials, {at_once} at once")  # until the first step of one
         # Tune draws its own tables on standard output, which holds our results.
         with contextlib.redirect_stdout(io.StringIO()):
             results = tuner.fit()
@@ -293,9 +313,7 @@ def _restorable(out: Store) -> bool:
 def _check_ended(results: Any, config: TuneStepConfig) -> None:
     ended = results.num_terminated + results.num_errors
     if ended < config.tune.trials:
-        raise ValueError(
-            f"the sweep was ended after {ended} of {config.tune.trials} trials; the same command goes on with it"
-        )
+        raise ValueError(f"the sweep was ended after {ended} of {config.tune.trials} trials; {RESUME}")
 
 
 def _check_reasons(results: Any) -> None:
@@ -304,14 +322,11 @@ def _check_reasons(results: Any) -> None:
 
     reasons = [error for error in results.errors if not isinstance(getattr(error, "cause", error), TrainingError)]
     if reasons:
+        line = fault_line(reasons[0], step="tune").removesuffix(f": {RESUME}").removesuffix(f", then {RESUME}")
         raise ValueError(
-            f"{len(reasons)} of {len(results)} trials failed, and not because they diverged "
-            f"({_last_line(reasons[0])}); mend the reason, and the same command tries them again"
-        )
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+            f"{len(reasons)} of {len(results)} trials failed for reasons other than divergence "
+            f"({line}); fix the cause and run the same command to try them again"
+        ) from reasons[0]
 
 
 def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepContext) -> list[dict[str, Any]]:
@@ -339,14 +354,22 @@ def _row(result: Any, config: TuneStepConfig) -> dict:
     kept = {
         key: metrics[key] for key in ("val_auc", "val_loss", "val_accuracy", "best_auc", "best_loss") if key in metrics
     }
+    trial_id = _trial_id(result)
     return {
-        "trial": metrics.get("trial_id") or Path(result.path).name,
+        "trial": trial_id,
+        "number": _number(result.path, trial_id),
         "overrides": dict(result.config),
         "epochs": int(metrics.get("epoch", 0)),
         "metrics": kept,
         "stopped_early": int(metrics.get("epoch", 0)) < config.tune.epochs,
-        "error": _last_line(result.error) if result.error else None,
+        "error": fault_line(result.error, step="tune") if result.error else None,
     }
+
+
+def _trial_id(result: Any) -> str:
+    """The id of a result's trial; of one that reported nothing it is read from its folder `trial_<id>_<number>_...`."""
+    found = re.match(r"trial_([0-9a-f]+(?:_\d{5})?)_\d+_", Path(result.path).name)
+    return (result.metrics or {}).get("trial_id") or (found.group(1) if found else Path(result.path).name)
 
 
 def _winner(trials: list[dict]) -> dict:

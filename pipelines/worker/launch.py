@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.model import build_model
+from pipelines.board import post
 from pipelines.placement import Placement
+from pipelines.scratch import scratch
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.loop import train_loop
@@ -37,19 +38,19 @@ class RayReporter:
         if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
             self._last = now
             # Only now is the device waited for: a loss read after every step would stall a GPU.
-            self._board.post.remote(self._name, {**values, "loss": float(values["loss"])})
+            post(self._board, self._name, {**values, "loss": float(values["loss"])})
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
         from ray.train import Checkpoint
 
-        with tempfile.TemporaryDirectory(prefix="medmamba-checkpoint-") as folder:
-            save(Path(folder))
+        with scratch("checkpoint") as folder:
+            save(folder)
             if self._rank == 0 and self._log is not None:
                 self._log(metrics, step_losses)
             self._send(metrics, checkpoint=Checkpoint.from_directory(folder))
         if self._board is not None and self._rank == 0:
-            self._board.post.remote(self._name, {**metrics, "finished_epoch": metrics["epoch"]})
+            post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
 
 
 def train_on_dataset(

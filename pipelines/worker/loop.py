@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
 from medmamba.preprocess import normalise, to_float
 from pipelines.placement import Placement
+from pipelines.scratch import scratch
 from pipelines.worker.batch_statistics import BatchStatistics
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
@@ -64,15 +64,14 @@ def train_loop(
     weights = _class_weights(config, data, engine.device)
     statistics = BatchStatistics(engine.model, engine.device)
     state = TrainState()
-    scratch = tempfile.TemporaryDirectory(prefix="medmamba-train-")
-    best = Path(scratch.name) / BEST
-    if resume is not None:
-        state = read_state(resume, placement=placement, manifest=data.digest)
-        engine.load(resume / ENGINE)
-        statistics.reload()
-        shutil.copytree(resume / BEST, best)
+    with scratch("train") as folder:
+        best = folder / BEST
+        if resume is not None:
+            state = read_state(resume, placement=placement, manifest=data.digest)
+            engine.load(resume / ENGINE)
+            statistics.reload()
+            shutil.copytree(resume / BEST, best)
 
-    with scratch:
         while state.epoch < train.epochs and not _is_stale(state, train.patience):
             began, losses = time.monotonic(), []
             stream = batches(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from medmamba.ops.ss2d_scan import resolve_backend
-from pipelines.ray_session import connect
+from pipelines.ray_session import SERVERS, _not_started, connect
+from pipelines.reaper import Process, _processes
 
 SESSION = """
 import contextlib, os, sys
@@ -90,4 +93,77 @@ except ValueError as error:
     print(error)
 """
     (told,) = outcome(2, lines, tmp_path).splitlines()
-    assert "1 of 2 trials failed, and not because they diverged (OSError: the reason)" in told
+    assert "1 of 2 trials failed for reasons other than divergence (unexpected OSError: the reason" in told
+
+
+LIVES = """
+import os, signal, time
+from pipelines import ray_session
+from pipelines.reaper import children
+
+ray_session.connect(num_cpus=1, lost=lambda server: (print("lost", server, flush=True), os._exit(7)))
+import ray  # it reads its settings when it is imported
+
+@ray.remote
+def here() -> int:
+    return os.getpid()
+
+ray.get(here.remote())
+print("up", flush=True)
+END
+time.sleep(300)
+"""
+
+
+def descendants(pid: int) -> set[Process]:
+    processes = dict(_processes())
+    found = {process for process in processes if process[0] == pid}
+    while more := {each for each, parent in processes.items() if parent in {p for p, _ in found}} - found:
+        found |= more
+    return found - {process for process in found if process[0] == pid}
+
+
+def begin(end: str, tmp_path) -> subprocess.Popen:
+    script = LIVES.replace("END", end)
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "up\n"
+    return driver
+
+
+def alive_after(processes: set[Process], seconds: float) -> set[Process]:
+    deadline = time.monotonic() + seconds
+    while processes & dict(_processes()).keys() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return processes & dict(_processes()).keys()
+
+
+def test_a_killed_driver_leaves_no_process_of_its_ray(tmp_path):
+    driver = begin("", tmp_path)
+    started = descendants(driver.pid)
+    assert len(started) > 10
+    driver.kill()
+    driver.wait()
+    assert alive_after(started, 8) == set()
+
+
+@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
+def test_the_end_of_a_server_of_an_embedded_ray_is_noticed_at_once(server, tmp_path):
+    kill = f"[os.kill(process[0], signal.SIGKILL) for process, name in children().items() if name == {server!r}]"
+    driver = begin(kill, tmp_path)
+    began, started = time.monotonic(), descendants(driver.pid)
+    told, _ = driver.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert told.splitlines()[-1] == f"lost {SERVERS[server]}"
+    assert driver.returncode == 7
+    assert alive_after(started, 8) == set()
+
+
+def test_a_ray_that_does_not_start_is_one_line_with_what_to_do():
+    told = _not_started(Exception("The current node timed out during startup. This could happen because\nmore\nlines"))
+    assert told.startswith("Ray did not start on this machine (The current node timed out during startup.")
+    assert "run the same command to resume" in told
+    assert "\n" not in told
+    full = _not_started(OSError(errno.ENOSPC, "No space left on device"))
+    assert "Ray did not start: the disk of" in full
+    assert "RAY_TMPDIR" in full

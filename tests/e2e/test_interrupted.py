@@ -14,7 +14,7 @@ from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow  # eight drivers are started and interrupted
-GOES_ON = "medmamba: interrupted; the same command goes on where it stopped"
+RESUMES = "medmamba: interrupted; run the same command to resume"
 
 
 def runs(store) -> list:
@@ -52,7 +52,7 @@ def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path)
     process.send_signal(sent)
     _, told = process.communicate(timeout=100)
     assert process.returncode == 1, told
-    assert told.splitlines()[-1] == GOES_ON
+    assert told.splitlines()[-1] == RESUMES
 
 
 def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
@@ -83,8 +83,8 @@ def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_
     shards = store / "datasets/phantoms/default/shards"
     shards.rename(shards.with_name("away"))
     failed = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path, code=1)
-    assert "2 of 2 trials failed, and not because they diverged" in failed.stderr
-    assert "the same command tries them again" in failed.stderr
+    assert "2 of 2 trials failed for reasons other than divergence" in failed.stderr
+    assert "run the same command to try them again" in failed.stderr
     shards.with_name("away").rename(shards)
 
     done = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path)

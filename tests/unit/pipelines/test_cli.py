@@ -346,7 +346,7 @@ def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(c
     assert "1 images could not be decoded" in seen.out
     assert "3 trials, 1 stopped early, 1 failed" in seen.out
     assert "winner: train.optim.lr = 0.00235" in seen.out
-    assert re.search(r"logistic regression, pixels +│ 0\.7000 │ 0\.6000", seen.out)
+    assert re.search(r"logistic, pixels +│ 0\.7000 │ 0\.6000", seen.out)
     assert "Only 120 test images" in seen.out
     assert "models:/medmamba-phantoms@champion" in seen.out
     assert [line.split() for line in seen.err.splitlines()[1:]] == [
@@ -378,7 +378,7 @@ def test_a_run_goes_on_by_its_name_alone_with_its_own_recipe_and_workflow(capsys
         found = resolved(capsys, verb, "--run", "mine", "--store", "store", "--dry-run")
         assert found["recipe"] == begun.model_dump(mode="json")
         assert found["workflow"] == "direct"
-        assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "interrupted")
+        assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "failed")
 
 
 def test_another_value_for_a_begun_run_is_drift_named_field_by_field(capsys):
@@ -549,7 +549,7 @@ def test_what_stops_a_command_is_no_success(stopped, capsys, monkeypatch):
         raise stopped
 
     monkeypatch.setitem(VERBS, "datasets", stop)
-    assert "the same command goes on where it stopped" in told(capsys, "datasets", code=1)
+    assert "interrupted; run the same command to resume" in told(capsys, "datasets", code=1)
 
 
 def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path):
@@ -669,3 +669,26 @@ def test_the_table_of_bench_fits_80_columns_a_line_to_a_row(capsys, monkeypatch)
     monkeypatch.setattr(terminal, "console", lambda: Console(width=200))
     terminal.table("Speed", *_speed_table([replace(figures, case=case) for case in cases]))
     assert capsys.readouterr().out.splitlines()[3] == ruler, "narrower than it wants to be: rows are folded"
+
+
+def test_an_unforeseen_error_is_one_line_and_its_traceback_is_in_the_file_that_it_names(capsys, monkeypatch, tmp_path):
+    def breaks(argv) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(VERBS, "status", breaks)
+    assert main(["status"]) == 1
+    line, named = capsys.readouterr().err.splitlines()
+    assert line == "medmamba: unexpected ZeroDivisionError: ours; if it comes again, report it as a defect"
+    kept = Path(named.removeprefix("details: ")).read_text()
+    assert kept.startswith("Traceback")
+    assert kept.endswith("ZeroDivisionError: ours\n")
+
+
+def test_status_and_a_dry_run_say_failed_with_the_reason_of_a_step_that_refused(capsys):
+    finish("store", "half", recipe("quickstart"), workflow="direct", last="evaluate", failing=["train"])
+    assert main(["status", "half", "--store", "store", "--json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["step"] == "train"]
+    assert (row["state"], row["told"]) == ("failed", "stopped by the test")
+    assert main(["run", "--run", "half", "--store", "store", "--dry-run"]) == 0
+    assert "failed: stopped by the test" in capsys.readouterr().out

@@ -176,10 +176,10 @@ def test_branches_that_do_not_need_a_failed_step_go_on_and_failures_are_told_tog
         bring(steps, store)
     told = str(error.value)
     assert "step bad failed: a is 3, must be 2; set 2" in told
-    assert "step worse failed: broken" in told
+    assert "step worse failed: unexpected RuntimeError: broken" in told
     assert "not run because of that: needs, far" in told
     assert (len(other.calls), len(needs.calls)) == (1, 0)
-    expected = {"bad": "interrupted", "worse": "interrupted", "needs": "to do", "far": "to do", "other": "done"}
+    expected = {"bad": "failed", "worse": "failed", "needs": "to do", "far": "to do", "other": "done"}
     assert states(steps, store) == expected
 
 
@@ -262,3 +262,28 @@ def test_a_step_that_takes_ctrl_c_for_itself_gives_it_back(store):
 
     bring([Step("only", takes_it, Settings())], store)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_failure_is_on_record_with_its_reason_until_the_step_runs_again(store):
+    reason = "a is 3, must be 2; set 2"
+    with pytest.raises(WorkflowError):
+        bring([Step("only", Counted(error=ValueError(reason)), Settings())], store)
+    steps = [Step("only", Counted(error=KeyboardInterrupt()), Settings())]
+    (state,) = plan_steps(steps, store, RUN)
+    assert (state.state, state.reason) == ("failed", reason)
+    with pytest.raises(KeyboardInterrupt):
+        bring(steps, store)
+    (state,) = plan_steps(steps, store, RUN)
+    assert (state.state, state.reason) == ("interrupted", "")
+    bring([Step("only", Counted(), Settings())], store)
+    assert sorted(store.list(f"runs/{RUN}/only/")) == [
+        f"runs/{RUN}/only/{n}" for n in ("config.json", "half", "record.json")
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"other": 1}', b"[]", b"\xff"], ids=repr)
+def test_a_damaged_reason_leaves_the_step_failed(store, content):
+    with pytest.raises(WorkflowError):
+        bring([Step("only", Counted(error=ValueError("x")), Settings())], store)
+    store.put(f"runs/{RUN}/only/failure.json", content)
+    assert states([Step("only", Counted(), Settings())], store) == {"only": "failed"}

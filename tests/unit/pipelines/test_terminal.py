@@ -1,6 +1,7 @@
 """Plain lines where there is no terminal, live bars where there is one, tables that fit."""
 
 import logging
+import re
 
 import pytest
 
@@ -81,8 +82,10 @@ def test_an_epochs_metrics_are_told_each_time_on_one_line(capsys, clock):
     shown.progress("train", EPOCH)
     (first, second) = lines(capsys)
     assert first == second
-    assert "val AUC 0.9000" in first
-    assert "800 images/s" in first
+    assert "val loss 0.400, AUC 0.9000, accuracy 0.800" in first
+    longest = {**EPOCH, "epoch": 100, "train_loss": 12.3456}
+    shown.progress("trial 12/12", longest)
+    assert len(lines(capsys)[0]) <= 80
 
 
 def test_on_a_terminal_bars_are_drawn_and_end(capsys, monkeypatch):
@@ -155,3 +158,55 @@ def test_markup_in_a_name_stays_text(capsys):
     told = capsys.readouterr()
     assert "[red]x[/red] [link=http://a]y[/link]" in told.err
     assert all(name in told.out for name in ("[bold]t[/bold]", "[red]c[/red]", "[blink]v[/blink]"))
+
+
+def drawn(capsys) -> list[str]:
+    """The lines of a live display as one sees them, without the codes that draw them."""
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    return [line for line in re.split(r"[\r\n]+", text) if line]
+
+
+@pytest.fixture
+def terminal_of_80(monkeypatch):
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("name", ["train", "trial 12/12"])
+def test_at_80_columns_a_bar_is_one_line_with_everything_and_a_labelled_time(name, capsys, terminal_of_80):
+    shown = Terminal()
+    values = {"epoch": 100, "epochs": 100, "step": 5, "steps": 10, "images_per_s": 12345.6, "loss": 12.345}
+    shown.progress(name, {**values, "left_s": 36000.0})
+    shown.close()
+    seen = drawn(capsys)
+    assert max(map(len, seen)) <= 80
+    assert all(line.startswith(name) for line in seen)
+    assert all("epoch 100/100  12346 images/s  loss 12.345 10:00:00 left" in line for line in seen)
+
+
+def test_what_shows_no_progress_has_its_seconds_on_a_terminal_and_says_how_long_it_took(capsys, terminal_of_80, clock):
+    shown = Terminal()
+    shown.begin("starting Ray on this machine")
+    clock[0] += 9
+    shown.ready()
+    shown.ready()
+    seen = drawn(capsys)
+    assert any("starting Ray on this machine 0:0" in line for line in seen)
+    assert seen[-1] == "starting Ray on this machine: took 0:09"
+
+
+def test_in_a_log_a_start_is_said_at_once_and_again_with_the_first_progress(capsys, clock):
+    shown = Terminal()
+    shown.begin("starting 2 training workers")
+    assert lines(capsys) == ["starting 2 training workers"]
+    clock[0] += 31
+    shown.progress("train", STEP)
+    assert lines(capsys)[0] == "starting 2 training workers: took 0:31"
+
+
+def test_a_start_that_is_followed_by_a_failure_never_took_anything(capsys, clock):
+    shown = Terminal()
+    shown.begin("starting 1 training worker")
+    shown.step("train", "failed")
+    shown.progress("evaluate", {"done": 1, "total": 2, "unit": "images"})
+    assert "took" not in capsys.readouterr().err

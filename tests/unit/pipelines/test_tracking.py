@@ -2,6 +2,7 @@
 
 import pickle
 import socket
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -9,7 +10,7 @@ from multiprocessing import get_context
 import pytest
 
 from data_shards.store import open_store
-from pipelines.tracking import RUN_FILE, Tracking, TrackingError, dotted, open_tracking, public_address
+from pipelines.tracking import REASON, RUN_FILE, Tracking, TrackingError, dotted, open_tracking, public_address
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +202,40 @@ def test_trials_that_a_killed_driver_forgot_are_removed(tracking, out):
 
 def test_a_password_in_the_address_is_not_shown():
     assert "secret" not in repr(Tracking("http://me:secret@host", "1"))
+
+
+def test_a_run_that_failed_says_why_until_it_is_tried_again(tracking, out):
+    with pytest.raises(ValueError), tracking.running(out, run="a", step="train") as run_id:
+        raise ValueError("a is 3, must be 2; set 2")
+    assert tracking.client.get_run(run_id).data.tags[REASON] == "a is 3, must be 2; set 2"
+    with tracking.running(out, run="a", step="train") as again:
+        assert REASON not in tracking.client.get_run(run_id).data.tags
+    assert (again, status(tracking, run_id)) == (run_id, "FINISHED")
+
+
+def test_what_a_killed_driver_left_running_is_closed_with_its_trials_and_no_other_run(tracking, store):
+    run, other = store.at("runs", "killed"), store.at("runs", "killed-2")
+    left = tracking.step_run(run.at("tune"), run="killed", step="tune")
+    trial = tracking.trial_run(left, "2ad399ca", name="trial 3/4")
+    finished = tracking.step_run(run.at("shard"), run="killed", step="shard")
+    tracking.finish(finished)
+    lives = tracking.step_run(other.at("tune"), run="killed-2", step="tune")
+    assert tracking.close_killed(run) == 2
+    states = [status(tracking, each) for each in (left, trial, finished, lives)]
+    assert states == ["KILLED", "KILLED", "FINISHED", "RUNNING"]
+    found = tracking.client.get_run(trial)
+    assert (found.info.run_name, found.data.tags["medmamba.trial"]) == ("trial 3/4", "2ad399ca")
+    assert tracking.trial_run(left, "2ad399ca", name="trial 3/4") == trial
+    tracking.finish(lives)
+
+
+def test_a_full_disk_is_named_where_mlflow_keeps_its_file_on_it(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        with pytest.raises(TrackingError, match=rf"the disk of {tmp_path}.*full") as error:
+            open_tracking(open_store(str(tmp_path)))
+        assert "sqlite3" not in str(error.value)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

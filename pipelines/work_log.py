@@ -1,0 +1,151 @@
+"""What libraries print while a command works goes into a file; the terminal is for the command's own lines."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+KEPT = 20  # files of earlier commands that stay
+OURS = ("data_shards", "medmamba", "pipelines")
+
+
+class WorkLog:
+    """The file of one command. `terminal` is the real standard error; `path` is None where no file can be written."""
+
+    def __init__(self, terminal: IO[str], path: Path | None, file: IO[str]) -> None:
+        self.terminal, self.path, self._file = terminal, path, file
+
+    def write(self, text: str) -> None:
+        """Adds a paragraph: a traceback, for example."""
+        self._file.write(text.rstrip("\n") + "\n")
+        self._file.flush()
+
+    def named(self) -> str:
+        """How a message ends that the file has more to: its path, and the host where that may be another one."""
+        host = f" on {socket.gethostname()}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
+        return f"\ndetails: {self.path}{host}" if self.path and self.path.stat().st_size else ""
+
+
+def log_folder() -> Path:
+    """Where the files are: in the user's cache, readable by this user alone (a message may name a file of theirs)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "logs"
+
+
+@contextlib.contextmanager
+def work_log(*, through: bool = False) -> Iterator[WorkLog]:
+    """Sends all output of this process to a new file for the length of the block, also that of native code.
+
+    With `through` the output stays where it is, and the file gets only what is written to it by name.
+    An empty file is removed at the end.
+    """
+    path, file = _open()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_close, path, file)
+        if through:
+            yield WorkLog(sys.stderr, path, file)
+            return
+        terminal = _kept_stderr(stack)
+        for number in (1, 2):
+            _redirect(number, file, stack)
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        yield WorkLog(terminal, path, file)
+
+
+@contextlib.contextmanager
+def own_messages(say: Callable[[str], None]) -> Iterator[None]:
+    """Hands what our packages log (notices to the user) to `say` for the length of the block."""
+    handler = _Handler(say)
+    loggers = [logging.getLogger(name) for name in OURS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+class _Forgiving(io.FileIO):
+    """A file of which a full disk takes nothing, without an error: no work fails because its log cannot be kept."""
+
+    def write(self, data) -> int:  # type: ignore[override, no-untyped-def]
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _open() -> tuple[Path | None, IO[str]]:
+    for folder in (log_folder(), Path(tempfile.gettempdir()) / f"medmamba-logs-{os.getuid()}"):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_uid != os.getuid():
+                continue
+            _prune(folder)
+            path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+            number = os.open(path, os.O_CREAT | os.O_NOFOLLOW | os.O_WRONLY | os.O_APPEND, 0o600)
+            return path, _text(number)
+    return None, _text(os.open(os.devnull, os.O_WRONLY))
+
+
+def _text(number: int) -> IO[str]:
+    raw = _Forgiving(number, "w")
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="replace", line_buffering=True)
+
+
+def _prune(folder: Path) -> None:
+    for old in sorted(folder.glob("*.log"))[: -KEPT + 1]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+
+
+def _kept_stderr(stack: contextlib.ExitStack) -> IO[str]:
+    """A stream that reaches what standard error is now, whatever becomes of descriptor 2."""
+    try:
+        number = sys.stderr.fileno()
+    except (OSError, ValueError):  # not a file (a test's, a notebook's): no descriptor is involved
+        return sys.stderr
+    copy = os.fdopen(os.dup(number), "w", encoding=sys.stderr.encoding, errors="replace", buffering=1)
+    return stack.enter_context(copy)
+
+
+def _redirect(number: int, file: IO[str], stack: contextlib.ExitStack) -> None:
+    try:
+        before = os.dup(number)
+    except OSError:  # closed, as a daemon's are
+        return
+
+    def restore() -> None:
+        os.dup2(before, number)
+        os.close(before)
+
+    stack.callback(restore)
+    os.dup2(file.fileno(), number)
+
+
+def _close(path: Path | None, file: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+        if path is not None and path.stat().st_size == 0:
+            path.unlink()

@@ -1,0 +1,67 @@
+"""A full disk in one line: the place, what is free, what was needed."""
+
+import contextlib
+import errno
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_shards.disk import full_disk, is_full, says_full, size_text
+from data_shards.store import StoreError, open_store
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real disk of 2 MiB."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("this user may not mount a disk")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_store_without_room_names_itself_what_is_free_and_what_the_object_takes(small_disk):
+    store = open_store(str(small_disk / "deep/store"))
+    with pytest.raises(StoreError) as error:
+        store.put("shards/a.tar", b"x" * 5_000_000)
+    told = str(error.value)
+    assert f"the disk of {small_disk}/deep/store had no room for shards/a.tar" in told
+    assert "MiB free now" in told
+    assert "4.8 MiB needed for this object" in told
+    assert "use another store" in told
+    assert list(store.list()) == []
+
+
+def test_a_file_that_is_put_has_its_size_named_too(small_disk, tmp_path_factory):
+    source = tmp_path_factory.mktemp("source") / "file"
+    source.write_bytes(b"x" * 3_000_000)
+    with pytest.raises(StoreError, match=r"2\.9 MiB needed"):
+        open_store(str(small_disk)).put("a", source)
+
+
+def test_a_disk_is_full_when_a_mebibyte_does_not_fit(small_disk):
+    assert not is_full(small_disk / "not/there/yet")
+    with contextlib.suppress(OSError):
+        (small_disk / "a").write_bytes(b"x" * 1_500_000)
+    assert is_full(small_disk)
+    assert "is full: no room for it" in full_disk(small_disk, "it")
+
+
+@pytest.mark.parametrize("path", ["/", "relative", "/no/such/place"])
+def test_every_place_has_a_disk(path):
+    assert f"the disk of {path}" in full_disk(Path(path), "it")
+
+
+def test_only_what_speaks_of_a_full_disk_does():
+    assert says_full(OSError(errno.EDQUOT, "x"))
+    assert not says_full(OSError(errno.EACCES, "Permission denied"))
+    assert not says_full(ValueError("a is 28; take 3"))
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (12 << 20, "12 MiB"), (3 << 40, "3.0 TiB")]
+)
+def test_sizes_are_read_with_their_unit(size, text):
+    assert size_text(size) == text

@@ -1,0 +1,138 @@
+"""Errors that are nobody's mistake: one line with cause and remedy, whatever wraps them."""
+
+import errno
+import json
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from pipelines import faults
+from pipelines.faults import RESUME, causes, fault_line, kept_reason, users_mistake
+
+KILLED = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\nThe actor is dead because "
+    "its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a "
+    "connection error code 2. End of file."
+)
+NODE = "The actor is dead because its owner has died. Owner worker exit type: SYSTEM_ERROR: Owner's node has crashed."
+
+
+class WrappedError(RuntimeError):
+    """As Ray's: of no use itself, with what it wraps in an attribute."""
+
+    def __init__(self, text: str, **inside) -> None:
+        super().__init__(text)
+        self.__dict__ |= inside
+
+
+class WrappedValueError(ValueError):
+    """RayTaskError(ValueError): of the class of its cause, and with the traceback as its text."""
+
+    def __init__(self, cause: ValueError) -> None:
+        super().__init__("ray::task()\n  File x.py\nValueError: ...")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "step", "parts"),
+    [
+        (WrappedError("lost", worker_failures={0: RuntimeError(KILLED)}), "train",
+         ["a training worker was killed", RESUME]),
+        (RuntimeError(KILLED), "tune", ["a trial was killed or crashed", RESUME]),
+        (RuntimeError(NODE), "train", ["a machine of this Ray", "was lost", RESUME]),
+        (WrappedError("x", cause=RuntimeError("CUDA out of memory. Tried")), "train",
+         ["GPU ran out", "--train.micro-batch"]),
+        (RuntimeError("CUDA out of memory. Tried"), "evaluate", ["GPU ran out of memory", "--evaluate.micro-batch"]),
+        (RuntimeError("Task was killed due to the node running low on memory."), "train",
+         ["ran out of memory", RESUME]),
+        (MemoryError(), "shard", ["ran out of memory"]),
+        (Exception("The current node timed out during startup. This"), "", ["a process of Ray did not start"]),
+        (RuntimeError("The worker group startup timed out after 60"), "train", ["found no free CPU or GPU", RESUME]),
+        (ZeroDivisionError("ours"), "train", ["unexpected ZeroDivisionError: ours", "defect"]),
+        (WrappedError("a\nb", cause=KeyError("ours")), "train", ["unexpected KeyError: 'ours'"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+def test_a_fault_is_one_line_with_its_cause_and_what_to_do(error, step, parts):
+    line = fault_line(error, step=step)
+    assert "\n" not in line
+    assert [part for part in parts if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_a_full_disk_is_named_whoever_noticed_it(error, tmp_path):
+    outer = WrappedError("wrapped", worker_failures={1: error})
+    line = fault_line(outer, places=[tmp_path])
+    assert str(tmp_path) in line
+    assert tempfile.gettempdir() in line
+    assert " free" in line
+    assert RESUME in line
+    assert "\n" not in line
+
+
+def test_a_kill_by_the_kernels_out_of_memory_killer_is_said(monkeypatch):
+    monkeypatch.setattr(faults, "_OOM_KILLS_BEFORE", -1)
+    assert "the kernel ran out of memory and killed a training worker" in fault_line(RuntimeError(KILLED), step="train")
+    assert "the kernel ran out of memory and killed Ray" in faults.lost_ray("its raylet")
+
+
+def test_a_users_mistake_is_found_through_rays_wrapping_and_said_as_it_is():
+    mistake = ValueError("a is 3, must be 2; set 2")
+    wrapped = WrappedError("x", worker_failures={0: WrappedValueError(mistake)})
+    assert users_mistake(wrapped) is mistake
+    assert fault_line(wrapped) == str(mistake)
+
+
+def test_a_value_error_behind_an_unexpected_error_is_not_a_users_mistake():
+    error = KeyError("ours")
+    error.__context__ = error.__cause__ = ValueError("handled")
+    assert users_mistake(error) is None
+    assert "KeyError" in fault_line(error)
+
+
+@pytest.mark.parametrize("text", ["{", "[1,"])
+def test_text_that_a_parser_refuses_is_not_a_users_mistake(text):
+    with pytest.raises(ValueError) as raised:
+        json.loads(text)
+    assert users_mistake(raised.value) is None
+
+
+def test_causes_end_where_errors_name_each_other():
+    first, second = WrappedError("a"), WrappedError("b")
+    first.cause, second.cause = second, first
+    assert list(causes(first)) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("3 of 9 images (33%) cannot be decoded, but max_quarantine allows 1%: John Smith.png (cut), IM0001 (empty); "
+         "or raise --data.max-quarantine", ["3 of 9 images", "--data.max-quarantine"]),
+        ("no file 'ward 7/anna_k.dcm' in the table", ["in the table"]),
+        ("class 'melanoma' is missing from val; raise data.val_fraction", ["'melanoma'", "data.val_fraction"]),
+    ],
+    ids=["quarantine", "missing", "class"],
+)  # fmt: skip
+def test_what_others_may_read_of_a_conversion_names_no_image_and_keeps_the_rest(text, kept):
+    reason = kept_reason(ValueError(text), step="shard")
+    assert not [name for name in ("Smith", "John", "IM0001", "anna", "ward 7") if name in reason]
+    assert [part for part in kept if part not in reason] == []
+    assert kept_reason(ValueError(text), step="train") == text
+
+
+def test_no_ray_is_imported_to_explain_a_fault():
+    code = "import sys, pipelines.faults; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

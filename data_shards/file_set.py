@@ -35,7 +35,7 @@ class FileSet:
         notes: tuple[str, ...] = (),
     ):
         self._files, self._root, self._rows, self._config = files, root, rows, config
-        self.classes, self.task, self.notes = classes, str(config.task), notes
+        self.classes, self.task, self.notes = classes, str(config.task), (*notes, *files.notes)
 
     @functools.cached_property
     def rows(self) -> list[Row]:

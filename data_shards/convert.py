@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -257,7 +258,7 @@ class _Part:
     """What the driver keeps of a written shard: its samples as columns, for there may be a million."""
 
     def __init__(self, part: ShardPart):
-        self.table, self.quarantine = index_table(part), part.quarantine
+        self.table, self.quarantine, self.flaws = index_table(part), part.quarantine, part.flaws
         self.entry = ShardEntry(name=part.name, bytes=part.bytes, sha256=part.sha256, count=len(part.samples))
         self.rgb = any(sample.channels == 3 for sample in part.samples)
         self.histogram_CV = np.array(part.histogram) if part.split == "train" else np.zeros((3, 256), np.int64)
@@ -283,6 +284,15 @@ def _commit(
     _check_quarantine(config, len(quarantine), len(table), lambda: _named(plans, reasons))
     if quarantine:  # told here only: no file name goes into the store
         _log.warning("%d images set aside: %s", len(quarantine), "; ".join(_named(plans, reasons)))
+    flaws: Counter[str] = Counter()
+    for part in parts:
+        flaws.update(part.flaws)
+    if flaws:
+        _log.warning(
+            "%d images are damaged but lost no pixel and are kept: %s",
+            flaws.total(),
+            "; ".join(f"{flaw} ({num})" for flaw, num in flaws.most_common()),
+        )
     index = index_bytes(table)
     channels: Literal[1, 3] = 3 if any(part.rgb for part in parts) else 1
     mean, std = channel_statistics(np.sum([part.histogram_CV for part in parts], axis=0)[:channels])

@@ -12,7 +12,14 @@ from typing import Any
 RULES_KEY = "rules"
 # Rules -> what they changed for image sets that the rules before would have converted too. Datasets of the first
 # rules have no number.
-CHANGES: dict[int, tuple[str, ...]] = {2: ()}
+CHANGES: dict[int, tuple[str, ...]] = {
+    2: (
+        "links in archives are followed, and links that lead to a folder that they are in are not",
+        "litter of other systems is left out in any case",
+        "DICOM objects that are not images (doses, segmentations, maps) are quarantined",
+        "damaged images that lost pixels are quarantined, and JPEGs that only lack their end marker are kept",
+    )
+}
 RULES = max(CHANGES)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_shards.foreign import kind_of
 from data_shards.lost_pixels import examine
 from data_shards.undecodable import UndecodableImage as UndecodableImage
 
@@ -131,7 +132,8 @@ def _opened(data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UndecodableImage(_unknown(data)) from error
     except _DAMAGE as error:
-        raise UndecodableImage(_short(error)) from error
+        # A text may begin as a BMP does; those of PNM are images.
+        raise UndecodableImage(("" if data[:1] == b"P" else kind_of(data)) or _short(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise UndecodableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     if max(image.size) > MAX_SIDE:
@@ -145,10 +147,19 @@ def _opened(data: bytes) -> Image.Image:
 def _unknown(data: bytes) -> str:
     if data[128:132] == b"DICM":
         return "a DICOM file, which is read in image sets only"
+    if kind := kind_of(data):
+        return kind
     for signature, name in _SIGNATURES.items():
         if data.startswith(signature):
             return f"a damaged {name}, or of a kind that is not supported"
-    return "not an image of a known format"
+    return _headless_dicom(data) or "not an image of a known format"
+
+
+def _headless_dicom(data: bytes) -> str:
+    from data_shards.dicom.header import first_element  # that package imports this module
+
+    headless = first_element(io.BytesIO(data)) is not None
+    return "a DICOM file without its preamble, which is read in image sets only" if headless else ""
 
 
 def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:

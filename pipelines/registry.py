@@ -16,7 +16,7 @@ from pipelines.tracking import Tracking, TrackingError
 
 ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
 # What predicting needs, and no more: the serving environment has neither Ray nor DeepSpeed.
-NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors")
+NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,9 @@ class DicomConfig(BaseModel):
     """Which of a file's own windows or VOI LUTs is used, from 0; a file without so many is set aside."""
     identifying: Literal["set-aside", "keep"] = "set-aside"
     """What becomes of files that say that their pixels may identify the patient (burned-in annotation, a face)."""
+    objects: Literal["quarantine", "keep"] = "quarantine"
+    """What becomes of objects that have pixels but are not images by their SOP class: doses, segmentations, maps and
+    so on. Kept, each frame is shown as an image would be: one of more than 8 bits over its own range."""
 
     @field_validator("window")
     @classmethod

@@ -58,4 +58,4 @@ def _image(dataset: Dataset, split: str, position: int) -> np.ndarray:
     index = dataset.index(split)
     entry = dataset.manifest.shards[int(index.shard[position])]
     where = {"start": int(index.offset[position]), "length": int(index.size[position])}
-    return decode(dataset.store.get(tar_key(entry.name), **where))
+    return decode(dataset.store.get(tar_key(entry.name), **where), examined=True)

@@ -292,7 +292,7 @@ class _Part:
     """What the driver keeps of a written shard: its samples as columns, for there may be a million."""
 
     def __init__(self, part: ShardPart):
-        self.table, self.quarantine = index_table(part), part.quarantine
+        self.table, self.quarantine, self.flaws = index_table(part), part.quarantine, part.flaws
         self.entry = ShardEntry(name=part.name, bytes=part.bytes, sha256=part.sha256, count=len(part.samples))
         self.rgb = any(sample.channels == 3 for sample in part.samples)
         self.histogram_CV = np.array(part.histogram) if part.split == "train" else np.zeros((3, 256), np.int64)
@@ -320,6 +320,15 @@ def _commit(
     if quarantine:  # reported here only: no file name goes into the store
         _log.warning("%d images quarantined: %s; %s", len(quarantine), "; ".join(_named(plans, reasons)), listing)
     _check_lost_classes(plans, reasons, image_set.classes, listing)
+    flaws: Counter[str] = Counter()
+    for part in parts:
+        flaws.update(part.flaws)
+    if flaws:
+        _log.warning(
+            "%d images are damaged but lost no pixel and are kept: %s",
+            flaws.total(),
+            "; ".join(f"{flaw} ({num})" for flaw, num in flaws.most_common()),
+        )
     index = index_bytes(table)
     channels: Literal[1, 3] = 3 if any(part.rgb for part in parts) else 1
     mean, std = channel_statistics(np.sum([part.histogram_CV for part in parts], axis=0)[:channels])

@@ -10,9 +10,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from data_shards.foreign import kind_of
+from data_shards.lost_pixels import examine
+from data_shards.undecodable import UndecodableImage as UndecodableImage
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.
@@ -41,27 +46,42 @@ _DAMAGE = (
 )
 
 
-class UndecodableImage(ValueError):  # noqa: N818 - it says what the image is, not what we did
-    """This image gives no pixels; `reason` is short, for the quarantine."""
+class Stored(NamedTuple):
+    """What a shard keeps of an image."""
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    data: bytes
+    ending: str
+    """png or jpg."""
+    pixels: np.ndarray
+    flaw: str
+    """What is wrong with the source although no pixel is lost; "" if nothing is."""
 
 
-def decode(data: bytes | np.ndarray, *, max_side: int | None = None) -> np.ndarray:
-    """Pixels, uint8 (H, W, 1) or (H, W, 3); shrunk so that no side exceeds `max_side`. Raises UndecodableImage."""
+def decode(data: bytes | np.ndarray, *, max_side: int | None = None, examined: bool = False) -> np.ndarray:
+    """Pixels, uint8 (H, W, 1) or (H, W, 3); shrunk so that no side exceeds `max_side`. Raises UndecodableImage.
+
+    A damaged file that lost pixels is refused, even if its decoder fills them up. An image of a shard was `examined`
+    when it was written: one that an earlier version kept is shown.
+    """
+    return _decoded(data, max_side, examined)[0]
+
+
+def _decoded(data: bytes | np.ndarray, max_side: int | None, examined: bool) -> tuple[np.ndarray, str]:
+    """The pixels, and what is wrong with the file although none is lost."""
     if isinstance(data, np.ndarray):
         plain = _plain(data)
         if max_side is None or max(plain.shape[:2]) <= max_side:
-            return plain[:, :, None] if plain.ndim == 2 else plain
-        return _pixels(_shrunk(Image.fromarray(plain), max_side))
-    image = _opened(data)
+            return plain[:, :, None] if plain.ndim == 2 else plain, ""
+        return _pixels(_shrunk(Image.fromarray(plain), max_side)), ""
+    image, flaw = _opened(data), ""
     try:
+        if not examined:
+            complete, flaw = examine(data, image)
+            image = image if complete is data else _opened(complete)
         pixels = _pixels(_shrunk(_grey_or_rgb(ImageOps.exif_transpose(image), image), max_side))
         # A PNG of 16-bit grey and alpha (byte 25 is 4) is opened as RGBA.
         is_grey = image.format == "PNG" and data[25] == 4
-        return np.ascontiguousarray(pixels[:, :, :1]) if is_grey else pixels
+        return np.ascontiguousarray(pixels[:, :, :1]) if is_grey else pixels, flaw
     except UndecodableImage:
         raise
     except _DAMAGE as error:
@@ -71,18 +91,27 @@ def decode(data: bytes | np.ndarray, *, max_side: int | None = None) -> np.ndarr
 def stored_bytes(data: bytes | np.ndarray, *, max_side: int | None = None) -> tuple[bytes, str, np.ndarray]:
     """What a shard keeps of an image: coded bytes without metadata, their ending ("png" or "jpg"), and its pixels.
 
+    As `stored`, which also says what is wrong with the source.
+    """
+    return stored(data, max_side=max_side)[:3]
+
+
+def stored(data: bytes | np.ndarray, *, max_side: int | None = None) -> Stored:
+    """What a shard keeps of an image.
+
     8-bit grey and RGB keep their coded pixels as JPEG or PNG, with everything but the pixels cut out. All else, also
     a turned or shrunk image, becomes a PNG. Bytes that were cut are decoded again before they are returned, and equal
     the source's pixels. The same data gives the same bytes. Raises UndecodableImage.
     """
-    pixels = decode(data, max_side=max_side)
-    if isinstance(data, bytes):
+    pixels, flaw = _decoded(data, max_side, False)
+    # Of a PNG with a flaw the checksums are wrong: other decoders would refuse it.
+    if isinstance(data, bytes) and not (flaw and data.startswith(b"\x89PNG")):
         kept = _without_metadata(data, pixels.shape)
-        if kept is not None and np.array_equal(decode(kept[0]), pixels):
-            return *kept, pixels
+        if kept is not None and np.array_equal(decode(kept[0], examined=True), pixels):
+            return Stored(*kept, pixels, flaw)
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    return buffer.getvalue(), "png", pixels
+    return Stored(buffer.getvalue(), "png", pixels, flaw)
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -103,7 +132,8 @@ def _opened(data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UndecodableImage(_unknown(data)) from error
     except _DAMAGE as error:
-        raise UndecodableImage(_short(error)) from error
+        # A text may begin as a BMP does; those of PNM are images.
+        raise UndecodableImage(("" if data[:1] == b"P" else kind_of(data)) or _short(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise UndecodableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     if max(image.size) > MAX_SIDE:
@@ -117,10 +147,19 @@ def _opened(data: bytes) -> Image.Image:
 def _unknown(data: bytes) -> str:
     if data[128:132] == b"DICM":
         return "a DICOM file, which is read in image sets only"
+    if kind := kind_of(data):
+        return kind
     for signature, name in _SIGNATURES.items():
         if data.startswith(signature):
             return f"a damaged {name}, or of a kind that is not supported"
-    return "not an image of a known format"
+    return _headless_dicom(data) or "not an image of a known format"
+
+
+def _headless_dicom(data: bytes) -> str:
+    from data_shards.dicom.header import first_element  # that package imports this module
+
+    headless = first_element(io.BytesIO(data)) is not None
+    return "a DICOM file without its preamble, which is read in image sets only" if headless else ""
 
 
 def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:

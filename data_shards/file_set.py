@@ -36,7 +36,7 @@ class FileSet:
         splits_from: str = "",
     ):
         self._files, self._root, self._rows, self._config = files, root, rows, config
-        self.classes, self.task, self.notes = classes, str(config.task), notes
+        self.classes, self.task, self.notes = classes, str(config.task), (*notes, *files.notes)
         self.splits_from = splits_from
 
     @functools.cached_property

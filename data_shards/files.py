@@ -1,7 +1,7 @@
-"""The files of an image set, wherever they lie: a folder, a tar, a zip, or below an s3:// prefix.
+"""The files of an image set, wherever they are: a folder, a tar, a zip, or below an s3:// prefix.
 
-Zips among them count as if they had been unpacked where they lie. What must be at hand (an archive or .npz from S3, a
-zip inside a zip, unpacked arrays) is kept once per machine in a cache folder.
+Zips among them count as if they had been unpacked where they are, and links as what they lead to. What must be at hand
+(an archive or .npz from S3, a zip inside a zip, unpacked arrays) is kept once per machine in a cache folder.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ import io
 import os
 import posixpath
 import secrets
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from data_shards.litter import left_out, note_of
 from data_shards.ranged_file import RangedFile
 from data_shards.s3_store import S3Store
 from data_shards.store import StoreError, open_store
 
-_PART_BYTES = 64 << 20
-_JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # Published sets have one zip in another; archives that hold themselves have no end.
 _DEEPEST_ZIP = 3
 
 
 class Files(Protocol):
-    """Named files; names are relative, '/'-separated and sorted, without hidden ones. `folders` may be empty ones."""
+    """Named files; names are relative, '/'-separated and sorted, without hidden ones. `folders` may be empty ones.
+
+    A link to a file is a file, one to a folder has all that is below it, and one to nothing is an OSError when read.
+    """
 
     names: list[str]
     folders: list[str]
+    notes: tuple[str, ...]
+    """What is not among the names and why, a sentence each, for the owner of the files."""
 
     def read(self, name: str) -> bytes:
         """The whole file."""
@@ -66,6 +69,8 @@ def _open(uri: str) -> Files:
             f"{uri} is compressed, so single images cannot be read out of it: unpack it, to a folder or a .tar"
         )
     if uri.lower().endswith(".tar"):
+        from data_shards.files_tar import TarFiles
+
         return TarFiles(local_copy(uri))
     if uri.lower().endswith(".zip"):
         from data_shards.files_zip import ZipFiles
@@ -78,6 +83,8 @@ def _open(uri: str) -> Files:
     folder = _local(uri)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file of no known kind: a source is a folder, .zip, .tar, .csv, .xlsx or .npz")
+    from data_shards.files_folder import FolderFiles
+
     return FolderFiles(folder)
 
 
@@ -124,6 +131,8 @@ class NestedFiles:
                     )
                 self._homes[path] = (files, name)
         self.names, self.folders = sorted(self._homes), with_parents(folders, self._homes)
+        inner = (f"in {zip_name}: {note}" for zip_name, files in zips.items() for note in files.notes)
+        self.notes = (*outer.notes, *inner)
 
     def read(self, name: str) -> bytes:
         """The whole file."""
@@ -146,101 +155,19 @@ class NestedFiles:
         return files.stamp(inside)
 
 
-class FolderFiles:
-    """The files below a local folder."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        names, inside = [], []
-        for where, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = [name for name in folders if not hidden(name)]
-            below = Path(where).relative_to(folder)
-            names += [(below / name).as_posix() for name in files if not hidden(name)]
-            inside += [(below / name).as_posix() for name in folders]
-        self.names, self.folders = sorted(names), sorted(inside)
-
-    def read(self, name: str) -> bytes:
-        """The whole file."""
-        return (self._folder / name).read_bytes()
-
-    def local(self, name: str) -> Path:
-        """See Files."""
-        return self._folder / name
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
-        """The file, of which only what is asked for is read."""
-        return (self._folder / name).open("rb", buffering=buffer_bytes)
-
-    def stamp(self, name: str) -> str:
-        """See Files; of a link, that of what it leads to."""
-        return file_stamp(self._folder / name)
-
-
-class TarFiles:
-    """The members of an uncompressed tar, read at their offsets."""
-
-    def __init__(self, path: Path):
-        self._path, self._size, self._stamp = path, path.stat().st_size, file_stamp(path)
-        self._places: dict[str, tuple[int, int]] = {}
-        folders = []
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    name = str(PurePosixPath(member.name))
-                    if name == "." or any(hidden(part) for part in PurePosixPath(name).parts):
-                        continue
-                    if member.isreg():
-                        self._places[name] = (member.offset_data, member.size)
-                    elif member.isdir():
-                        folders.append(name)
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is no whole uncompressed tar ({error}): get it again, or unpack it") from error
-        ends = [offset + size for offset, size in self._places.values()]
-        if max(ends, default=0) > self._size:
-            raise ValueError(f"{path} ends in the middle of a file: get it again")
-        self.names, self.folders = sorted(self._places), with_parents(folders, self._places)
-
-    def read(self, name: str) -> bytes:
-        """The whole file."""
-        return self._part(name, 0, self._places[name][1])
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
-        """The file, of which only what is asked for is read."""
-        parts = RangedFile(functools.partial(self._part, name), lambda: self._places[name][1])
-        return io.BufferedReader(parts, buffer_bytes)
-
-    def _part(self, name: str, start: int, length: int) -> bytes:
-        offset, size = self._places[name]
-        with self._path.open("rb") as file:
-            file.seek(offset + start)
-            return file.read(max(0, min(length, size - start)))
-
-    def stamp(self, name: str) -> str:
-        """See Files: that of the archive, so that all its members change when it is written again."""
-        return f"{self._stamp}|{self._places[name]}" if self._stamp else ""
-
-    def local(self, name: str) -> Path:
-        """See Files."""
-        offset, size = self._places[name]
-        stat = self._path.stat()
-        identity = f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{offset}"
-
-        def copy(target: Path) -> None:
-            with self._path.open("rb") as file, target.open("wb") as out:
-                file.seek(offset)
-                for start in range(0, size, _PART_BYTES):
-                    out.write(file.read(min(_PART_BYTES, size - start)))
-
-        return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", copy)
-
-
 class StoreFiles:
     """The objects below an s3:// prefix, each fetched when it is read."""
 
     def __init__(self, store: S3Store):
         self._store = store
-        tags = {key: tag for key, tag in store.raw_tags() if not any(hidden(part) for part in PurePosixPath(key).parts)}
+        tags, litter = {}, set()
+        for key, tag in store.raw_tags():
+            if outside := left_out(key, folder=key.endswith("/")):
+                litter.add(outside)
+            else:
+                tags[key] = tag
         keys = list(tags)
+        self.notes = note_of(litter)
         self.names = [key for key in keys if key and not key.endswith("/")]
         self._tags = {name: tags[name] for name in self.names}
         if not self.names:
@@ -279,11 +206,6 @@ def with_parents(folders: Iterable[str], names: Iterable[str]) -> list[str]:
     """The folders, and all folders that the files lie in."""
     parents = {str(parent) for name in (*folders, *names) for parent in PurePosixPath(name).parents}
     return sorted({*folders, *parents} - {"."})
-
-
-def hidden(name: str) -> bool:
-    """Whether a file or folder is no part of the set: dot files, notebooks' checkpoints, other systems' litter."""
-    return name.startswith(".") or name in _JUNK
 
 
 def file_stamp(path: Path) -> str:

@@ -6,12 +6,14 @@ before a byte is believed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
 import os
 import re
 import shutil
+import stat
 import struct
 import unicodedata
 import zipfile
@@ -21,13 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from data_shards.files import cached, hidden, with_parents
+from data_shards.files import cached, with_parents
+from data_shards.files_links import ENDLESS_NOTE, follow
+from data_shards.litter import left_out, named_note, note_of, without_litter
 
 _CHUNK_BYTES = 1 << 20
 # Coded images shrink by a few percent, tables tenfold. Deflate reaches 1:1032, and bombs come close to it.
 _MOST_SHRUNK = 200
 _NEVER_A_BOMB_BYTES = 64 << 20
 _HEADER_BYTES = 30
+_UNIX = 3  # the system that packed a member and whose file modes it has
+_SPECIAL = {stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
+_LONGEST_LINK = 4096
 _NAME_IS_UTF8, _ENCRYPTED = 0x800, 0x1
 # What the standard library raises on a table of contents that is not one.
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, EOFError, IndexError)
@@ -53,22 +60,62 @@ class ZipFiles:
     def __init__(self, path: Path, *, called: str = ""):
         self._path, self._called = path, called or str(path)
         self._file = path.open("rb", buffering=0)
+        # With those that are left out: a link may lead to them.
         self._members: dict[str, _Member] = {}
-        folders = []
+        self._broken: dict[str, str] = {}
+        folders: list[str] = []
+        links: list[str] = []
+        special: list[str] = []
         for info in self._contents():
             name = _plain_name(info, self._called)
-            if any(hidden(part) for part in PurePosixPath(name).parts):
-                continue
+            kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system == _UNIX else 0
             if info.is_dir() or info.orig_filename.endswith("\\"):
                 folders.append(name)
+            elif kind in _SPECIAL:
+                special.append(name)
+            elif left_out(name):
+                with contextlib.suppress(ValueError):  # nobody reads it unless a link leads to it
+                    self._members[name] = _checked(info, name, self._called)
             elif name in self._members:
                 raise ValueError(
-                    f"{self._called} holds {name!r} twice: a name may stand once, so unpack it and keep the right one"
+                    f"{self._called} holds {name!r} twice: a name may be there once, so unpack it, keep the right one"
                 )
             else:
                 self._members[name] = _checked(info, name, self._called)
+                links += [name] if kind == stat.S_IFLNK else []
         self._check_places()
-        self.names, self.folders = sorted(self._members), with_parents(folders, self._members)
+        endless = self._follow(links, folders)
+        self.names, litter = without_litter([*self._members, *self._broken])
+        folders, empty = without_litter(folders, folders=True)
+        self.folders = with_parents(folders, self.names)
+        self.notes = (
+            *note_of(litter | empty),
+            *named_note("devices, pipes or sockets are left out", special),
+            *named_note(ENDLESS_NOTE, endless),
+        )
+
+    def _follow(self, links: list[str], folders: list[str]) -> list[str]:
+        """Puts what links lead to among members and `folders`; the links that lead to a folder that they are in."""
+        targets: dict[str, str] = {}
+        for name in links:
+            try:
+                targets[name] = self.read(name).decode() if self._members[name].size_bytes <= _LONGEST_LINK else ""
+            except (OSError, UnicodeDecodeError):
+                targets[name] = ""
+        for name in [name for name, target in targets.items() if not target]:
+            self._broken[name] = "a link that is damaged in its zip"
+            del targets[name]
+        members = {name: member for name, member in self._members.items() if name not in links}
+        linked = follow(members, folders, targets, self._called)
+        self._members = members | {name: members[target] for name, target in linked.files.items()}
+        self._broken |= linked.broken
+        folders += linked.folders
+        return linked.endless
+
+    def _member(self, name: str) -> _Member:
+        if name in self._broken:
+            raise OSError(errno.ENOENT, self._broken[name])
+        return self._members[name]
 
     def read(self, name: str) -> bytes:
         """The whole file. OSError where its bytes are not those that were packed."""
@@ -80,13 +127,13 @@ class ZipFiles:
 
     def stamp(self, name: str) -> str:
         """See Files: by the checksum of its bytes, which the table of contents holds."""
-        member = self._members[name]
-        return f"{name}|{member.size_bytes}|{member.crc}"
+        member = self._members.get(name)  # none of a link to nothing
+        return f"{name}|{member.size_bytes}|{member.crc}" if member else ""
 
     def local(self, name: str) -> Path:
         """The file, unpacked into the machine's cache."""
-        member, stat = self._members[name], self._path.stat()
-        identity = f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{member.offset}|{member.crc}"
+        member, found = self._member(name), self._path.stat()
+        identity = f"{self._path.resolve()}|{found.st_size}|{found.st_mtime_ns}|{member.offset}|{member.crc}"
 
         def unpack(target: Path) -> None:
             free = shutil.disk_usage(target.parent).free
@@ -121,7 +168,8 @@ class ZipFiles:
     def _check_places(self) -> None:
         """Members lie one after the other inside the file; bombs let many claim the same bytes."""
         end, before = 0, ""
-        for name, member in sorted(self._members.items(), key=lambda item: item[1].offset):
+        read = [(name, member) for name, member in self._members.items() if not left_out(name)]
+        for name, member in sorted(read, key=lambda item: item[1].offset):
             if member.offset < end:
                 raise ValueError(
                     f"{name!r} and {before!r} lie on the same bytes of {self._called}, as only damaged or hostile zips "
@@ -132,7 +180,7 @@ class ZipFiles:
             raise ValueError(f"{self._called} ends in the middle of {before!r}: get it again")
 
     def _chunks(self, name: str) -> Iterator[bytes]:
-        member, crc, size = self._members[name], 0, 0
+        member, crc, size = self._member(name), 0, 0
         inflate = zlib.decompressobj(-zlib.MAX_WBITS) if member.deflated else None
         for coded in self._coded(member):
             try:
@@ -175,7 +223,7 @@ def _plain_name(info: zipfile.ZipInfo, called: str) -> str:
     if not name.isascii() and not info.flag_bits & _NAME_IS_UTF8:
         name = _as_utf8(name, called)
     name = name.replace("\\", "/")
-    if any(unicodedata.category(c) == "Cc" for c in name):
+    if any(unicodedata.category(c) == "Cc" for c in name) and not left_out(name):  # macOS names a file Icon\r
         raise ValueError(
             f"{called} holds {name!r}, a name with control characters, as only damaged or hostile zips have it: get it "
             "again from its publisher, or unpack it and give the folder"

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_shards.decode import MAX_PIXELS, UndecodableImage, stored_bytes
+from data_shards.decode import MAX_PIXELS, UndecodableImage, stored
 from data_shards.fields import Count, Key, Label, Sha256, ShardName, SizeBytes, SplitName
 from data_shards.plan import PlannedRow, ShardPlan, digest_of, shard_digest
 from data_shards.store import Store, StoreKeyError
@@ -77,6 +77,8 @@ class ShardPart(BaseModel):
     """How many pixels have each of the 256 values: three rows for RGB; grey counts in each of them."""
     stamps: str = ""
     """Digest of the stamps that its images' files had before they were read (`ImageSet.stamp`); empty: not known."""
+    flaws: dict[str, Count] = {}
+    """What is wrong with source files that lost no pixel, and how many there are of each."""
 
 
 def tar_key(name: str) -> str:
@@ -136,13 +138,16 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
     stamps = _stamps(plan, image_set)
     samples: list[Sample] = []
     quarantine: list[Quarantined] = []
+    flaws: dict[str, int] = {}
     histogram_CV = np.zeros((3, 256), np.int64)
     for planned in plan.rows:
         try:
-            image, member, pixels_HWC = stored_bytes(image_set.read(planned.row), max_side=config.max_side)
+            image, member, pixels_HWC, flaw = stored(image_set.read(planned.row), max_side=config.max_side)
         except UndecodableImage as error:
             quarantine.append(Quarantined(key=planned.key, reason=error.reason))
             continue
+        if flaw:
+            flaws[flaw] = flaws.get(flaw, 0) + 1
         members = {member: image, "json": _facts(planned, plan.split)}
         if image_set.task != "multilabel":
             members["cls"] = str(planned.row.labels[0]).encode()
@@ -162,6 +167,7 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
         quarantine=tuple(quarantine),
         histogram=tuple(tuple(row) for row in histogram_CV.tolist()),
         stamps=stamps,
+        flaws=flaws,
     )
     out.ensure(tar_key(plan.name), data)
     out.ensure(part_key(plan.name), part.model_dump_json().encode())

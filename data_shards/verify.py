@@ -175,7 +175,7 @@ def _sample_problem(
     if (offset, len(image)) != (index.offset[i], index.size[i]):
         return "lies elsewhere than the index says"
     try:
-        pixels_HWC = decode(image)
+        pixels_HWC = decode(image, examined=True)
     except UndecodableImage as error:
         return f"cannot be decoded ({error.reason})"
     if pixels_HWC.shape != (index.height[i], index.width[i], index.channels[i]):

@@ -22,7 +22,7 @@ PACKAGE_TAG = "medmamba.package"  # of all files of the packaged model (`package
 # What MLflow and Python add beside a packaged model where it is loaded in place; none of it is ever read here.
 _ADDED = ("__pycache__", "registered_model_meta")
 # What predicting needs, and no more: the serving environment has neither Ray nor DeepSpeed.
-NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors")
+NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg")
 
 
 class IntegrityError(ValueError):

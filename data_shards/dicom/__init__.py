@@ -20,6 +20,7 @@ import numpy as np
 from data_shards.config import DicomConfig
 from data_shards.decode import UndecodableImage
 from data_shards.dicom.header import first_element, num_frames_there, opened
+from data_shards.dicom.objects import object_name
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -31,10 +32,10 @@ _IMAGE_ENDINGS = {
 }  # fmt: skip
 _IDENTIFYING = ("BurnedInAnnotation", "RecognizableVisualFeatures")
 _OFTEN_BURNED_IN = ("US", "IVUS", "OT", "SC")
-_PLANNING = ("NumberOfFrames", "PatientID", "StudyInstanceUID", "Modality", *_IDENTIFYING)
+_PLANNING = ("SOPClassUID", "NumberOfFrames", "PatientID", "StudyInstanceUID", "Modality", *_IDENTIFYING)
 _DECODING = (
-    *_IDENTIFYING, "SOPClassUID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration",
-    "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+    *_IDENTIFYING, "SOPClassUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
+    "PlanarConfiguration", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPresentation", "PresentationLUTShape",
     "PresentationLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
@@ -55,6 +56,8 @@ class Facts:
     """The file says that its pixels may show who the patient is."""
     unsaid: bool = False
     """It does not say whether, and is of a kind that often has names burned in (pydicom's examples_palette.dcm has)."""
+    not_image: bool = False
+    """It is another object, such as a radiotherapy dose or a segmentation."""
 
 
 def named_as_image(name: str) -> bool:
@@ -92,6 +95,7 @@ def facts(file: BinaryIO) -> Facts:
             patient=_text(found.data, "PatientID"),
             study=_text(found.data, "StudyInstanceUID"),
             identifying=_identifying(found.data) is not None,
+            not_image=bool(object_name(found.data)),
             unsaid=not _text(found.data, "BurnedInAnnotation") and _text(found.data, "Modality") in _OFTEN_BURNED_IN,
         )
     except Exception:  # whatever is wrong is told when the frame is read
@@ -134,6 +138,9 @@ def _displayed(file: BinaryIO, index: int, config: DicomConfig, alone: bool) -> 
             f"{identifying} is YES: the pixels may show who the patient is (--data.dicom.identifying keep takes them)"
         )
     layout = layout_of(found)
+    name = object_name(found.data)
+    if name and config.objects == "quarantine":
+        raise UndecodableImage(f"a DICOM {name}, which is not an image (--data.dicom.objects keep)"[:120])
     if alone and layout.frames > 1:
         raise UndecodableImage(f"{layout.frames} frames in a DICOM file that is named as a picture: name it .dcm")
     if index >= layout.frames:

@@ -8,12 +8,35 @@ from __future__ import annotations
 
 import struct
 
+from data_shards import jpeg
 from data_shards.decode import UndecodableImage
+from data_shards.lost_pixels import examine_jpeg2000, refuse_zeros
 
 Shape = tuple[int, int, int]
 """Rows, columns and samples per pixel."""
 _END = b"\xff\xd9"
 _NO_SIZE = {0xC4, 0xC8, 0xCC}  # of the markers from C0 to CF, those that do not begin a frame
+
+
+def complete(codestream: bytes, syntax: str) -> bytes:
+    """The codestream with an end mark; UndecodableImage where pixels are lost, which decoders fill up in silence.
+
+    Of lossless JPEG, and of JPEG with 12 bits, nobody here can say.
+    """
+    from pydicom.uid import JPEG2000TransferSyntaxes, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSTransferSyntaxes
+
+    if syntax in JPEG2000TransferSyntaxes:
+        return examine_jpeg2000(codestream)[0]
+    if syntax in JPEGLSTransferSyntaxes:
+        refuse_zeros("JPEG-LS", codestream)
+    if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit) and _bits_of(codestream) == 8:
+        return jpeg.examine(codestream)[0]
+    return codestream
+
+
+def _bits_of(codestream: bytes) -> int:
+    frames = (each for each in jpeg.segments_of(codestream).found if _begins_frame(each.marker))
+    return next((each.parameters[0] for each in frames if each.parameters), 0)
 
 
 def check_jpeg(codestream: bytes, shape: Shape, interpretation: str) -> str:

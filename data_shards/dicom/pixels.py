@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_shards.decode import MAX_PIXELS, UndecodableImage
-from data_shards.dicom.codestream import check_jpeg, check_jpeg2000
+from data_shards.dicom.codestream import check_jpeg, check_jpeg2000, complete
 from data_shards.dicom.header import UNDEFINED_LENGTH, Opened, num_frames_there, number
 
 
@@ -157,7 +157,7 @@ def _compressed(opened: Opened, layout: Layout, index: int) -> np.ndarray:
 
     if opened.length != UNDEFINED_LENGTH:
         raise UndecodableImage("uncompressed pixels, but the file says that they are compressed")
-    codestream = _codestream(opened, layout, index)
+    codestream = complete(_codestream(opened, layout, index), opened.syntax)
     interpretation, shape = layout.interpretation, (layout.rows, layout.columns, layout.samples)
     if opened.syntax in JPEG2000TransferSyntaxes:
         interpretation = check_jpeg2000(codestream, shape, interpretation)

@@ -43,7 +43,7 @@ def with_frames(rows: Sequence[Row], open_file: Callable[[str], BinaryIO], confi
         facts = found.get(row.where)
         if facts is not None and row.group is None:
             row = dataclasses.replace(row, group=_group(facts, patients, row.where))
-        frames = facts.num_frames if facts is not None and config.dicom.frames == "each" else 1
+        frames = facts.num_frames if facts is not None and _all_frames(facts, config) else 1
         expanded += [row] if frames == 1 else [dataclasses.replace(row, frame=frame) for frame in range(frames)]
     _require_patients(rows, expanded, config)
     return expanded
@@ -68,6 +68,11 @@ def _found(wheres: Sequence[str], open_file: Callable[[str], BinaryIO]) -> dict[
     return found
 
 
+def _all_frames(facts: dicom.Facts, config: DataConfig) -> bool:
+    """Whether each frame is a row; what is quarantined as it is not an image is one."""
+    return config.dicom.frames == "each" and not (facts.not_image and config.dicom.objects == "quarantine")
+
+
 def _tell(found: Sequence[dicom.Facts], config: DataConfig) -> None:
     if identifying := sum(facts.identifying for facts in found):
         _log.warning(
@@ -75,6 +80,13 @@ def _tell(found: Sequence[dicom.Facts], config: DataConfig) -> None:
             "RecognizableVisualFeatures is YES): they are %s (--data.dicom.identifying)",
             identifying,
             "kept" if config.dicom.identifying == "keep" else "set aside",
+        )
+    if objects := sum(facts.not_image for facts in found):
+        _log.warning(
+            "%d DICOM files are not images but other objects, such as doses or segmentations: they are %s "
+            "(--data.dicom.objects)",
+            objects,
+            "kept where they have pixels" if config.dicom.objects == "keep" else "quarantined",
         )
     if unsaid := sum(facts.unsaid for facts in found):
         _log.warning(

@@ -118,3 +118,18 @@ def test_the_runner_of_steps_knows_nothing_of_images():
         names = imported(path)
         assert not {name.partition(".")[0] for name in names} & {"medmamba", "torch", "PIL"}, path.name
         assert not any(name.startswith("data_shards") and not name.startswith("data_shards.store") for name in names)
+
+
+def test_decoding_needs_no_package_that_a_packaged_model_lacks():
+    from importlib.metadata import packages_distributions
+
+    from pipelines.registry import NEEDED
+
+    code = (
+        "import sys; before = set(sys.modules); import data_shards.decode; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    known = packages_distributions()
+    needed = {distribution for name in found.split() for distribution in known.get(name, [])}
+    assert {each.lower() for each in needed} - {"medmamba"} <= set(NEEDED)

@@ -129,8 +129,14 @@ def dry_run(words: list[str], folder: Path) -> None:
         open_store(str(folder)).at("runs", run).put("workflow.json", json.dumps(kept).encode())
     if "--data.source" in words:  # a dry run looks whether it is there
         at = words.index("--data.source") + 1
-        (source := folder / words[at]).parent.mkdir(parents=True, exist_ok=True)
-        source.touch()
+        source = folder / words[at]
+        if words[words.index("--data.layout") + 1 if "--data.layout" in words else 0] == "folders":  # and of classes
+            for name in ("benign", "malignant"):
+                (source / name).mkdir(parents=True)
+                (source / name / "1.png").touch()
+        else:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.touch()
         words = [*words[:at], str(source), *words[at + 1 :]]
     assert main([*words, *([] if "--dry-run" in words else ["--dry-run"]), "--store", str(folder)]) == 0
 

@@ -152,7 +152,7 @@ def test_the_files_that_come_with_pydicom_are_what_it_shows_or_are_refused():
     converted = 0
     for path in PACKAGED:
         try:
-            pixels = shown(path.read_bytes())
+            pixels = shown(path.read_bytes(), config=DicomConfig(objects="keep"))
         except UndecodableImage:
             if path.name in REFUSED:
                 refused(path.read_bytes(), REFUSED[path.name])
@@ -512,7 +512,7 @@ REFUSALS = {
     "video": (dicom_file(GREY, "1.2.840.10008.1.2.4.100", PixelData=[b"\0\0\1"]), "transfer syntax MPEG2 .*: not sup"),
     "unknown syntax": (as_syntax(dicom_file(GREY), "7"), "transfer syntax of no known name: not supported"),
     "ybr of 16 bits": (dicom_file(RGB.astype("<u2"), PhotometricInterpretation="YBR_FULL"), "YBR_FULL of 16 bits"),
-    "jpeg cut short": (dicom_file(SIXTEEN, JPEGBaseline8Bit, PixelData=[JPEG[:-20]]), "JPEG in the frame is cut"),
+    "jpeg cut short": (dicom_file(SIXTEEN, JPEGBaseline8Bit, PixelData=[JPEG[:-20]]), "truncated JPEG"),
     "jpeg of another size": (
         dicom_file(np.zeros((99, 16), np.uint8), JPEGBaseline8Bit, PixelData=[JPEG]),
         "JPEG of 16 x 16 x 1, but the header says 99 x 16 x 1",
@@ -522,7 +522,7 @@ REFUSALS = {
     ),
     "coloured jpeg": (dicom_file(TEAL[..., 0], JPEGBaseline8Bit, PixelData=[jpeg(TEAL)]), "JPEG of 24 x 32 x 3"),
     "png as jpeg": (dicom_file(SIXTEEN, JPEGBaseline8Bit, PixelData=[jpeg(SIXTEEN, format="PNG")]), "no JPEG in"),
-    "jpeg 2000 cut short": (dicom_file(SIXTEEN, JPEG2000Lossless, PixelData=[J2K[:-20]]), "JPEG 2000 .* cut short"),
+    "jpeg 2000 cut short": (dicom_file(SIXTEEN, JPEG2000Lossless, PixelData=[J2K[:-20]]), "JPEG 2000 .* cannot be"),
     "jpeg 2000 of another size": (
         dicom_file(np.zeros((99, 16), np.uint8), JPEG2000Lossless, PixelData=[J2K]), "JPEG 2000 of 16 x 16 x 1"
     ),
@@ -854,3 +854,65 @@ def test_headers_are_read_in_parts_of_a_set(monkeypatch, tmp_path):
     monkeypatch.setattr(dicom_rows, "_AHEAD", 3)
     files = {f"{label}/{i}": of(f"{label}{i}") for label in "ab" for i in range(4)}
     assert len({row.group for row in open_source(dicom_set(tmp_path, files)).rows}) == 8
+
+
+# --- objects that are not images
+
+CLASSES = "1.2.840.10008.5.1.4.1.1."
+NOT_IMAGES = {
+    "481.2": "RT Dose", "66.4": "Segmentation", "30": "Parametric Map", "66.5": "Surface Segmentation",
+    "66": "Raw Data", "9.1.1": "12-lead ECG Waveform", "104.1": "Encapsulated PDF", "4.2": "MR Spectroscopy",
+    "11.1": "Grayscale Softcopy Presentation State", "88.11": "Basic Text SR", "81.1": "Ophthalmic Thickness Map",
+    "82.1": "Corneal Topography Map", "66.6": "Tractography Results", "8": "Standalone Overlay",
+    "66.7": "segmentation, registration or raw data", "481.99": "radiotherapy object", "88.999": "SR document",
+    "77.1.5.8": "Ophthalmic Optical Coherence Tomography B-scan Volume Analysis",
+}  # fmt: skip
+IMAGES = [
+    "7", "7.1", "7.2", "7.4", "6.1", "3.1", "6.2", "2", "2.1", "4", "4.1", "4.3", "1", "1.1", "1.2", "1.2.1", "13.1.3",
+    "12.1", "20", "128", "130", "77.1.1", "77.1.4", "77.1.5.1", "77.1.5.4", "77.1.6", "77.1.7", "481.1", "481.23",
+    "14.1", "501.1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sop_class", "name"), NOT_IMAGES.items())
+def test_an_object_that_is_not_an_image_is_refused_by_its_name_unless_it_is_asked_for(sop_class, name):
+    file = dicom_file(GREY, SOPClassUID=CLASSES + sop_class)
+    refused(file, rf"^a DICOM {re.escape(name)}, which is not an image \(--data.dicom.objects keep")
+    assert np.array_equal(shown(file, config=DicomConfig(objects="keep")), shown(dicom_file(GREY)))
+
+
+def of_class(sop_class, **elements):
+    """A file whose class may be missing."""
+    buffer = io.BytesIO()
+    header(GREY, SOPClassUID=sop_class, **elements).save_as(buffer, enforce_file_format=False)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("sop_class", [*(CLASSES + end for end in IMAGES), "1.3.46.670589.11.0.0.12.1", "", None])
+def test_images_of_every_kind_and_of_private_classes_stay(sop_class):
+    assert shown(of_class(sop_class)).shape == GREY.shape
+
+
+def test_an_object_without_a_class_is_known_by_its_modality():
+    for modality, name in (("SEG", "segmentation"), ("RTDOSE", "RT Dose"), ("PR", "presentation state")):
+        for sop_class in (None, "1.3.46.670589.11.0.0.12.1"):
+            refused(of_class(sop_class, Modality=modality), f"a DICOM {name}, which is not an image")
+
+
+def test_objects_among_images_are_a_row_each_counted_and_quarantined_or_kept(tmp_path, caplog):
+    dose = [noise(90 + i) for i in range(5)]
+    files = {f"{i % 2}/{i}.dcm": of(f"P{i}", pixels=noise(i)) for i in range(38)}
+    files["0/dose.dcm"] = of(
+        "P1", pixels=np.stack(dose), SOPClassUID=CLASSES + "481.2", Modality="RTDOSE", NumberOfFrames=5
+    )
+    config = dicom_set(tmp_path / "set", files).model_copy(update={"max_quarantine": 0.1})
+    with caplog.at_level(logging.WARNING):
+        facts = convert(config, open_store(str(tmp_path / "store")))
+    assert (facts["num_images"], facts["quarantine"]) == (38, 1)
+    assert "1 DICOM files are not images but other objects" in caplog.text
+    assert "0/dose.dcm (a DICOM RT Dose, which is not an image (--data.dicom.objects keep))" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 39 images .*\(a DICOM RT Dose, which is not an image"):
+        convert(config.model_copy(update={"max_quarantine": 0.0}), open_store(str(tmp_path / "other")))
+    kept = config.model_copy(update={"dicom": DicomConfig(objects="keep")})
+    facts = convert(kept, open_store(str(tmp_path / "kept")))
+    assert (facts["num_images"], facts["quarantine"]) == (43, 0)

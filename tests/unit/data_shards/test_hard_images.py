@@ -237,7 +237,8 @@ REFUSED = {
     "one byte": (b"\x89", "not an image of a known format"),
     "signature only": (b"\x89PNG\r\n\x1a\n", "a damaged PNG"),
     "dicom": (bytes(128) + b"DICM" + bytes(99), "a DICOM file, which is read in image sets only"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "not an image of a known format"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC, which is not read: save it as PNG"),
+    "unknown": (bytes(range(7, 99)) * 9, "not an image of a known format"),
 }  # fmt: skip
 
 

@@ -417,7 +417,7 @@ def test_an_image_that_is_there_but_cannot_be_read_has_a_reason(tmp_path):
     images = open_source(config(tmp_path, layout="folders"))
     with pytest.raises(UndecodableImage) as caught:
         images.read(next(row for row in images.rows if row.where == name))
-    assert caught.value.reason == "cannot be read: No such file or directory"
+    assert caught.value.reason == "cannot be read: a link to a file that is not there"
 
 
 def test_a_torn_tar_is_named(tmp_path):

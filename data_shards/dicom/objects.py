@@ -1,0 +1,47 @@
+"""Which DICOM objects are images: radiotherapy doses, segmentations and maps have pixels too, but show no patient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+# Images by their standard's definition whose name does not say so.
+_ALSO_IMAGES = ("Enhanced US Volume Storage", "DICOS 2D AIT Storage", "DICOS 3D AIT Storage")
+# Classes that are newer than the installed pydicom, by the family of their UID.
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_FAMILIES = {
+    "9.": "waveform", "11.": "presentation state", "30": "parametric map",
+    "66": "segmentation, registration or raw data", "67": "value mapping", "68.": "surface", "78.": "measurement",
+    "79.": "report", "80.": "measurement", "81.": "thickness map", "82.": "topography map", "88.": "SR document",
+    "90.": "assessment", "91.": "annotation", "104.": "encapsulated document", "200.": "protocol",
+    "481.": "radiotherapy object",
+}  # fmt: skip
+# By Modality, for files that do not name their class, or a private one.
+_MODALITIES = {
+    "SEG": "segmentation", "RTDOSE": "RT Dose", "RTSTRUCT": "RT Structure Set", "RTPLAN": "RT Plan",
+    "RTRECORD": "RT treatment record", "REG": "registration", "FID": "fiducials", "PR": "presentation state",
+    "SR": "SR document", "KO": "key object selection", "DOC": "document", "ECG": "ECG waveform",
+    "EEG": "EEG waveform", "HD": "hemodynamic waveform", "AU": "audio", "PLAN": "plan", "RWV": "value mapping",
+    "SMR": "stereometric relationship", "M3D": "3D model", "STAIN": "staining", "TEXTUREMAP": "texture map",
+    "OPTHMAP": "ophthalmic map", "OPM": "ophthalmic map", "ANN": "annotation",
+}  # fmt: skip
+
+
+def object_name(data: Dataset) -> str:
+    """What the object is, by its SOP class, if it is not an image; "" for an image.
+
+    A private or unknown class counts as an image, as scanners give their own images such ones, unless the modality
+    says otherwise. Only names of the standard are returned, nothing of the header.
+    """
+    from pydicom.uid import UID, UID_dictionary
+
+    uid = str(data.get("SOPClassUID") or "").strip().rstrip("\0")
+    if uid in UID_dictionary:
+        name = UID(uid).name
+        return "" if "Image" in name or name in _ALSO_IMAGES else name.removesuffix(" Storage")
+    if uid.startswith(_STORAGE):
+        family = uid.removeprefix(_STORAGE)
+        return next((name for start, name in _FAMILIES.items() if family.startswith(start)), "")
+    return _MODALITIES.get(str(data.get("Modality") or "").strip().upper(), "")

@@ -1,0 +1,123 @@
+"""The files below a local folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from data_shards.files import file_stamp
+from data_shards.files_links import ENDLESS, ENDLESS_NOTE, MOST_LINKED, NOWHERE
+from data_shards.litter import left_out, named_note, note_of
+
+
+class _Listing(NamedTuple):
+    """A folder that is to be listed: its path in the set, the real one, and that with those of all folders above."""
+
+    below: str
+    real: str
+    above: frozenset[str]
+    linked: bool
+    """Whether a link led here."""
+
+
+class FolderFiles:
+    """The files below a local folder, links followed wherever they lead but not in a circle.
+
+    ValueError where a folder cannot be read: its images would be missing without anybody knowing.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._litter: set[str] = set()
+        self._endless: list[str] = []
+        self._special: list[str] = []
+        self._num_linked = 0
+        self.names: list[str] = []
+        self.folders: list[str] = []
+        real = os.path.realpath(folder)
+        todo = [_Listing("", real, frozenset([real]), False)]
+        while todo:
+            todo += self._listed(todo.pop())
+        self.names.sort()
+        self.folders.sort()
+        self.notes = (
+            *note_of(self._litter),
+            *named_note("devices, pipes or sockets are left out", self._special),
+            *named_note(ENDLESS_NOTE, self._endless),
+        )
+
+    def _listed(self, at: _Listing) -> list[_Listing]:
+        """Lists one folder and returns those in it that are to be listed."""
+        folders = []
+        try:
+            with os.scandir(at.real) as entries:
+                for entry in entries:
+                    name = f"{at.below}/{entry.name}" if at.below else entry.name
+                    kind = _kind(entry)
+                    if left_out(entry.name, folder=kind == "folder"):
+                        self._litter.add(name)
+                    elif kind == "file":
+                        self.names.append(name)
+                    elif kind == "special":
+                        self._special.append(name)
+                    else:
+                        folders += self._followed(name, entry, at)
+        except OSError as error:
+            raise ValueError(
+                f"folder {self._folder / at.below} cannot be read ({error.strerror or error}): its images would be "
+                "missing, so make it readable or move it away"
+            ) from error
+        return folders
+
+    def _followed(self, name: str, entry: os.DirEntry[str], at: _Listing) -> list[_Listing]:
+        linked = entry.is_symlink()
+        # From the real folder: a path through many links takes milliseconds to resolve.
+        real = os.path.realpath(entry.path) if linked else f"{at.real}/{entry.name}"
+        if linked and real in at.above:
+            self._endless.append(name)
+            return []
+        self._num_linked += linked and at.linked
+        if self._num_linked > MOST_LINKED:
+            raise ValueError(
+                f"the links below {self._folder} lead through each other to more than {MOST_LINKED:,} folders: remove "
+                "those that are not needed, or copy what they lead to"
+            )
+        self.folders.append(name)
+        return [_Listing(name, real, at.above | {real}, linked or at.linked)]
+
+    def read(self, name: str) -> bytes:
+        """The complete file."""
+        with self.open(name, buffer_bytes=-1) as file:
+            return file.read()
+
+    def local(self, name: str) -> Path:
+        """See Files."""
+        return self._folder / name
+
+    def stamp(self, name: str) -> str:
+        """See Files; of a link, that of what it leads to."""
+        return file_stamp(self._folder / name)
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The file, of which only what is asked for is read."""
+        path = self._folder / name
+        try:
+            return path.open("rb", buffering=buffer_bytes)
+        except OSError as error:
+            if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
+                raise OSError(error.errno, NOWHERE if error.errno == errno.ENOENT else ENDLESS) from error
+            raise
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """file, folder or special; a link is what it leads to, and a file where that is nothing."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "file" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
+    except OSError:  # a link to itself, or to where nobody may look
+        return "file"

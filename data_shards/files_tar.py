@@ -1,0 +1,172 @@
+"""The members of an uncompressed tar, read at their offsets."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import io
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+from data_shards.files import cached, file_stamp, with_parents
+from data_shards.files_links import ENDLESS_NOTE, NOWHERE, follow
+from data_shards.litter import named_note, note_of, without_litter
+from data_shards.ranged_file import RangedFile
+
+_PART_BYTES = 64 << 20
+
+
+class _Place(NamedTuple):
+    """Where the bytes of a file are: `parts` (start in the file, length), one after the other from `offset` on.
+
+    Between the parts of a sparse file are zeros.
+    """
+
+    offset: int
+    size: int
+    parts: tuple[tuple[int, int], ...]
+
+    def end(self) -> int:
+        return self.offset + sum(length for _, length in self.parts)
+
+
+class TarFiles:
+    """The members of an uncompressed tar. As when it is unpacked, of a name that is there twice the last one counts.
+
+    ValueError where the archive is damaged, ends too early, or has names that lead out of it.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._stamp = path, file_stamp(path)
+        # With those that are left out: a link may lead to them.
+        self._places: dict[str, _Place] = {}
+        self._links: dict[str, str] = {}
+        self._broken: dict[str, str] = {}
+        self._folders: set[str] = set()
+        self._special: list[str] = []
+        self._replaced: set[str] = set()
+        ended = self._read_headers()
+        if max((place.end() for place in self._places.values()), default=0) > path.stat().st_size:
+            raise ValueError(f"{path} ends in the middle of a file: get it again")
+        linked = follow(self._places, self._folders, self._links, str(path))
+        self._places |= {name: self._places[target] for name, target in linked.files.items()}
+        self._broken |= linked.broken
+        self.names, litter = without_litter([*self._places, *self._broken])
+        folders, empty = without_litter([*self._folders, *linked.folders], folders=True)
+        self.folders = with_parents(folders, self.names)
+        self.notes = (
+            *note_of(litter | empty),
+            *named_note("devices, pipes or sockets are left out", self._special),
+            *named_note(ENDLESS_NOTE, linked.endless),
+            *named_note("names are in the tar twice, and the last one counts", self._replaced),
+            *(() if ended else ("the tar has no end mark: files may be missing behind the last one",)),
+        )
+
+    def _read_headers(self) -> bool:
+        """Whether the archive has an end mark."""
+        try:
+            with tarfile.open(self._path, "r:") as tar:
+                for member in tar:
+                    self._add(member)
+                return _has_end(tar, self._path)
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self._path} is not a complete uncompressed tar ({error}): get it again, or unpack it"
+            ) from error
+
+    def _add(self, member: tarfile.TarInfo) -> None:
+        name = self._inside(member.name)
+        if member.isdir():
+            self._folders |= {name} - {"."}
+            return
+        if not (member.isreg() or member.issym() or member.islnk()):
+            self._special.append(name)
+            return
+        if [entries.pop(name) for entries in (self._places, self._links, self._broken) if name in entries]:
+            self._replaced.add(name)
+        if member.isreg():
+            # Typed as numbers, but they are pairs.
+            parts: Any = member.sparse if member.sparse is not None else [(0, member.size)]
+            self._places[name] = _Place(member.offset_data, member.size, tuple(parts))
+        elif member.issym():
+            self._links[name] = member.linkname
+        else:
+            self._add_hard_link(name, self._inside(member.linkname))
+
+    def _add_hard_link(self, name: str, target: str) -> None:
+        # It is what had that name when it was packed; a later member of the name is another file.
+        if target in self._places:
+            self._places[name] = self._places[target]
+        elif target in self._links:
+            self._links[name] = self._links[target]
+        else:
+            self._broken[name] = NOWHERE
+
+    def _inside(self, name: str) -> str:
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            raise ValueError(
+                f"{self._path} holds {name!r}, which leads out of it: names inside an archive are without '..', so get "
+                "it again from its publisher, or pack it again"
+            )
+        return "/".join(parts) or "."
+
+    def read(self, name: str) -> bytes:
+        """The complete file."""
+        return self._part(name, 0, self._place(name).size)
+
+    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+        """The file, of which only what is asked for is read."""
+        size = self._place(name).size
+        return io.BufferedReader(RangedFile(functools.partial(self._part, name), lambda: size), buffer_bytes)
+
+    def stamp(self, name: str) -> str:
+        """See Files: that of the archive, so that all its members change when it is written again."""
+        return f"{self._stamp}|{self._places[name]}" if self._stamp and name in self._places else ""
+
+    def local(self, name: str) -> Path:
+        """See Files."""
+        place, stat = self._place(name), self._path.stat()
+        identity = f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{place.offset}"
+
+        def copy(target: Path) -> None:
+            with target.open("wb") as out:
+                for start in range(0, place.size, _PART_BYTES):
+                    out.write(self._part(name, start, _PART_BYTES))
+
+        return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", copy)
+
+    def _place(self, name: str) -> _Place:
+        if name in self._broken:
+            raise OSError(errno.ENOENT, self._broken[name])
+        return self._places[name]
+
+    def _part(self, name: str, start: int, length: int) -> bytes:
+        place = self._place(name)
+        end = max(start, min(start + length, place.size))
+        found, offset = bytearray(end - start), place.offset
+        with self._path.open("rb") as file:
+            for begin, size in place.parts:
+                first, last = max(begin, start), min(begin + size, end)
+                if first < last:
+                    file.seek(offset + first - begin)
+                    found[first - start : last - start] = file.read(last - first)
+                offset += size
+        return bytes(found)
+
+
+def _has_end(tar: tarfile.TarFile, path: Path) -> bool:
+    """Whether zeros follow the last member. ValueError where something else does: tarfile stops there in silence."""
+    ended = False
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        while part := file.read(1 << 20):
+            ended = True
+            if part.strip(b"\0"):
+                raise ValueError(
+                    f"{path} has other bytes behind its last readable header, at byte {tar.offset:,}: it is damaged "
+                    "there, or two tars were joined; get it again, or unpack it (tar -i) and give the folder"
+                )
+    return ended

@@ -1,0 +1,58 @@
+"""What other systems and editors leave among images; it is left out of a set, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import PurePosixPath
+
+# In small letters. Of Windows, macOS, Synology and QNAP, Linux, Python.
+_NAMES = {
+    "thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler",
+    "system volume information", "__macosx", "network trash folder", "temporary items", "@eadir", "#recycle",
+    "@recycle", "lost+found", "__pycache__",
+}  # fmt: skip
+# macOS ends the name with a carriage return, which archives and file servers write in other ways. A folder may be a
+# class of icons.
+_ICON = {f"icon{end}" for end in ("", "\r", "_", "?", "\uf00d", "#015", "%0d")}
+_MOST_NAMED = 3
+
+
+def left_out(path: str, *, folder: bool = False) -> str:
+    """The part of a path up to the file or folder that does not belong to the set; "" if all of it belongs."""
+    parts = PurePosixPath(path).parts
+    for i, name in enumerate(parts):
+        lower = name.lower()
+        is_file = i == len(parts) - 1 and not folder
+        if (
+            name.startswith((".", "~$"))
+            or lower in _NAMES
+            or (is_file and (lower in _ICON or lower.endswith("zone.identifier")))
+        ):
+            return "/".join(parts[: i + 1])
+    return ""
+
+
+def without_litter(paths: Iterable[str], *, folders: bool = False) -> tuple[list[str], set[str]]:
+    """The paths that belong to the set, sorted, and the files or folders that the others are left out for."""
+    kept, found = [], set()
+    for path in paths:
+        if outside := left_out(path, folder=folders):
+            found.add(outside)
+        else:
+            kept.append(path)
+    return sorted(kept), found
+
+
+def note_of(found: Collection[str]) -> tuple[str, ...]:
+    """What is reported of the files and folders that are left out."""
+    names = {PurePosixPath(path).name for path in found}
+    return named_note("hidden files or folders of other programs are left out", names, len(found))
+
+
+def named_note(what: str, names: Collection[str], num: int | None = None) -> tuple[str, ...]:
+    """A sentence that counts and names the first few; none where there are none."""
+    if not names:
+        return ()
+    listed = [repr(name)[1:-1] for name in sorted(names)]  # control characters would break the line
+    more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
+    return (f"{len(names) if num is None else num} {what}: {', '.join(listed[:_MOST_NAMED])}{more}",)

@@ -59,15 +59,14 @@ class _Reader:
 
     @functools.cached_property
     def _named(self) -> set[str]:
-        # A class to leave out or rename is a class as well.
-        return {class_name(each) for each in self.config.classes} | ClassEdits(self.config).old_names
+        return {class_name(each) for each in self.config.classes}
 
     def names_class(self, name: str) -> bool:
         """Whether the configuration names it as a class."""
-        return class_name(name) in self._named
+        return class_name(name) in self._named or ClassEdits(self.config).new_name(class_name(name)) in self._named
 
     def inside(self, folder: str) -> list[str]:
-        return self.tree.inside(folder, named=sorted(self._named))
+        return self.tree.inside(folder, named=self.config.classes)
 
     def below(self, top: str) -> list[str]:
         return self.inside(joined(self.root, top))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import posixpath
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
 from data_shards.files import NestedFiles, open_files
 from data_shards.folder_layout import ClassFolder, read_layout
 from data_shards.folder_tree import FolderTree, class_name, loose
-from data_shards.labels import ClassEdits, edit_notes, grouped_by_path, require_named
+from data_shards.labels import ClassEdits, grouped_by_path, relabelled
 from data_shards.source import Row
 from data_shards.split import SPLITS, split_word
 
@@ -29,38 +28,24 @@ def open_folders(config: DataConfig) -> FileSet:
     layout = read_layout(tree, config)
     if isinstance(files, NestedFiles) and not layout.splits_from:
         _check_zips(files.zips, config)
-    folders = _edited(layout.folders, config)
-    classes = _classes(layout.folders, folders, config)
-    _check_images(folders, tree, config)
-    _check_same_classes(folders, config)
+    classes = _classes(layout.folders, config)
+    _check_images(layout.folders, tree, config)
+    _check_same_classes(layout.folders, config)
     start = len(layout.root) + 1 if layout.root else 0
     rows = []
     for index, name in enumerate(classes):
         members = [
             (SPLITS.index(folder.split) if folder.split else 0, path[start:], folder.split)
-            for folder in folders
+            for folder in layout.folders
             if folder.name == name
             for path in tree.below(folder.path)
         ]
         rows += [Row(where, 0, (index,), split, None) for _, where, split in sorted(members)]
-    counts = Counter({folder.name: 0 for folder in layout.folders})
-    for folder in layout.folders:
-        counts[folder.name] += len(tree.below(folder.path))
-    notes = (*layout.notes, *_merged(layout.folders), *edit_notes(ClassEdits(config), counts, several=False))
+    made = relabelled(rows, classes, config, config.source)
+    notes = (*layout.notes, *_merged(layout.folders), *made.notes)
     root = f"{layout.root}/" if layout.root else ""
-    rows = grouped_by_path(rows, config)
-    return FileSet(files, root, rows, config, classes=classes, notes=notes, splits_from=layout.splits_from)
-
-
-def _edited(folders: Sequence[ClassFolder], config: DataConfig) -> list[ClassFolder]:
-    """The class folders under the names that `data.class_map` gives, without those of `data.drop_classes`."""
-    edits = ClassEdits(config)
-    edits.require_known({folder.name for folder in folders}, config.source)
-    named = [(folder, edits.new_name(folder.name)) for folder in folders]
-    kept = [replace(folder, name=name) for folder, name in named if name is not None]
-    if not kept:
-        raise ValueError(f"--data.drop-classes leaves no image of {config.source}: name fewer classes")
-    return kept
+    grouped = grouped_by_path(made.rows, config)
+    return FileSet(files, root, grouped, config, classes=made.classes, notes=notes, splits_from=layout.splits_from)
 
 
 def _check_zips(zips: Sequence[str], config: DataConfig) -> None:
@@ -74,16 +59,12 @@ def _check_zips(zips: Sequence[str], config: DataConfig) -> None:
         )
 
 
-def _classes(there: Sequence[ClassFolder], folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:
-    """The class names in the order of their indices; ValueError where they and the folders do not match.
-
-    `there`: the folders as the source calls them, `folders`: as the dataset does.
-    """
+def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:
+    """The source's class names in the order of their indices; ValueError where they and the folders do not match."""
     found = sorted({folder.name for folder in folders})
     _check_alike(found, config)
-    edits = ClassEdits(config)
-    classes = edits.classes([class_name(name) for name in config.classes] or sorted({f.name for f in there}))
-    require_named(classes, edits)
+    named = ClassEdits(config).names_in_source(config.classes, found)
+    classes = tuple(class_name(name) for name in named) or tuple(found)
     if extra := sorted(set(found) - set(classes)):
         raise ValueError(
             f"folder {extra[0]!r} of {config.source} is none of the classes {', '.join(classes)}: move it away, or add "
@@ -102,22 +83,28 @@ def _check_alike(found: Sequence[str], config: DataConfig) -> None:
     ways: dict[str, list[str]] = defaultdict(list)
     for name in found:
         ways[loose(name)].append(name)
-    named = {class_name(name) for name in config.classes} | ClassEdits(config).new_names
+    named, edits = {class_name(name) for name in config.classes}, ClassEdits(config)
     for names in ways.values():
-        if len(names) > 1 and not set(names) <= named:
+        become = {edits.new_name(name) for name in names} - {None}
+        if len(become) > 1 and not set(names) <= named:
             kept = min(names, key=lambda name: (name.casefold() != name, name))
-            pairs = " ".join(shlex.quote(f"{name}={kept}") for name in names if name != kept)
+            pairs = _class_map([name for name in names if name != kept], kept)
             raise ValueError(
                 f"the folders {', '.join(map(repr, names))} of {config.source} differ only in case, spaces or "
-                f"underscores: if they are one class, say so with --data.class-map {pairs}, or rename them alike; if "
+                f"underscores: if they are one class, say so with {pairs}, or rename them alike; if "
                 "they are not, name all classes in --data.classes"
             )
 
 
+def _class_map(old: Sequence[str], new: str) -> str:
+    return f"--data.class-map {' '.join(shlex.quote(f'{name}={new}') for name in old)}"
+
+
 def _check_images(folders: Sequence[ClassFolder], tree: FolderTree, config: DataConfig) -> None:
-    """ValueError where a class folder holds no files."""
+    """ValueError where a class folder holds no files, unless the class is left out."""
+    edits = ClassEdits(config)
     for folder in folders:
-        if not tree.below(folder.path):
+        if not tree.below(folder.path) and edits.new_name(folder.name) is not None:
             within = f" in {folder.split_folder}" if folder.split_folder else ""
             raise ValueError(
                 f"class folder {folder.name!r}{within} of {config.source} is empty: put its images there, remove it, "
@@ -129,21 +116,24 @@ def _check_same_classes(folders: Sequence[ClassFolder], config: DataConfig) -> N
     """ValueError where a class is in one split, but not in another."""
     classes_of: dict[str, set[str]] = defaultdict(set)
     called: dict[str, str] = {}
+    edits = ClassEdits(config)
     for folder in folders:
-        if folder.split:
-            classes_of[folder.split].add(folder.name)
+        if folder.split and (name := edits.new_name(folder.name)) is not None:
+            classes_of[folder.split].add(name)
             called.setdefault(folder.split, folder.split_folder)
     for name in sorted(set().union(*classes_of.values())):
         there = next(split for split, names in classes_of.items() if name in names)
         for split, names in classes_of.items():
             if name not in names:
                 others = sorted(names - classes_of[there])
-                renamed = f"; if it is called otherwise there ({', '.join(others)}), rename one of the folders"
+                renamed = (
+                    f"; if it is {others[0]!r} there, say so with {_class_map(others[:1], name)}" if others else ""
+                )
                 raise ValueError(
                     f"class {name!r} of {config.source} has a folder in {called[there]}, but none in {called[split]}: "
                     "every split needs every class, so add its images there, leave the class out with "
                     f"--data.drop-classes {shlex.quote(name)}, or have the splits drawn from all images with "
-                    f"--data.split-folders ignore{renamed if others else ''}"
+                    f"--data.split-folders ignore{renamed}"
                 )
 
 

@@ -50,7 +50,7 @@ def test_paths_are_found_as_they_are_written(tmp_path, written, files, table):
         ([f"CheXpert-v1.0-small/{p}" for p in CHEXPERT], [f"x/{p}" for p in CHEXPERT], "x/train.csv", "CheXpert-v1"),
         ([f"CheXpert-v1.0-small/{p}" for p in CHEXPERT], [f"x/{p}" for p in CHEXPERT], "train.csv", "CheXpert-v1"),
         ([f"/data/a/set/{p}" for p in CHEXPERT], CHEXPERT, "train.csv", "/data/a/set"),
-        ([f"D:\\a\\set\\{p}" for p in CHEXPERT], CHEXPERT, "train.csv", "/a/set"),
+        (["D:" + f"\\a\\set\\{p}" for p in CHEXPERT], CHEXPERT, "train.csv", "/a/set"),
         ([f"https://a.org/set/{p}" for p in CHEXPERT], CHEXPERT, "train.csv", "/a.org/set"),
         (["S/a/1", "S/a/2"], ["a/1.png", "a/2.png"], "t.csv", "S"),
         (["S/a/1.PNG", "S/a/2.png"], ["a/1.png", "a/2.png"], "t.csv", "S"),

@@ -380,7 +380,7 @@ def test_an_empty_class_folder_of_one_split_is_named_with_the_split(tmp_path):
 def test_a_class_that_is_called_otherwise_in_the_other_split_is_named_with_both_names(tmp_path):
     message = refusal(tmp_path, [*paths(["Training"], "glioma no_tumor"), *paths(["Testing"], "glioma notumor")])
     assert "'no_tumor'" in message
-    assert "(notumor)" in message
+    assert "notumor=no_tumor" in message
 
 
 # ----------------------------------------------------------------------------------------------------- names of classes
@@ -430,6 +430,37 @@ def test_the_settings_of_a_set_that_was_read_before_have_the_digest_that_they_ha
     before = "a78389d4dcc45042"
     assert config_digest(config("/anywhere")).startswith(before)
     assert config_digest(config("/anywhere", split_folders="ignore")) != config_digest(config("/anywhere"))
+
+
+# ------------------------------------------------------------------------------------- with classes left out or renamed
+
+
+def test_classes_of_one_split_only_can_be_left_out_or_renamed_as_the_messages_say(tmp_path):
+    names = [*paths(["Training"], "glioma no_tumor"), *paths(["Testing"], "glioma notumor")]
+    assert "--data.class-map notumor=no_tumor" in refusal(tmp_path, names)
+    images = read(tmp_path, names, class_map=("notumor=no_tumor",))
+    assert found(images) == {(c, s): 2 for c in ("glioma", "no_tumor") for s in (TRAIN, TEST)}
+    fewer = read(tmp_path, [*names, "Testing/notumor/extra.jpg"], drop_classes=("no_tumor", "notumor"))
+    assert found(fewer) == {("glioma", s): 2 for s in (TRAIN, TEST)}
+
+
+@pytest.mark.parametrize("other", ["benign", "BENIGN", "Beni gn"])
+def test_folders_that_differ_only_in_case_become_one_class_as_the_message_says(tmp_path, other):
+    names = paths(["Benign" if other.isalpha() else "Beni_gn", other, "malignant"], "x")
+    (option,) = re.findall(r"--data\.class-map (.*?), or", refusal(tmp_path, names))
+    images = read(tmp_path, names, class_map=tuple(shlex.split(option)))
+    assert sorted(found(images).values()) == [2, 4]
+
+
+def test_a_named_class_that_only_renaming_brings_about_settles_what_the_folders_are(tmp_path):
+    names = paths(["Benign tumor", "Malignant tumor"], "40X 100X")
+    mapped = {"class_map": ("Benign tumor=benign", "Malignant tumor=malignant"), "classes": ("malignant", "benign")}
+    assert found(read(tmp_path, names, **mapped)) == {("benign", DRAWN): 4, ("malignant", DRAWN): 4}
+
+
+def test_groups_come_from_paths_inside_of_split_folders(tmp_path):
+    rows = read(tmp_path, paths(["Training", "Testing"]), group_pattern=r"(\w+)/\w+/\d").rows
+    assert {row.group for row in rows} == {"Training", "Testing"}
 
 
 def make_images(folder):

@@ -25,6 +25,10 @@ _GRAIN_S = 2.0  # stores count in whole seconds, once for the object and once fo
 _log = logging.getLogger(__name__)
 
 
+class LostLeaseError(LeaseError):
+    """The lease was held and another process has taken it: says which, and what to do."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a lease object says."""
@@ -54,7 +58,7 @@ class FencedLease:
         self.before: Claim | None = None
 
     def check(self, *, for_s: float = 0.0) -> None:
-        """Raises LeaseError unless this process still holds the lease, for another `for_s` seconds if it is not paused.
+        """Raises LostLeaseError unless this process holds the lease, for another `for_s` seconds if it is not paused.
 
         Asks the store. A process that is paused between this call and what it does next cannot be held back by any
         lease: whatever must not be overwritten late has to be looked at again afterwards.
@@ -76,7 +80,7 @@ class FencedLease:
         if not self._lost and max(_numbers(self._store, self._prefix), default=0) != self.number:
             self._lose()
         if self._lost:
-            raise LeaseError(
+            raise LostLeaseError(
                 f"{self._what} was taken over by {self._lost} while this process was paused or the store out of "
                 "reach: what is finished is kept; run the same command again once the other has ended"
             )

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from pipelines.datasets import datasets
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
+from pipelines.leases import driver_lease, interruptible
 from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -65,6 +67,8 @@ class Work(Generic[Values, Where]):
     """Name of the run: it stands for one configuration, and asking again goes on with it. Empty: the recipe's name."""
     store: str = ""
     """Where everything lies: a folder or s3://bucket/prefix. Empty: $MEDMAMBA_STORE, else ./medmamba-store."""
+    wait_s: float = 120.0
+    """Seconds to wait for another driver of this run that is alive; one that died is replaced without being asked."""
     dry_run: Flag = False
     """Print the resolved configuration and the state of each step; run nothing."""
     json: Flag = False
@@ -123,7 +127,8 @@ def quickstart(argv: Sequence[str]) -> int:
 def _run(verb: str, argv: Sequence[str]) -> int:
     work = _parse(RunWork, verb, argv, (VERBS[verb].__doc__ or "") + BEHAVIOUR)
     workflow = work.workflow or _kept_workflow(work) or "release"
-    return _work(work, workflow, _steps(workflow, work.values, work.until))
+    steps = _steps(workflow, work.values, work.until)
+    return _work(work, workflow, lambda: steps)
 
 
 def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
@@ -131,8 +136,9 @@ def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
         work = _parse(PromoteWork if name == "promote" else StepWork, name, argv, text + BEHAVIOUR)
         workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
         if isinstance(work, PromoteWork) and work.force:
-            return _work(work, workflow, _forced(WORKFLOWS[workflow](work.values), work))
-        return _work(work, workflow, _steps(workflow, work.values, name))
+            return _work(work, workflow, lambda: _forced(WORKFLOWS[workflow](work.values), work))
+        steps = _steps(workflow, work.values, name)
+        return _work(work, workflow, lambda: steps)
 
     verb.__doc__ = text
     return verb
@@ -160,7 +166,7 @@ def _forced(steps: list[Step], work: Resolved) -> list[Step]:
         name = f"promote-forced-{len(made) + 1}"
     if made and _holds(store, made[-1][1].facts):
         name = made[-1][0]
-    forced = Step(name, gate.run, override(gate.config, {"force": True}), gate.inputs)
+    forced = replace(gate, name=name, config=override(gate.config, {"force": True}))
     return until([*steps, forced], name)
 
 
@@ -173,49 +179,80 @@ def _holds(store: Store, promoted: dict[str, Any]) -> bool:
     return now is not None and now.number == promoted["version"]
 
 
-def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
-    store = _open(work.store)
+def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]]) -> int:
+    """Brings the steps of `plan` to done under the lease of the run, which finished ones do not need."""
+    store, steps = _open(work.store), plan()
     if work.dry_run:
         return _dry_run(work, workflow, steps, store)
     terminal = Terminal()
     terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
-
-    def open_context() -> StepContext:
-        states = plan_steps(steps, store, work.run)
-        if any(state.name == "shard" and state.state != "done" for state in states):
-            check_source(work.values.data)  # before anything is written under the run's name
-        context = _open_context(work, workflow, store, terminal)
-        _check_divides(work.values, context.placement, states)
-        return context
-
+    before = plan_steps(steps, store, work.run)
     try:
         # Libraries print where they like; standard output is for the result.
         with contextlib.redirect_stdout(sys.stderr):
-            states = run_steps(steps, store, work.run, open_context=open_context, show=terminal)
+            if all(state.state == "done" for state in before):
+                states = run_steps(steps, store, work.run, open_context=_not_needed, show=terminal)
+            else:
+                with interruptible(), driver_lease(store, work.run, wait_s=work.wait_s, say=terminal.say) as check:
+                    steps = plan()  # what another driver has done meanwhile decides which forced promotion this is
+                    opened = functools.partial(_open_context, work, workflow, store, terminal, steps, check)
+                    states = run_steps(steps, store, work.run, open_context=opened, show=terminal)
     finally:
         terminal.close()
     if work.json:
         print(json.dumps({state.name: state.record.facts for state in states if state.record}, indent=2))
     else:
         print_summary(states, store, work.run)
-    return _verdict(states, terminal)
+    return _verdict(states, {state.name for state in before if state.state == "done"}, work, store, terminal)
 
 
-def _verdict(states: list[StepState], terminal: Terminal) -> int:
-    """A recorded "no" is exit code 3 each time it is asked; the last gate that was asked counts."""
-    verdicts = [state.record.facts for state in states if state.record and "verdict" in state.record.facts]
-    if verdicts and verdicts[-1]["verdict"] == "no":
-        terminal.say(f"not promoted: {verdicts[-1]['reason']}")
+def _not_needed() -> StepContext:
+    raise AssertionError("a finished step lost its record")
+
+
+def _verdict(states: list[StepState], before: set[str], work: Resolved, store: Store, terminal: Terminal) -> int:
+    """A recorded "no" is exit code 3 each time it is asked, a recorded "yes" 0; the last gate that was asked counts.
+
+    Of a yes that was recorded `before` this command it says when it was decided and where the alias is now: another
+    version may have been promoted since, which is as it should be, and no error.
+    """
+    last = next((state for state in reversed(states) if state.record and "verdict" in state.record.facts), None)
+    if last is None or last.record is None:
+        return DONE
+    if last.record.facts["verdict"] == "no":
+        terminal.say(f"not promoted: {last.record.facts['reason']}")
         return REFUSED
+    if last.name in before:
+        from pipelines.promoted import describe_promotion
+
+        if said := describe_promotion(last.record, store, work.run):
+            terminal.say(said)
     return DONE
 
 
-def _open_context(work: Resolved, workflow: str, store: Store, terminal: Terminal) -> StepContext:
-    """Connects to everything a step may need; whatever cannot be reached is named before any work."""
+def _open_context(
+    work: Resolved, workflow: str, store: Store, terminal: Terminal, steps: list[Step], check: Callable[[], None]
+) -> StepContext:
+    """Connects to everything that the steps still to do need; whatever cannot be reached is named before any work."""
+    states = plan_steps(steps, store, work.run)
+    to_do = {state.name for state in states if state.state != "done"}
+    if "shard" in to_do:
+        check_source(work.values.data)  # before anything is written under the run's name
     store.check()
     from pipelines.tracking import open_tracking
 
     tracking = open_tracking(store)
+    tracking.close_left(work.run)
+    placement = _placed(work, store, terminal) if any(step.is_spread for step in steps if step.name in to_do) else None
+    if placement is not None:
+        _check_divides(work.values, placement, states)
+    kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
+    store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
+    return StepContext(store, work.run, placement, tracking, terminal, check)
+
+
+def _placed(work: Resolved, store: Store, terminal: Terminal) -> Placement:
+    """Connects to Ray and resolves the placement on it."""
     from pipelines import ray_session
 
     terminal.say("connecting to Ray")
@@ -225,9 +262,7 @@ def _open_context(work: Resolved, workflow: str, store: Store, terminal: Termina
         f"placement: {placement.workers} x {placement.cpus_per_worker:g} CPU on {placement.device}, "
         f"ZeRO {placement.zero_stage}, scan {placement.scan}, {placement.trials} trials at once"
     )
-    kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
-    store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
-    return StepContext(store, work.run, placement, tracking, terminal)
+    return placement
 
 
 def _check_divides(values: Recipe, placement: Placement, states: Sequence[StepState]) -> None:

@@ -19,6 +19,10 @@ ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
 NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors")
 
 
+class AliasMovedError(TrackingError):
+    """The alias does not point to where it was just moved: somebody else has moved it at the same moment."""
+
+
 @dataclass(frozen=True)
 class Version:
     """One version of a registered model, with the tags that say what it is."""
@@ -27,6 +31,7 @@ class Version:
     number: int
     tags: Mapping[str, str]
     run_id: str
+    status: str = "READY"
 
     @property
     def uri(self) -> str:
@@ -71,9 +76,9 @@ def requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED]
 
 
-def find_version(tracking: Tracking, model: str, tags: Mapping[str, str]) -> Version | None:
-    """The first version of `model` that carries all of `tags`, or None."""
-    return next((v for v in versions(tracking, model) if all(v.tags.get(k) == x for k, x in tags.items())), None)
+def find_versions(tracking: Tracking, model: str, tags: Mapping[str, str]) -> list[Version]:
+    """The versions of `model` that carry all of `tags`, oldest first."""
+    return [v for v in versions(tracking, model) if all(v.tags.get(key) == value for key, value in tags.items())]
 
 
 def versions(tracking: Tracking, model: str) -> list[Version]:
@@ -89,25 +94,69 @@ def versions(tracking: Tracking, model: str) -> list[Version]:
             return sorted(found, key=lambda version: version.number)
 
 
-def create_version(tracking: Tracking, model: str, packaged: Path, run_id: str, tags: Mapping[str, str]) -> Version:
-    """Uploads a packaged model to its run's artifacts and makes a version of it; the tags come with it."""
-    from mlflow.exceptions import MlflowException
+def upload(tracking: Tracking, packaged: Path, run_id: str) -> None:
+    """Copies a packaged model to the artifacts of its run; the same files are written again."""
+    with tracking.errors("cannot upload the model"), _patience():
+        tracking.client.log_artifacts(run_id, str(packaged), ARTIFACT)
 
+
+def create_version(tracking: Tracking, model: str, run_id: str, tags: Mapping[str, str]) -> Version:
+    """Makes a version of the packaged model in the artifacts of its run; the tags come with it."""
     with tracking.errors(f"cannot register a version of {model}"):
-        with _patience():
-            tracking.client.log_artifacts(run_id, str(packaged), ARTIFACT)
-        try:
-            tracking.client.create_registered_model(model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
         return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=dict(tags)))
 
 
+def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> str:
+    """Why `version` cannot be taken for the model packaged in `packaged`; empty where it can.
+
+    Its registration may have failed, its files may be missing or other ones. Only names are compared, and the bytes of
+    the weights and the card.
+    """
+    from medmamba.checkpoint import MODEL, WEIGHTS
+
+    if version.status != "READY":
+        return f"MLflow calls it {version.status}"
+    if version.run_id != run_id:
+        return f"it belongs to another run ({version.run_id})"
+    with (
+        tempfile.TemporaryDirectory(prefix="medmamba-registered-") as folder,
+        tracking.errors(f"cannot look at the files of {version.uri}"),
+        _patience(),
+    ):
+        named = set(_artifacts(tracking, run_id, ARTIFACT))
+        for path in sorted(packaged.rglob("*")):
+            if not path.is_file() or path.parent.name == "__pycache__":
+                continue
+            name = f"{ARTIFACT}/{path.relative_to(packaged).as_posix()}"
+            if name not in named:
+                return f"its file {name} is missing"
+            if path.name in (WEIGHTS, MODEL):
+                found = Path(tracking.client.download_artifacts(run_id, name, folder))
+                if found.read_bytes() != path.read_bytes():
+                    return f"its file {name} is another one"
+    return ""
+
+
+def _artifacts(tracking: Tracking, run_id: str, folder: str) -> Iterator[str]:
+    for entry in tracking.client.list_artifacts(run_id, folder):
+        if entry.is_dir:
+            yield from _artifacts(tracking, run_id, entry.path)
+        else:
+            yield entry.path
+
+
 def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
     """Version `number` of `model`, or None where it does not exist."""
-    return next((version for version in versions(tracking, model) if version.number == number), None)
+    from mlflow.exceptions import MlflowException
+
+    with tracking.errors(f"cannot read version {number} of {model}"):
+        try:
+            return _version(tracking.client.get_model_version(model, str(number)))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
 
 
 def by_alias(tracking: Tracking, model: str, alias: str) -> Version | None:
@@ -125,12 +174,12 @@ def by_alias(tracking: Tracking, model: str, alias: str) -> Version | None:
 
 
 def move_alias(tracking: Tracking, version: Version, alias: str) -> None:
-    """Points `alias` to `version`. MLflow has no compare-and-set: raises TrackingError where another writer won."""
+    """Points `alias` to `version`. MLflow has no compare-and-set: raises AliasMovedError where another won."""
     with tracking.errors(f"cannot move the alias {alias}"):
         tracking.client.set_registered_model_alias(version.model, alias, str(version.number))
     now = by_alias(tracking, version.model, alias)
     if now is None or now.number != version.number:
-        raise TrackingError(
+        raise AliasMovedError(
             f"the alias {alias} of {version.model} points to version {now.number if now else 'none'}, not to "
             f"{version.number}: somebody else promoted at this moment; run the step again"
         )
@@ -173,7 +222,7 @@ def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iter
 
 
 def _version(entry: Any) -> Version:
-    return Version(entry.name, int(entry.version), dict(entry.tags), entry.run_id)
+    return Version(entry.name, int(entry.version), dict(entry.tags), entry.run_id, entry.status or "READY")
 
 
 @contextlib.contextmanager

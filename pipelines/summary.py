@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_shards.store import Store
-from pipelines.flow import StepState
+from pipelines.flow import Record, StepState
 from pipelines.terminal import console, table
 
 FEW_TEST_IMAGES = 500
@@ -21,7 +21,7 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
     """Tables of the steps, of the metrics beside the yardsticks, and of where things lie."""
     facts = {state.name: state.record.facts for state in states if state.record}
     rows = [
-        (state.name, state.state, f"{state.record.seconds:.0f}", "\n".join(_made(state.name, state.record.facts)))
+        (state.name, state.state, f"{state.record.seconds:.0f}", "\n".join(_made(state.name, state.record)))
         for state in states
         if state.record
     ]
@@ -31,7 +31,8 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
     _print_places(facts, store, run)
 
 
-def _made(step: str, facts: dict[str, Any]) -> list[str]:
+def _made(step: str, record: Record) -> list[str]:
+    facts = record.facts
     if step == "shard":
         counts = {split: sum(classes.values()) for split, classes in facts["counts"].items()}
         split = ", ".join(f"{name} {counts[name]}" for name in ("train", "val", "test") if name in counts)
@@ -56,7 +57,8 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
     if step == "register":
         return [f"{facts['model']} version {facts['version']}"]
     if "verdict" in facts:
-        return [f"{facts['verdict']}: {facts['reason']}"]
+        # The reason speaks of the champion of that moment, which may have been replaced since.
+        return [f"{facts['verdict']}: {facts['reason']}", f"decided on {record.finished[:16].replace('T', ' ')} UTC"]
     return []
 
 

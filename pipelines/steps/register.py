@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_shards.store import Store
 from medmamba.checkpoint import MODEL, WEIGHTS
 from pipelines.flow import StepContext
+from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
-from pipelines.registry import create_version, find_version, package
+from pipelines.registry import Version, create_version, find_versions, lacks, package, upload
+from pipelines.tracking import make_once
 
 
 class RegisterConfig(BaseModel):
@@ -28,7 +30,7 @@ class RegisterConfig(BaseModel):
 
 def run(
     config: RegisterConfig,
-    placement: Placement,
+    placement: Placement | None,
     out: Store,
     context: StepContext,
     *,
@@ -38,27 +40,46 @@ def run(
 ) -> dict:
     """Packages and registers the model; returns its name, version, digest and test metrics.
 
-    A version that an interrupted run of this step left is found again by its tags. Raises ValueError where the
-    model's files are not those that were trained and evaluated.
+    All of it is done under the lease of the registered model, so two registrations of one run make one version. A
+    version that an interrupted run of this step left is found again by its tags, the digest of the model among them.
+
+    Raises:
+        LeaseError: another process holds the model for longer than is waited.
+        OtherStoreError: the model belongs to another store.
+        ValueError: the model's files are not those that were trained and evaluated.
     """
     tracking = context.tracking
     name = config.model or f"medmamba-{shard['dataset']}"
-    with tracking.running(out, run=context.run, step="register", params=config.model_dump()) as run_id:
+    with (
+        model_lease(context, name) as held,
+        tracking.running(out, run=context.run, step="register", params=config.model_dump()) as run_id,
+    ):
+        held.note(mlflow_run=run_id)
+        bind_model(tracking, name, context.store)
         identity = {"medmamba.record": out.uri, "medmamba.digest": train["digest"]}
-        version = find_version(tracking, name, identity)
-        if version is None:
-            with tempfile.TemporaryDirectory(prefix="medmamba-register-") as folder:
-                checkpoint = _fetch(context.store.at(train["model"]), Path(folder) / "checkpoint", train["digest"])
-                card = json.loads((checkpoint / MODEL).read_text())["card"]
-                packaged = Path(folder) / "packaged"
-                package(packaged, checkpoint, card["classes"])
+        with tempfile.TemporaryDirectory(prefix="medmamba-register-") as folder:
+            checkpoint = _fetch(context.store.at(train["model"]), Path(folder) / "checkpoint", train["digest"])
+            card = json.loads((checkpoint / MODEL).read_text())["card"]
+            packaged = Path(folder) / "packaged"
+            package(packaged, checkpoint, card["classes"])
+            version = _found(context, name, packaged, run_id, identity)
+            if version is None:
+                upload(tracking, packaged, run_id)
+                bind_model(tracking, name, context.store, create=True)
                 tags = identity | _tags(context, shard, train, evaluate)
-                version = create_version(tracking, name, packaged, run_id, tags)
+                held.check()
+                version = make_once(
+                    out,
+                    "version.asked",
+                    find=lambda: _found(context, name, packaged, run_id, identity),
+                    make=lambda: create_version(tracking, name, run_id, tags),
+                )
         tracking.log_metrics(run_id, {f"test_{key}": value for key, value in evaluate["metrics"].items()})
     context.show.say(f"registered as version {version.number} of {name}")
     return {
         "digest": hashlib.sha256(f"{name}/{version.number}/{train['digest']}".encode()).hexdigest(),
         "model": name,
+        "model_digest": train["digest"],
         "version": version.number,
         "uri": version.uri,
         "manifest": evaluate["manifest"],
@@ -66,6 +87,22 @@ def run(
         "tracking_uri": tracking.address,
         "mlflow_run": run_id,
     }
+
+
+def _found(context: StepContext, name: str, packaged: Path, run_id: str, identity: dict[str, str]) -> Version | None:
+    """The version that an interrupted run of this step has made, if it is good; says so where one is not."""
+    tracking = context.tracking
+    for version in find_versions(tracking, name, identity):
+        reason = lacks(tracking, version, packaged, run_id)
+        if reason and version.status == "READY" and version.run_id == run_id:
+            # Its files belong to this step's run, and can be put there again.
+            upload(tracking, packaged, run_id)
+            context.show.say(f"version {version.number} of {name}: {reason}; its files were uploaded again")
+            reason = lacks(tracking, version, packaged, run_id)
+        if not reason:
+            return version
+        context.show.say(f"version {version.number} of {name} is not used: {reason}")
+    return None
 
 
 def _fetch(model: Store, folder: Path, expected: str) -> Path:

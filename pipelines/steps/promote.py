@@ -114,7 +114,7 @@ def _candidate(context: StepContext, register: dict) -> Version:
             f"MLflow at {tracking.address} calls version {number} of {model} {candidate.status}, not READY: delete the "
             "folders of the steps register and promote to register it again"
         )
-    # MLflow gives the number of the last version out again once that was deleted.
+    # A model that was deleted and registered again under its name counts from 1 again.
     ours = register.get("model_digest", "")  # records of earlier releases do not have it
     theirs = candidate.tags.get("medmamba.digest", ours)
     if candidate.tags.get("medmamba.run", context.run) != context.run or (ours and theirs != ours):

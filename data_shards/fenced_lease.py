@@ -57,6 +57,11 @@ class FencedLease:
         self.number = 0
         self.before: Claim | None = None
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is known already that another process has taken the lease; asks nobody."""
+        return bool(self._lost)
+
     def check(self, *, for_s: float = 0.0) -> None:
         """Raises LostLeaseError unless this process holds the lease, for another `for_s` seconds if it is not paused.
 

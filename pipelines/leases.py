@@ -45,7 +45,8 @@ def driver_lease(store: Store, run: str, *, wait_s: float, say: Callable[[str], 
         try:
             yield held.check
         except KeyboardInterrupt:
-            held.check()
+            if held.is_lost:
+                held.check()
             raise
 
 

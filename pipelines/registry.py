@@ -107,6 +107,15 @@ def create_version(tracking: Tracking, model: str, run_id: str, tags: Mapping[st
         return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=dict(tags)))
 
 
+def delete_unused(tracking: Tracking, version: Version) -> bool:
+    """Deletes a version that no alias points to; whether it did."""
+    with tracking.errors(f"cannot delete version {version.number} of {version.model}"):
+        if tracking.client.get_model_version(version.model, str(version.number)).aliases:
+            return False
+        tracking.client.delete_model_version(version.model, str(version.number))
+        return True
+
+
 def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> str:
     """Why `version` cannot be taken for the model packaged in `packaged`; empty where it can.
 

@@ -1,6 +1,6 @@
 """Promotions that race, are killed and are paused, and what must hold afterwards; also a command that prints figures.
 
-    python tests/cluster/registry_races.py --two 200 --twenty 20 --paused 20 --commands 20
+    python tests/cluster/registry_races.py --two 200 --twenty 20 --paused 20 --registrations 20 --commands 20
 
 Contenders are processes that promote versions of one registered model through the promote step: on MLflow over
 PostgreSQL with the store on S3, and through the command line on a folder with SQLite. A trigger in the database keeps
@@ -211,6 +211,21 @@ def promote(services: Services, facts: dict, told: Path, stop_before_move: bool,
     beside.replace(told)
 
 
+def register(services: Services, run: str, before: dict, told: Path) -> None:
+    """One contender: the register step of `run`, its facts as JSON in `told`."""
+    os.environ.update(services.env)
+    from data_shards.store import open_store
+    from pipelines.flow import StepContext
+    from pipelines.steps import register as step
+    from pipelines.terminal import Terminal
+    from pipelines.tracking import open_tracking
+
+    store = open_store(services.store)
+    context = StepContext(store, run, None, open_tracking(store, services.tracking), Terminal(quiet=True))
+    found = step.run(step.RegisterConfig(model=run), None, store.at("runs", run, "register"), context, **before)
+    told.write_text(json.dumps(found))
+
+
 def command(services: Services, facts: dict, told: Path) -> subprocess.Popen:
     """One contender: the command line, whose standard output is the facts of all steps."""
     line = [sys.executable, "-m", "pipelines", "promote", "--run", facts["digest"], "--store", services.store, "--json"]
@@ -221,13 +236,13 @@ def command(services: Services, facts: dict, told: Path) -> subprocess.Popen:
 _fork = None
 
 
-def contender(*arguments: Any) -> multiprocessing.Process:
-    """A process for `promote`, forked from one that has imported everything and connected to nothing."""
+def contender(*arguments: Any, work: Callable = promote) -> multiprocessing.Process:
+    """A process for `work`, forked from one that has imported everything and connected to nothing."""
     global _fork
     if _fork is None:
         _fork = multiprocessing.get_context("forkserver")
         _fork.set_forkserver_preload(["mlflow", "boto3", "pipelines.steps.promote", "pipelines.workflows"])
-    process = _fork.Process(target=promote, args=arguments)
+    process = _fork.Process(target=work, args=arguments)
     process.start()
     return process
 
@@ -253,6 +268,34 @@ def race(
         again = [contender(services, facts[i], told[i], False, 45.0) for i in left]
         [process.join(300) for process in again]
     hold(services, model, facts, [json.loads(path.read_text()) for path in told])
+    return hit
+
+
+def race_registrations(services: Services, run: str, *, folder: Path, chance: random.Random) -> int:
+    """One round of five that register one run, of which two are killed; how many were."""
+    import registered
+
+    from data_shards.store import open_store
+
+    before = registered.facts(open_store(services.store), run, auc=0.9)
+    told = [folder / f"{run}-{i}.json" for i in range(5)]
+    processes = [contender(services, run, before, path, work=register) for path in told]
+    hit = 0
+    for process in chance.sample(processes, 2):
+        time.sleep(chance.uniform(0, 6))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            hit += 1
+    [process.join(300) for process in processes]
+    while left := [path for path in told if not path.exists()]:
+        again = [contender(services, run, before, path, work=register) for path in left]
+        [process.join(300) for process in again]
+    found = {path.read_text() for path in told}
+    assert len(found) == 1, f"{run}: registrations of one run differ: {found}"
+    made = query(services, "SELECT version FROM model_versions WHERE name = :run", run=run)
+    assert made == [(1,)], f"{run}: versions {made}"
+    runs = _runs(services, run)
+    assert runs == [("FINISHED",)], f"{run}: MLflow runs {runs}"
     return hit
 
 
@@ -342,13 +385,17 @@ def hold(services: Services, model: str, facts: list[dict], found: list[dict], *
     assert now in {version for _, version in yes}, about
     assert len(auc_of) == len(facts), about
     for each in facts:
-        runs = query(
-            services,
-            "SELECT r.status FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
-            "WHERE t.key = 'medmamba.run' AND t.value = :run AND r.lifecycle_stage = 'active'",
-            run=each["digest"],
-        )
+        runs = _runs(services, each["digest"])
         assert runs == [("FINISHED",)], f"runs of {each['digest']}: {runs}"
+
+
+def _runs(services: Services, run: str) -> list[tuple]:
+    """The states of MLflow's runs of a run."""
+    text = (
+        "SELECT r.status FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
+        "WHERE t.key = 'medmamba.run' AND t.value = :run AND r.lifecycle_stage = 'active'"
+    )
+    return query(services, text, run=run)
 
 
 def rounds(name: str, number: int, one: Callable[[str], int]) -> dict[str, Any]:
@@ -368,7 +415,7 @@ def rounds(name: str, number: int, one: Callable[[str], int]) -> dict[str, Any]:
 def main() -> int:
     """Runs all rounds that were asked for; exit code 1 where one of them ended wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("two", "twenty", "paused", "commands"):
+    for name in ("two", "twenty", "paused", "registrations", "commands"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -376,7 +423,7 @@ def main() -> int:
     chance, found = random.Random(asked.seed), {}
     with tempfile.TemporaryDirectory(prefix="mm-races-") as name:
         folder = Path(name)
-        if asked.two or asked.twenty or asked.paused:
+        if asked.two or asked.twenty or asked.paused or asked.registrations:
             with postgres_and_s3(folder) as on:
                 same: dict[str, Any] = {"folder": folder, "chance": chance}
                 found["two"] = rounds(
@@ -384,6 +431,9 @@ def main() -> int:
                 )
                 found["twenty"] = rounds(
                     "twenty", asked.twenty, lambda m: race(on, m, contenders=20, kills=8, window_s=12, **same)
+                )
+                found["registrations"] = rounds(
+                    "registrations", asked.registrations, lambda m: race_registrations(on, m, **same)
                 )
                 found["paused"] = rounds("paused", asked.paused, lambda m: race_paused(on, m, **same))
         if asked.commands:

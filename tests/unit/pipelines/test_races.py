@@ -112,6 +112,25 @@ def test_two_registrations_of_one_run_at_once_make_one_version_and_one_run(store
     assert [run.info.status for run in runs] == ["FINISHED"]
 
 
+def test_a_registration_paused_before_its_request_leaves_no_second_version(store, tracking, model, monkeypatch):
+    from pipelines.steps import register
+
+    around, before, real = registered.context(store, tracking, model), registered.facts(store, model, auc=0.9), []
+
+    def late(*arguments):
+        monkeypatch.setattr(register, "create_version", real[0])
+        _taken_over(store, model)
+        around.store.delete(f"runs/{model}/register/version.asked")
+        real.append(registered.register_run(around, before, model))
+        return real[0](*arguments)
+
+    real.append(register.create_version)
+    monkeypatch.setattr(register, "create_version", late)
+    found = registered.register_run(around, before, model)
+    assert found == real[1]
+    assert [version.number for version in versions(tracking, model)] == [found["version"]] == [1]
+
+
 def test_a_version_is_found_again_only_if_its_digest_is_the_same(store, tracking, model):
     around = registered.context(store, tracking, model)
     before = registered.facts(store, model, auc=0.9)

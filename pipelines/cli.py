@@ -27,7 +27,7 @@ from pipelines.datasets import datasets
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
-from pipelines.leases import driver_lease, interruptible
+from pipelines.leases import RUN_WAIT_S, driver_lease, interruptible
 from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -67,7 +67,7 @@ class Work(Generic[Values, Where]):
     """Name of the run: it stands for one configuration, and asking again goes on with it. Empty: the recipe's name."""
     store: str = ""
     """Where everything lies: a folder or s3://bucket/prefix. Empty: $MEDMAMBA_STORE, else ./medmamba-store."""
-    wait_s: float = 120.0
+    wait_s: float = RUN_WAIT_S
     """Seconds to wait for another driver of this run that is alive; one that died is replaced without being asked."""
     dry_run: Flag = False
     """Print the resolved configuration and the state of each step; run nothing."""

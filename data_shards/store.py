@@ -309,8 +309,8 @@ class FileStore(Store):
 def tell_unconditional(store: Store) -> None:
     """Warns the user of what is not safe on this store."""
     _log.warning(
-        "%s ignores conditional writes (If-None-Match), so a lease object must keep two conversions of one dataset "
-        "apart, which is less safe: do not start two at once, or use a server with conditional writes",
+        "%s ignores conditional writes (If-None-Match), so a lease object must keep two drivers of one dataset, run or "
+        "registered model apart, which is less safe: do not start two at once, or use a server with conditional writes",
         store.uri,
     )
 

@@ -24,11 +24,12 @@ from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unc
 from pipelines.bench import bench
 from pipelines.class_table import completed
 from pipelines.datasets import datasets
-from pipelines.demand import ON_RAY, RunDemand
+from pipelines.demand import RunDemand
 from pipelines.faults import RESUME, fault_line, has_more, lost_ray
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
+from pipelines.leases import RUN_WAIT_S, driver_lease, interruptible
 from pipelines.override import ConfigError, difference, explain, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.ray_session import RaySessionError
@@ -72,6 +73,8 @@ class Work(Generic[Values, Where]):
     """Name of the run: it stands for one configuration, and asking again goes on with it. Empty: the recipe's name."""
     store: str = ""
     """Where everything lies: a folder or s3://bucket/prefix. Empty: $MEDMAMBA_STORE, else ./medmamba-store."""
+    wait_s: float = RUN_WAIT_S
+    """Seconds to wait for another driver of this run that is alive; one that died is replaced without being asked."""
     dry_run: Flag = False
     """Print the resolved configuration and placement and the state of each step, and look for the images; run
     nothing."""
@@ -131,7 +134,8 @@ def quickstart(argv: Sequence[str]) -> int:
 def _run(verb: str, argv: Sequence[str]) -> int:
     work = _parse(RunWork, verb, argv, (VERBS[verb].__doc__ or "") + BEHAVIOUR)
     workflow = work.workflow or _kept_workflow(work) or "release"
-    return _work(work, workflow, _steps(workflow, work.values, work.until))
+    steps = _steps(workflow, work.values, work.until)
+    return _work(work, workflow, lambda: steps)
 
 
 def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
@@ -139,8 +143,9 @@ def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
         work = _parse(PromoteWork if name == "promote" else StepWork, name, argv, text + BEHAVIOUR)
         workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
         if isinstance(work, PromoteWork) and work.force:
-            return _work(work, workflow, _forced(WORKFLOWS[workflow](work.values), work))
-        return _work(work, workflow, _steps(workflow, work.values, name))
+            return _work(work, workflow, lambda: _forced(WORKFLOWS[workflow](work.values), work))
+        steps = _steps(workflow, work.values, name)
+        return _work(work, workflow, lambda: steps)
 
     verb.__doc__ = text
     return verb
@@ -168,7 +173,7 @@ def _forced(steps: list[Step], work: Resolved) -> list[Step]:
         name = f"promote-forced-{len(made) + 1}"
     if made and _holds(store, made[-1][1].facts):
         name = made[-1][0]
-    forced = Step(name, gate.run, override(gate.config, {"force": True}), gate.inputs)
+    forced = replace(gate, name=name, config=override(gate.config, {"force": True}))
     return until([*steps, forced], name)
 
 
@@ -181,15 +186,16 @@ def _holds(store: Store, promoted: dict[str, Any]) -> bool:
     return now is not None and now.number == promoted["version"]
 
 
-def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
+def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]]) -> int:
     store = _open(work.store)
     if work.dry_run:
-        return _dry_run(work, workflow, steps, store)
+        return _dry_run(work, workflow, plan(), store)
+    before = plan_steps(plan(), store, work.run)
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
             with own_messages(terminal.say):
-                states = _brought(work, workflow, steps, store, terminal)
+                states = _brought(work, workflow, plan, store, terminal)
         except (WorkflowError, RaySessionError) as error:
             if isinstance(error, RaySessionError):
                 terminal.trace("".join(traceback.format_exception(error)))
@@ -206,35 +212,60 @@ def _work(work: Resolved, workflow: str, steps: list[Step]) -> int:
         print(json.dumps(facts, indent=2))
     else:
         print_summary(states, store, work.run)
-    return _verdict(states, Terminal())
+    return _verdict(states, {state.name for state in before if state.state == "done"}, work, store, Terminal())
 
 
-def _brought(work: Resolved, workflow: str, steps: list[Step], store: Store, terminal: Terminal) -> list[StepState]:
-    """The steps, brought to done."""
+def _brought(
+    work: Resolved, workflow: str, plan: Callable[[], list[Step]], store: Store, terminal: Terminal
+) -> list[StepState]:
+    """The steps of `plan`, brought to done under the lease of the run, which finished ones do not need."""
     terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
     remove_left_behind()
+    if all(state.state == "done" for state in plan_steps(plan(), store, work.run)):
+        return run_steps(plan(), store, work.run, open_context=_not_needed, show=terminal)
+    with interruptible(), driver_lease(store, work.run, wait_s=work.wait_s, say=terminal.say) as check:
+        steps = plan()  # what another driver has done meanwhile decides which forced promotion this is
+        opened = functools.partial(_open_context, work, workflow, steps, store, terminal=terminal, check=check)
+        return run_steps(steps, store, work.run, open_context=opened, show=terminal)
 
-    def open_context() -> StepContext:
-        states = plan_steps(steps, store, work.run)
-        _check_source(work, states, store)  # before anything is written under the run's name
-        return _open_context(work, workflow, states, store, terminal=terminal)
 
-    return run_steps(steps, store, work.run, open_context=open_context, show=terminal)
+def _not_needed() -> StepContext:
+    raise AssertionError("a finished step lost its record")
 
 
-def _verdict(states: list[StepState], terminal: Terminal) -> int:
-    """A recorded "no" is exit code 3 each time it is asked; the last gate that was asked counts."""
-    verdicts = [state.record.facts for state in states if state.record and "verdict" in state.record.facts]
-    if verdicts and verdicts[-1]["verdict"] == "no":
-        terminal.say(f"not promoted: {verdicts[-1]['reason']}")
+def _verdict(states: list[StepState], before: set[str], work: Resolved, store: Store, terminal: Terminal) -> int:
+    """A recorded "no" is exit code 3 each time it is asked, a recorded "yes" 0; the last gate that was asked counts.
+
+    Of a yes that was recorded `before` this command it says when it was decided and where the alias is now: another
+    version may have been promoted since, which is as it should be, and no error.
+    """
+    last = next((state for state in reversed(states) if state.record and "verdict" in state.record.facts), None)
+    if last is None or last.record is None:
+        return DONE
+    if last.record.facts["verdict"] == "no":
+        terminal.say(f"not promoted: {last.record.facts['reason']}")
         return REFUSED
+    if last.name in before:
+        from pipelines.promoted import describe_promotion
+
+        if said := describe_promotion(last.record, store, work.run):
+            terminal.say(said)
     return DONE
 
 
 def _open_context(
-    work: Resolved, workflow: str, states: Sequence[StepState], store: Store, *, terminal: Terminal
+    work: Resolved,
+    workflow: str,
+    steps: Sequence[Step],
+    store: Store,
+    *,
+    terminal: Terminal,
+    check: Callable[[], None],
 ) -> StepContext:
-    """Connects to everything a step may need; whatever cannot be reached is named before any work."""
+    """Connects to everything that the steps still to do need; whatever cannot be reached is named before any work."""
+    states = plan_steps(steps, store, work.run)
+    to_do = {state.name for state in states if state.state != "done"}
+    _check_source(work, states, store)  # before anything is written under the run's name
     store.check()
     from pipelines.tracking import open_tracking
 
@@ -242,6 +273,15 @@ def _open_context(
     tracking = open_tracking(store)
     tracking.close_killed(store.at("runs", work.run))
     terminal.ready()
+    on_ray = any(step.is_spread for step in steps if step.name in to_do)
+    placement = _place(work, states, store, terminal) if on_ray else None
+    kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
+    store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
+    return StepContext(store, work.run, placement, tracking, terminal, check)
+
+
+def _place(work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal) -> Placement:
+    """Connects to Ray and resolves the placement on it."""
     from pipelines import ray_session
 
     address = os.environ.get("RAY_ADDRESS")
@@ -254,9 +294,7 @@ def _open_context(
     terminal.ready()
     terminal.say(f"placement: {placement.summary}")
     demand.check(placement)
-    kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
-    store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
-    return StepContext(store, work.run, placement, tracking, terminal)
+    return placement
 
 
 def _end_without_ray(terminal: Terminal, server: str) -> None:
@@ -272,7 +310,7 @@ def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> 
     resolved: dict[str, Any] = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}
     _check_source(work, states, store)
     notes: list[str] = []
-    placement = _preview(work, states, store, notes.append)
+    placement = _preview(work, steps, states, store, say=notes.append)
     where = f"the Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
     if work.json:
         resolved["placement"] = placement.model_dump(mode="json") if placement else None
@@ -286,9 +324,12 @@ def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> 
     return DONE
 
 
-def _preview(work: Resolved, states: Sequence[StepState], store: Store, say: Callable[[str], None]) -> Placement | None:
+def _preview(
+    work: Resolved, steps: Sequence[Step], states: Sequence[StepState], store: Store, *, say: Callable[[str], None]
+) -> Placement | None:
     """The placement that the work would get; None where nothing is left that needs a Ray."""
-    if all(state.state == "done" for state in states if state.name in ON_RAY):
+    spread = {step.name for step in steps if step.is_spread}
+    if all(state.state == "done" for state in states if state.name in spread):
         return None
     from pipelines import ray_session
 

@@ -16,8 +16,6 @@ from pipelines.steps.train import find_checkpoint
 from pipelines.worker.config import TrainConfig
 from pipelines.worker.state import check_resumable
 
-ON_RAY = ("shard", "tune", "train", "evaluate")  # the other steps do their work in the driver
-
 
 class RunDemand:
     """The trainings that a run may still come to, and the checkpoint from which its training resumes."""
@@ -26,7 +24,7 @@ class RunDemand:
         by_name = {state.name: state for state in states}
         train = by_name.get("train")
         self._trainings = _possible_trainings(recipe, by_name) if train and train.state != "done" else []
-        begun = train is not None and train.state == "interrupted"
+        begun = train is not None and train.state in ("interrupted", "failed")
         self._checkpoint: dict[str, Any] | None = find_checkpoint(step_folder(store, run, "train")) if begun else None
 
     def for_placement(self) -> Demand:

@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.scratch import scratch
 from pipelines.tracking import Tracking, TrackingError
 
+PACKAGED_AT = "2000-01-01 00:00:00.000000"  # when a version was made is on record in MLflow
 ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
 DIGEST_TAG = "medmamba.digest"  # of weights.safetensors and model.json (`medmamba.checkpoint.model_digest`)
 PACKAGE_TAG = "medmamba.package"  # of all files of the packaged model (`package_digest`)
@@ -29,6 +30,10 @@ class IntegrityError(ValueError):
     """The files of a registered version are not those that were registered."""
 
 
+class AliasMovedError(TrackingError):
+    """The alias does not point to where it was just moved: somebody else has moved it at the same moment."""
+
+
 @dataclass(frozen=True)
 class Version:
     """One version of a registered model, with the tags that say what it is."""
@@ -37,6 +42,7 @@ class Version:
     number: int
     tags: Mapping[str, str]
     run_id: str
+    status: str = "READY"
 
     @property
     def uri(self) -> str:
@@ -48,10 +54,11 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
     """Writes the MLflow model of a checkpoint (weights.safetensors, model.json) to the new folder `folder`.
 
     Models from code: no pickle. The code that reads the checkpoint lies inside, so that the model loads where this
-    project is not installed. Signature: `image` (encoded bytes) -> one probability per class.
+    project is not installed. Signature: `image` (encoded bytes) -> one probability per class. The same checkpoint gives
+    the same bytes with the same code, so that a model which is uploaded twice keeps its digest.
     """
     import mlflow.pyfunc
-    from mlflow.models import ModelSignature
+    from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
 
     import data_shards
@@ -76,6 +83,10 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
             model_config={"device": "cpu", "digest": digest},
             pip_requirements=requirements(),
         )
+    # The time and the random id would make every packaging of one model another package.
+    described = Model.load(str(folder))
+    described.utc_time_created, described.model_uuid = PACKAGED_AT, digest[:32]
+    described.save(str(folder / "MLmodel"))
 
 
 def package_digest(folder: Path) -> str:
@@ -93,9 +104,9 @@ def requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED]
 
 
-def find_version(tracking: Tracking, model: str, tags: Mapping[str, str]) -> Version | None:
-    """The first version of `model` that carries all of `tags`, or None."""
-    return next((v for v in versions(tracking, model) if all(v.tags.get(k) == x for k, x in tags.items())), None)
+def find_versions(tracking: Tracking, model: str, tags: Mapping[str, str]) -> list[Version]:
+    """The versions of `model` that carry all of `tags`, oldest first."""
+    return [v for v in versions(tracking, model) if all(v.tags.get(key) == value for key, value in tags.items())]
 
 
 def versions(tracking: Tracking, model: str) -> list[Version]:
@@ -111,30 +122,82 @@ def versions(tracking: Tracking, model: str) -> list[Version]:
             return sorted(found, key=lambda version: version.number)
 
 
-def create_version(tracking: Tracking, model: str, packaged: Path, run_id: str, tags: Mapping[str, str]) -> Version:
-    """Uploads a packaged model to its run's artifacts and makes a version of it; the tags come with it.
+def upload(tracking: Tracking, packaged: Path, run_id: str) -> None:
+    """Copies a packaged model to the artifacts of its run; the same files are written again."""
+    with tracking.errors("cannot upload the model"), _patience():
+        tracking.client.log_artifacts(run_id, str(packaged), ARTIFACT)
 
-    One more tag holds the digest of the packaged files: whoever can write to the artifacts cannot write there.
+
+def create_version(tracking: Tracking, model: str, run_id: str, tags: Mapping[str, str]) -> Version:
+    """Makes a version of the packaged model in the artifacts of its run; the tags come with it.
+
+    One of them should hold the digest of the packaged files (`PACKAGE_TAG`): whoever can write to the artifacts cannot
+    write there.
     """
-    from mlflow.exceptions import MlflowException
-
-    tags = {**tags, PACKAGE_TAG: package_digest(packaged)}
-
     with tracking.errors(f"cannot register a version of {model}"):
-        with _patience():
-            tracking.client.log_artifacts(run_id, str(packaged), ARTIFACT)
-        try:
-            tracking.client.create_registered_model(model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
         return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=tags))
 
 
+def delete_unused(tracking: Tracking, version: Version) -> bool:
+    """Deletes a version that no alias points to; whether it did."""
+    with tracking.errors(f"cannot delete version {version.number} of {version.model}"):
+        if tracking.client.get_model_version(version.model, str(version.number)).aliases:
+            return False
+        tracking.client.delete_model_version(version.model, str(version.number))
+        return True
+
+
+def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> str:
+    """Why `version` cannot be taken for the model packaged in `packaged`; empty where it can.
+
+    Its registration may have failed, its files may be missing or other ones. Only names are compared, and the bytes of
+    the weights and the card.
+    """
+    from medmamba.checkpoint import MODEL, WEIGHTS
+
+    if version.status != "READY":
+        return f"MLflow calls it {version.status}"
+    if version.run_id != run_id:
+        return f"it belongs to another run ({version.run_id})"
+    with (
+        scratch("registered") as folder,
+        tracking.errors(f"cannot look at the files of {version.uri}"),
+        _patience(),
+    ):
+        named = set(_artifacts(tracking, run_id, ARTIFACT))
+        for path in sorted(packaged.rglob("*")):
+            if not path.is_file() or path.parent.name == "__pycache__":
+                continue
+            name = f"{ARTIFACT}/{path.relative_to(packaged).as_posix()}"
+            if name not in named:
+                return f"its file {name} is missing"
+            if path.name in (WEIGHTS, MODEL):
+                found = Path(tracking.client.download_artifacts(run_id, name, str(folder)))
+                if found.read_bytes() != path.read_bytes():
+                    return f"its file {name} is another one"
+    return ""
+
+
+def _artifacts(tracking: Tracking, run_id: str, folder: str) -> Iterator[str]:
+    for entry in tracking.client.list_artifacts(run_id, folder):
+        if entry.is_dir:
+            yield from _artifacts(tracking, run_id, entry.path)
+        else:
+            yield entry.path
+
+
 def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
     """Version `number` of `model`, or None where it does not exist."""
-    return next((version for version in versions(tracking, model) if version.number == number), None)
+    from mlflow.exceptions import MlflowException
+
+    with tracking.errors(f"cannot read version {number} of {model}"):
+        try:
+            return _version(tracking.client.get_model_version(model, str(number)))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
 
 
 def by_alias(tracking: Tracking, model: str, alias: str) -> Version | None:
@@ -152,12 +215,12 @@ def by_alias(tracking: Tracking, model: str, alias: str) -> Version | None:
 
 
 def move_alias(tracking: Tracking, version: Version, alias: str) -> None:
-    """Points `alias` to `version`. MLflow has no compare-and-set: raises TrackingError where another writer won."""
+    """Points `alias` to `version`. MLflow has no compare-and-set: raises AliasMovedError where another won."""
     with tracking.errors(f"cannot move the alias {alias}"):
         tracking.client.set_registered_model_alias(version.model, alias, str(version.number))
     now = by_alias(tracking, version.model, alias)
     if now is None or now.number != version.number:
-        raise TrackingError(
+        raise AliasMovedError(
             f"the alias {alias} of {version.model} points to version {now.number if now else 'none'}, not to "
             f"{version.number}: somebody else promoted at this moment; run the step again"
         )
@@ -229,7 +292,7 @@ def _checked_weights(version: Version, folder: Path) -> Path:
 
 
 def _version(entry: Any) -> Version:
-    return Version(entry.name, int(entry.version), dict(entry.tags), entry.run_id)
+    return Version(entry.name, int(entry.version), dict(entry.tags), entry.run_id, entry.status or "READY")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,12 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
     if "shard" in facts:
         facts["shard"] = completed(facts["shard"], store)
     rows = [
-        (state.name, state.state, f"{state.record.seconds:.0f}", "\n".join(_made(state.name, facts[state.name])))
+        (
+            state.name,
+            state.state,
+            f"{state.record.seconds:.0f}",
+            "\n".join(_made(state.name, facts[state.name], state.record.finished)),
+        )
         for state in states
         if state.record
     ]
@@ -40,7 +45,7 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
     _print_places(facts, store, run)
 
 
-def _made(step: str, facts: dict[str, Any]) -> list[str]:
+def _made(step: str, facts: dict[str, Any], finished: str) -> list[str]:
     if step == "shard":
         samples = facts.get("samples", {})
         split = ", ".join(f"{name} {samples[name]}" for name in SPLITS if name in samples)
@@ -69,7 +74,8 @@ def _made(step: str, facts: dict[str, Any]) -> list[str]:
     if step == "register":
         return [f"{facts['model']} version {facts['version']}"]
     if "verdict" in facts:
-        return [f"{facts['verdict']}: {facts['reason']}"]
+        # The reason speaks of the champion of that moment, which may have been replaced since.
+        return [f"{facts['verdict']}: {facts['reason']}", f"decided on {finished[:16].replace('T', ' ')} UTC"]
     return []
 
 

@@ -17,10 +17,10 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data_shards.disk import full_disk, is_full, says_full
@@ -45,8 +45,11 @@ LOST = ("Max retries exceeded", "timed out", "Connection refused", "RemoteDiscon
 REASON = "medmamba.failure"  # tag of a run that failed: why
 TAG_CHARACTERS = 500
 PARAM_CHARACTERS = 6000  # the most that MLflow keeps of one parameter
+IN_FLIGHT_S = 8.0  # a request that its sender did not live to see answered is carried out within this time,
+RECENT_S = 60.0  # if what it belongs to was begun less than this ago
 BATCH_METRICS = 1000  # points in one call, MLflow's limit
 BATCH_ENTRIES = 100  # parameters or tags in one call
+Made = TypeVar("Made")
 
 
 class TrackingError(ValueError):
@@ -97,10 +100,18 @@ class Tracking:
         """
         kept = self._kept_run(out)
         same = {"medmamba.record": out.uri, "medmamba.identity": _identity(out)}
-        found = kept or self._find(same)
         identity = {"medmamba.run": run, "medmamba.step": step, **same}
         origin = {"mlflow.source.git.commit": git_commit(), "mlflow.source.name": f"medmamba {step}"}
-        run_id = self._begin(found, f"{run}/{step}", {**identity, **origin, **_parent(parent), **(tags or {})})
+        about = {**identity, **origin, **_parent(parent), **(tags or {})}
+
+        def begin(found: str | None) -> str:
+            return self._begin(found, f"{run}/{step}", about)
+
+        def resume() -> str | None:
+            found = self._find(same)
+            return begin(found) if found else None
+
+        run_id = begin(kept) if kept else make_once(out, "mlflow-run.asked", find=resume, make=lambda: begin(None))
         if kept is None:
             content = {"run_id": run_id, "experiment_id": self.experiment_id, "tracking_uri": self.address}
             out.put(RUN_FILE, json.dumps(content, indent=2).encode() + b"\n")
@@ -179,6 +190,18 @@ class Tracking:
         assert status in ("FINISHED", "FAILED", "KILLED"), status
         with self.errors("cannot end the run"):
             self.client.set_terminated(run_id, status)
+
+    def close_run(self, run_id: str) -> None:
+        """Ends a run as KILLED if it is still RUNNING; one that MLflow does not know is no error."""
+        from mlflow.exceptions import MlflowException
+
+        with self.errors("cannot end a run"):
+            try:
+                if self.client.get_run(run_id).info.status == "RUNNING":
+                    self.client.set_terminated(run_id, "KILLED")
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
 
     def close_trials(self, parent_id: str, status: str = "KILLED") -> int:
         """Ends the trials of a sweep that are still RUNNING (their process died); returns how many."""
@@ -273,6 +296,24 @@ def open_tracking(store: Store, uri: str | None = None) -> Tracking:
     artifacts = None if on_server and store.is_local else f"{_as_uri(store)}/mlflow-artifacts"
     with contextlib.nullcontext() if on_server else _alone(store), _errors(uri, "cannot open the experiment"):
         return Tracking(uri, _experiment(_client(os.getpid(), uri), name, artifacts))
+
+
+def make_once(out: Store, asked: str, *, find: Callable[[], Made | None], make: Callable[[], Made]) -> Made:
+    """What `find` finds, else what `make` makes: once, also where an earlier process was killed while it asked for it.
+
+    MLflow may carry out a request after its sender has died. So the object `asked` in `out` marks that it is under way,
+    and whoever finds such a mark gives it IN_FLIGHT_S to appear. One process at a time may call this for an `out`.
+    """
+    found = find()
+    if found is None and not out.put(asked, b"", if_absent=True):
+        until = time.monotonic() + (IN_FLIGHT_S if out.age_s(asked) < RECENT_S else 0.0)
+        while found is None and time.monotonic() < until:
+            time.sleep(0.5)
+            found = find()
+        out.put(asked, b"")
+    made = make() if found is None else found
+    out.delete(asked)
+    return made
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -35,8 +35,8 @@ def direct(recipe: Recipe) -> list[Step]:
 def _judge(recipe: Recipe) -> list[Step]:
     return [
         Step("evaluate", evaluate.run, recipe.evaluate, {"shard": "shard", "train": "train"}),
-        Step("register", register.run, recipe.registry, {"shard": "shard", "train": "train", "evaluate": "evaluate"}),
-        Step("promote", promote.run, recipe.gate, {"register": "register"}),
+        Step("register", register.run, recipe.registry, {name: name for name in ("shard", "train", "evaluate")}, False),
+        Step("promote", promote.run, recipe.gate, {"register": "register"}, is_spread=False),
     ]
 
 

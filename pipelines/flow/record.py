@@ -41,7 +41,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """The commit mark of a step: its facts, and where they came from."""
+    """The commit mark of a step: its facts, and where they came from. `placement` is empty where none was needed."""
 
     facts: dict[str, Any]
     inputs: dict[str, str | None]

@@ -91,7 +91,7 @@ def run_steps(
 ) -> list[StepState]:
     """Brings every step to done and returns their states; raises WorkflowError after all that could run has run.
 
-    `open_context` connects to Ray and MLflow; it is called once, and only if a step has to run.
+    `open_context` connects to MLflow, and to Ray where a step needs it; it is called once, if a step has to run.
     """
     # Drift is told before the first hour of work, not after; what cannot be connected to is no failure of a step.
     planned = plan_steps(steps, store, run)
@@ -157,10 +157,11 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
         seconds=round(time.monotonic() - clock, 3),
         started=started.isoformat(timespec="milliseconds"),
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        placement=context.placement.model_dump(mode="json"),
+        placement=context.placement.model_dump(mode="json") if step.is_spread else {},
         git_commit=git_commit(),
         packages=package_versions(),
     )
+    context.check()
     write_record(out, record)
     # What a later driver will read: a step must never see more of an input than its record holds.
     written = read_record(out)

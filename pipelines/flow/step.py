@@ -15,7 +15,8 @@ from data_shards.store import Store
 class StepContext:
     """What every step of one run shares: where it writes, under which name, and who listens.
 
-    `placement` says how the work is spread; `tracking` is the MLflow seam; `show` tells the person at the terminal.
+    `placement` says how the work is spread, None where no step is; `tracking` is the MLflow seam; `show` tells the
+    person at the terminal; `check` raises where this driver does not hold the run any more.
     """
 
     store: Store
@@ -23,6 +24,7 @@ class StepContext:
     placement: Any
     tracking: Any
     show: Any
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class Step:
     """A name, a config and its inputs (parameter of `run` -> name of the step whose facts it takes).
 
     `run(config, placement, out, context, **inputs)` writes under `out` and returns small JSON facts with a
-    "digest": the content of what it made, which is what a later step's identity holds.
+    "digest": the content of what it made, which is what a later step's identity holds. `is_spread` is False for one
+    whose work is done by the driver alone, without Ray.
     """
 
     name: str
     run: Callable[..., dict]
     config: BaseModel
     inputs: Mapping[str, str] = field(default_factory=dict)
+    is_spread: bool = True

@@ -10,14 +10,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from data_shards.fenced_lease import FencedLease, LostLeaseError
 from data_shards.store import Store, StoreKeyError
 from pipelines.flow import StepContext
+from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement
-from pipelines.registry import Version, by_alias, by_number, move_alias, tag_version
+from pipelines.promotions import Promotion, Promotions
+from pipelines.registry import AliasMovedError, Version, by_number, tag_version
 from pipelines.steps.evaluate import BASELINES
 
 DECISION = "decision.json"
 BELOW_BASELINE = 0.01  # what the network may lack: one image of a small test split is as much
+TRIES = 5
 
 
 class GateConfig(BaseModel):
@@ -45,35 +49,99 @@ class GateConfig(BaseModel):
         return alias
 
 
-def run(config: GateConfig, placement: Placement, out: Store, context: StepContext, *, register: dict) -> dict:
+def run(config: GateConfig, placement: Placement | None, out: Store, context: StepContext, *, register: dict) -> dict:
     """Decides, moves the alias on a yes, and returns the verdict ("yes" or "no") with its reason.
 
-    A "no" is a result, not an error: the command that asked exits with 3. The decision is written before the alias
+    A "no" is a result, not an error: the command that asked exits with 3. Decision, move and check are made under the
+    lease of the registered model; `promotions` says what that guarantees. The decision is written before the alias
     moves, so that an interrupted step carries out what it had decided instead of comparing the new champion with
-    itself; where somebody moved the alias in between, it decides again.
+    itself. Where the alias points to another version by then, it decides again.
+
+    Raises:
+        LeaseError: another process holds the model for longer than is waited.
+        OtherStoreError: the model belongs to another store.
+        ValueError: the version that was registered is not in MLflow any more, or is another one.
     """
-    tracking, model = context.tracking, register["model"]
+    begun: list[Promotion] = []  # what this process has begun to move before it lost the lease
     step = out.uri.rpartition("/")[2]  # a forced promotion is a step of its own
-    with tracking.running(out, run=context.run, step=step, params=config.model_dump()) as run_id:
-        candidate = by_number(tracking, model, register["version"])
-        if candidate is None:
-            raise ValueError(
-                f"version {register['version']} of {model} is not in MLflow at {tracking.address} any more: set "
-                "MLFLOW_TRACKING_URI to where it was registered, or delete the register step's folder"
-            )
-        champion = by_alias(tracking, model, config.alias)
-        decision = _kept(out, champion, candidate) or decide(config, candidate, champion)
-        out.put(DECISION, json.dumps(decision, indent=2).encode() + b"\n")
-        if decision["verdict"] == "yes":
-            if champion is None or champion.number != candidate.number:
-                move_alias(tracking, candidate, config.alias)
-            previous = "" if decision["previous"] is None else str(decision["previous"])
-            history = {"medmamba.promoted_over": previous, "medmamba.forced": str(decision["forced"]).lower()}
-            tag_version(tracking, candidate, history)
-        tag_version(tracking, candidate, {"medmamba.verdict": f"{decision['verdict']}: {decision['reason']}"})
-        tracking.set_tags(run_id, {"medmamba.verdict": decision["verdict"], "medmamba.reason": decision["reason"]})
+    for left in reversed(range(TRIES)):
+        with model_lease(context, register["model"]) as held:
+            try:
+                with context.tracking.running(out, run=context.run, step=step, params=config.model_dump()) as run_id:
+                    held.note(mlflow_run=run_id)
+                    decision = _promoted(config, out, context, held, register=register, begun=begun)
+                    _tell_mlflow(context, register, decision, run_id)
+            except (LostLeaseError, AliasMovedError) as error:
+                if not left:
+                    raise
+                context.show.say(f"{error}; deciding again")
+                continue
+        break
     digest = hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()
-    return {"digest": digest, **decision, "model": model, "mlflow_run": run_id}
+    return {"digest": digest, **decision, "model": register["model"], "mlflow_run": run_id}
+
+
+def _promoted(
+    config: GateConfig,
+    out: Store,
+    context: StepContext,
+    held: FencedLease,
+    *,
+    register: dict,
+    begun: list[Promotion],
+) -> dict[str, Any]:
+    """The decision, carried out under the lease `held`."""
+    tracking, model = context.tracking, register["model"]
+    candidate = _candidate(context, register)
+    created = bind_model(tracking, model, context.store)
+    assert created is not None, "a model with a version exists"
+    promotions = Promotions(context, held, model=model, alias=config.alias, created=created)
+    champion = promotions.champion(begun=begun)
+    carried_out = promotions.carried_out(candidate.number, out.uri)
+    decision = _kept(out, config, champion, candidate, carried_out) or decide(config, candidate, champion)
+    out.put(DECISION, json.dumps(decision, indent=2).encode() + b"\n")
+    if decision["verdict"] == "yes" and (champion is None or champion.number != candidate.number):
+        bind_model(tracking, model, context.store)  # another store may have bound an older model at the same moment
+        promotions.move(candidate, decision, out.uri, begun=begun)
+    return decision
+
+
+def _candidate(context: StepContext, register: dict) -> Version:
+    tracking, model, number = context.tracking, register["model"], register["version"]
+    candidate = by_number(tracking, model, number)
+    if candidate is None:
+        raise ValueError(
+            f"version {number} of {model} is not in MLflow at {tracking.address} any more: set "
+            "MLFLOW_TRACKING_URI to where it was registered, or delete the register step's folder"
+        )
+    if candidate.status != "READY":
+        raise ValueError(
+            f"MLflow at {tracking.address} calls version {number} of {model} {candidate.status}, not READY: delete the "
+            "folders of the steps register and promote to register it again"
+        )
+    # A model that was deleted and registered again under its name counts from 1 again.
+    ours = register.get("model_digest", "")  # records of earlier releases do not have it
+    theirs = candidate.tags.get("medmamba.digest", ours)
+    if candidate.tags.get("medmamba.run", context.run) != context.run or (ours and theirs != ours):
+        raise ValueError(
+            f"version {number} of {model} in MLflow at {tracking.address} is another model than this run registered "
+            f"(of run {candidate.tags.get('medmamba.run')!r}, digest {theirs[:12]}): delete the folders of the steps "
+            "register and promote to register it again"
+        )
+    return candidate
+
+
+def _tell_mlflow(context: StepContext, register: dict, decision: dict[str, Any], run_id: str) -> None:
+    """Keeps the decision as tags of the version and of the step's run."""
+    tracking = context.tracking
+    candidate = by_number(tracking, register["model"], register["version"])
+    tags = {"medmamba.verdict": f"{decision['verdict']}: {decision['reason']}"}
+    if decision["verdict"] == "yes":
+        previous = "" if decision["previous"] is None else str(decision["previous"])
+        tags |= {"medmamba.promoted_over": previous, "medmamba.forced": str(decision["forced"]).lower()}
+    if candidate is not None:
+        tag_version(tracking, candidate, tags)
+    tracking.set_tags(run_id, {"medmamba.verdict": decision["verdict"], "medmamba.reason": decision["reason"]})
 
 
 def decide(config: GateConfig, candidate: Version, champion: Version | None) -> dict[str, Any]:
@@ -142,13 +210,32 @@ def _measured(version: Version, metric: str, *, of: str = "test") -> float | Non
     return value if math.isfinite(value) else None
 
 
-def _kept(out: Store, champion: Version | None, candidate: Version) -> dict[str, Any] | None:
-    """The decision of an interrupted run of this step, unless the alias has gone elsewhere since."""
+def _kept(
+    out: Store, config: GateConfig, champion: Version | None, candidate: Version, carried_out: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The decision of an interrupted run of this step, unless the alias has gone elsewhere since.
+
+    `carried_out` is what the promotions say of this step and version: it stands in for a file that is damaged.
+    """
     try:
         decision = json.loads(out.get(DECISION))
-    except (StoreKeyError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except StoreKeyError:
         return None
-    if not isinstance(decision, dict) or not {"verdict", "reason", "forced", "previous"} <= decision.keys():
-        return None  # not what this step writes
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        decision = None
+    if not _is_decision(decision, config, candidate):
+        decision = carried_out
     now = champion.number if champion else None
-    return decision if now in (decision["previous"], candidate.number) else None
+    return decision if decision and now in (decision["previous"], candidate.number) else None
+
+
+def _is_decision(found: Any, config: GateConfig, candidate: Version) -> bool:
+    """Whether what was read is a decision of this step about this version, in full."""
+    expected = {"verdict": str, "reason": str, "forced": bool, "previous": int | None}
+    return (
+        isinstance(found, dict)
+        and all(key in found and isinstance(found[key], kind) for key, kind in expected.items())
+        and found["verdict"] in ("yes", "no")
+        and (found.get("alias"), found.get("metric")) == (config.alias, config.metric)
+        and found.get("version") == candidate.number
+    )

@@ -8,13 +8,30 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_shards.fenced_lease import FencedLease, LostLeaseError
 from data_shards.store import Store
 from medmamba.checkpoint import MODEL, WEIGHTS
 from pipelines.flow import StepContext
+from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
-from pipelines.registry import create_version, find_version, package
+from pipelines.registry import (
+    PACKAGE_TAG,
+    Version,
+    create_version,
+    delete_unused,
+    find_versions,
+    lacks,
+    package,
+    package_digest,
+    tag_version,
+    upload,
+)
 from pipelines.scratch import scratch
+from pipelines.tracking import make_once
+
+MAKE_S = 20.0  # the lease must last for longer than MLflow's client tries to make a version
+TRIES = 5
 
 
 class RegisterConfig(BaseModel):
@@ -28,7 +45,7 @@ class RegisterConfig(BaseModel):
 
 def run(
     config: RegisterConfig,
-    placement: Placement,
+    placement: Placement | None,
     out: Store,
     context: StepContext,
     *,
@@ -38,27 +55,38 @@ def run(
 ) -> dict:
     """Packages and registers the model; returns its name, version, digest and test metrics.
 
-    A version that an interrupted run of this step left is found again by its tags. Raises ValueError where the
-    model's files are not those that were trained and evaluated.
+    All of it is done under the lease of the registered model, so two registrations of one run make one version. A
+    version that an interrupted run of this step left is found again by its tags, the digest of the model among them.
+
+    Raises:
+        LeaseError: another process holds the model for longer than is waited.
+        OtherStoreError: the model belongs to another store.
+        ValueError: the model's files are not those that were trained and evaluated.
     """
     tracking = context.tracking
     name = config.model or f"medmamba-{shard['dataset']}"
-    with tracking.running(out, run=context.run, step="register", params=config.model_dump()) as run_id:
-        identity = {"medmamba.record": out.uri, "medmamba.digest": train["digest"]}
-        version = find_version(tracking, name, identity)
-        if version is None:
-            with scratch("register") as folder:
-                checkpoint = _fetch(context.store.at(train["model"]), folder / "checkpoint", train["digest"])
-                card = json.loads((checkpoint / MODEL).read_text())["card"]
-                packaged = folder / "packaged"
-                package(packaged, checkpoint, card["classes"])
-                tags = identity | _tags(context, shard, train, evaluate)
-                version = create_version(tracking, name, packaged, run_id, tags)
-        tracking.log_metrics(run_id, {f"test_{key}": value for key, value in evaluate["metrics"].items()})
+    identity = {"medmamba.record": out.uri, "medmamba.digest": train["digest"]}
+    tags = identity | _tags(context, shard, train, evaluate)
+    for left in reversed(range(TRIES)):
+        with model_lease(context, name) as held:
+            try:
+                with tracking.running(out, run=context.run, step="register", params=config.model_dump()) as run_id:
+                    held.note(mlflow_run=run_id)
+                    version = _version(context, out, name, held, train=train, run_id=run_id, tags=tags)
+                    _drop_later(context, name, version, identity)
+                    tested = {f"test_{key}": value for key, value in evaluate["metrics"].items()}
+                    tracking.log_metrics(run_id, tested)
+            except LostLeaseError as error:
+                if not left:
+                    raise
+                context.show.say(f"{error}; looking again")
+                continue
+        break
     context.show.say(f"registered as version {version.number} of {name}")
     return {
         "digest": hashlib.sha256(f"{name}/{version.number}/{train['digest']}".encode()).hexdigest(),
         "model": name,
+        "model_digest": train["digest"],
         "version": version.number,
         "uri": version.uri,
         "manifest": evaluate["manifest"],
@@ -66,6 +94,58 @@ def run(
         "tracking_uri": tracking.address,
         "mlflow_run": run_id,
     }
+
+
+def _version(
+    context: StepContext, out: Store, name: str, held: FencedLease, *, train: dict, run_id: str, tags: dict[str, str]
+) -> Version:
+    """The version of this model: the one that an earlier run of this step has made, else a new one."""
+    tracking = context.tracking
+    bind_model(tracking, name, context.store)
+    identity = {key: tags[key] for key in ("medmamba.record", "medmamba.digest")}
+    with scratch("register") as folder:
+        checkpoint = _fetch(context.store.at(train["model"]), folder / "checkpoint", train["digest"])
+        card = json.loads((checkpoint / MODEL).read_text())["card"]
+        packaged = folder / "packaged"
+        package(packaged, checkpoint, card["classes"])
+        version = _found(context, name, packaged, run_id, identity)
+        if version is not None:
+            return version
+        upload(tracking, packaged, run_id)
+        bind_model(tracking, name, context.store, create=True)
+        held.check(for_s=MAKE_S)
+        version = make_once(
+            out,
+            "version.asked",
+            find=lambda: _found(context, name, packaged, run_id, identity),
+            make=lambda: create_version(tracking, name, run_id, {**tags, PACKAGE_TAG: package_digest(packaged)}),
+        )
+        held.check()  # paused in between, another process of this run may have made one too
+        return version
+
+
+def _drop_later(context: StepContext, name: str, version: Version, identity: dict[str, str]) -> None:
+    """Deletes what a process that was paused made of the same model after `version`, if nothing points to it."""
+    for later in find_versions(context.tracking, name, identity):
+        if later.number > version.number and later.run_id == version.run_id and delete_unused(context.tracking, later):
+            context.show.say(f"version {later.number} of {name} is version {version.number} made twice: deleted")
+
+
+def _found(context: StepContext, name: str, packaged: Path, run_id: str, identity: dict[str, str]) -> Version | None:
+    """The version that an interrupted run of this step has made, if it is good; says so where one is not."""
+    tracking = context.tracking
+    for version in find_versions(tracking, name, identity):
+        reason = lacks(tracking, version, packaged, run_id)
+        if reason and version.status == "READY" and version.run_id == run_id:
+            # Its files belong to this step's run, and can be put there again.
+            upload(tracking, packaged, run_id)
+            tag_version(tracking, version, {PACKAGE_TAG: package_digest(packaged)})  # by the present code
+            context.show.say(f"version {version.number} of {name}: {reason}; its files were uploaded again")
+            reason = lacks(tracking, version, packaged, run_id)
+        if not reason:
+            return version
+        context.show.say(f"version {version.number} of {name} is not used: {reason}")
+    return None
 
 
 def _fetch(model: Store, folder: Path, expected: str) -> Path:

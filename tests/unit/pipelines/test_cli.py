@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it prints, what it refuses and how, its exit codes. Starts no Ray."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -23,6 +24,8 @@ from pipelines import terminal
 from pipelines.bench import _speed_table
 from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, _forced, _parse, main
 from pipelines.flow import run_steps
+from pipelines.flow.record import read_record
+from pipelines.leases import driver_lease
 from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -582,6 +585,56 @@ def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path)
     assert main([*force, "weak"]) == 0
     assert list(json.loads(capsys.readouterr().out))[-1] == "promote-forced-2"
     assert open_store("store").head("runs/weak/promote-forced/record.json"), "the first one stays as it was"
+
+
+def test_promote_starts_no_ray_and_says_of_a_recorded_yes_where_the_alias_is_now(capsys, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    tracking = open_tracking(store)
+    for run, auc in (("first", 0.8), ("second", 0.9)):
+        facts = registered.register_run(
+            registered.context(store, tracking, run), registered.facts(store, run, auc=auc), "m"
+        )
+        finish("store", run, recipe("quickstart"), workflow="direct", last="register", register=facts)
+        assert main(["promote", "--store", "store", "--run", run]) == 0
+        assert read_record(store.at("runs", run, "promote")).placement == {}
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    capsys.readouterr()
+    assert main(["promote", "--store", "store", "--run", "first"]) == 0
+    seen = capsys.readouterr()
+    said = seen.err.splitlines()[-1]
+    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, over no", said)
+    assert "the alias champion is at version 2 now, and this command changed nothing" in said
+    assert "decided on 20" in seen.out
+    assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0
+    assert by_alias(tracking, "m", "champion").number == 1
+
+
+def test_a_run_that_another_driver_works_on_is_refused_with_who_and_a_finished_one_is_not(capsys):
+    finish("store", "r", recipe("quickstart"), last="register")
+    with driver_lease(open_store("store"), "r", wait_s=0, say=print):
+        assert main(["promote", "--store", "store", "--run", "r", "--wait-s", "0"]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"medmamba: run 'r' is held by process {os.getpid()} on .* since 20.*: wait until", line)
+        assert main(["register", "--store", "store", "--run", "r"]) == 0
+        assert main(["promote", "--store", "store", "--run", "r", "--dry-run"]) == 0
+        assert main(["status", "--store", "store"]) == 0
+    assert not open_store("store").head("runs/r/promote/config.json")
+
+
+def test_a_terminated_driver_gives_its_run_back(tmp_path):
+    script = (
+        "import sys, time\n"
+        "from data_shards.store import open_store\n"
+        "from pipelines.leases import driver_lease, interruptible\n"
+        "with interruptible(), driver_lease(open_store(sys.argv[1]), 'r', wait_s=0, say=print):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, "store"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    (key,) = open_store("store").list("leases/")
+    assert json.loads(open_store("store").get(key))["is_over"]
 
 
 def test_a_source_that_is_not_there_binds_no_run(tmp_path, capsys):

@@ -1,0 +1,289 @@
+"""One process at a time, by conditional writes: a lease whose takeovers are numbered, so that each has one winner."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from data_shards.holder import Holder, this_process
+from data_shards.lease import LeaseError
+from data_shards.store import Store, StoreError, StoreKeyError
+
+TTL_S = 45.0  # with WATCH_S and the second in which stores count, a dead holder is replaced within a minute
+WATCH_S = 5.0  # a lease that looks old is watched for so long: after an outage its holder renews it first
+SETTLE_S = 2.0  # how long a write may take to be seen, where a store cannot say who was first
+_GRAIN_S = 2.0  # stores count in whole seconds, once for the object and once for the present
+_log = logging.getLogger(__name__)
+
+
+class LostLeaseError(LeaseError):
+    """The lease was held and another process has taken it: says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a lease object says."""
+
+    token: str
+    holder: Holder
+    since: str
+    ttl_s: float
+    renewals: int = 0
+    is_over: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FencedLease:
+    """A held lease. `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
+
+    def __init__(self, store: Store, prefix: str, *, what: str, ttl_s: float, on_lost: Callable[[], None] | None):
+        self._store, self._prefix, self._what, self._on_lost = store, prefix, what, on_lost
+        self._claim = Claim(
+            secrets.token_hex(16), this_process(), datetime.now(UTC).isoformat(timespec="seconds"), ttl_s
+        )
+        self._good_until = 0.0
+        self._lost = ""
+        self._lock = threading.RLock()  # the keeper renews while `check` and `note` do
+        self._ended = threading.Event()
+        self.number = 0
+        self.before: Claim | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is known already that another process has taken the lease; asks nobody."""
+        return bool(self._lost)
+
+    def check(self, *, for_s: float = 0.0) -> None:
+        """Raises LostLeaseError unless this process holds the lease, for another `for_s` seconds if it is not paused.
+
+        Asks the store. A process that is paused between this call and what it does next cannot be held back by any
+        lease: whatever must not be overwritten late has to be looked at again afterwards.
+        """
+        with self._lock:
+            self._look()
+            if self._good_until - _now() < for_s:
+                self._write(self._store)
+                self._look()
+
+    def note(self, **about: Any) -> None:
+        """Keeps `about` in the lease: what a successor has to know if this process dies."""
+        with self._lock:
+            self._look()
+            self._claim = replace(self._claim, about={**self._claim.about, **about})
+            self._write(self._store)
+
+    def _look(self) -> None:
+        if not self._lost and max(_numbers(self._store, self._prefix), default=0) != self.number:
+            self._lose()
+        if self._lost:
+            raise LostLeaseError(
+                f"{self._what} was taken over by {self._lost} while this process was paused or the store out of "
+                "reach: what is finished is kept; run the same command again once the other has ended"
+            )
+
+    def _lose(self) -> None:
+        number = max(_numbers(self._store, self._prefix), default=0)
+        found = _read(self._store, self._prefix, number)
+        self._lost = str(found.holder) if found else "another process"
+
+    def _write(self, store: Store) -> None:
+        began = _now()  # its age counts from before it was written
+        self._claim = replace(self._claim, renewals=self._claim.renewals + 1)
+        store.put(_key(self._prefix, self.number), _to_json(self._claim))
+        self._good_until = began + self._claim.ttl_s - _GRAIN_S
+
+    def _keep(self) -> None:
+        """Renews until the lease is given back, or another process has taken it."""
+        wait_s = self._claim.ttl_s / 5
+        while not self._ended.wait(wait_s):
+            wait_s = self._claim.ttl_s / 5
+            try:
+                with self._lock:
+                    store = self._store._impatient()
+                    if max(_numbers(store, self._prefix), default=0) == self.number:
+                        self._write(store)
+                        continue
+                    self._lose()
+            except StoreError as error:
+                _log.warning("%s could not be renewed: %s", self._what, error)
+                wait_s = self._claim.ttl_s / 45  # before anybody who waits has watched it for WATCH_S
+                continue
+            if self._on_lost is not None and not self._ended.is_set():
+                self._on_lost()
+            return
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(StoreError), self._lock:  # where this fails it ends by itself
+            store = self._store._impatient()
+            found = _read(store, self._prefix, self.number)
+            if not self._lost and found is not None and found.token == self._claim.token:
+                # The object stays: a number that came back could be mistaken for an older holder's.
+                store.put(_key(self._prefix, self.number), _to_json(replace(self._claim, is_over=True)))
+
+
+@contextlib.contextmanager
+def fenced_lease(
+    store: Store,
+    prefix: str,
+    *,
+    what: str,
+    remedy: str,
+    wait_s: float,
+    ttl_s: float = TTL_S,
+    say: Callable[[str], None] = lambda text: None,
+    on_lost: Callable[[], None] | None = None,
+) -> Iterator[FencedLease]:
+    """Holds the lease `prefix` while the block lasts.
+
+    How: the claim with the highest number holds. A claim is taken by writing the next number with `if_absent`, of
+    which a store lets one writer win, and only where the highest one was given back, belongs to a process that has
+    died on this machine, or was not renewed for `ttl_s` by the store's own clock and is not renewed while it is
+    watched for `WATCH_S` either. A holder renews only its own object, and asks whether a higher one exists
+    (`check`): so one that was paused for long finds out, and never overwrites its successor's claim.
+
+    Where the store ignores conditional writes, a claim counts `SETTLE_S` after it was written if it is still there:
+    better than nothing, but two that write later than that after each other both go on.
+
+    Args:
+        store: Where the lease objects are.
+        prefix: Key in `store` below which they are.
+        what: What is held, as the beginning of a sentence: "run 'a'".
+        remedy: What to do about a holder that is alive.
+        wait_s: How long to wait for a holder that is alive. One that is not is waited for in any case.
+        ttl_s: How long a claim outlives its last renewal.
+        say: Hears once who is waited for.
+        on_lost: Called from another thread when somebody else has taken the lease.
+
+    Raises:
+        LeaseError: another process holds it: says which, since when, and `remedy`.
+    """
+    held = FencedLease(store, prefix, what=what, ttl_s=ttl_s, on_lost=on_lost)
+    try:
+        _take(held, remedy=remedy, wait_s=wait_s, say=say)
+        keeper = threading.Thread(target=held._keep, name=f"lease {prefix}", daemon=True)
+        keeper.start()
+        try:
+            yield held
+        finally:
+            held._ended.set()
+            keeper.join()
+    finally:
+        if held.number:
+            held._give_back()
+
+
+def _take(held: FencedLease, *, remedy: str, wait_s: float, say: Callable[[str], None]) -> None:
+    store, prefix, watch = held._store, held._prefix, _Watch(held._store)
+    began, pause_s, is_told = time.monotonic(), 0.05, False
+    while True:
+        number = max(_numbers(store, prefix), default=0)
+        found = _read(store, prefix, number) if number else None
+        if found is None or found.is_over or found.holder.is_dead or watch.is_abandoned(_key(prefix, number), found):
+            if _claimed(held, number + 1, found):
+                held.before = None if found is None or found.is_over else found
+                return
+        elif time.monotonic() - began > wait_s and watch.is_alive(found):
+            raise LeaseError(f"{_told(held, found)}: {remedy}")
+        elif not is_told:
+            say(f"{_told(held, found)}; waiting for it")
+            is_told = True
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(1.0, 1.5 * pause_s)
+
+
+def _claimed(held: FencedLease, number: int, found: Claim | None) -> bool:
+    """Whether this process has won the claim of this number, nobody has a higher one, and `found` is as it was."""
+    store, key, began = held._store, _key(held._prefix, number), _now()
+    held.number = number  # from here on it is given back, whatever happens
+    if store.put(key, _to_json(held._claim), if_absent=True):
+        held._good_until = began + held._claim.ttl_s - _GRAIN_S
+        if not store.conditional:
+            time.sleep(SETTLE_S)
+        numbers, ours = _numbers(store, held._prefix), _read(store, held._prefix, number)
+        if ours is not None and ours.token == held._claim.token:
+            # A number below the highest may have been free because its object was removed: then it holds nothing.
+            # A holder renews and then looks; we write and then look. So one of the two always sees the other.
+            if max(numbers, default=0) == number and _is_unchanged(held, number - 1, found):
+                for lower in numbers:
+                    if lower < number:
+                        store.delete(_key(held._prefix, lower))
+                return True
+            store.delete(key)
+    held.number = 0
+    return False
+
+
+def _is_unchanged(held: FencedLease, number: int, found: Claim | None) -> bool:
+    if found is None or found.is_over:
+        return True
+    now = _read(held._store, held._prefix, number)
+    return now is None or now.renewals == found.renewals or now.is_over
+
+
+class _Watch:
+    """What a process that waits has seen of the claim it waits for."""
+
+    def __init__(self, store: Store):
+        self._store, self._place = store, this_process().place
+        self._tag, self._since, self._last, self._renewals = "", 0.0, 0.0, 0
+
+    def is_abandoned(self, key: str, found: Claim) -> bool:
+        """Whether the claim was not renewed for its time, nor for WATCH_S before our eyes."""
+        try:
+            age_s, tag = self._store.age_s(key), f"{key} {self._store.tag(key)}"
+        except StoreKeyError:
+            return False  # somebody has taken over meanwhile
+        now = time.monotonic()
+        self._renewals += tag != self._tag != ""
+        if tag != self._tag or now - self._last > WATCH_S:  # the store may have been out of reach for its holder too
+            self._tag, self._since = tag, now
+        self._last = now
+        return age_s > found.ttl_s and now - self._since >= min(WATCH_S, found.ttl_s / 3)
+
+    def is_alive(self, found: Claim) -> bool:
+        """Whether the holder certainly is, so that waiting longer may not help."""
+        return self._renewals > 0 or found.holder.place == self._place != ""
+
+
+def _told(held: FencedLease, found: Claim) -> str:
+    return f"{held._what} is held by {found.holder} since {found.since}"
+
+
+def _key(prefix: str, number: int) -> str:
+    return f"{prefix}/{number:08d}.json"
+
+
+def _numbers(store: Store, prefix: str) -> list[int]:
+    names = (key.rpartition("/")[2].removesuffix(".json") for key in store.list(f"{prefix}/"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _read(store: Store, prefix: str, number: int) -> Claim | None:
+    """The claim of this number; None where there is none, or something that is not one."""
+    try:
+        data = store.get(_key(prefix, number))
+    except StoreKeyError:
+        return None
+    try:
+        found = json.loads(data)
+        return Claim(**{**found, "holder": Holder(**found["holder"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _to_json(claim: Claim) -> bytes:
+    return json.dumps(asdict(claim), indent=1).encode()
+
+
+def _now() -> float:
+    """A clock that also counts while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

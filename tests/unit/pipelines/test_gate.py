@@ -117,8 +117,9 @@ def test_a_promotion_recorded_before_there_was_the_rule_stays_done(tmp_path):
 def test_an_interrupted_promotion_from_before_the_rule_carries_out_what_it_decided(tmp_path):
     out, candidate = open_store(str(tmp_path)), version(2, baseline_pixels_auc=0.99)
     decision = {"verdict": "yes", "reason": "", "previous": 1, "version": 2, "forced": False}
+    decision |= {"alias": "champion", "metric": "auc"}
     out.put(DECISION, json.dumps(decision).encode())
-    assert _kept(out, version(1), candidate) == decision
+    assert _kept(out, GateConfig(), version(1), candidate, None) == decision
 
 
 def test_a_recipe_kept_before_the_rule_has_it_by_default():

@@ -37,7 +37,7 @@ def test_each_step_of_a_run_stands_in_the_order_it_finished_with_its_facts(store
 def test_a_failed_step_is_last_with_its_reason_and_what_was_never_begun_is_not_listed(store):
     rows = read_status(store, "half")
     assert [(row["step"], row["state"], row["finished"] is None, row["told"]) for row in rows] == [
-        ("shard", "done", False, "12 images in 2 shards"),
+        ("shard", "done", False, "12 images of 2 classes in 2 shards"),
         ("train", "failed", True, "stopped by the test"),
     ]
 

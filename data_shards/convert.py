@@ -149,7 +149,10 @@ def _write(
         guarded = _guarded(image_set, keys, prints, config, out)
     except DuplicatesError as refusal:
         out.put(REFUSED, refusal.report.model_dump_json(indent=1).encode())
-        raise DuplicatesError(f"{refusal}; `{_command('leaks', config, out)}` lists all duplicates") from None
+        told = DuplicatesError(f"{refusal}; `{_command('leaks', config, out)}` lists all duplicates")
+        counts = "; ".join(f"{count} {what}" for what, count in refusal.report.counts.items() if count)
+        told.public = f"refused because of duplicates: {counts}"
+        raise told from None
     chosen = _Chosen(
         [image_set.rows[i] for i in guarded.rows],
         [keys[i] for i in guarded.rows],
@@ -196,6 +199,14 @@ def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
     rows = open_source(config).rows
     for row, key in zip(rows, sample_keys(rows, config), strict=True):
         yield key, row.where, row.frame
+
+
+class RefusedError(ValueError):
+    """A conversion that is refused; `public` says why without the name of any file, for records that others read."""
+
+    def __init__(self, message: str, *, public: str):
+        super().__init__(message)
+        self.public = public
 
 
 class _Run(NamedTuple):
@@ -358,10 +369,12 @@ def _commit(
 def _check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[], list[str]]) -> None:
     share = bad / max(1, bad + good)
     if share > config.max_quarantine:
-        raise ValueError(
+        found = (
             f"{bad} of {bad + good} images ({share:.1%}) cannot be decoded, but max_quarantine allows "
-            f"{config.max_quarantine:.1%}: {'; '.join([*named(), 'repair or remove them'])}, or raise "
-            "--data.max-quarantine (under another --run)"
+            f"{config.max_quarantine:.1%}"
+        )
+        raise RefusedError(
+            f"{found}: {'; '.join([*named(), 'repair or remove them'])}, or raise --data.max-quarantine", public=found
         )
 
 

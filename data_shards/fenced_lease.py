@@ -29,6 +29,15 @@ class LostLeaseError(LeaseError):
     """The lease was held and another process has taken it: says which, and what to do."""
 
 
+def is_lost(check: Callable[[], None]) -> bool:
+    """Whether `check` of a lease finds that another process has taken it."""
+    try:
+        check()
+    except LostLeaseError:
+        return True
+    return False
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a lease object says."""

@@ -71,7 +71,7 @@ def _open(uri: str) -> Files:
     if uri.lower().endswith(".tar"):
         from data_shards.files_tar import TarFiles
 
-        return TarFiles(local_copy(uri))
+        return TarFiles(path := local_copy(uri), copy_stamp(uri, path))
     if uri.lower().endswith(".zip"):
         from data_shards.files_zip import ZipFiles
 
@@ -171,7 +171,7 @@ class StoreFiles:
         self.names = [key for key in keys if key and not key.endswith("/")]
         self._tags = {name: tags[name] for name in self.names}
         if not self.names:
-            raise ValueError(f"{store.uri} is no such source: no objects lie there; check --data.source")
+            raise ValueError(f"{store.uri} was not found: there is no object; check --data.source")
         self.folders = with_parents([key.rstrip("/") for key in keys if key.endswith("/")], self.names)
 
     def read(self, name: str) -> bytes:
@@ -208,6 +208,14 @@ def with_parents(folders: Iterable[str], names: Iterable[str]) -> list[str]:
     return sorted({*folders, *parents} - {"."})
 
 
+def copy_stamp(uri: str, path: Path) -> str:
+    """A text that changes when the source `uri` is replaced, of which `path` is the local file (`local_copy`).
+
+    That of an s3:// object is the same on every machine: its copies lie in a folder named after address, size and tag.
+    """
+    return f"{uri}|{path.parent.name}" if uri.startswith("s3://") else file_stamp(path)
+
+
 def file_stamp(path: Path) -> str:
     """A text that changes when a local file is replaced or written to; "" where it cannot be looked at.
 
@@ -231,7 +239,7 @@ def local_copy(uri: str) -> Path:
     store = open_store(parent)
     size = store.head(name)
     if size is None:
-        raise ValueError(f"{uri} is no such source: there is no such object; check --data.source")
+        raise ValueError(f"{uri} was not found: there is no such object; check --data.source")
     # A replaced object has another tag, so an old copy is never taken for the new one.
     tag = store.tag(name)
     identity = f"{uri}|{size}|{tag}"
@@ -278,5 +286,5 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _local(uri: str) -> Path:
     path = Path(open_store(uri).uri)
     if not path.exists():
-        raise ValueError(f"{path} is no such source: nothing lies there; check --data.source")
+        raise ValueError(f"{path} was not found; check --data.source")
     return path

@@ -38,8 +38,8 @@ class TarFiles:
     ValueError where the archive is damaged, ends too early, or has names that lead out of it.
     """
 
-    def __init__(self, path: Path):
-        self._path, self._stamp = path, file_stamp(path)
+    def __init__(self, path: Path, stamp: str = ""):
+        self._path, self._stamp = path, stamp or file_stamp(path)
         # With those that are left out: a link may lead to them.
         self._places: dict[str, _Place] = {}
         self._links: dict[str, str] = {}

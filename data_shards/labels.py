@@ -159,6 +159,9 @@ def check_settings(config: DataConfig) -> None:
         "drop_classes": config.layout == "phantoms" and "image sets of your own",
         "class_map": config.layout == "phantoms" and "image sets of your own",
         "no_finding": (config.layout != "csv" or config.task != "multilabel") and "multilabel tables",
+        "split_values": config.layout != "folders"
+        and any(pair.rpartition("=")[2] == "drop" for pair in config.split_values)
+        and "split folders (=drop leaves one out)",
         "label_separator": (config.layout != "csv" or config.task != "multilabel") and "multilabel tables",
     }
     for name, needed in unused.items():

@@ -38,6 +38,8 @@ class DuplicatesError(LeakError):
     """A conversion is refused because of copies; `report` lists all of them, by key."""
 
     report: LeakReport
+    public: str
+    """What was found, without the name of any file."""
 
 
 class _Frozen(BaseModel):
@@ -278,7 +280,7 @@ def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
             conflicts,
             "equal pixels under different labels",
             "at least one of the labels is wrong",
-            "--data.leaks.labels drop or report (under another --run)",
+            "--data.leaks.labels drop or report",
         )
     if config.labels == "drop":
         dropped[[i for members in conflicts for i in members]] = True
@@ -288,7 +290,7 @@ def _dropped(found: _Found, config: LeakConfig, across: str) -> np.ndarray:
             torn,
             "copies of one image in different splits",
             "a model would be tested on what it has seen",
-            "--data.leaks.across drop, move or report (under another --run)",
+            "--data.leaks.across drop, move or report",
         )
     dropped[[i for members in torn for i in members if found.splits[i] != found.held_out(members)]] = True
     return dropped
@@ -339,7 +341,7 @@ def read_report(store: Store, key: str = LEAKS) -> LeakReport:
     except (StoreKeyError, ValidationError) as error:
         problem = explained(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:120]
         raise ManifestError(
-            f"{store.uri} has no whole {LEAKS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
+            f"{store.uri} has no complete {LEAKS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
         ) from error
 
 

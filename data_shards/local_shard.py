@@ -73,8 +73,8 @@ class LocalShards:
         path = store.path(tar_key(entry.name))
         try:
             # Before its bytes are read, or room is made for them: what is there may not be a file, or of any size.
-            if (size_bytes := store.head(tar_key(entry.name))) != entry.bytes:
-                found = "is not there" if size_bytes is None else f"has {size_bytes} bytes, not {entry.bytes},"
+            if (size_bytes := _size_there(store, entry)) != entry.bytes:
+                found = "is not there" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.bytes}"
                 raise _damaged(store, entry, found)
             if path is not None:
                 return self._cache.verified(path, entry.sha256)
@@ -130,6 +130,14 @@ class LocalShards:
 def _parts(store: Store, entry: ShardEntry) -> Iterator[bytes]:
     for first in range(0, entry.bytes, _PART_BYTES):
         yield store.get(tar_key(entry.name), start=first, length=_PART_BYTES)
+
+
+def _size_there(store: Store, entry: ShardEntry) -> int | None:
+    """How many bytes the store says that the shard has; an answer may be wrong once, so a surprising one is doubted."""
+    for _ in range(3):
+        if (size_bytes := store.head(tar_key(entry.name))) == entry.bytes:
+            break
+    return size_bytes
 
 
 def _damaged(store: Store, entry: ShardEntry, found: str) -> ShardError:

@@ -246,7 +246,9 @@ def _table(out: Store) -> pa.Table:
     except (StoreKeyError, TableError) as error:
         problem = " ".join(str(error).split())[:120]
     if problem:
-        raise ManifestError(f"{out.uri} has no whole {FINGERPRINTS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}")
+        raise ManifestError(
+            f"{out.uri} has no complete {FINGERPRINTS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
+        )
     return table
 
 

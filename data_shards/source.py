@@ -94,7 +94,7 @@ def check_source(config: DataConfig) -> None:
     if config.source.startswith("s3://"):
         _check_objects(config.source)
     elif "://" not in config.source and not Path(config.source).expanduser().exists():
-        raise ValueError(f"{config.source} is no such source: nothing lies there; check --data.source")
+        raise ValueError(f"{config.source} was not found; check --data.source")
 
 
 def _check_objects(uri: str) -> None:
@@ -102,7 +102,7 @@ def _check_objects(uri: str) -> None:
     folder, _, name = uri.rstrip("/").rpartition("/")
     named = folder != "s3:/" and open_store(folder).head(name) is not None
     if not named and next(iter(open_store(uri).list()), None) is None:
-        raise ValueError(f"{uri} is no such source: no objects lie there; check --data.source")
+        raise ValueError(f"{uri} was not found: there is no object; check --data.source")
 
 
 def _require_source(config: DataConfig) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_shards.config import DataConfig
-from data_shards.files import cached, file_stamp, local_copy
+from data_shards.files import cached, copy_stamp, local_copy
 from data_shards.labels import relabelled
 from data_shards.source import Row
 from data_shards.split import SPLITS
@@ -28,7 +28,7 @@ class NpzSet:
 
     def __init__(self, config: DataConfig):
         self._path = local_copy(config.source)
-        self._stamp = file_stamp(self._path)
+        self._stamp = copy_stamp(config.source, self._path)
         self.task: str = config.task
         self.splits_from = ""
         splits, notes = _splits_there(self._path)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from data_shards.disk import full_disk, is_full, says_full
 
 RESUME = "run the same command to resume"
+ON_THE_TERMINAL = "run the same command to see why: reasons that may name files are shown on the terminal only"
 # What Ray says, only in its texts, of a process or a machine that was lost.
 _NO_MEMORY = ("low on memory", "OutOfMemoryError: Task was killed", "killed by the memory monitor")
 _NODE_LOST = ("node has crashed", "node is dead", "marked dead", "raylet", "NodeDiedError", "node failure")
@@ -24,10 +27,8 @@ _NO_ROOM_TO_START = (
 )
 _NO_START = ("timed out during startup", "failed to start", "Failed to start", "Timed out waiting for file")
 _LONGEST = 300
-# A name may have blanks in it, so all words back to the last punctuation go with it.
-_FILE_NAME = re.compile(r"""[^;:,()'"\[\]]*\.[A-Za-z][A-Za-z0-9]{1,4}(?=[\s;:,()'"\]]|$)""")
-_LIKE_A_NAME = re.compile(r"[/\\_]|[A-Za-z]\d|\d[A-Za-z]")
-_IS_OPTION = re.compile(r"[('\"]*(--|data\.|max_)")
+OURS = ("pipelines", "data_shards", "medmamba")
+_LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -57,7 +58,10 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
     if any(sign in text for sign in _NO_MEMORY) or any(isinstance(each, MemoryError) for each in chain):
         return f"the machine ran out of memory, so {_who(step)} was ended: {_more_memory(step)}"
     if any(sign in text for sign in _NO_START):
-        return f"a process of Ray did not start ({_first_line(error)}): is the machine overloaded or out of memory?"
+        return (
+            f"a process of Ray did not start ({_first_line(error)}): the machine may be overloaded or out of memory; "
+            f"end what else runs, then {RESUME}"
+        )
     if any(sign in text for sign in _NO_ROOM_TO_START):
         return f"{_who(step)} found no free CPU or GPU in time: end what else uses this Ray, then {RESUME}"
     if any(sign in text for sign in (*_WORKER_LOST, *_NODE_LOST)):
@@ -75,13 +79,18 @@ def lost_ray(server: str) -> str:
 
 
 def kept_reason(error: BaseException, *, step: str, places: Sequence[str | Path] = ()) -> str:
-    """`fault_line` for what others may read (the store, MLflow): in one line, without the names of a user's images."""
+    """`fault_line` in one line, for what others may read (the store, MLflow).
+
+    What stops a conversion may quote file names, which can name patients. So of such an error only its `public` text
+    is kept, where it has one, and of an unforeseen one only its kind.
+    """
+    mistake = users_mistake(error)
+    if step == "shard" and mistake is not None:
+        return str(getattr(mistake, "public", "")) or f"refused; {ON_THE_TERMINAL}"
     reason = " ".join(fault_line(error, step=step, places=places).split())
-    if step != "shard":
-        return reason
-    reason = _FILE_NAME.sub("<file>", reason)
-    words = (word if not _LIKE_A_NAME.search(word) or _IS_OPTION.match(word) else "<name>" for word in reason.split())
-    return " ".join(words)
+    if step == "shard" and reason.startswith("unexpected "):
+        return f"unexpected {type(_innermost(error)).__name__}; {ON_THE_TERMINAL}"
+    return reason
 
 
 def users_mistake(error: BaseException) -> ValueError | None:
@@ -90,11 +99,24 @@ def users_mistake(error: BaseException) -> ValueError | None:
     while waiting:
         each = waiting.pop(0)
         inside = _wrapped(each)
-        # Ray's wrapping is of the class of what it wraps as well. A JSON or Unicode error says nothing to a user.
-        if isinstance(each, ValueError) and not inside and not isinstance(each, (UnicodeError, JSONDecodeError)):
+        # Ray's wrapping is of the class of what it wraps as well. A JSON or Unicode error says nothing to a user, and
+        # neither does one that a library raised.
+        unsaid = isinstance(each, (UnicodeError, JSONDecodeError)) or _is_of_a_library(each)
+        if isinstance(each, ValueError) and not inside and not unsaid:
             return each
         waiting += inside
     return None
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    """Whether it was raised in the code of a library, as far as its traceback says; that of another process is lost."""
+    trace = error.__traceback__
+    if trace is None or isinstance(error, ValidationError):
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    name, file = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_frame.f_code.co_filename
+    return name.partition(".")[0] not in OURS and any(place in file for place in _LIBRARIES)
 
 
 def has_more(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ def driver_lease(store: Store, run: str, *, wait_s: float, say: Callable[[str], 
     ) as held:
         try:
             yield held.check
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ray Train takes a Ctrl-C for the end of the process
             if held.is_lost:
                 held.check()
             raise

@@ -17,7 +17,7 @@ from pipelines.scratch import scratch
 from pipelines.tracking import Tracking, TrackingError
 
 PACKAGED_AT = "2000-01-01 00:00:00.000000"  # when a version was made is on record in MLflow
-ARTIFACT = "model"  # folder of the packaged model below its run's artifacts
+ARTIFACT = "model"  # how the folder of a packaged model begins, below its run's artifacts
 DIGEST_TAG = "medmamba.digest"  # of weights.safetensors and model.json (`medmamba.checkpoint.model_digest`)
 PACKAGE_TAG = "medmamba.package"  # of all files of the packaged model (`package_digest`)
 # What MLflow and Python add beside a packaged model where it is loaded in place; none of it is ever read here.
@@ -43,6 +43,13 @@ class Version:
     tags: Mapping[str, str]
     run_id: str
     status: str = "READY"
+    source: str = ""
+    """Where its files are, as MLflow has it."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of its files below the artifacts of its run."""
+        return self.source.rstrip("/").rpartition("/")[2] or ARTIFACT
 
     @property
     def uri(self) -> str:
@@ -83,8 +90,10 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
             model_config={"device": "cpu", "digest": digest},
             pip_requirements=requirements(),
         )
-    # The time and the random id would make every packaging of one model another package.
+    # The time, a random id and the folder it was made in would make every packaging of one model another package.
     described = Model.load(str(folder))
+    for artifact in described.flavors["python_function"]["artifacts"].values():
+        artifact["uri"] = artifact["path"]
     described.utc_time_created, described.model_uuid = PACKAGED_AT, digest[:32]
     described.save(str(folder / "MLmodel"))
 
@@ -122,20 +131,25 @@ def versions(tracking: Tracking, model: str) -> list[Version]:
             return sorted(found, key=lambda version: version.number)
 
 
-def upload(tracking: Tracking, packaged: Path, run_id: str) -> None:
-    """Copies a packaged model to the artifacts of its run; the same files are written again."""
+def upload(tracking: Tracking, packaged: Path, run_id: str) -> str:
+    """Copies a packaged model to the artifacts of its run, the same files again; the folder there.
+
+    A folder for each package: MLflow deletes nothing, and files of a package that other code made would stay.
+    """
+    folder = f"{ARTIFACT}-{package_digest(packaged)[:12]}"
     with tracking.errors("cannot upload the model"), _patience():
-        tracking.client.log_artifacts(run_id, str(packaged), ARTIFACT)
+        tracking.client.log_artifacts(run_id, str(packaged), folder)
+    return folder
 
 
-def create_version(tracking: Tracking, model: str, run_id: str, tags: Mapping[str, str]) -> Version:
-    """Makes a version of the packaged model in the artifacts of its run; the tags come with it.
+def create_version(tracking: Tracking, model: str, run_id: str, folder: str, tags: Mapping[str, str]) -> Version:
+    """Makes a version of the packaged model in a folder of the artifacts of its run; the tags come with it.
 
     One of them should hold the digest of the packaged files (`PACKAGE_TAG`): whoever can write to the artifacts cannot
     write there.
     """
     with tracking.errors(f"cannot register a version of {model}"):
-        source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+        source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{folder}"
         return _version(tracking.client.create_model_version(model, source, run_id=run_id, tags=tags))
 
 
@@ -151,8 +165,8 @@ def delete_unused(tracking: Tracking, version: Version) -> bool:
 def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> str:
     """Why `version` cannot be taken for the model packaged in `packaged`; empty where it can.
 
-    Its registration may have failed, its files may be missing or other ones. Only names are compared, and the bytes of
-    the weights and the card.
+    Its registration may have failed; files may be missing, replaced or added. It may have been packaged by other code:
+    it is held to the digest of its own tag, and its weights and card to those in `packaged`.
     """
     from medmamba.checkpoint import MODEL, WEIGHTS
 
@@ -160,31 +174,19 @@ def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> 
         return f"MLflow calls it {version.status}"
     if version.run_id != run_id:
         return f"it belongs to another run ({version.run_id})"
-    with (
-        scratch("registered") as folder,
-        tracking.errors(f"cannot look at the files of {version.uri}"),
-        _patience(),
-    ):
-        named = set(_artifacts(tracking, run_id, ARTIFACT))
-        for path in sorted(packaged.rglob("*")):
-            if not path.is_file() or path.parent.name == "__pycache__":
-                continue
-            name = f"{ARTIFACT}/{path.relative_to(packaged).as_posix()}"
-            if name not in named:
+    with scratch("registered") as folder, tracking.errors(f"cannot look at the files of {version.uri}"), _patience():
+        if not tracking.client.list_artifacts(run_id, version.folder):
+            return "its files are missing"
+        local = Path(tracking.client.download_artifacts(run_id, version.folder, str(folder)))
+        for name in (WEIGHTS, MODEL):
+            found, expected = local / "artifacts" / name, packaged / "artifacts" / name
+            if not found.is_file():
                 return f"its file {name} is missing"
-            if path.name in (WEIGHTS, MODEL):
-                found = Path(tracking.client.download_artifacts(run_id, name, str(folder)))
-                if found.read_bytes() != path.read_bytes():
-                    return f"its file {name} is another one"
+            if found.read_bytes() != expected.read_bytes():
+                return f"its file {name} is another one"
+        if PACKAGE_TAG in version.tags and package_digest(local) != version.tags[PACKAGE_TAG]:
+            return "some of its files are missing, or others were added"
     return ""
-
-
-def _artifacts(tracking: Tracking, run_id: str, folder: str) -> Iterator[str]:
-    for entry in tracking.client.list_artifacts(run_id, folder):
-        if entry.is_dir:
-            yield from _artifacts(tracking, run_id, entry.path)
-        else:
-            yield entry.path
 
 
 def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
@@ -292,7 +294,9 @@ def _checked_weights(version: Version, folder: Path) -> Path:
 
 
 def _version(entry: Any) -> Version:
-    return Version(entry.name, int(entry.version), dict(entry.tags), entry.run_id, entry.status or "READY")
+    return Version(
+        entry.name, int(entry.version), dict(entry.tags), entry.run_id, entry.status or "READY", entry.source or ""
+    )
 
 
 @contextlib.contextmanager

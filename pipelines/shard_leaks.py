@@ -194,7 +194,7 @@ class _Pictures:
                 return None
             if self._out is not None and copy.key in self._at:
                 shard, offset, size = self._at[copy.key]
-                return decode(self._out.get(tar_key(shard), start=offset, length=size))
+                return decode(self._out.get(tar_key(shard), start=offset, length=size), examined=True)
             if place is not None and place.row is not None and self._places.image_set is not None:
                 return decode(self._places.image_set.read(place.row))
         except UndecodableImage:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data_shards.disk import full_disk, is_full, says_full
+from data_shards.fenced_lease import is_lost
 from data_shards.store import Store, StoreKeyError
 from pipelines.faults import kept_reason
 from pipelines.flow.record import CONFIG
@@ -131,12 +132,19 @@ class Tracking:
         return run_id
 
     @contextlib.contextmanager
-    def running(self, out: Store, *, run: str, step: str, **details: Any) -> Iterator[str]:
-        """`step_run` for the length of a block: FINISHED after it, FAILED or KILLED where it raises."""
+    def running(
+        self, out: Store, *, run: str, step: str, check: Callable[[], None] = lambda: None, **details: Any
+    ) -> Iterator[str]:
+        """`step_run` for the length of a block: FINISHED after it, FAILED or KILLED where it raises.
+
+        `check` raises LostLeaseError where another driver has taken the run over: its state is that driver's then.
+        """
         run_id = self.step_run(out, run=run, step=step, **details)
         try:
             yield run_id
         except BaseException as error:
+            if is_lost(check):
+                raise
             # What broke the step is what must be told, not that MLflow could not be told of it.
             with contextlib.suppress(TrackingError):
                 if isinstance(error, Exception):
@@ -265,7 +273,10 @@ class Tracking:
             )
         with self.errors("cannot read a run"):
             try:
-                if self.client.get_run(kept["run_id"]).info.lifecycle_stage == "active":
+                found = self.client.get_run(kept["run_id"])
+                if found.data.tags.get("medmamba.identity", "") not in ("", _identity(out)):
+                    return None  # of a configuration that was refused; the step has another one now
+                if found.info.lifecycle_stage == "active":
                     return kept["run_id"]
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":

@@ -32,7 +32,11 @@ class WorkLog:
     def named(self) -> str:
         """How a message ends that the file has more to: its path, and the host where that may be another one."""
         host = f" on {socket.gethostname()}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
-        return f"\ndetails: {self.path}{host}" if self.path and self.path.stat().st_size else ""
+        try:
+            has_text = self.path is not None and self.path.stat().st_size > 0
+        except OSError:  # removed meanwhile: what went wrong must still be reported
+            return ""
+        return f"\ndetails: {self.path}{host}" if has_text else ""
 
 
 def log_folder() -> Path:
@@ -117,7 +121,8 @@ def _text(number: int) -> IO[str]:
 def _prune(folder: Path) -> None:
     for old in sorted(folder.glob("*.log"))[: -KEPT + 1]:
         with contextlib.suppress(OSError):
-            old.unlink()
+            if not Path(f"/proc/{old.stem.rpartition('-')[2]}").exists():  # else a command may still write to it
+                old.unlink()
 
 
 def _kept_stderr(stack: contextlib.ExitStack) -> IO[str]:

@@ -15,7 +15,7 @@ def release(recipe: Recipe) -> list[Step]:
     """Images in, a promoted model out: shard, tune, train with the winner, evaluate, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
-        Step("shard", shard.run, recipe.data),
+        Step("shard", shard.run, recipe.data, binds_on_refusal=False),
         Step("tune", tune.run, TuneStepConfig(start=training, tune=recipe.tune), {"shard": "shard"}),
         Step("train", train.run, training, {"shard": "shard", "tune": "tune"}),
         *_judge(recipe),
@@ -26,7 +26,7 @@ def direct(recipe: Recipe) -> list[Step]:
     """Without a sweep: shard, train with the recipe as it stands, evaluate, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
-        Step("shard", shard.run, recipe.data),
+        Step("shard", shard.run, recipe.data, binds_on_refusal=False),
         Step("train", train.run, training, {"shard": "shard"}),
         *_judge(recipe),
     ]

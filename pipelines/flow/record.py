@@ -74,8 +74,10 @@ def read_failure(out: Store) -> Failure | None:
         failure = Failure(**json.loads(out.get(FAILURE)))
     except StoreKeyError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return Failure("the reason was not written to its end", "")
+    if not all(isinstance(value, str) for value in asdict(failure).values()):
+        return Failure("the reason on record was edited or damaged", "")
     return failure
 
 

@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 from graphlib import TopologicalSorter
 from typing import Literal
 
+from data_shards.fenced_lease import is_lost
 from data_shards.store import Store
-from pipelines.faults import fault_line, has_more, kept_reason
+from pipelines.faults import fault_line, has_more, kept_reason, users_mistake
 from pipelines.flow.record import (
+    CONFIG,
     Identity,
     Record,
     check_identity,
@@ -80,7 +82,7 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
         begun, record = read_identity(out), read_record(out)
         if begun is not None:
             check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
-        failure = read_failure(out) if begun and not record else None
+        failure = None if record else read_failure(out)
         state: State = "done" if record else "failed" if failure else "interrupted" if begun else "to do"
         states[step.name] = StepState(step.name, state, record, failure.reason if failure else "")
     return list(states.values())
@@ -148,7 +150,10 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
         with _own_interrupt():
             facts = step.run(step.config, context.placement, out, context, **facts_of)
     except Exception as error:
-        write_failure(out, kept_reason(error, step=step.name))
+        if not is_lost(context.check):  # else the folder is another driver's by now
+            write_failure(out, kept_reason(error, step=step.name))
+            if not step.binds_on_refusal and users_mistake(error) is not None:
+                out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
         raise
     assert isinstance(facts.get("digest"), str), f"step {step.name} returned no digest"
     record = Record(

@@ -33,7 +33,8 @@ class Step:
 
     `run(config, placement, out, context, **inputs)` writes under `out` and returns small JSON facts with a
     "digest": the content of what it made, which is what a later step's identity holds. `is_spread` is False for one
-    whose work is done by the driver alone, without Ray.
+    whose work is done by the driver alone, without Ray. `binds_on_refusal` is False for one that leaves nothing behind
+    when it refuses its configuration: the run may then be given another one.
     """
 
     name: str
@@ -41,3 +42,4 @@ class Step:
     config: BaseModel
     inputs: Mapping[str, str] = field(default_factory=dict)
     is_spread: bool = True
+    binds_on_refusal: bool = True

@@ -50,7 +50,8 @@ def run(
     height), why one of them is absent, and where things are stored.
     """
     uri = context.store.at(shard["data"]).uri
-    with context.tracking.running(out, run=context.run, step="evaluate", params=config.model_dump()) as run_id:
+    params = config.model_dump()
+    with context.tracking.running(out, run=context.run, step="evaluate", check=context.check, params=params) as run_id:
         data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
         model = (context.store.at(train["model"]).uri, train["digest"])
         labels, logits = _infer(config, placement, uri, model, data, context)
@@ -230,10 +231,12 @@ def _baselines(
     sizes = [np.stack([index.width, index.height], 1).astype(np.float32) for index in (train, test)]
     if sizes[0].std(0).any():
         features["size"] = (sizes[0][fitted], sizes[1])
+    else:
+        absent["size"] = "all images have the same width and height"
     for done, (name, (train_x, test_x)) in enumerate(features.items()):
         if show is not None:
             show.say(f"fitting the baseline {name!r} on {len(train_x)} training images ({BASELINES[name]})")
-            show.progress("baselines", {"done": done, "total": len(features), "unit": f"fitted, now {name}"})
+            show.progress("fitting", {"done": done, "total": len(features), "unit": f"fitted, now {name}"})
         try:
             scores = logistic_regression(train_x, train.labels[fitted], test_x, len(data.manifest.classes))
             metrics = _measure(scores, test.labels, data.manifest.task)

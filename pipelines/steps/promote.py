@@ -67,7 +67,9 @@ def run(config: GateConfig, placement: Placement | None, out: Store, context: St
     for left in reversed(range(TRIES)):
         with model_lease(context, register["model"]) as held:
             try:
-                with context.tracking.running(out, run=context.run, step=step, params=config.model_dump()) as run_id:
+                with context.tracking.running(
+                    out, run=context.run, step=step, check=context.check, params=config.model_dump()
+                ) as run_id:
                     held.note(mlflow_run=run_id)
                     decision = _promoted(config, out, context, held, register=register, begun=begun)
                     _tell_mlflow(context, register, decision, run_id)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_shards.fenced_lease import FencedLease, LostLeaseError
 from data_shards.store import Store
@@ -24,7 +24,6 @@ from pipelines.registry import (
     lacks,
     package,
     package_digest,
-    tag_version,
     upload,
 )
 from pipelines.scratch import scratch
@@ -41,6 +40,13 @@ class RegisterConfig(BaseModel):
 
     model: str = Field("", pattern=r"^[A-Za-z0-9_. -]*$", max_length=120)
     """Name of the registered model; every training of it is a version. Empty: medmamba-<dataset>."""
+
+    @field_validator("model")
+    @classmethod
+    def _names_something(cls, model: str) -> str:
+        if model and not model.strip(". "):
+            raise ValueError(f"model {model!r} has no letter or digit, and cannot be a name: give another, or none")
+        return model
 
 
 def run(
@@ -70,7 +76,9 @@ def run(
     for left in reversed(range(TRIES)):
         with model_lease(context, name) as held:
             try:
-                with tracking.running(out, run=context.run, step="register", params=config.model_dump()) as run_id:
+                with tracking.running(
+                    out, run=context.run, step="register", check=context.check, params=config.model_dump()
+                ) as run_id:
                     held.note(mlflow_run=run_id)
                     version = _version(context, out, name, held, train=train, run_id=run_id, tags=tags)
                     _drop_later(context, name, version, identity)
@@ -111,14 +119,16 @@ def _version(
         version = _found(context, name, packaged, run_id, identity)
         if version is not None:
             return version
-        upload(tracking, packaged, run_id)
+        uploaded = upload(tracking, packaged, run_id)
         bind_model(tracking, name, context.store, create=True)
         held.check(for_s=MAKE_S)
         version = make_once(
             out,
             "version.asked",
             find=lambda: _found(context, name, packaged, run_id, identity),
-            make=lambda: create_version(tracking, name, run_id, {**tags, PACKAGE_TAG: package_digest(packaged)}),
+            make=lambda: create_version(
+                tracking, name, run_id, uploaded, {**tags, PACKAGE_TAG: package_digest(packaged)}
+            ),
         )
         held.check()  # paused in between, another process of this run may have made one too
         return version
@@ -136,10 +146,9 @@ def _found(context: StepContext, name: str, packaged: Path, run_id: str, identit
     tracking = context.tracking
     for version in find_versions(tracking, name, identity):
         reason = lacks(tracking, version, packaged, run_id)
-        if reason and version.status == "READY" and version.run_id == run_id:
-            # Its files belong to this step's run, and can be put there again.
+        if reason and version.tags.get(PACKAGE_TAG) == package_digest(packaged) and version.run_id == run_id:
+            # Its files belong to this step's run, and the same ones can be put there again.
             upload(tracking, packaged, run_id)
-            tag_version(tracking, version, {PACKAGE_TAG: package_digest(packaged)})  # by the present code
             context.show.say(f"version {version.number} of {name}: {reason}; its files were uploaded again")
             reason = lacks(tracking, version, packaged, run_id)
         if not reason:

@@ -24,7 +24,7 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
 
     # Whoever may read MLflow shall not learn the salt.
     params = config.model_dump(exclude={"salt"})
-    with context.tracking.running(out, run=context.run, step="shard", params=params) as run_id:
+    with context.tracking.running(out, run=context.run, step="shard", check=context.check, params=params) as run_id:
         _check_reachable(config, placement)
         facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
         context.show.say(_classes_line(facts))
@@ -37,11 +37,10 @@ def check_images(config: DataConfig, store: Store) -> None:
 
     A finished dataset needs no images any more.
     """
+    if store.at("datasets", config.dataset, config.name).head(MANIFEST) is not None:
+        return
     check_source(config)
-    if (
-        resolved(config).layout == "folders"
-        and store.at("datasets", config.dataset, config.name).head(MANIFEST) is None
-    ):
+    if resolved(config).layout == "folders":
         open_source(config)
 
 

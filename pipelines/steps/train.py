@@ -41,7 +41,7 @@ def run(
     resolved = override(config, tune["winner"]) if tune else config
     params = flatten(resolved.model_dump())
     # What is refused is FAILED in MLflow too.
-    with context.tracking.running(out, run=context.run, step="train", params=params) as run_id:
+    with context.tracking.running(out, run=context.run, step="train", check=context.check, params=params) as run_id:
         resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
         resolved.with_classes(len(shard["counts"]["train"]))
         check_batches([resolved.train.batch_size], shard, context)
@@ -185,7 +185,7 @@ def find_checkpoint(out: Store) -> dict[str, Any] | None:
         if out.head(SNAPSHOT) is None:
             return None
         raise ResumeError(f"{error}, which {SNAPSHOT} names: {_begin_again(out)}") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ResumeError(
             f"{out.uri}/{SNAPSHOT} or the checkpoint it names is torn ({error}): {_begin_again(out)}"
         ) from error

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_shards.fenced_lease import is_lost
 from data_shards.store import Store, arrow_filesystem
 from pipelines.board import Watch
 from pipelines.faults import RESUME, fault_line
@@ -120,7 +121,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     """
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
-    with tracking.running(out, run=context.run, step="tune", params=params) as parent:
+    with tracking.running(out, run=context.run, step="tune", check=context.check, params=params) as parent:
         config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
         check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
         payload = {
@@ -140,7 +141,8 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         except BaseException:
             # What ended the sweep is what must be told, not that MLflow could not be told of it.
             with contextlib.suppress(TrackingError):
-                tracking.close_trials(parent)
+                if not is_lost(context.check):  # else they are the trials of the driver that took over
+                    tracking.close_trials(parent)
             raise
         _check_reasons(results)
         winner = _winner(trials)

@@ -256,7 +256,7 @@ def shard_entry(name, data):
 )  # fmt: skip
 def test_a_report_that_cannot_be_is_refused(store, place, value):
     edit(store, LEAKS, place, value)
-    with pytest.raises(ManifestError, match=r"has no whole leakage\.json") as refused:
+    with pytest.raises(ManifestError, match=r"has no complete leakage\.json") as refused:
         read_report(store)
     assert str(refused.value).isprintable()
 
@@ -275,7 +275,7 @@ def test_fingerprints_that_cannot_be_are_refused(store, column, values):
     buffer = io.BytesIO()
     pq.write_table(table, buffer, store_schema=False)
     store.put(FINGERPRINTS, buffer.getvalue())
-    with pytest.raises(ManifestError, match=r"has no whole fingerprints\.parquet"):
+    with pytest.raises(ManifestError, match=r"has no complete fingerprints\.parquet"):
         stored_digests(store)
 
 

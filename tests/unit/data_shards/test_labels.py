@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from table_sets import labelled, names, opened, table_of, write
 
 from data_shards.config import DataConfig
+from data_shards.labels import check_settings
 from data_shards.plan import config_digest
 from data_shards.source import check_source
 
@@ -191,3 +192,11 @@ def test_new_settings_move_no_digest_of_a_dataset_that_does_without_them():
     plain = DataConfig(dataset="mine", layout="csv", source="x", task="multilabel")
     assert config_digest(plain) == config_digest(plain.model_copy(update={"label_separator": "|", "class_map": ()}))
     assert config_digest(plain) != config_digest(plain.model_copy(update={"label_separator": ";"}))
+
+
+def test_a_split_word_that_drops_rows_is_for_folders_only(tmp_path):
+    config = DataConfig(
+        dataset="d", layout="csv", source=str(tmp_path), split_column="s", split_values=("1=train", "other=drop")
+    )
+    with pytest.raises(ValueError, match=r"--data\.split-values .*other=drop.* is for split folders.*leave it out"):
+        check_settings(config)

@@ -345,7 +345,9 @@ def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_pa
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
     root.at("datasets/mine/default").put(FINGERPRINTS, b"torn")
     config = config_of(write_set(tmp_path / "b", distinct(700)), dataset="other")
-    with pytest.raises(ManifestError, match=r"datasets/mine/default has no whole fingerprints.* under another --run"):
+    with pytest.raises(
+        ManifestError, match=r"datasets/mine/default has no complete fingerprints.* under another --run"
+    ):
         convert(config, root.at("datasets/other/default"))
 
 
@@ -372,7 +374,7 @@ def test_a_dataset_whose_report_is_lost_says_how_to_make_it_again(tmp_path):
     report = json.loads(store.get(LEAKS))
     assert LeakReport.model_validate(report).images == 12
     store.put(LEAKS, b"{}")
-    with pytest.raises(ManifestError, match=r"no whole leakage\.json.* under another --run"):
+    with pytest.raises(ManifestError, match=r"no complete leakage\.json.* under another --run"):
         read_report(store)
 
 
@@ -403,7 +405,7 @@ def test_validation_drawn_from_an_official_train_split_keeps_copies_together(tmp
 def test_the_remedy_for_copies_across_official_folders_works_when_it_is_followed(tmp_path, policy, num):
     config = official(tmp_path / "set", {"Testing/a/copy.png": 4})
     store = open_store(str(tmp_path / "out"))
-    with pytest.raises(LeakError, match=r"--data\.leaks\.across drop, move or report \(under another --run\)"):
+    with pytest.raises(LeakError, match=r"--data\.leaks\.across drop, move or report"):
         convert(config, store)
     lenient = config.model_copy(update={"leaks": LeakConfig(across=policy)})
     assert convert(lenient, store)["num_images"] == num

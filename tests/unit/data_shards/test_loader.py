@@ -239,8 +239,8 @@ def test_grey_is_repeated_where_the_dataset_is_rgb():
 
 
 def test_a_flipped_byte_in_a_shard_is_an_error_that_names_it(tmp_path):
-    store = open_store(str(tmp_path / "out"))
-    convert(npz_config(tmp_path), store)
+    config, store = npz_config(tmp_path), open_store(str(tmp_path / "out"))
+    convert(config, store)
     data = bytearray(store.get("shards/train-00002.tar"))
     data[len(data) // 2] ^= 4
     store.put("shards/train-00002.tar", bytes(data))
@@ -248,7 +248,7 @@ def test_a_flipped_byte_in_a_shard_is_an_error_that_names_it(tmp_path):
         list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True))
     store.delete("manifest.json")  # the remedy the message gives
     store.delete("shards/train-00002.tar")
-    assert convert(npz_config(tmp_path), store)["made"] == 1
+    assert convert(config, store)["made"] == 1
     assert len(list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True))) == 2
 
 

@@ -322,7 +322,7 @@ def test_a_server_that_ignores_conditions_is_asked_once_and_the_user_is_told(ope
     schedule = Schedule()
     with fault_proxy(open_server, schedule, without=("If-None-Match", "If-Match")) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
-        store = open_store("s3://open/unconditional")
+        store = open_store("s3://open/asked-for-conditions")
         with caplog.at_level(logging.WARNING):
             store.check()
             asked = len(schedule.requests)

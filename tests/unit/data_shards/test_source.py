@@ -441,5 +441,5 @@ def test_a_source_on_s3_is_looked_for_as_an_object_or_as_a_folder(s3):
     for uri in (f"{s3}/sets/set.npz", f"{s3}/sets", f"{s3}/sets/", "/".join(s3.split("/")[:3])):
         check_source(DataConfig(dataset="own", layout="folders", source=uri))
     for uri in (f"{s3}/sets/other.npz", f"{s3}/set", f"{s3}/sets/set"):
-        with pytest.raises(ValueError, match=f"{uri} is no such source: .*check --data.source"):
+        with pytest.raises(ValueError, match=f"{uri} was not found: .*check --data.source"):
             check_source(DataConfig(dataset="own", layout="folders", source=uri))

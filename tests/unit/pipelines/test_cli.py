@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 import medmamba.bench
+from data_shards.catalog import card
 from data_shards.store import open_store
 from medmamba.bench import COMPARED, Case, Row
 from pipelines import terminal
@@ -67,7 +68,9 @@ def source_of(name: str) -> list[str]:
     """The option that names the images of a recipe, for those that do not make their own; a dry run looks for them."""
     if recipe(name).data.dataset == "phantoms":
         return []
-    Path("images").touch()
+    for label in card("kvasir").classes:  # the one recipe whose images are in folders of classes
+        Path("images", label).mkdir(parents=True, exist_ok=True)
+        Path("images", label, "1.jpg").touch()
     return ["--data.source", "images"]
 
 
@@ -147,6 +150,9 @@ def test_a_step_of_its_own_has_what_it_needs_before_it(verb, capsys):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_an_option_sets_one_field(argv, key, value, capsys):
+    for label in ("a", "b"):
+        Path(label).mkdir()
+        Path(label, "1.png").touch()
     found = resolved(capsys, "run", "release", *DRY, *argv)["recipe"]
     for part in key.split("."):
         found = found[part]
@@ -226,7 +232,7 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
         (["--placement.device", "cpu", "--placement.workers", "64"], r"workers 64: 0\.12 of the 8 CPUs"),
         (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files: get them .* with --data\.source"),
         (["--data.dataset", "own", "--data.layout", "folders"], r"'own' needs its files: .*--data\.source"),
-        (["--data.dataset", "breastmnist", "--data.source", "typo.npz"], r"typo\.npz is no such source"),
+        (["--data.dataset", "breastmnist", "--data.source", "typo.npz"], r"typo\.npz was not found"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -267,7 +273,8 @@ def test_an_interrupted_training_resumes_on_as_many_workers_as_wrote_its_checkpo
     sizes = override(recipe("quickstart"), {"train.batch_size": 64})
     finish("store", "r", sizes, workflow="direct", last="train", failing=["train"])
     out = open_store("store").at("runs/r/train")
-    state = {"epoch": 3, "ranks": begun_on, "zero_stage": 1, "manifest": "5" * 64}
+    state = {"epoch": 3, "ranks": begun_on, "zero_stage": 1, "manifest": "5" * 64, "seed": 0}
+    state |= {"consumed": 0, "step": 30, "best_epoch": 3, "best": {}, "history": [], "digests": {}}
     out.put("ray/checkpoint_1/train.json", json.dumps(state).encode())
     out.put(SNAPSHOT, json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}}).encode())
     asked = ["train", "--run", "r", "--store", "store", "--dry-run"]
@@ -641,7 +648,7 @@ def test_a_source_that_is_not_there_binds_no_run(tmp_path, capsys):
     store = tmp_path / "store"
     wrong = ["shard", "--recipe", "breastmnist", "--run", "r", "--store", str(store), "--data.source", "/nowhere.npz"]
     assert main(wrong) == 1
-    assert "is no such source" in capsys.readouterr().err
+    assert "was not found" in capsys.readouterr().err
     assert not (store / "runs/r").exists()
     assert main([*wrong[:-1], str(tmp_path), "--dry-run"]) == 0
 

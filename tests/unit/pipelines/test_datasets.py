@@ -137,7 +137,9 @@ def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, 
     from pipelines.datasets import _next_command
 
     Path("some where").mkdir()
-    Path("some where/x.zip").touch()  # a dry run looks whether it is there
+    with zipfile.ZipFile("some where/x.zip", "w") as archive:  # a dry run looks whether it is there, with its classes
+        for label in catalog.card(name).classes:
+            archive.writestr(f"{label}/1.png", b"")
     words = shlex.split(_next_command(catalog.card(name), "some where/x.zip"))
     assert main([*words[1:], "--dry-run", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["recipe"]["data"]

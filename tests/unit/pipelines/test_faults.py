@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 
+from data_shards.convert import RefusedError
 from pipelines import faults
-from pipelines.faults import RESUME, causes, fault_line, kept_reason, users_mistake
+from pipelines.faults import RESUME, causes, fault_line, has_more, kept_reason, users_mistake
 
 KILLED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\nThe actor is dead because "
@@ -116,21 +118,32 @@ def test_causes_end_where_errors_name_each_other():
     assert list(causes(first)) == [first, second]
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("3 of 9 images (33%) cannot be decoded, but max_quarantine allows 1%: John Smith.png (cut), IM0001 (empty); "
-         "or raise --data.max-quarantine", ["3 of 9 images", "--data.max-quarantine"]),
-        ("no file 'ward 7/anna_k.dcm' in the table", ["in the table"]),
-        ("class 'melanoma' is missing from val; raise data.val_fraction", ["'melanoma'", "data.val_fraction"]),
-    ],
-    ids=["quarantine", "missing", "class"],
-)  # fmt: skip
-def test_what_others_may_read_of_a_conversion_names_no_image_and_keeps_the_rest(text, kept):
+NAMES = ["Doe, John.png", "Smith (Mary).png", "O'Brien Ann.png", "Anna Mueller", "1.2.840.113619.2.55.3", "ward 7/anna"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_others_may_read_of_a_refused_conversion_quotes_no_file(name):
+    text = f"2 of 9 images cannot be decoded: {name} (cut); repair or remove them"
     reason = kept_reason(ValueError(text), step="shard")
-    assert not [name for name in ("Smith", "John", "IM0001", "anna", "ward 7") if name in reason]
-    assert [part for part in kept if part not in reason] == []
-    assert kept_reason(ValueError(text), step="train") == text
+    assert reason.startswith("refused; run the same command to see why")
+    assert kept_reason(ValueError(text), step="train") == text  # no other step knows a file's name
+    unforeseen = kept_reason(FileNotFoundError(2, "No such file or directory", name), step="shard")
+    assert unforeseen.startswith("unexpected FileNotFoundError; run the same command")
+
+
+def test_a_refusal_may_say_what_others_may_read():
+    error = RefusedError("3 of 9 images cannot be decoded: Doe, John.png", public="3 of 9 images cannot be decoded")
+    assert kept_reason(error, step="shard") == "3 of 9 images cannot be decoded"
+
+
+def test_a_value_error_that_a_library_raised_is_unexpected():
+    with pytest.raises(ValueError) as raised:
+        np.zeros(2) + np.zeros(3)
+    assert users_mistake(raised.value) is raised.value  # raised in native code: the last frame is this test's
+    with pytest.raises(ValueError) as raised:
+        np.stack([np.zeros(2), np.zeros(3)])
+    assert users_mistake(raised.value) is None
+    assert has_more(raised.value)
 
 
 def test_no_ray_is_imported_to_explain_a_fault():

@@ -287,3 +287,26 @@ def test_a_damaged_reason_leaves_the_step_failed(store, content):
         bring([Step("only", Counted(error=ValueError("x")), Settings())], store)
     store.put(f"runs/{RUN}/only/failure.json", content)
     assert states([Step("only", Counted(), Settings())], store) == {"only": "failed"}
+
+
+def test_a_refusal_does_not_bind_the_run_where_the_step_says_so(store):
+    """The remedy in the message of a refused conversion is another setting: it must work under the same name."""
+    refused = Counted(error=ValueError("size is 1, must be 2; set 2"))
+    for name, binds in (("binds", True), ("does-not", False)):
+        step = Step(name, refused, Settings(size=1), binds_on_refusal=binds)
+        with pytest.raises(WorkflowError, match="must be 2"):
+            bring([step], store)
+        (state,) = plan_steps([step], store, RUN)
+        assert (state.state, state.reason) == ("failed", "size is 1, must be 2; set 2")
+    (state,) = bring([Step("does-not", Counted(), Settings(size=2), binds_on_refusal=False)], store)
+    assert (state.state, state.reason) == ("done", "")
+    with pytest.raises(DriftError):
+        plan_steps([Step("binds", Counted(), Settings(size=2))], store, RUN)
+
+
+def test_an_unexpected_error_binds_the_run_all_the_same(store):
+    broken = Counted(error=RuntimeError("broken"))
+    with pytest.raises(WorkflowError):
+        bring([Step("only", broken, Settings(size=1), binds_on_refusal=False)], store)
+    with pytest.raises(DriftError):
+        plan_steps([Step("only", broken, Settings(size=2), binds_on_refusal=False)], store, RUN)

@@ -77,7 +77,7 @@ def test_the_model_loads_elsewhere_without_pickle_and_gives_the_same_probabiliti
 
 def test_no_file_of_the_registered_model_is_a_pickle(store, champion):
     """Also after the test above has loaded it in place."""
-    names = [key for key in store.list("mlflow-artifacts") if "/model/" in key]
+    names = [key for key in store.list("mlflow-artifacts") if "/model-" in key]
     assert any(name.endswith("weights.safetensors") for name in names)
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth", ".pt"))]
     # Pickles of protocol 2 and later begin with this byte, whatever their name.

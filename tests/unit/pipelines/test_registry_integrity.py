@@ -12,10 +12,21 @@ import torch
 from safetensors.torch import load, save
 
 from data_shards.store import open_store
-from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest
+from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest, save_model
+from medmamba.config import MedMambaConfig
+from medmamba.model import build_model
+from pipelines import registry
 from pipelines.cli import main
 from pipelines.predict import predict
-from pipelines.registry import DIGEST_TAG, PACKAGE_TAG, IntegrityError, by_alias, by_number, loaded, package_digest
+from pipelines.registry import (
+    DIGEST_TAG,
+    PACKAGE_TAG,
+    IntegrityError,
+    by_alias,
+    by_number,
+    loaded,
+    package_digest,
+)
 from pipelines.steps.evaluate import evaluate_rank
 from pipelines.tracking import open_tracking
 
@@ -219,3 +230,15 @@ def test_the_version_carries_its_baselines_for_the_gate(release):
     assert found["verdict"] == "no"
     assert "0.8770 of version 1 is more than 0.01 below the baseline's 0.8970" in found["reason"]
     assert by_alias(tracking, "baselines", "champion") is None
+
+
+def test_packaging_the_same_checkpoint_again_gives_the_same_bytes_and_names_no_folder_of_this_machine(tmp_path):
+    """An upload that is repeated after an interruption must have the digest that the version's tag names."""
+    config = MedMambaConfig(dims=(8, 16), depths=(1, 1), num_classes=2)
+    card = {"classes": ["a", "b"], "task": "multiclass", "image_size": 32, "channels": 1, "dataset": "d"}
+    save_model(tmp_path / "checkpoint", build_model(config), config, card=card)
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "elsewhere")
+    for name, checkpoint in (("one", "checkpoint"), ("two", "elsewhere")):
+        registry.package(tmp_path / name, tmp_path / checkpoint, ["a", "b"])
+    assert package_digest(tmp_path / "one") == package_digest(tmp_path / "two")
+    assert str(tmp_path) not in (tmp_path / "one" / "MLmodel").read_text()

@@ -96,7 +96,7 @@ def test_every_sample_has_its_path_frame_split_label_and_state(store, config, so
         assert sample["state"] != "in shard" or sample["key"] in index[sample["split"]]
     assert (by_path["dog/torn.png"]["state"], by_path["dog/torn.png"]["reason"]) == (
         "quarantined",
-        "not an image of a known format",
+        "a text, not an image",
     )
     dropped = {path: sample for path, sample in by_path.items() if sample["state"] == "dropped"}
     assert set(dropped) == {"cat/again 0.png", "cat/again 1.png"}
@@ -339,7 +339,7 @@ def test_predictions_name_the_files_that_were_misclassified_the_surest_first(tmp
 def test_quarantine_counts_the_reasons_and_names_the_files(store, capsys):
     told = asked_json(capsys, "quarantine", "--names", "--store", store.uri)
     assert (told["finished"], told["quarantined"], told["images"]) == (True, 1, 2 * NUM + 1)
-    assert told["reasons"] == {"not an image of a known format": 1}
+    assert told["reasons"] == {"a text, not an image": 1}
     (sample,) = told["samples"]
     assert (sample["path"], sample["label_names"]) == ("dog/torn.png", ["dog"])
     assert sample["split"] in ("train", "val", "test")

@@ -9,6 +9,8 @@ import pytest
 
 from pipelines.work_log import KEPT, _text, log_folder, own_messages, work_log
 
+NOBODY = 2**22 + 1  # beyond the largest process id of Linux
+
 NOISY = """
 import os, sys, subprocess, logging, warnings
 from pipelines.terminal import Terminal
@@ -58,12 +60,12 @@ def test_an_empty_log_leaves_no_file():
 def test_of_earlier_commands_the_last_twenty_stay():
     log_folder().mkdir(parents=True)
     for number in range(30):
-        (log_folder() / f"20260101-0000{number:02}-1.log").touch()
+        (log_folder() / f"20260101-0000{number:02}-{NOBODY}.log").touch()
     with work_log() as log:
         log.write("x")
     kept = sorted(path.name for path in log_folder().iterdir())
     assert len(kept) == KEPT
-    assert kept[0] == "20260101-000011-1.log"
+    assert kept[0] == f"20260101-000011-{NOBODY}.log"
     assert kept[-1] == log.path.name
 
 

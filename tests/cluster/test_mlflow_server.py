@@ -65,7 +65,7 @@ def test_with_a_store_on_s3_the_artifacts_lie_in_it(mlflow_server, s3, monkeypat
     tracking = open_tracking(store)
     _, verdict = registered.released(store, tracking, "one", auc=0.9, model="on-s3")
     assert verdict["verdict"] == "yes"
-    kept = [key for key in store.list("mlflow-artifacts") if "/model/" in key]
+    kept = [key for key in store.list("mlflow-artifacts") if "/model-" in key]
     assert any(key.endswith("artifacts/weights.safetensors") for key in kept)
     (tmp_path / "a.png").write_bytes(registered.coded(registered.images()[0]))
     (row,) = predict([tmp_path / "a.png"], store=store, model="on-s3")

@@ -8,6 +8,7 @@ several folders hold equal ones, either could be the classes: that is refused un
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -96,8 +97,15 @@ def _read(reader: _Reader) -> FolderLayout:
         return _splits(reader, roots)
     if _splits_are_inside(reader):
         return _classes_of_splits(reader)
-    if not reader.config.classes and (shared := _shared(reader, list(roots.values()))):
-        raise ValueError(_either(reader, shared))
+    if not reader.config.classes:
+        if shared := _shared(reader, list(roots.values())):
+            raise ValueError(_either(reader, shared))
+        if inner := _recurring(reader, roots):
+            raise ValueError(
+                f"{reader.source} has {len(reader.tops)} folders ({listed(reader.tops)}), and inside of them again and "
+                f"again {listed(inner)}, as where each patient has a folder with class folders inside: {_TABLE} and a "
+                f"group column, or name the classes if they are the outer folders: --data.classes {typed(reader.tops)}"
+            )
     return _classes(reader)
 
 
@@ -230,6 +238,19 @@ def _shared(reader: _Reader, folders: Sequence[str]) -> list[str]:
     if len(everywhere) < 2 or not mostly or all(split_word(name)[0] for name in everywhere):
         return []
     return [anywhere[key] for key in sorted(anywhere)]
+
+
+def _recurring(reader: _Reader, roots: Mapping[str, str]) -> list[str]:
+    """Names of a few folders that come again and again inside of many, some of which lack one; else none."""
+    inside = [
+        {loose(name): name for name in reader.inside(root) if reader.tree.has_images(joined(root, name))}
+        for root in roots.values()
+    ]
+    counts = Counter(key for names in inside for key in names)
+    few = len(inside) > 2 * len(counts) > 2 and all(count > 1 for count in counts.values())
+    if not few or not all(inside) or any(reader.tree.num_images_in(root) for root in roots.values()):
+        return []
+    return sorted({name for names in inside for name in names.values()})
 
 
 def _shared_by_splits(reader: _Reader, parts: Sequence[str]) -> list[str]:

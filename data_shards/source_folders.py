@@ -62,6 +62,12 @@ def _check_zips(zips: Sequence[str], config: DataConfig) -> None:
 def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:
     """The source's class names in the order of their indices; ValueError where they and the folders do not match."""
     found = sorted({folder.name for folder in folders})
+    for name in found:
+        if not name.isprintable() and name.encode(errors="replace").decode() != name:
+            raise ValueError(
+                f"the class folder {name!a} of {config.source} has a name that is not UTF-8, as archives of older "
+                "Windows programs have: rename it (convmv does so for all files of a set)"
+            )
     _check_alike(found, config)
     named = ClassEdits(config).names_in_source(config.classes, found)
     classes = tuple(class_name(name) for name in named) or tuple(found)

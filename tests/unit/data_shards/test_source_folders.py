@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import tarfile
@@ -490,3 +491,29 @@ def test_the_dataset_says_where_its_splits_come_from(tmp_path):
     first = convert(config(tmp_path / "set"), store)
     assert (first["splits_from"], first["samples"]) == (told, {"train": 34, "val": 6, "test": 40})
     assert convert(config(tmp_path / "set"), store)["splits_from"] == told
+
+
+@pytest.mark.parametrize("num", [12, 30])
+def test_folders_of_patients_with_class_folders_inside_are_not_read_as_classes(tmp_path, num):
+    names = [f"p{i:02}/{label}/{i}.jpg" for i in range(num) for label in "01" if (i, label) != (3, "1")]
+    assert "each patient has a folder" in refusal(tmp_path, names)
+    one_each = [f"p{i:02}/{('benign', 'malignant')[i % 2]}/{i}.jpg" for i in range(num)]
+    assert "benign and malignant" in refusal(tmp_path / "one", one_each)
+    classes = tuple(f"p{i:02}" for i in range(num))
+    assert len(read(tmp_path, names, classes=classes).classes) == num
+
+
+def test_classes_with_folders_of_their_own_patients_are_classes(tmp_path):
+    names = [f"{label}/{label}{i}/1.jpg" for label in ("a", "b", "c") for i in range(4)]
+    assert read(tmp_path, names).classes == ("a", "b", "c")
+
+
+def test_a_class_folder_whose_name_is_not_utf_8_is_named(tmp_path):
+    for name in (b"b\xe9nin", b"malin"):
+        folder = os.path.join(os.fsencode(tmp_path / "set"), name)
+        os.makedirs(folder)
+        for i in range(3):
+            with open(os.path.join(folder, b"%d.png" % i), "wb") as file:
+                file.write(b"x")
+    with pytest.raises(ValueError, match=r"b\\udce9nin.*not UTF-8.*rename"):
+        open_source(DataConfig(dataset="d", layout="folders", source=str(tmp_path / "set")))

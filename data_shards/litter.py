@@ -26,10 +26,14 @@ def left_out(path: str, *, folder: bool = False) -> str:
         if (
             name.startswith((".", "~$"))
             or lower in _NAMES
-            or (is_file and (lower in _ICON or lower.endswith("zone.identifier")))
+            or (is_file and (lower in _ICON or lower.endswith(("zone.identifier", "~")) or _is_autosave(lower)))
         ):
             return "/".join(parts[: i + 1])
     return ""
+
+
+def _is_autosave(name: str) -> bool:
+    return len(name) > 2 and name[0] == name[-1] == "#"
 
 
 def without_litter(paths: Iterable[str], *, folders: bool = False) -> tuple[list[str], set[str]]:

@@ -276,7 +276,8 @@ def test_a_name_that_leads_out_of_a_tar_is_refused(tmp_path):
 
 
 LITTER = [
-    "a/1.png~", "a/#1.png#", "a/Thumbs.db", "a/thumbs.db", "a/THUMBS.DB", "a/ehthumbs.db", "a/Desktop.ini", "a/desktop.ini", "a/.DS_Store",
+    "a/1.png~", "a/#1.png#",
+    "a/Thumbs.db", "a/thumbs.db", "a/THUMBS.DB", "a/ehthumbs.db", "a/Desktop.ini", "a/desktop.ini", "a/.DS_Store",
     "a/._x.png", "a/x.png:Zone.Identifier", "a/x.png\uf03aZone.Identifier", "a/Icon\r", "a/Icon", "a/~$notes.docx",
     "a/.ipynb_checkpoints/x-checkpoint.png", "a/@eaDir/x.png@SynoEAStream", "__macosx/a/._x.png", "lost+found/x.png",
     "$Recycle.Bin/x.png", "System Volume Information/x", "__pycache__/x.pyc", ".git/x", "#recycle/x.png",

@@ -308,7 +308,7 @@ class _Doubts:
         first = self._open[min(joined, key=lambda name: (not joined[name] <= alone, name))]
         total = sum(self._open[name].count for name in joined)
         told = f"label {first.name!r} ({first.line}; {total:,} rows are of this kind)"
-        remedy = f"{'' if self._several else '--data.task multilabel '}--data.label-separator {separator!r}"
+        remedy = f"{'' if self._several else '--data.task multilabel '}{option('label-separator', separator)}"
         unseparated = self._several and separator == "," and not self._separated
         if unseparated or _likely(separator, joined, alone):
             raise ValueError(

@@ -10,10 +10,12 @@ from data_shards.file_set import FileSet
 from data_shards.files import Files, open_files
 from data_shards.image_paths import Places, find_images
 from data_shards.label_cells import read_labels
-from data_shards.labels import composed, grouped_by_path
+from data_shards.labels import composed, grouped_by_path, option
 from data_shards.source import Row
-from data_shards.split import SPLIT_WORDS
+from data_shards.split import split_of_cell
 from data_shards.table import ENDINGS, Table, tables_among
+
+_MOST_WORDS = 20  # in a remedy
 
 
 def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
@@ -65,17 +67,26 @@ def _splits(table: Table, kept: Sequence[int], config: DataConfig) -> dict[int, 
     """The split of each of these rows, if a column names them."""
     if not config.split_column:
         return {}
-    meaning = SPLIT_WORDS | {
-        value.strip().lower(): split for value, _, split in (pair.rpartition("=") for pair in config.split_values)
-    }
-    splits = table.column(config.split_column, "split")
-    for i in kept:
-        if splits[i].lower() not in meaning:
-            raise ValueError(
-                f"split {splits[i]!r} in {table.line(i)} is unknown: write train, val or test, or say what it means "
-                f"with --data.split-values {splits[i]}=train"
-            )
-    return {i: meaning[splits[i].lower()] for i in kept}
+    pairs = [pair.rpartition("=") for pair in config.split_values]
+    given = {composed(value.strip()).lower(): split for value, _, split in pairs}
+    cells = [composed(cell) for cell in table.column(config.split_column, "split")]
+    meaning = {cell: given.get(cell.lower()) or split_of_cell(cell) for cell in {cells[i] for i in kept}}
+    if unknown := [i for i in kept if not meaning[cells[i]]]:
+        raise ValueError(_unknown_splits(table, cells, unknown, [*config.split_values]))
+    return {i: meaning[cells[i]] for i in kept}
+
+
+def _unknown_splits(table: Table, cells: Sequence[str], unknown: Sequence[int], given: Sequence[str]) -> str:
+    """What to say of cells that name no split; the remedy leaves open which split each of them means."""
+    first, words = unknown[0], list(dict.fromkeys(cells[i] for i in unknown))
+    told = f"split {cells[first]!r} in {table.line(first)} is unknown"
+    if not cells[first]:
+        told = f"{sum(not cells[i] for i in unknown):,} rows have no split ({table.line(first)})"
+    return (
+        f"{told}: write train, val or test there, or say what it means with "
+        f"{option('split-values', *given, *(f'{word}=...' for word in words[:_MOST_WORDS]))} (train, val or test in "
+        "place of the dots)"
+    )
 
 
 def _missing(table: Table, places: Places, config: DataConfig) -> tuple[str, ...]:

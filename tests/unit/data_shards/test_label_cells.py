@@ -85,6 +85,13 @@ def test_several_labels_in_a_cell_are_not_taken_for_a_class(tmp_path, labels):
     assert all(name in "ABC01" for name in images.classes)
 
 
+def test_labels_on_two_lines_of_a_cell_are_refused_in_one_line_that_a_shell_understands(tmp_path):
+    with pytest.raises(ValueError, match="several labels in one cell") as caught:
+        labelled(tmp_path, ["A", "B", "A\nB"])
+    assert r"--data.label-separator $'\n';" in str(caught.value)
+    assert str(caught.value).endswith(r"--data.class-map $'A\nB=A\nB'")
+
+
 def test_honest_names_with_a_comma_are_classes_and_most_of_them_are_noticed(tmp_path):
     few = labelled(tmp_path, ["Nevus, atypical", "Melanoma", "Melanoma"])
     assert (few.classes, few.notes) == (("Melanoma", "Nevus, atypical"), ())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
 from data_shards.files import Files, open_files
 from data_shards.image_paths import Places, find_images
-from data_shards.label_cells import read_labels
+from data_shards.label_cells import read_labels, says_missing
 from data_shards.labels import composed, grouped_by_path, option
 from data_shards.source import Row
 from data_shards.split import split_of_cell
@@ -42,7 +45,13 @@ def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
         for i, indices in kept.items()
     ]
     rows = sorted(grouped_by_path(rows, config), key=lambda row: row.where)
-    notes = (*missing, *_unlisted(table, places, files.names), *places.notes, *labels.notes)
+    notes = (
+        *missing,
+        *_unlisted(table, places, files.names),
+        *places.notes,
+        *labels.notes,
+        *_alike_groups(groups.values(), table),
+    )
     return FileSet(files, table.folder, rows, config, classes=labels.classes, notes=notes)
 
 
@@ -54,13 +63,38 @@ def _groups(table: Table, kept: Sequence[int], config: DataConfig) -> dict[int, 
     """The group of each of these rows, if a column names them."""
     if not config.group_column:
         return {}
-    groups = table.column(config.group_column, "group")
+    groups = [composed(group) for group in table.column(config.group_column, "group")]
     for i in kept:
         if not groups[i]:
             raise ValueError(
                 f"{table.line(i)} has no {config.group_column!r}: every image needs its group, so fill it in"
             )
-    return {i: composed(groups[i]) for i in kept}
+    if unknown := [i for i in kept if says_missing(groups[i])]:
+        raise ValueError(
+            f"{config.group_column!r} is {groups[unknown[0]]!r} in {table.line(unknown[0])} ({len(unknown):,} rows "
+            "have such a word), which says that the group is not known: every image needs its group, so fill it in, "
+            "with a name of its own for each group"
+        )
+    return {i: groups[i] for i in kept}
+
+
+def _alike_groups(groups: Iterable[str], table: Table) -> tuple[str, ...]:
+    """A notice about groups that differ only in case, spaces or how a number is written: each may be in two splits."""
+    counts = Counter(groups)
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for group in sorted(counts):
+        text = " ".join(unicodedata.normalize("NFKC", group).casefold().split())
+        number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
+        spellings[number[1] if number else text].append(group)
+    alike = [names for names in spellings.values() if len(names) > 1]
+    if not alike:
+        return ()
+    told = "; ".join(" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in names) for names in alike[:3])
+    return (
+        f"groups of {table.path} that differ only in how they are written are read as different ones, "
+        f"{len(alike):,} times: {told}{', ...' if len(alike) > 3 else ''}; if they are one, write them alike, or its "
+        "images may be in two splits",
+    )
 
 
 def _splits(table: Table, kept: Sequence[int], config: DataConfig) -> dict[int, str]:

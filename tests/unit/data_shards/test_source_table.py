@@ -67,3 +67,24 @@ def test_a_value_in_a_remedy_is_one_line_and_comes_through_a_shell_as_it_is(valu
     typed = option("class-map", value)
     assert len(typed.splitlines()) == 1
     assert by_shell(typed) == ("--data.class-map", value)
+
+
+@pytest.mark.parametrize("word", ["nan", "N/A", "Unknown", "None", "?", "-", "NULL", "missing"])
+def test_a_word_for_a_missing_value_is_not_a_group(tmp_path, word):
+    with pytest.raises(ValueError, match=r"in line 4 of t\.csv \(2 rows .* fill it in"):
+        of_column(tmp_path, ["p1", "p2", word, word], group_column="c")
+
+
+@pytest.mark.parametrize("one", [("p1", "P1"), ("1", "1.0"), ("01", "1"), ("p  1", "p 1")])
+def test_groups_that_differ_only_in_spelling_are_noticed_with_their_rows(tmp_path, one):
+    images = of_column(tmp_path, [*one, one[1], "other"], group_column="c")
+    assert [row.group for row in images.rows] == [*one, one[1], "other"]
+    (note,) = images.notes
+    assert f"{one[0]!r} (1 rows)" in note
+    assert f"{one[1]!r} (2 rows)" in note
+
+
+@pytest.mark.parametrize("groups", [["1", "10", "1.5", "-1"], ["12345678901234567890", "12345678901234567891"]])
+def test_groups_that_differ_are_not_noticed(tmp_path, groups):
+    images = of_column(tmp_path, groups, group_column="c")
+    assert images.notes == ()

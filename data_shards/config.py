@@ -133,7 +133,8 @@ class DataConfig(BaseModel):
     """Column saying train, val or test; empty: the catalogue's, or none, and splits are drawn; `-`: none in any
     case."""
     split_values: tuple[str, ...] = ()
-    """What other words of the split column mean, as value=split: `1=train 0=test`; empty: the catalogue's, or none.
+    """What other words of the split column mean, as value=split: `1=train 0=test`, and `=train` for empty cells;
+    empty: the catalogue's, or none.
     In a `folders` set what a folder around the class folders means: `TEST_SIMPLE=test`; `masks=drop` leaves it out."""
     split_folders: Literal["keep", "ignore"] = "keep"
     """Folders of a `folders` set that are named after splits (`Training/`, `Testing/`), around the class folders or
@@ -181,9 +182,11 @@ class DataConfig(BaseModel):
     @classmethod
     def _value_and_split(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for pair in value:
-            if pair.rpartition("=")[0] == "" or pair.rpartition("=")[2] not in ("train", "val", "test", "drop"):
+            _, equals, split = pair.rpartition("=")
+            if not equals or split not in ("train", "val", "test", "drop"):
                 raise ValueError(
-                    f"split_values has {pair!r}, but it says value=split: write for example 1=train 0=test"
+                    f"split_values has {pair!r}, but it says value=split with the split train, val, test or drop: "
+                    "write for example 1=train 0=test"
                 )
         return value
 

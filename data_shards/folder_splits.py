@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_shards.config import DataConfig
 from data_shards.folder_tree import loose
+from data_shards.labels import quoted
 from data_shards.split import SPLITS, split_word
 
 DROP = "drop"
@@ -100,11 +100,12 @@ def origin(splits: Mapping[str, str], where: str = "") -> str:
 
 
 def say_which(folders: Sequence[str]) -> str:
-    """The options that say which split each folder is."""
-    examples = [f"{name}={split}" for name, split in zip(folders, ("train", "test", "val"), strict=False)]
+    """The options that say which split each folder is. A split that its name does not say is left open."""
+    said = {name: split_word(name)[0] for name in folders}
+    pairs = [f"{name}={said[name] if said[name] in SPLITS else '...'}" for name in folders]
     return (
-        f"say which with --data.split-values {typed(examples)} (FOLDER=drop leaves one out), or take all together "
-        "with --data.split-folders ignore"
+        f"say which with --data.split-values {typed(pairs)} (train, val or test in place of the dots; FOLDER=drop "
+        "leaves one out), or take all together with --data.split-folders ignore"
     )
 
 
@@ -118,5 +119,5 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 def typed(names: Iterable[str]) -> str:
     """Names as one types them in a shell."""
-    quoted = [shlex.quote(name) for name in names]
-    return " ".join([*quoted[:_MOST], *["..."][: len(quoted) > _MOST]])
+    words = [quoted(name) for name in names]
+    return " ".join([*words[:_MOST], *["..."][: len(words) > _MOST]])

@@ -29,6 +29,8 @@ _YES, _NO = {"1", "true", "yes", "t", "y"}, {"0", "false", "no", "f", "n"}
 _NUMBER = re.compile(r"[+-]?\d{1,300}([.,]\d*)?")
 # A class name hardly ever holds the first two; the others are judged by what stands between them.
 _CERTAIN, _PERHAPS = ("|", ";"), (",", "/", "+", "&", "\n")
+# Names of several words hold these, so only other labels can show that they separate.
+_WORDS = (" and ", "\t", " ")
 
 
 class Labels(NamedTuple):
@@ -68,7 +70,8 @@ def read_labels(table: Table, kept: Sequence[int], config: DataConfig, *, named:
     if not rows:
         raise ValueError(f"--data.drop-classes leaves no row of {table.path}: name fewer classes")
     found = _found(rows, table)
-    doubts = _Doubts(found, edits, config, separated=any(len(old[i]) > 1 for i in kept))
+    of_none = _Name(none, sum(none in old[i] for i in kept), "--data.no-finding") if none else None
+    doubts = _Doubts(found, edits, config, separated=any(len(old[i]) > 1 for i in kept), none=of_none)
     notes = [*_two_codes(cells, table), *doubts.notes(), *_numbers_note(cells, old, kept, config)]
     complete = len(kept) == len(cells) and not edits
     classes = _classes(everything, found, edits, config, fixed=named or complete)
@@ -231,6 +234,11 @@ def _require_classes(
 # --- what is in doubt
 
 
+def says_missing(cell: str) -> bool:
+    """Whether a cell, of a column where it is not a class, says that its value is not known."""
+    return _spelling(cell)[1] in _MISSING | _PERHAPS_MISSING
+
+
 def _two_codes(cells: Sequence[str], table: Table) -> Iterator[str]:
     """A notice for labels that differ only in how Unicode codes their accents: they are one class."""
     codes: dict[str, set[str]] = defaultdict(set)
@@ -256,10 +264,16 @@ def _numbers_note(
 
 
 class _Doubts:
-    """What may be wrong with the labels of a table. `settled` names are meant as they are: the user named them."""
+    """What may be wrong with the labels of a table. `settled` names are meant as they are: the user named them.
 
-    def __init__(self, found: Mapping[str, _Name], edits: ClassEdits, config: DataConfig, *, separated: bool):
+    `none` is the label that means none of the classes, if there is one; it is not among those found.
+    """
+
+    def __init__(
+        self, found: Mapping[str, _Name], edits: ClassEdits, config: DataConfig, *, separated: bool, none: _Name | None
+    ):
         self._found, self._config, self._separated = found, config, separated
+        self._none = {none.name: none} if none else {}
         self._settled = set(map(composed, config.classes)) | edits.new_names
         self._open = {name: each for name, each in found.items() if name and name not in self._settled}
         self._several = _several(config)
@@ -268,7 +282,7 @@ class _Doubts:
         """Notices. ValueError where labels can be understood in two ways."""
         self._refuse_missing()
         self._refuse_lists()
-        together = [note for separator in (*_CERTAIN, *_PERHAPS) for note in self._together(separator)]
+        together = [note for separator in (*_CERTAIN, *_PERHAPS, *_WORDS) for note in self._together(separator)]
         self._refuse_alike()
         return [*together, *self._nearly_alike(), *self._words()]
 
@@ -302,13 +316,15 @@ class _Doubts:
         }
         if separator not in _CERTAIN:
             joined = {name: parts for name, parts in joined.items() if len(parts) > 1}
+        alone = self._all_names()
+        if separator in _WORDS:
+            joined = _suspected(joined, alone)
         if not joined:
             return
-        alone = set(self._found) | self._settled
         first = self._open[min(joined, key=lambda name: (not joined[name] <= alone, name))]
         total = sum(self._open[name].count for name in joined)
         told = f"label {first.name!r} ({first.line}; {total:,} rows are of this kind)"
-        remedy = f"{'' if self._several else '--data.task multilabel '}--data.label-separator {separator!r}"
+        remedy = f"{'' if self._several else '--data.task multilabel '}{option('label-separator', separator)}"
         unseparated = self._several and separator == "," and not self._separated
         if unseparated or _likely(separator, joined, alone):
             raise ValueError(
@@ -319,13 +335,16 @@ class _Doubts:
         if 2 * total > sum(each.count for each in self._found.values()):
             yield f"{told} is read as one class: if it is several labels, say {remedy}"
 
+    def _all_names(self) -> set[str]:
+        return {*self._found, *self._settled, *self._none}
+
     def _refuse_alike(self) -> None:
         """ValueError for labels that are two spellings of one."""
         spellings: dict[object, list[_Name]] = defaultdict(list)
         truths: dict[object, list[_Name]] = defaultdict(list)
         only_truths = {name.casefold() for name in self._found} <= _YES | _NO
-        for name in sorted(set(self._found) | self._settled):
-            each = self._found.get(name, _Name(name, 0, "--data.classes"))
+        for name in sorted(self._all_names()):
+            each = self._none.get(name) or self._found.get(name, _Name(name, 0, "--data.classes"))
             spellings[_spelling(name)].append(each)
             if only_truths and name.casefold() in _YES | _NO:
                 truths[name.casefold() in _YES].append(each)
@@ -335,7 +354,7 @@ class _Doubts:
             return
         told, pairs = [], []
         for group in clashes:
-            target = max(group, key=lambda each: (each.name in self._settled, each.count, -len(each.name))).name
+            target = max(group, key=self._rank).name
             told.append(" and ".join(f"{each.name!r} ({each.count:,} rows, {each.line})" for each in group))
             pairs += [f"{e.name}={target}" for e in group if e.name != target and e.name in self._open]
         raise ValueError(
@@ -343,10 +362,14 @@ class _Doubts:
             "if they are not, name the classes in --data.classes"
         )
 
+    def _rank(self, each: _Name) -> tuple[bool, bool, int, int]:
+        """Of several spellings, the highest is the one to keep."""
+        return each.name in self._none, each.name in self._settled, each.count, -len(each.name)
+
     def _nearly_alike(self) -> Iterator[str]:
         """A notice for labels of which only the punctuation between words differs."""
         loosely: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(set(self._found) | self._settled):
+        for name in sorted(self._all_names(), key=lambda name: (name in self._none, name)):
             loosely[re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", _spelling(name)[1])].append(name)
         for names in loosely.values():
             if len(names) > 1 and set(names) & set(self._open):
@@ -360,10 +383,11 @@ class _Doubts:
         for each in self._open.values():
             told = f"label {each.name!r} ({each.count:,} rows, {each.line})"
             word = _spelling(each.name)[1].replace("_", " ")
-            if self._several and not self._config.no_finding and word in _NONE_OF_THEM:
+            if self._several and word in _NONE_OF_THEM:
+                joined = (option("class-map", f"{each.name}={name}") for name in self._none)
                 yield (
                     f"{told} is read as a class of its own: if it means none of the classes, say "
-                    f"{option('no-finding', each.name)}"
+                    f"{next(joined, option('no-finding', each.name))}"
                 )
             elif word in _PERHAPS_MISSING:
                 yield (
@@ -372,9 +396,17 @@ class _Doubts:
                 )
 
 
+def _suspected(joined: Mapping[str, frozenset[str]], alone: set[str]) -> dict[str, frozenset[str]]:
+    """Those of which all parts are labels themselves, or which are there in two orders (`A B` and `B A`)."""
+    orders: dict[frozenset[str], set[object]] = defaultdict(set)  # two spellings of one name are not two orders
+    for name, parts in joined.items():
+        orders[parts].add(_spelling(name))
+    return {name: parts for name, parts in joined.items() if parts <= alone or len(orders[parts]) > 1}
+
+
 def _likely(separator: str, joined: Mapping[str, frozenset[str]], alone: set[str]) -> bool:
     """Whether labels with this separator are probably several: by it, by parts that are labels too or come back."""
-    if separator in _CERTAIN or any(parts <= alone for parts in joined.values()):
+    if separator in (*_CERTAIN, *_WORDS) or any(parts <= alone for parts in joined.values()):
         return True
     if all(_NUMBER.fullmatch(name) for name in joined):  # decimal commas
         return False

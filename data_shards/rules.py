@@ -16,6 +16,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
     2: (
         "labels of a table that may be several in one cell, two spellings of one class or a missing value are refused "
         "until an option says what they are",
+        "groups of a table that are words for a missing value (nan, N/A, Unknown) are refused",
         "class names and groups of a table that differ only in how Unicode codes an accent are one, in the form NFC",
         "classes of a table that are all numbers are ordered by value, fractions and signs too",
         "in a set of folders, folders named after splits (train, test, ...) are splits, not classes, also inside of "

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
 from data_shards.files import Files, open_files
 from data_shards.image_paths import Places, find_images
-from data_shards.label_cells import read_labels
-from data_shards.labels import composed, grouped_by_path
+from data_shards.label_cells import read_labels, says_missing
+from data_shards.labels import composed, grouped_by_path, option
 from data_shards.source import Row
-from data_shards.split import SPLIT_WORDS
+from data_shards.split import split_of_cell
 from data_shards.table import ENDINGS, Table, tables_among
+
+_MOST_WORDS = 20  # in a remedy
 
 
 def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
@@ -40,7 +45,13 @@ def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
         for i, indices in kept.items()
     ]
     rows = sorted(grouped_by_path(rows, config), key=lambda row: row.where)
-    notes = (*missing, *_unlisted(table, places, files.names), *places.notes, *labels.notes)
+    notes = (
+        *missing,
+        *_unlisted(table, places, files.names),
+        *places.notes,
+        *labels.notes,
+        *_alike_groups(groups.values(), table),
+    )
     return FileSet(files, table.folder, rows, config, classes=labels.classes, notes=notes)
 
 
@@ -52,30 +63,64 @@ def _groups(table: Table, kept: Sequence[int], config: DataConfig) -> dict[int, 
     """The group of each of these rows, if a column names them."""
     if not config.group_column:
         return {}
-    groups = table.column(config.group_column, "group")
+    groups = [composed(group) for group in table.column(config.group_column, "group")]
     for i in kept:
         if not groups[i]:
             raise ValueError(
                 f"{table.line(i)} has no {config.group_column!r}: every image needs its group, so fill it in"
             )
-    return {i: composed(groups[i]) for i in kept}
+    if unknown := [i for i in kept if says_missing(groups[i])]:
+        raise ValueError(
+            f"{config.group_column!r} is {groups[unknown[0]]!r} in {table.line(unknown[0])} ({len(unknown):,} rows "
+            "have such a word), which says that the group is not known: every image needs its group, so fill it in, "
+            "with a name of its own for each group"
+        )
+    return {i: groups[i] for i in kept}
+
+
+def _alike_groups(groups: Iterable[str], table: Table) -> tuple[str, ...]:
+    """A notice about groups that differ only in case, spaces or how a number is written: each may be in two splits."""
+    counts = Counter(groups)
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for group in sorted(counts):
+        text = " ".join(unicodedata.normalize("NFKC", group).casefold().split())
+        number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
+        spellings[number[1] if number else text].append(group)
+    alike = [names for names in spellings.values() if len(names) > 1]
+    if not alike:
+        return ()
+    told = "; ".join(" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in names) for names in alike[:3])
+    return (
+        f"groups of {table.path} that differ only in how they are written are read as different ones, "
+        f"{len(alike):,} times: {told}{', ...' if len(alike) > 3 else ''}; if they are one, write them alike, or its "
+        "images may be in two splits",
+    )
 
 
 def _splits(table: Table, kept: Sequence[int], config: DataConfig) -> dict[int, str]:
     """The split of each of these rows, if a column names them."""
     if not config.split_column:
         return {}
-    meaning = SPLIT_WORDS | {
-        value.strip().lower(): split for value, _, split in (pair.rpartition("=") for pair in config.split_values)
-    }
-    splits = table.column(config.split_column, "split")
-    for i in kept:
-        if splits[i].lower() not in meaning:
-            raise ValueError(
-                f"split {splits[i]!r} in {table.line(i)} is unknown: write train, val or test, or say what it means "
-                f"with --data.split-values {splits[i]}=train"
-            )
-    return {i: meaning[splits[i].lower()] for i in kept}
+    pairs = [pair.rpartition("=") for pair in config.split_values]
+    given = {composed(value.strip()).lower(): split for value, _, split in pairs}
+    cells = [composed(cell) for cell in table.column(config.split_column, "split")]
+    meaning = {cell: given.get(cell.lower()) or split_of_cell(cell) for cell in {cells[i] for i in kept}}
+    if unknown := [i for i in kept if not meaning[cells[i]]]:
+        raise ValueError(_unknown_splits(table, cells, unknown, [*config.split_values]))
+    return {i: meaning[cells[i]] for i in kept}
+
+
+def _unknown_splits(table: Table, cells: Sequence[str], unknown: Sequence[int], given: Sequence[str]) -> str:
+    """What to say of cells that name no split; the remedy leaves open which split each of them means."""
+    first, words = unknown[0], list(dict.fromkeys(cells[i] for i in unknown))
+    told = f"split {cells[first]!r} in {table.line(first)} is unknown"
+    if not cells[first]:
+        told = f"{sum(not cells[i] for i in unknown):,} rows have no split ({table.line(first)})"
+    return (
+        f"{told}: write train, val or test there, or say what it means with "
+        f"{option('split-values', *given, *(f'{word}=...' for word in words[:_MOST_WORDS]))} (train, val or test in "
+        "place of the dots)"
+    )
 
 
 def _missing(table: Table, places: Places, config: DataConfig) -> tuple[str, ...]:

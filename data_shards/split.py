@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+
+from data_shards.labels import option
 
 SPLITS = ("train", "val", "test")
 # What a folder or a cell of a table may call them, in lower case.
@@ -43,6 +44,20 @@ def split_word(folder: str) -> tuple[str, tuple[str, ...]]:
         found = {"train"}
     others = tuple(word for word in words if word not in _FOLDER_WORDS and not _FILLER.fullmatch(word))
     return (found.pop() if len(found) == 1 else ""), others
+
+
+def split_of_cell(cell: str) -> str:
+    """The split that a cell of a table names, "" where that is not certain.
+
+    What folders are called counts where nothing else is in the cell: `Test set` and `Train (80%)`, but not `not test`,
+    `train 0` or `train/val`.
+    """
+    if plain := SPLIT_WORDS.get(cell.lower()):
+        return plain
+    spoken = re.sub(r"\s*\(?\d+(?:[.,]\d+)?\s*%\)?\s*$", "", cell)
+    split, others = split_word(spoken)
+    certain = re.fullmatch(r"[^\W\d]+(?:[\s-]+[^\W\d]+)*", spoken) and not others and split in SPLITS
+    return split if certain and not (split == "train" and "val" in spoken.lower()) else ""
 
 
 class Labelled(Protocol):
@@ -132,7 +147,7 @@ def check_splits(
                 raise ValueError(
                     f"class {name!r} is missing from the {split} split (it has {total} samples in all): every split "
                     "needs every class, so add groups of this class, raise the split's fraction, or leave out the "
-                    f"class with --data.drop-classes {shlex.quote(name)}"
+                    f"class with {option('drop-classes', name)}"
                 )
 
 

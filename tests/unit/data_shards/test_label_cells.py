@@ -6,6 +6,8 @@ import shlex
 import pytest
 from table_sets import labelled, names, opened, write
 
+from data_shards.labels import option
+
 NFC, NFD = "\u00e9", "e\u0301"
 
 
@@ -83,6 +85,13 @@ def test_several_labels_in_a_cell_are_not_taken_for_a_class(tmp_path, labels):
     (separator,) = remedy(str(caught.value), "label-separator")
     images = labelled(tmp_path, labels, task="multilabel", label_separator=separator)
     assert all(name in "ABC01" for name in images.classes)
+
+
+def test_labels_on_two_lines_of_a_cell_are_refused_in_one_line_that_a_shell_understands(tmp_path):
+    with pytest.raises(ValueError, match="several labels in one cell") as caught:
+        labelled(tmp_path, ["A", "B", "A\nB"])
+    assert r"--data.label-separator $'\n';" in str(caught.value)
+    assert str(caught.value).endswith(r"--data.class-map $'A\nB=A\nB'")
 
 
 def test_honest_names_with_a_comma_are_classes_and_most_of_them_are_noticed(tmp_path):
@@ -207,3 +216,66 @@ def test_one_column_per_class_is_named_with_what_to_do(tmp_path, rows):
     write(tmp_path, {f"{n}.png": "" for n in "abc"} | {"t.csv": f"file,Edema,Mass\n{rows}"})
     with pytest.raises(ValueError, match=r"2 columns of 0 and 1 \(Edema, Mass\).*--data\.label-column"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["no finding", "NO FINDING", "No  Finding"])
+def test_another_spelling_of_the_label_for_none_is_not_a_class(tmp_path, other):
+    fields = {"task": "multilabel", "no_finding": "No Finding"}
+    labels = ["Mass", other, other, "No Finding"]
+    with pytest.raises(ValueError, match="seem to be one class") as caught:
+        labelled(tmp_path, labels, **fields)
+    assert remedy(str(caught.value), "class-map") == (f"{other}=No Finding",)
+    images = labelled(tmp_path, labels, **fields, class_map=(f"{other}=No Finding",))
+    assert (images.classes, names(images)) == (("Mass",), [("Mass",), (), (), ()])
+    meant = labelled(tmp_path, labels, **fields, classes=("Mass", other))
+    assert names(meant) == [("Mass",), (other,), (other,), ()]
+
+
+@pytest.mark.parametrize("other", ["Normal", "No_Finding", "healthy"])
+def test_naming_a_label_for_none_leaves_the_notice_about_another_one(tmp_path, other):
+    fields = {"task": "multilabel", "no_finding": "No Finding"}
+    labels = ["Mass", other, "No Finding"]
+    images = labelled(tmp_path, labels, **fields)
+    assert images.classes == tuple(sorted(["Mass", other]))
+    assert any(f"--data.class-map '{other}=No Finding'" in note for note in images.notes)
+    joined = labelled(tmp_path, labels, **fields, class_map=(f"{other}=No Finding",))
+    assert joined.classes == ("Mass",)
+    assert not any("None" in note or "class of its own" in note for note in joined.notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "separator"),
+    [
+        (["A", "B", "A B"], " "),
+        (["A B", "B A"], " "),
+        (["A", "B", "A\tB"], "\t"),
+        (["A\tB", "B\tA"], "\t"),
+        (["A", "B", "A and B"], " and "),
+        (["A and B", "B and A", "lung mass", "liver mass"], " and "),
+    ],
+)
+def test_words_between_labels_separate_them_where_other_labels_show_it(tmp_path, labels, separator):
+    with pytest.raises(ValueError, match="several labels in one cell") as caught:
+        labelled(tmp_path, labels)
+    assert option("label-separator", separator) in str(caught.value)
+    images = labelled(tmp_path, labels, task="multilabel", label_separator=separator)
+    assert {"A", "B"} <= set(images.classes)
+    doubtful = [label for label in labels if separator in label and "mass" not in label]
+    assert remedy(str(caught.value).replace("\\t", ""), "class-map") or "\t" in separator
+    kept = labelled(tmp_path, labels, class_map=[f"{label}={label}" for label in doubtful])
+    assert kept.classes == tuple(sorted(labels))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["basal cell", "squamous cell", "benign nevus", "malignant nevus"],
+        ["basal cell", "cell"],
+        ["nevus", "benign nevus", "malignant nevus"],
+        ["mass and cyst", "mass", "scars"],
+        ["grade 1", "grade 2"],
+    ],
+)
+def test_names_of_several_words_are_classes_without_a_notice(tmp_path, labels):
+    images = labelled(tmp_path, labels)
+    assert (images.classes, images.notes) == (tuple(sorted(labels)), ())

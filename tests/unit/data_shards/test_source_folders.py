@@ -254,6 +254,16 @@ def test_a_class_with_images_in_no_split_is_refused_and_the_remedy_works(tmp_pat
 # ------------------------------------------------------------------------------------------------- what could be either
 
 
+@pytest.mark.parametrize("outer", [["tests", "trains"], ["测试集", "训练集"], ["invalid", "valids"]])
+def test_a_remedy_gives_no_folder_a_split_that_its_name_does_not_say(tmp_path, outer):
+    names = paths(outer)
+    message = refusal(tmp_path, names, classes=("glioma", "normal"))
+    values = [f"{name}=..." for name in sorted(outer)]
+    assert f"--data.split-values {shlex.join(values)} (train, val or test in place of the dots" in message
+    with pytest.raises(ValueError, match="it says value=split with the split train, val, test or drop"):
+        DataConfig(split_values=values)
+
+
 EITHER = [
     (["benign", "malignant"], "40X 100X"),
     (["Entrenamiento", "Prueba"], "glioma normal"),
@@ -271,7 +281,9 @@ def test_equal_folders_under_every_folder_could_be_either_and_naming_the_classes
     assert (set(first), set(second)) == (set(outer), set(inner.split()))
     assert found(read(tmp_path, names, classes=first)) == {(c, DRAWN): 2 * len(inner.split()) for c in outer}
     which = refusal(tmp_path, names, classes=second)
-    (values,) = (each for name, each in remedies(which) if name == "split_values")
+    (open_values,) = (each for name, each in remedies(which) if name == "split_values")
+    pairs = zip([value.partition("=")[0] for value in open_values], (TEST, TRAIN, VAL), strict=False)
+    values = tuple(f"{name}={split}" for name, split in pairs)
     images = read(tmp_path, names, classes=second, split_values=values)
     assert images.classes == second
     assert {row.split for row in images.rows} == {pair.rpartition("=")[2] for pair in values}

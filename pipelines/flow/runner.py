@@ -13,8 +13,7 @@ from datetime import UTC, datetime
 from graphlib import TopologicalSorter
 from typing import Literal
 
-from data_shards.fenced_lease import is_lost
-from data_shards.store import Store
+from data_shards.store import Store, StoreError
 from pipelines.faults import fault_line, has_more, kept_reason, users_mistake
 from pipelines.flow.record import (
     CONFIG,
@@ -150,7 +149,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
         with _own_interrupt():
             facts = step.run(step.config, context.placement, out, context, **facts_of)
     except Exception as error:
-        if not is_lost(context.check):  # else the folder is another driver's by now
+        if _is_held(context):  # else the folder is another driver's by now
             write_failure(out, kept_reason(error, step=step.name))
             if not step.binds_on_refusal and users_mistake(error) is not None:
                 out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
@@ -172,6 +171,15 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
     written = read_record(out)
     assert written is not None
     return written
+
+
+def _is_held(context: StepContext) -> bool:
+    """Whether this driver still holds the run."""
+    try:
+        context.check()
+    except StoreError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -2,14 +2,15 @@
 
 Decoders fill up what a damaged file lacks and only warn, so a scan that was cut in half decodes without an error. Here
 libjpeg's warnings are read: what lost pixels is refused, what lost none is named and kept. A changed bit that gives
-other codes of the same number of blocks is not seen by any decoder, as a JPEG has no checksum.
+other codes of the same number of blocks is not seen by any decoder, as a JPEG has no checksum. Zero bytes, as a disk or
+a download leaves them, are seen where no encoder writes them: what zeros mean follows from the Huffman tables.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import simplejpeg
@@ -22,9 +23,19 @@ _END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _MARKER = re.compile(rb"\xff+[\x01-\xfe]")
 _FRAMES = {marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_ARITHMETIC = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
-_SCAN = 0xDA
+_SCAN, _HUFFMAN_TABLES, _QUANTIZATION_TABLES = 0xDA, 0xC4, 0xDB
+_BASELINE = {0xC0, 0xC1}
+_AC = 0x10  # in the number of a Huffman table
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
+# 48 bytes have a block of 63 coefficients in them. Behind a scan zeros may fill up the file, of which libjpeg takes up
+# to 8 bytes for the scan's.
+_ZEROS = re.compile(rb"\0{48,}|\0{16,}\Z")
+# Without an end marker. A sender may fill up a file to a multiple of four bytes.
+_ZEROS_AT_END = re.compile(rb"\0{4,}\Z")
+# Gratings and tiles have blocks of a few equal coefficients again and again, so it takes this many.
+_EQUAL_COEFFICIENTS = 5
 # Of the interface to libjpeg, which knows the common ones only.
 _UNUSUAL = "Could not determine subsampling level of JPEG image"
 
@@ -83,18 +94,25 @@ def examine(data: bytes) -> tuple[bytes, str]:
     """
     warning, segments = _warning(data), segments_of(data)
     _require_all_scans(segments)
+    if not segments.ended and _ZEROS_AT_END.search(data):
+        raise UndecodableImage("truncated JPEG, pixels are lost: zero bytes are in place of its end")
     if not warning:
+        _refuse_zeros(segments.found)
         return data, ""
     ended = data if segments.ended else data + _END
     if warning.endswith(_UNUSUAL):
         return ended, "unusual colour subsampling, for which it cannot be checked whether pixels are lost"
     kept = _pixels_only(segments)
-    while rest := _warning(_joined(kept)):
+    for _ in range(len(kept) + 1):  # each scan is shortened at most once
+        rest = _warning(_joined(kept))
+        if not rest:
+            _refuse_zeros(kept)
+            return ended, _harmless(warning, segments)
         without = _without_filling(kept, rest)
         if without is None:
-            raise UndecodableImage(_reason(rest, segments))
+            break
         kept = without
-    return ended, _harmless(warning, segments)
+    raise UndecodableImage(_reason(rest, segments))
 
 
 def _warning(data: bytes) -> str:
@@ -124,6 +142,72 @@ def _require_all_scans(segments: Segments) -> None:
         raise UndecodableImage(f"damaged {cut}JPEG, pixels are lost: not all of its scans are there")
 
 
+def _refuse_zeros(segments: Sequence[Segment]) -> None:
+    """UndecodableImage where zero bytes are in place of coded pixels or of tables."""
+    frame = 0
+    first_symbols: dict[int, int] = {}  # of each Huffman table, by its class and number
+    for marker, parameters, scan in segments:
+        if marker in _FRAMES:
+            frame = marker
+        elif marker == _HUFFMAN_TABLES:
+            for table, symbols in _huffman_tables(parameters):
+                if symbols.count(0) > 1:
+                    raise UndecodableImage("damaged JPEG, pixels are lost: zero bytes in a Huffman table")
+                first_symbols[table] = symbols[0] if symbols else 0
+        elif marker == _QUANTIZATION_TABLES and _divides_by_zero(parameters):
+            raise UndecodableImage("damaged JPEG, pixels are lost: zeros in a quantization table")
+        elif marker == _SCAN and (zeros := _ZEROS.search(scan)) and _never_zeros(frame, parameters, first_symbols):
+            num = zeros.end() - zeros.start()
+            raise UndecodableImage(f"damaged JPEG, pixels are lost: {num:,} zero bytes in its coded pixels")
+
+
+def _huffman_tables(parameters: bytes) -> Iterator[tuple[int, bytes]]:
+    """Class and number of each Huffman table, and its symbols, those of the shortest codes first."""
+    position = 0
+    while position + 17 <= len(parameters):
+        end = position + 17 + sum(parameters[position + 1 : position + 17])
+        yield parameters[position], parameters[position + 17 : end]
+        position = end
+
+
+def _divides_by_zero(parameters: bytes) -> bool:
+    """Whether a quantization table has a value of 0, which the standard forbids."""
+    position = 0
+    while position < len(parameters):
+        size = 2 if parameters[position] >> 4 else 1
+        values = parameters[position + 1 : position + 1 + 64 * size]
+        if len(values) == 64 * size and any(not any(values[i : i + size]) for i in range(0, 64 * size, size)):
+            return True
+        position += 1 + 64 * size
+    return False
+
+
+def _never_zeros(frame: int, parameters: bytes, first_symbols: Mapping[int, int]) -> bool:
+    """Whether no encoder writes a long run of zero bits in a scan.
+
+    The first code of a Huffman table is all zeros, so such a run is its first symbol again and again: r coefficients
+    of 0, then one of s bits that are 0, thus negative. Where the symbol ends the block (s = 0), the run is a flat area.
+    """
+    if frame not in _BASELINE | _PROGRESSIVE or frame in _ARITHMETIC or len(parameters) < 6:
+        return False
+    first, last, bits = parameters[-3:] if frame in _PROGRESSIVE else (1, 63, 0)
+    if first == 0 or bits >> 4:  # the blocks' means, which are equal in a flat area; further bits, which have no codes
+        return False
+    tables = {_AC | table & 15 for table in parameters[2 : 1 + 2 * parameters[0] : 2]}
+    return any(
+        _never_again_and_again(first_symbols[table], last - first + 1) for table in tables if table in first_symbols
+    )
+
+
+def _never_again_and_again(symbol: int, num_coefficients: int) -> bool:
+    """Whether blocks never consist of one symbol, the bits behind which are 0."""
+    num_zeros, size = symbol >> 4, symbol & 15
+    if size == 0:
+        return num_zeros == 15  # 16 zeros always come before another coefficient
+    num, beyond = divmod(num_coefficients, num_zeros + 1)
+    return beyond > 0 or num >= _EQUAL_COEFFICIENTS
+
+
 def _pixels_only(segments: Segments) -> list[Segment]:
     """Tables and scans, with the parameters that a sequential scan must have."""
     kept = [each for each in segments.found if not (0xE0 <= each.marker <= 0xEF or each.marker == 0xFE)]
@@ -147,8 +231,12 @@ def _without_filling(segments: list[Segment], warning: str) -> list[Segment] | N
     num, before = int(found[1]), int(found[2], 16)
     following = [each.marker for each in segments[1:]] + [_END[1]]
     for i, (segment, marker) in enumerate(zip(segments, following, strict=True)):
-        if segment.marker == _SCAN and marker == before and _is_filling(segment.scan[-num:]):
-            return [*segments[:i], segment._replace(scan=segment.scan[:-num]), *segments[i + 1 :]]
+        is_there = segment.marker == _SCAN and marker == before and 0 < num < len(segment.scan)
+        if not is_there:
+            continue
+        scan, filling = segment.scan[:-num], segment.scan[-num:]
+        if _is_filling(filling):
+            return [*segments[:i], segment._replace(scan=scan), *segments[i + 1 :]]
     return None
 
 

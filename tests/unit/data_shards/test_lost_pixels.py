@@ -112,6 +112,11 @@ LOST = {
     "JWRN_HIT_MARKER, behind a harmless one": (
         JPEG.replace(b"JFIF\0\1\1", b"JFIF\0\7\1")[:HALF] + END, "premature end of data segment"
     ),
+    "half of it zeros": (JPEG[:HALF] + bytes(len(JPEG) - HALF), "zero bytes are in place of its end"),
+    "the end marker and some bytes zeros": (JPEG[:-6] + bytes(6), "zero bytes are in place of its end"),
+    "zeros that give as many blocks": (JPEG[:HALF] + bytes(64) + JPEG[HALF + 64 :], "zero bytes|extraneous|premature"),
+    "zeros in a quantization table": (JPEG[:40] + bytes(8) + JPEG[48:], "zeros in a quantization table"),
+    "zeros in a Huffman table": (JPEG[: SCAN - 70] + bytes(50) + JPEG[SCAN - 20 :], "zero bytes in a Huffman table"),
     "JWRN_HUFF_BAD_CODE": (
         RESTARTS.replace(RESTARTS[HALF : HALF + 40], b"\xff\0" * 20), "bad Huffman code|extraneous|found marker"
     ),
@@ -163,6 +168,65 @@ def test_every_good_jpeg_is_taken_as_it_is():
                 assert examine(data) == (data, "")
     preview = saved("MPO", save_all=True, append_images=[IMAGE])
     assert examine(preview) == (preview, "")
+
+
+def pixels_of(size):
+    slope = np.add.outer(np.arange(size), np.arange(size)) % 256
+    return np.clip(slope + np.random.default_rng(0).integers(0, 9, (size, size)), 0, 255).astype(np.uint8)
+
+
+def encoded(pixels, mode, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def test_the_examination_of_a_jpeg_ends_where_more_bytes_are_stray_than_a_scan_has():
+    data = encoded(pixels_of(224), "RGB", progressive=True)
+    assert _is_refused(data[:607] + bytes(64) + data[671:])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_examination_of_a_jpeg_with_zeros_anywhere_ends_and_zeros_in_its_scans_are_refused(mode, progressive):
+    data = encoded(pixels_of(224), mode, progressive=progressive)
+    rng = np.random.default_rng(1)
+    for num in (8, 64, 256, 1024) * 40:
+        start = int(rng.integers(2, len(data) - num))
+        refused = _is_refused(data[:start] + bytes(num) + data[start + num :])
+        if num >= 256 and start > data.index(b"\xff\xda") + 14:
+            assert refused, (num, start)
+
+
+def _is_refused(data):
+    try:
+        examine(data)
+    except UndecodableImage:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_good_jpeg_of_even_areas_slopes_or_patterns_is_not_taken_for_zeros(mode):
+    """Their code is full of zero bytes, or nearly so."""
+    y, x = np.mgrid[:256, :256]
+    noise = np.random.default_rng(2).integers(0, 256, (256, 256))
+    grating = 128 + 100 * np.cos(2 * np.pi * (x + 0.5) / 8)
+    images = [
+        0 * x, 0 * x + 127, 0 * x + 255, x, y, 255 - x, 255 - (x + y) // 2, noise,
+        np.where(abs(x - 128) < 60, noise, 0), grating, 255 - grating, np.tile(noise[:8, :8], (32, 32)),
+        (x // 8 + y // 8) % 2 * 255, (x + y) % 2 * 255,
+    ]  # fmt: skip
+    # Its progressive code has a run of zero bytes that are further bits of many blocks, without codes.
+    images.append(128 + 9 * np.cos(2 * np.pi * np.mgrid[:512, :512][0] / 5))
+    num_zero_runs = 0
+    for pixels in images:
+        for quality in (10, 50, 95):
+            for options in ({}, {"optimize": True}, {"progressive": True}):
+                data = encoded(pixels, mode, quality=quality, **options)
+                assert examine(data) == (data, "")
+                num_zero_runs += bytes(48) in data
+    assert num_zero_runs > 10
 
 
 def test_an_image_of_a_shard_is_shown_although_it_lost_pixels_before_the_rule():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from chain import TINY, command, environment
 
 SECURITY = (Path(__file__).resolve().parents[2] / "SECURITY.md").read_text()
@@ -49,6 +50,7 @@ def is_loopback(address: str) -> bool:
     return (mapped or parsed).is_loopback
 
 
+@pytest.mark.slow
 def test_quickstart_listens_on_loopback_only_as_security_md_says(tmp_path):
     words = ["quickstart", "--until", "train", "--placement.workers", "2", *TINY, "--train.epochs", "1"]
     words += ["--tune.trials", "1", "--store", str(tmp_path / "store")]

@@ -231,8 +231,6 @@ def _baselines(
     sizes = [np.stack([index.width, index.height], 1).astype(np.float32) for index in (train, test)]
     if sizes[0].std(0).any():
         features["size"] = (sizes[0][fitted], sizes[1])
-    else:
-        absent["size"] = "all images have the same width and height"
     for done, (name, (train_x, test_x)) in enumerate(features.items()):
         if show is not None:
             show.say(f"fitting the baseline {name!r} on {len(train_x)} training images ({BASELINES[name]})")

@@ -312,7 +312,7 @@ def _parse(store: Store, data: bytes) -> Manifest:
         return Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise ManifestError(
-            f"{store.uri}/{MANIFEST} is no manifest of format 1 ({explained(error)}): {_REMAKE}"
+            f"{store.uri}/{MANIFEST} is not a manifest of format 1 ({explained(error)}): {_REMAKE}"
         ) from error
 
 
@@ -329,7 +329,7 @@ def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
     except TableError as error:
         problem = str(error)
     if problem:
-        raise ManifestError(f"{store.uri}/{INDEX} is no index of format 1 ({problem}): {_REMAKE}")
+        raise ManifestError(f"{store.uri}/{INDEX} is not an index of format 1 ({problem}): {_REMAKE}")
     return table
 
 

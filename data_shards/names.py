@@ -135,7 +135,7 @@ def quarantined_so_far(out: Store) -> tuple[list[Sample], int]:
 def find(config: DataConfig, wanted: Collection[str]) -> Places:
     """The files of the keys `wanted`, which are all those of a dataset; `config` is what it was made with.
 
-    A source that has changed since is no error: keys without a file are missing from the result. Where it can no
+    A source that has changed since is not an error: keys without a file are missing from the result. Where it can no
     longer be read as it was, files are found by hashing all ends of their paths.
 
     Raises ValueError where there is no source at all.

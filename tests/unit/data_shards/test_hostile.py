@@ -143,7 +143,7 @@ def test_a_manifest_field_that_cannot_be_is_refused_with_its_place_value_and_rem
     with pytest.raises(ManifestError) as refused:
         open_dataset(store)
     told = str(refused.value)
-    assert "is no manifest of format 1" in told
+    assert "is not a manifest of format 1" in told
     assert "make the dataset again" in told
     assert len(told) < 700
     assert told.isprintable()
@@ -176,7 +176,7 @@ def test_a_manifest_field_that_cannot_be_is_refused_with_its_place_value_and_rem
 )
 def test_an_index_row_that_cannot_be_is_refused_although_its_digest_is_right(store, columns, rule):
     with_index(store, **columns)
-    with pytest.raises(ManifestError, match=r"is no index of format 1") as refused:
+    with pytest.raises(ManifestError, match=r"is not an index of format 1") as refused:
         open_dataset(store)
     assert rule in str(refused.value)
 

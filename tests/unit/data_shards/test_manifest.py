@@ -49,7 +49,7 @@ def test_the_index_holds_the_samples_of_a_split_in_the_order_of_their_shards(sto
 def test_a_torn_manifest_is_refused(store, part):
     data = store.get(MANIFEST)
     store.put(MANIFEST, data[: int(len(data) * part)])
-    with pytest.raises(ManifestError, match=r"manifest\.json is no manifest of format 1.* under another --run"):
+    with pytest.raises(ManifestError, match=r"manifest\.json is not a manifest of format 1.* under another --run"):
         open_dataset(store)
 
 
@@ -123,7 +123,7 @@ def test_an_index_that_is_none_is_refused_also_when_its_digest_is_that_of_the_ma
         data = index_bytes(table.set_column(1, "labels", table["offset"]))
     store.put(INDEX, data)
     edit(store, index={"name": INDEX, "bytes": len(data), "sha256": manifest_digest(data)})
-    with pytest.raises(ManifestError, match=r"samples\.parquet is no index of format 1"):
+    with pytest.raises(ManifestError, match=r"samples\.parquet is not an index of format 1"):
         open_dataset(store)
 
 

@@ -8,6 +8,7 @@ W width; maps work in grid_sample's coordinates, where the image spans [-1, 1] i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ _DRAWS = (
 )
 _CHAINS = 3
 _CHAIN_DRAWS = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y", "tone", "strength")
+_MIX_DRAWS = _CHAINS * (len(_CHAIN_DRAWS) + 1) + 1
 # Purposes of draws (see draws.py).
 _CHANGE, _MIX = 0xA0, 0xA1
 # Brightness and two colour differences (YIQ, NTSC 1953) from red, green and blue.
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+_RGB = tuple(map(tuple, np.linalg.inv(np.array(_YIQ)).tolist()))
 
 _Map = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -43,7 +46,23 @@ def augment(images_BCHW: Tensor, config: AugmentConfig, *, seed: int, epoch: int
     """
     if not images_BCHW.is_floating_point():
         raise ValueError(f"images to augment are {images_BCHW.dtype}, but must be floats in [0, 1]: convert them first")
-    draws = dict(zip(_DRAWS, _drawn(images_BCHW, seed, epoch, sample, len(_DRAWS), _CHANGE), strict=True))
+    draws = torch.from_numpy(augment_draws(config, seed=seed, epoch=epoch, sample=sample))
+    return augment_drawn(images_BCHW, draws.to(images_BCHW), config)
+
+
+def augment_draws(config: AugmentConfig, *, seed: int, epoch: int, sample: np.ndarray) -> np.ndarray:
+    """Every random number that `augment_drawn` needs: (B, n) float32 in [0, 1), n the same for the same config."""
+    tables = [uniforms(seed, epoch, sample, len(_DRAWS), purpose=_CHANGE)]
+    if config.augmix:
+        tables.append(uniforms(seed, epoch, sample, _MIX_DRAWS, purpose=_MIX))
+    # Cut to 24 bits, which float32 holds exactly: rounding could make a 1 of the last of them.
+    return (np.floor(np.concatenate(tables, axis=1) * 2**24) / 2**24).astype(np.float32)
+
+
+def augment_drawn(images_BCHW: Tensor, draws_Bn: Tensor, config: AugmentConfig) -> Tensor:
+    """`augment` with numbers from `augment_draws`, on the images' device: tensors alone, so it can be compiled."""
+    columns = draws_Bn.unbind(1)
+    draws, table = dict(zip(_DRAWS, columns, strict=False)), columns[len(_DRAWS) :]
     if config.moves_pixels:
         images_BCHW = _moved(images_BCHW, _affine(draws, config, *images_BCHW.shape[-2:]), config.padding)
     if config.brightness or config.contrast:
@@ -51,19 +70,10 @@ def augment(images_BCHW: Tensor, config: AugmentConfig, *, seed: int, epoch: int
     if (config.saturation or config.hue) and images_BCHW.shape[1] == 3:
         images_BCHW = _recoloured(images_BCHW, draws, config)
     if config.augmix:
-        num = _CHAINS * (len(_CHAIN_DRAWS) + 1) + 1
-        table = _drawn(images_BCHW, seed, epoch, sample, num, _MIX)
         images_BCHW = _mixed(images_BCHW, table, config)
     if config.erase:
         images_BCHW = _erased(images_BCHW, draws, config.erase)
     return images_BCHW
-
-
-def _drawn(like: Tensor, seed: int, epoch: int, sample: np.ndarray, num: int, purpose: int) -> tuple[Tensor, ...]:
-    """`num` tensors (B,) of numbers in [0, 1)."""
-    numbers = uniforms(seed, epoch, sample, num, purpose=purpose)
-    # Cut to 24 bits, which float32 holds exactly: rounding could make a 1 of the last of them.
-    return torch.from_numpy((np.floor(numbers * 2**24) / 2**24).astype(np.float32)).to(like).unbind(1)
 
 
 def _moved(images_BCHW: Tensor, where: _Map, padding: str) -> Tensor:
@@ -95,7 +105,7 @@ def _affine(draws: dict[str, Tensor], config: AugmentConfig, height: int, width:
     if config.rot90:
         turns = (draws["rot90"] * 4).long().clamp(max=3)
         # Exact integers, so that a quarter turn alone moves pixels without blurring them.
-        qc, qs = xx.new_tensor([1, 0, -1, 0])[turns], xx.new_tensor([0, 1, 0, -1])[turns]
+        qc, qs = _constant([1, 0, -1, 0], xx)[turns], _constant([0, 1, 0, -1], xx)[turns]
         xx, xy, yx, yy = qc * xx - qs * yx, qc * xy - qs * yy, qs * xx + qc * yx, qs * xy + qc * yy
     mirror_x, mirror_y = _sign(draws["hflip"], config.hflip), _sign(draws["vflip"], config.vflip)
     x0, y0 = (_either_way(draws[axis], 2 * config.translate) for axis in ("shift_x", "shift_y"))
@@ -119,8 +129,7 @@ def _recoloured(images_B3HW: Tensor, draws: dict[str, Tensor], config: AugmentCo
     factor = torch.exp(_either_way(draws["saturation"], math.log1p(config.saturation)))
     cos, sin, zero, one = torch.cos(angle) * factor, torch.sin(angle) * factor, angle * 0, angle * 0 + 1
     rows = [torch.stack(row, 1) for row in ((one, zero, zero), (zero, cos, -sin), (zero, sin, cos))]
-    yiq = np.array(_YIQ)
-    to_yiq, to_rgb = images_B3HW.new_tensor(yiq), images_B3HW.new_tensor(np.linalg.inv(yiq))
+    to_yiq, to_rgb = (torch.stack([_constant(row, images_B3HW) for row in matrix]) for matrix in (_YIQ, _RGB))
     change_B33 = to_rgb @ torch.stack(rows, 1) @ to_yiq
     return (change_B33 @ images_B3HW.flatten(2)).view_as(images_B3HW).clamp(0, 1)
 
@@ -180,6 +189,11 @@ def _span(place: Tensor, extent: Tensor, length: int) -> Tensor:
     first = place * (length - run)
     at = torch.arange(length, device=place.device)[None, :]
     return (at >= first[:, None]) & (at < (first + run)[:, None])
+
+
+def _constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """The values as a tensor of that type and device, made there: a copy from the CPU cannot be part of a CUDA graph."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def _either_way(draw: Tensor, most: float) -> Tensor:

@@ -192,7 +192,7 @@ def _span(place: Tensor, extent: Tensor, length: int) -> Tensor:
 
 
 def _constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """The values as a tensor of that type and device, made there: a copy from the CPU cannot be part of a CUDA graph."""
+    """The values as a tensor like `like`, made on its device: a CUDA graph cannot hold a copy from the CPU."""
     return torch.stack([like.new_full((), value) for value in values])
 
 

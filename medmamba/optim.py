@@ -59,12 +59,10 @@ def decays(model: nn.Module, name: str) -> bool:
     return leaf not in UNDECAYED and not isinstance(model.get_submodule(owner), NORMS)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the training engine shards its state, the loop sets the rate each step."""
     # fused: one kernel for all parameters (nano on a CPU: 1.4 ms a step instead of 4.5)
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, epochs: int) -> float:

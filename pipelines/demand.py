@@ -16,6 +16,8 @@ from pipelines.steps.train import find_checkpoint
 from pipelines.worker.config import TrainConfig
 from pipelines.worker.state import check_resumable
 
+OF_CHECKPOINT = ("ranks", "zero_stage", "compile", "flat")
+
 
 class RunDemand:
     """The trainings that a run may still come to, and the checkpoint from which its training resumes."""
@@ -36,7 +38,7 @@ class RunDemand:
         return Demand(
             micro_batches=math.gcd(*(training.accumulation(1) for training in self._trainings)),
             batches=f"{name} {', '.join(map(str, sizes))} in micro-batches of {self._trainings[0].micro_batch}",
-            ranks=self._checkpoint["ranks"] if self._checkpoint else 0,
+            **{name: self._checkpoint.get(name, 0) for name in OF_CHECKPOINT if self._checkpoint},
         )
 
     def check(self, placement: Placement) -> None:

@@ -26,10 +26,11 @@ class BatchStatistics:
         for norm in self._norms:
             norm.momentum = 1.0
         buffers = [b for norm in self._norms for b in (norm.running_mean, norm.running_var)]
-        self._buffers: list[torch.Tensor] = [b for b in buffers if b is not None]
+        held = [b for b in buffers if b is not None]
         momenta = [m for m in self._momentum for _ in range(2)]
-        spread = [torch.full((b.numel(),), m) for b, m in zip(self._buffers, momenta, strict=True)]
+        spread = [torch.full((b.numel(),), m) for b, m in zip(held, momenta, strict=True)]
         self._rate = torch.cat(spread).to(device) if spread else torch.zeros(0, device=device)
+        self._buffers = _as_one(held, self._rate)
         # The last element carries the loss, so that it costs no collective of its own.
         self._sum = torch.zeros(self._rate.numel() + 1, device=device)
         self._count = 0
@@ -37,12 +38,12 @@ class BatchStatistics:
 
     def reload(self) -> None:
         """Takes the running statistics from the model's buffers (after a checkpoint was loaded into it)."""
-        self._running = self._flat()
+        self._running = self._buffers.clone()
 
     @torch.no_grad()
     def collect(self, loss: torch.Tensor) -> None:
         """After a forward pass: adds this micro-batch's statistics and loss to the step's."""
-        self._sum[:-1] += self._flat()
+        self._sum[:-1] += self._buffers
         self._sum[-1] += loss.detach().float()
         self._count += 1
 
@@ -55,15 +56,18 @@ class BatchStatistics:
             world = dist.get_world_size()
         mean = self._sum / (self._count * world)
         self._running += self._rate * (mean[:-1] - self._running)
-        offset = 0
-        for buffer in self._buffers:
-            buffer.copy_(self._running[offset : offset + buffer.numel()].view_as(buffer))
-            offset += buffer.numel()
+        self._buffers.copy_(self._running)
         self._sum.zero_()
         self._count = 0
         return mean[-1]
 
-    def _flat(self) -> torch.Tensor:
-        if not self._buffers:
-            return torch.zeros(0, device=self._rate.device)
-        return torch.cat([buffer.flatten() for buffer in self._buffers])
+
+def _as_one(buffers: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """All buffers in one tensor of the shape of `like`, of which they are views from now on: one kernel, not sixty."""
+    whole, start = torch.empty_like(like), 0
+    for buffer in buffers:
+        view = whole[start : start + buffer.numel()].view_as(buffer)
+        view.copy_(buffer)
+        buffer.data = view
+        start += buffer.numel()
+    return whole

@@ -13,57 +13,57 @@ from torch import nn
 
 from medmamba.checkpoint import save_model
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from medmamba.optim import build_optimizer
+from medmamba.optim import build_optimizer, parameter_groups
 from medmamba.precision import set_precision
 from pipelines.placement import Placement
+from pipelines.worker.capture import Captured
 from pipelines.worker.config import TrainConfig
+from pipelines.worker.flat import FlatParameters, clip_gradients
+from pipelines.worker.objective import Objective, autocast
 
 TAG = "engine"
 
 
 class Engine:
-    """A model, its optimiser and the group of ranks that train it."""
+    """A model, its optimizer and the group of ranks that train it.
+
+    Here DeepSpeed sees the model itself. `FlatEngine` is faster on GPUs.
+    """
 
     def __init__(self, model: nn.Module, config: TrainConfig, placement: Placement) -> None:
+        self.config, self.placement = config, placement
         self.device = _device(placement)
         set_precision(config.precision)
         deepspeed = _import_deepspeed(placement)
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
-        model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            # A torch optimiser: DeepSpeed's own AdamW would be compiled on first use.
-            optimizer=build_optimizer(model, config.optim),
-            dist_init_required=False,
-            config=_deepspeed_config(config, placement),
-        )
-        self.model: nn.Module = self._engine.module
-        self._was_training = self.model.training
+        self.model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
+        self._start(deepspeed)
 
     def set_learning_rate(self, value: float) -> None:
         """Sets the rate of the coming step in every parameter group."""
         for group in self._optimizer.param_groups:
             group["lr"] = value
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes), under the precision of the recipe."""
-        if self.model.training != self._was_training:
-            self._forget_order()
-            self._was_training = self.model.training
-        return self._engine(images_B3HW)
+    def train(
+        self, objective: Objective, images_BHWC: torch.Tensor, labels_BC: torch.Tensor, draws_Bn: torch.Tensor
+    ) -> torch.Tensor:
+        """One micro-batch, forward and backward: returns its loss, which is overwritten by the next call.
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of one micro-batch; divided by the number of them, averaged over ranks at the last one."""
+        At a step's last micro-batch the gradients are averaged over micro-batches and ranks and the weights change.
+        """
+        loss = objective.loss(self._forward, images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
-
-    def step(self) -> None:
-        """After each micro-batch; DeepSpeed updates the weights at the step's last one."""
         self._engine.step()
+        return loss.detach()
+
+    def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes), under the precision of the recipe; overwritten by the next call."""
+        return self._forward(images_B3HW)
 
     def save(self, folder: Path) -> None:
-        """Every rank writes its share of weights and optimiser state; for resuming only."""
+        """Every rank writes its share of weights and optimizer state; for resuming only."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
@@ -85,6 +85,24 @@ class Engine:
         dist.all_gather_object(values, value)
         return values
 
+    def _start(self, deepspeed: Any) -> None:
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            # A torch optimizer: DeepSpeed's own AdamW would be compiled on first use.
+            optimizer=build_optimizer(parameter_groups(self.model, self.config.optim), self.config.optim),
+            dist_init_required=False,
+            config=_deepspeed_config(self.config, self.placement) | _autocast_config(self.config),
+        )
+        if self.placement.compile:
+            self.model.compile(dynamic=False)
+        self._was_training = self.model.training
+
+    def _forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        if self.model.training != self._was_training:
+            self._forget_order()
+            self._was_training = self.model.training
+        return self._engine(images_B3HW)
+
     def _forget_order(self) -> None:
         """At stage 3: lets DeepSpeed learn anew in which order the modules need their weights.
 
@@ -102,6 +120,91 @@ class Engine:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
+
+
+class FlatEngine(Engine):
+    """DeepSpeed sees one flat parameter for each group; the loss and its gradients are compiled and captured.
+
+    For GPUs at ZeRO 0 to 2: stage 3 takes parameters away between uses, which a graph cannot follow.
+    """
+
+    def train(
+        self, objective: Objective, images_BHWC: torch.Tensor, labels_BC: torch.Tensor, draws_Bn: torch.Tensor
+    ) -> torch.Tensor:
+        """See Engine."""
+        if self._flat.gradients is None:
+            self._flat.gradients = self._gradients(objective)
+        loss = self._engine(images_BHWC, labels_BC, draws_Bn)
+        self._engine.backward(loss)
+        if self._clips and self._engine.is_gradient_accumulation_boundary():
+            # DeepSpeed's own clipping at stage 0 waits for the device twice.
+            clip_gradients(self._flat.flats, self.config.optim.clip_norm)
+        self._engine.step()
+        return loss.detach()
+
+    def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """See Engine."""
+        return self._infer(images_B3HW)
+
+    def load(self, folder: Path) -> None:
+        """See Engine."""
+        super().load(folder)
+        self._flat.point()
+
+    def _start(self, deepspeed: Any) -> None:
+        optim = self.config.optim
+        self._flat = FlatParameters(self.model, parameter_groups(self.model, optim))
+        self._clips = optim.clip_norm > 0 and self.placement.zero_stage == 0
+        settings = _deepspeed_config(self.config, self.placement)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self._flat,
+            optimizer=build_optimizer(self._flat.flat_groups, optim),
+            dist_init_required=False,
+            config=settings | ({"gradient_clipping": 0.0} if self._clips else {}),
+        )
+        if self.ranks == 1 and self.placement.zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients twice
+        self._flat.point()
+        self._infer = self._captured(self._logits)
+
+    def _gradients(self, objective: Objective):
+        """What computes the loss of a micro-batch and leaves its gradients in the flat ones."""
+        parameters, views = self._flat.parameters_of_network, self._flat.gradient_views
+
+        def network(images_B3HW: torch.Tensor) -> torch.Tensor:
+            with autocast(self.config, self.device):
+                return self.model(images_B3HW)
+
+        def loss_of(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+            return objective.loss(network, images, labels, draws)
+
+        if self.placement.compile:
+            # The random numbers of drop-path are then those of a training that is not compiled.
+            loss_of = torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
+
+        def run(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                loss = loss_of(images, labels, draws)
+                found = torch.autograd.grad(loss, parameters)
+            torch._foreach_copy_(views, found)
+            return loss.detach()
+
+        return self._captured(run, state=list(self.model.buffers()))
+
+    @torch.no_grad()
+    def _logits(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        with autocast(self.config, self.device):
+            return self.model(images_B3HW)
+
+    def _captured(self, run: Any, state: Any = ()) -> Any:
+        if self.device.type != "cuda" or not self.placement.compile:
+            return lambda *inputs: run(*(given.to(self.device, non_blocking=True) for given in inputs))
+        return Captured(run, self.device, state)
+
+
+def build_engine(model: nn.Module, config: TrainConfig, placement: Placement) -> Engine:
+    """The engine of the placement."""
+    return (FlatEngine if placement.flat else Engine)(model, config, placement)
 
 
 def _device(placement: Placement) -> torch.device:
@@ -127,16 +230,26 @@ def _import_deepspeed(placement: Placement):
 
 
 def _deepspeed_config(config: TrainConfig, placement: Placement) -> dict[str, Any]:
-    settings: dict[str, Any] = {
+    # By default DeepSpeed takes buffers of 5e8 elements, many times the parameters of these networks.
+    bucket = 50_000_000
+    return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation(placement.workers),
         "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": placement.zero_stage},
+        "zero_optimization": {
+            "stage": placement.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    if config.precision == "bfloat16":
-        # `bf16: enabled` would turn BatchNorm's weights to bfloat16 and leave its buffers in float32.
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return settings
+
+
+def _autocast_config(config: TrainConfig) -> dict[str, Any]:
+    if config.precision != "bfloat16":
+        return {}
+    # `bf16: enabled` would turn BatchNorm's weights to bfloat16 and leave its buffers in float32. Unless the list of
+    # modules is empty, stages 1 to 3 also average the gradients of Linear and Conv in bfloat16.
+    return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}

@@ -39,12 +39,14 @@ def infer(
     )  # fmt: skip
     for batch in stream:
         images = preprocess(to_device(batch.images, device))
-        out = forward(images).float().cpu().numpy()
-        indices.append(batch.index[batch.mask])
-        labels.append(batch.labels[batch.mask])
-        logits.append(out[batch.mask])
+        # Kept on the device until the end: each copy to the CPU would wait for the network.
+        logits.append(forward(images).float().clone())
+        indices.append(batch.index)
+        labels.append(batch.labels)
         progress(int(batch.mask.sum()))
-    return np.concatenate(indices), np.concatenate(labels), np.concatenate(logits)
+    index = np.concatenate(indices)
+    there = index >= 0  # padding has no position
+    return index[there], np.concatenate(labels)[there], torch.cat(logits).cpu().numpy()[there]
 
 
 def join(

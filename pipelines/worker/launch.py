@@ -15,7 +15,7 @@ from pipelines.board import post
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.engine import Engine
+from pipelines.worker.engine import build_engine
 from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.state import TrainState
@@ -38,7 +38,7 @@ class RayReporter:
         if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
             self._last = now
             # Only now is the device waited for: a loss read after every step would stall a GPU.
-            post(self._board, self._name, {**values, "loss": float(values["loss"])})
+            post(self._board, self._name, values)
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
@@ -70,7 +70,7 @@ def train_on_dataset(
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
     model = build_model(config.model, scan=placement.scan, device=placement.device)
-    engine = Engine(model, config.train, placement)
+    engine = build_engine(model, config.train, placement)
     return train_loop(config, placement, data, engine, reporter(engine.rank), resume)
 
 

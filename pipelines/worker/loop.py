@@ -11,32 +11,30 @@ from typing import Any, Protocol
 
 import torch
 
-from data_shards.augment import augment
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
 from data_shards.pixels import Crop
 from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
-from medmamba.preprocess import normalise, to_float
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.worker.batch_statistics import BatchStatistics
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
+from pipelines.worker.objective import Objective
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
-from pipelines.worker.transfer import batch_memory, to_device
+from pipelines.worker.transfer import Latest, RunAhead, batch_memory, to_device
 
 ENGINE = "engine"
-CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
 
 
 class Reporter(Protocol):
     """What the loop tells the outside."""
 
     def progress(self, **values: Any) -> None:
-        """After each step: where the epoch stands. `loss` is a tensor, still on the device."""
+        """After each step: where the epoch stands. `loss` is that of one of the last steps; 0 before the first."""
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
@@ -61,9 +59,10 @@ def train_loop(
     """
     train, manifest = config.train, data.manifest
     accumulation = train.accumulation(engine.ranks)
-    weights = _class_weights(config, data, engine.device)
+    objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
     state = TrainState()
+    latest, ahead = Latest(engine.device), RunAhead(engine.device)
     with scratch("train") as folder:
         best = folder / BEST
         if resume is not None:
@@ -86,36 +85,29 @@ def train_loop(
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
-                images = to_float(to_device(batch.images, engine.device))
-                images = normalise(
-                    augment(images, train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance)
-                )
-                labels = to_device(batch.labels, engine.device)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
-                loss = classification_loss(
-                    engine.forward(images), labels, manifest.task, weights=weights,
-                    label_smoothing=train.label_smoothing,
-                )  # fmt: skip
-                engine.backward(loss)
-                engine.step()
+                arrays = (batch.images, batch.labels, objective.draws(batch))
+                loss = engine.train(objective, *(to_device(array, engine.device) for array in arrays))
                 statistics.collect(loss)
                 if nth < accumulation - 1:
                     continue
                 losses.append(statistics.update())
                 state.step, state.consumed = state.step + 1, batch.consumed
-                if len(losses) % CHECK_EVERY == 0 or len(losses) == steps:
-                    _check_finite(float(losses[-1]), state, rate)
+                ahead.wait()
+                latest.put(losses[-1])
+                _check_finite(latest.value, state, rate)
                 per_step_s = (time.monotonic() - began) / len(losses)
                 report.progress(
-                    epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=losses[-1],
+                    epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
                     images_per_s=train.batch_size / per_step_s,
                     left_s=per_step_s * ((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
 
             step_losses = torch.stack(losses).tolist()
+            _check_finite(step_losses[-1], state, rate)
             speed = len(losses) * train.batch_size / (time.monotonic() - began)
-            found = validate(engine, data, "val", config, weights, placement.loader_workers)
+            found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
             state.epoch, state.consumed = state.epoch + 1, 0
             metrics = {
                 "epoch": state.epoch,
@@ -153,7 +145,7 @@ def validate(
     """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all."""
     engine.model.eval()
     part = infer(
-        engine.forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
+        engine.infer, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
         rank=engine.rank, ranks=engine.ranks, device=engine.device, workers=workers,
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))

@@ -16,6 +16,7 @@ from pipelines.placement import Placement
 
 BEST = "best"
 _AGAIN = "delete the folder `ray` of this step to begin it again, or use another --run NAME"
+_NEWER = ("digest", "compile", "flat")  # fields that checkpoints of earlier versions do not have
 _Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
@@ -59,6 +60,8 @@ class _Described(BaseModel):
     history: list[dict[str, float]] = []
     ranks: Annotated[int, Field(ge=1)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    compile: bool = False
+    flat: bool = False
     manifest: str = ""
     digests: dict[Annotated[str, AfterValidator(checked_key)], Sha256] = {}
     digest: Sha256 = ""
@@ -80,6 +83,8 @@ def write_state(
         "seed": seed,
         "ranks": placement.workers,
         "zero_stage": placement.zero_stage,
+        "compile": placement.compile,
+        "flat": placement.flat,
         "manifest": manifest,
         "digests": digests,
     }
@@ -125,7 +130,7 @@ def read_state(folder: Path, *, placement: Placement, manifest: str) -> TrainSta
 
 def check_resumable(described: dict[str, Any], *, placement: Placement, manifest: str) -> None:
     """Raises ResumeError where `described` (a train.json) was written under another world or for other data."""
-    missing = [name for name in _Described.model_fields if name not in described and name != "digest"]
+    missing = [name for name in _Described.model_fields if name not in described and name not in _NEWER]
     if missing:
         raise ResumeError(f"train.json of the checkpoint has no {', '.join(missing)}: it was edited; {_AGAIN}")
     if described["manifest"] != manifest:

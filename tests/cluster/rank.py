@@ -1,4 +1,4 @@
-"""One rank of a training: `rank.py DATASET ZERO_STAGE MICRO_BATCH`; rank 0 prints the loss of each step as JSON."""
+"""One rank of a training: `rank.py DATASET ZERO_STAGE MICRO_BATCH [flat] [bfloat16]`; rank 0 prints the losses."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Losses:
 
 
 def main() -> None:
-    dataset, zero_stage, micro_batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    dataset, zero_stage, micro_batch, options = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     data = open_dataset(dataset)
     batch_size = 16
     epochs = -(-STEPS // (len(data.index("train")) // batch_size))
@@ -38,13 +38,15 @@ def main() -> None:
             batch_size=batch_size,
             micro_batch=micro_batch,
             image_size=32,
+            precision="bfloat16" if "bfloat16" in options else "float32",
             optim=OptimConfig(lr=1e-3, warmup_epochs=1),
         ),
     )
     ranks = int(os.environ["WORLD_SIZE"])
     placement = Placement(
-        workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1
-    )
+        workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1,
+        flat="flat" in options,
+    )  # fmt: skip
     reporter = Losses()
     train_on_dataset(config, placement, (dataset, data.digest), lambda rank: reporter, None)
     if os.environ["RANK"] == "0":

@@ -54,7 +54,8 @@ def test_a_frozen_parameter_is_in_no_group():
 def test_the_optimiser_decays_what_it_should_and_nothing_else():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=1.0))
+    config = OptimConfig(lr=0.1, weight_decay=1.0)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -1,0 +1,121 @@
+"""The parameters of each optimizer group as one tensor, so that work per tensor becomes work per group.
+
+MedMamba-T has 200 parameters. DeepSpeed's hooks, buckets, copies and norms, and every all-reduce, come once for each;
+in flat form twice a step. The network keeps its own parameters, as views of the flat ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+ALIGNED = 64  # elements: kernels that read whole cache lines then find every parameter at the start of one
+
+Gradients = Callable[..., torch.Tensor]
+
+
+class FlatParameters(nn.Module):
+    """What DeepSpeed sees of a network: one parameter for each group, and a loss.
+
+    `groups` are an optimizer's groups of the network's parameters; `flat_groups` are the same with flat ones.
+    `gradients` (set once) computes the loss of a micro-batch and leaves the gradients in `gradient_views`.
+    """
+
+    def __init__(self, network: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__()
+        self._buffers_of_network = dict(network.named_buffers())
+        self._groups = [list(group["params"]) for group in groups]
+        self.flats = nn.ParameterList(_flattened(parameters) for parameters in self._groups)
+        self.flat_groups = [{**group, "params": [flat]} for group, flat in zip(groups, self.flats, strict=True)]
+        self._gradients = [torch.zeros_like(flat, requires_grad=False) for flat in self.flats]
+        self.gradient_views = [
+            view
+            for parameters, gradient in zip(self._groups, self._gradients, strict=True)
+            for view in _views(gradient, parameters)
+        ]
+        self.gradients: Gradients | None = None
+        self.point()
+
+    @property
+    def parameters_of_network(self) -> list[nn.Parameter]:
+        """The network's own parameters, in the order of `gradient_views`."""
+        return [parameter for parameters in self._groups for parameter in parameters]
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The loss; its backward pass gives the flat parameters their gradients."""
+        assert self.gradients is not None, "nothing computes the gradients"
+        loss = self.gradients(*inputs)
+        return _Delivered.apply(loss, self._gradients, *self.flats)
+
+    def get_extra_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside the flat parameters: the network's buffers."""
+        return {name: buffer.clone() for name, buffer in self._buffers_of_network.items()}
+
+    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores what `get_extra_state` returned."""
+        for name, buffer in self._buffers_of_network.items():
+            buffer.copy_(state[name])
+
+    @torch.no_grad()
+    def point(self) -> bool:
+        """Makes the network's parameters views of the flat ones; returns whether any was not one already.
+
+        DeepSpeed moves flat parameters into buffers of its own when it starts.
+        """
+        moved = False
+        for flat, parameters in zip(self.flats, self._groups, strict=True):
+            for parameter, view in zip(parameters, _views(flat.detach(), parameters), strict=True):
+                moved |= parameter.data_ptr() != view.data_ptr()
+                parameter.data = view
+        return moved
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None:
+    """Scales the gradients down to the global norm `clip_norm` where theirs is larger, without waiting for a device.
+
+    In DeepSpeed's own arithmetic at stages 1 and 2, so that stage 0 rounds as they do.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().float() for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(squares).sqrt())
+    torch._foreach_mul_(gradients, ((norm + 1e-6) / clip_norm).clamp(min=1.0).reciprocal())
+
+
+class _Delivered(torch.autograd.Function):
+    """Passes a loss on and, backwards, hands out gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], *flats: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
+        # `outer` is 1 over the number of micro-batches of a step.
+        return None, None, *(gradient * outer[0] for gradient in ctx.gradients)
+
+
+@torch.no_grad()
+def _flattened(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    flat = parameters[0].new_zeros(sum(_taken(parameter) for parameter in parameters))
+    for view, parameter in zip(_views(flat, parameters), parameters, strict=True):
+        view.copy_(parameter)
+    return nn.Parameter(flat)
+
+
+def _views(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    """`flat` cut into tensors of the parameters' shapes."""
+    found, start = [], 0
+    for parameter in parameters:
+        found.append(flat[start : start + parameter.numel()].view(parameter.shape))
+        start += _taken(parameter)
+    return found
+
+
+def _taken(parameter: nn.Parameter) -> int:
+    """Elements of the flat tensor that a parameter takes, with those that only fill a line."""
+    return -(-parameter.numel() // ALIGNED) * ALIGNED

@@ -1,0 +1,57 @@
+"""One micro-batch as it is stored -> its loss: all that a training step computes before the gradients.
+
+It is tensors alone, so that torch can compile it as one function and a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from data_shards.augment import augment_drawn, augment_draws
+from data_shards.loader import Batch
+from medmamba.loss import classification_loss
+from medmamba.preprocess import normalise, to_float
+from pipelines.worker.config import TrainConfig
+
+
+class Objective:
+    """Augmentation, normalization, the network and the loss of a training recipe.
+
+    Args:
+        train: The recipe: augmentation, label smoothing, seed.
+        task: See `classification_loss`.
+        weights: (C,) weight of each class in the loss, on the device of the training; None: all equal.
+    """
+
+    def __init__(self, train: TrainConfig, task: str, weights: torch.Tensor | None) -> None:
+        self.train, self.task, self.weights = train, task, weights
+
+    def draws(self, batch: Batch) -> np.ndarray:
+        """The random numbers that augmenting this micro-batch takes: (B, n) float32."""
+        train = self.train
+        return augment_draws(train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance)
+
+    def loss(
+        self,
+        network: Callable[[torch.Tensor], torch.Tensor],
+        images_BHWC: torch.Tensor,
+        labels_BC: torch.Tensor,
+        draws_Bn: torch.Tensor,
+    ) -> torch.Tensor:
+        """The mean loss of a micro-batch: uint8 images, multi-hot labels and `draws`, all on the network's device."""
+        images_BCHW = augment_drawn(to_float(images_BHWC), draws_Bn, self.train.augment)
+        logits_BC = network(normalise(images_BCHW))
+        return classification_loss(
+            logits_BC, labels_BC, self.task, weights=self.weights, label_smoothing=self.train.label_smoothing
+        )
+
+
+def autocast(train: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """What the network runs under: torch's autocast where the recipe is in bfloat16, else nothing."""
+    if train.precision != "bfloat16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -34,11 +34,12 @@ class RunDemand:
         if not self._trainings:
             return Demand()
         sizes = [training.batch_size for training in self._trainings]
+        kept = {name: value for name, value in (self._checkpoint or {}).items() if name in OF_CHECKPOINT}
         name = "batch size" if len(sizes) == 1 else "batch sizes"
         return Demand(
             micro_batches=math.gcd(*(training.accumulation(1) for training in self._trainings)),
             batches=f"{name} {', '.join(map(str, sizes))} in micro-batches of {self._trainings[0].micro_batch}",
-            **{name: self._checkpoint.get(name, 0) for name in OF_CHECKPOINT if self._checkpoint},
+            **kept,
         )
 
     def check(self, placement: Placement) -> None:

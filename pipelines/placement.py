@@ -36,7 +36,7 @@ class Demand:
     """Workers that wrote the checkpoint from which a training resumes; 0: there is none."""
     zero_stage: int = 0
     """The ZeRO stage of that checkpoint."""
-    compile: bool = False
+    compile: Literal["on", "off"] = "off"
     """Whether that training was compiled."""
     flat: bool = False
     """Whether that checkpoint holds flat parameters."""
@@ -62,9 +62,9 @@ class PlacementConfig(BaseModel):
     """DeepSpeed's ZeRO stage. auto: 0, the fastest while a GPU holds the optimizer's state: 0.3 GB for 40 M parameters.
     A training that resumes keeps its stage."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the training step with torch.compile and replay it as a CUDA graph. auto: on GPUs, except at ZeRO 3. The
-    first time takes about a minute; the compiled code is kept in this machine's cache. It may change the roundings of
-    bfloat16, so a training that resumes keeps its setting unless another is named."""
+    """Compile the training step with torch.compile and replay it as a CUDA graph. auto: on GPUs, except at ZeRO 3 and
+    for trainings so short that it does not pay. The first time takes about a minute; the compiled code is kept in this
+    machine's cache. It changes roundings, so a training that resumes keeps its setting unless another is named."""
     scan: str = "auto"
     """Backend of the selective scan. auto: the first that can run here; a named one that cannot is an error."""
     trials: int = Field(0, ge=0)
@@ -88,7 +88,8 @@ class Placement(BaseModel):
     trials: int
     nodes: int
     cache_gib: float = 0
-    compile: bool = False
+    compile: Literal["auto", "on", "off"] = "off"
+    """auto: on where the training is long enough to pay, which a worker decides."""
     flat: bool = False
     """Whether the parameters of an optimizer group are one tensor to DeepSpeed."""
 
@@ -116,9 +117,10 @@ class Placement(BaseModel):
     def summary(self) -> str:
         """In one line, for the user."""
         scan = "auto (decided on a worker)" if self.scan == "auto" else self.scan
+        compiled = {"on": "compiled, ", "auto": "compiled if it pays, ", "off": ""}[self.compile]
         return (
             f"{self.workers} x {self.cpus_per_worker:g} CPU on {self.device}, ZeRO {self.zero_stage}, scan {scan}, "
-            f"{'compiled, ' if self.compile else ''}{self.trials} trials at once"
+            f"{compiled}{self.trials} trials at once"
         )
 
     def for_trial(self) -> Placement:
@@ -156,7 +158,12 @@ def resolve(
     if fault := _fault(nodes, workers, cpus, device):
         raise ValueError(fault)
     stage = int(config.zero_stage) if config.zero_stage != "auto" else demand.zero_stage
-    gpu = device == "cuda" and stage < 3
+    captured = device == "cuda" and stage < 3
+    compiled: Literal["auto", "on", "off"] = "auto" if captured else "off"
+    if config.compile != "auto":
+        compiled = config.compile
+    elif demand.ranks:
+        compiled = demand.compile
     trials, cpus_per_trial = _trials(config, nodes, device)
     return Placement(
         workers=workers,
@@ -168,8 +175,8 @@ def resolve(
         trials=trials,
         nodes=len(nodes),
         cache_gib=config.cache_gib,
-        compile=config.compile == "on" or (config.compile == "auto" and (demand.compile if demand.ranks else gpu)),
-        flat=demand.flat if demand.ranks else gpu,
+        compile=compiled,
+        flat=demand.flat if demand.ranks else captured,
     )
 
 

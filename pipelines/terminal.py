@@ -103,7 +103,9 @@ class Terminal:
     def progress(self, name: str, values: dict[str, Any]) -> None:
         """Shows how far `name` (a step or a trial) is: {"done", "total", "unit"}, or what the loop reports."""
         self.ready()
-        if "finished_epoch" in values:
+        if "begin" in values:
+            self.begin(values["begin"])
+        elif "finished_epoch" in values:
             self.say(_epoch_line(name, values))
         elif "done" in values:
             self._bar(name, values["done"], values["total"], f"{values['done']}/{values['total']} {values['unit']}")

@@ -17,6 +17,11 @@ class BuildError(RuntimeError):
     """Code that cannot be built or loaded here."""
 
 
+def cache_folder() -> Path:
+    """The folder of this user on this machine for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba"
+
+
 def kept(source: Path, suffix: str, decides: tuple[Any, ...], compiled: Callable[[bytes], bytes]) -> Path:
     """Where the machine code of `source` lies; built by `compiled(code)` where it does not lie there yet.
 
@@ -25,8 +30,7 @@ def kept(source: Path, suffix: str, decides: tuple[Any, ...], compiled: Callable
     """
     code = source.read_bytes()
     key = hashlib.sha256(repr((code, *decides)).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba"
-    path = cache / source.suffix.removeprefix(".") / f"{key}.{suffix}"
+    path = cache_folder() / source.suffix.removeprefix(".") / f"{key}.{suffix}"
     if not path.exists():
         log.info("compiling %s", source.name)
         began = time.monotonic()

@@ -38,6 +38,7 @@ class Engine:
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
+        self._compiles = placement.compile == "on"
         self.model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
         self._start(deepspeed)
 
@@ -93,7 +94,7 @@ class Engine:
             dist_init_required=False,
             config=_deepspeed_config(self.config, self.placement) | _autocast_config(self.config),
         )
-        if self.placement.compile:
+        if self._compiles:
             self.model.compile(dynamic=False)
         self._was_training = self.model.training
 
@@ -178,9 +179,8 @@ class FlatEngine(Engine):
         def loss_of(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
             return objective.loss(network, images, labels, draws)
 
-        if self.placement.compile:
-            # The random numbers of drop-path are then those of a training that is not compiled.
-            loss_of = torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
+        if self._compiles:
+            loss_of = torch.compile(loss_of, dynamic=False, options=_compile_options(self.config))
 
         def run(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
@@ -197,7 +197,7 @@ class FlatEngine(Engine):
             return self.model(images_B3HW)
 
     def _captured(self, run: Any, state: Any = ()) -> Any:
-        if self.device.type != "cuda" or not self.placement.compile:
+        if self.device.type != "cuda" or not self._compiles:
             return lambda *inputs: run(*(given.to(self.device, non_blocking=True) for given in inputs))
         return Captured(run, self.device, state)
 
@@ -205,6 +205,15 @@ class FlatEngine(Engine):
 def build_engine(model: nn.Module, config: TrainConfig, placement: Placement) -> Engine:
     """The engine of the placement."""
     return (FlatEngine if placement.flat else Engine)(model, config, placement)
+
+
+def _compile_options(config: TrainConfig) -> dict[str, Any]:
+    # Drop-path then draws what it draws in a training that is not compiled.
+    options: dict[str, Any] = {"fallback_random": True}
+    if config.precision == "float32" and hasattr(torch._inductor.config, "deterministic"):
+        # Kernels chosen by timing them would round differently from one process to the next.
+        options["deterministic"] = True
+    return options
 
 
 def _device(placement: Placement) -> torch.device:

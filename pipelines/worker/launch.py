@@ -14,6 +14,7 @@ from medmamba.model import build_model
 from pipelines.board import post
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.worker.compile_cache import decide_compile
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import build_engine
 from pipelines.worker.loop import train_loop
@@ -39,6 +40,11 @@ class RayReporter:
             self._last = now
             # Only now is the device waited for: a loss read after every step would stall a GPU.
             post(self._board, self._name, values)
+
+    def begin(self, what: str) -> None:
+        """Rank 0 alone: posts what takes a while before the next step."""
+        if self._board is not None and self._rank == 0:
+            post(self._board, self._name, {"begin": what})
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
@@ -69,6 +75,7 @@ def train_on_dataset(
     data = open_dataset(open_store(dataset[0]), digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
+    placement = decide_compile(placement, config, data)
     model = build_model(config.model, scan=placement.scan, device=placement.device)
     engine = build_engine(model, config.train, placement)
     return train_loop(config, placement, data, engine, reporter(engine.rank), resume)

@@ -20,6 +20,7 @@ from medmamba.optim import learning_rate
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.worker.batch_statistics import BatchStatistics
+from pipelines.worker.compile_cache import NOTICE, CompileCache
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
@@ -35,6 +36,9 @@ class Reporter(Protocol):
 
     def progress(self, **values: Any) -> None:
         """After each step: where the epoch stands. `loss` is that of one of the last steps; 0 before the first."""
+
+    def begin(self, what: str) -> None:
+        """Something starts that takes a while and shows no progress of its own."""
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
@@ -62,6 +66,9 @@ def train_loop(
     objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
     state = TrainState()
+    compiled = CompileCache(config, placement, manifest.task) if placement.compile == "on" else None
+    if compiled is not None and not compiled.is_warm:
+        report.begin(NOTICE)
     latest, ahead = Latest(engine.device), RunAhead(engine.device)
     with scratch("train") as folder:
         best = folder / BEST
@@ -95,6 +102,8 @@ def train_loop(
                 losses.append(statistics.update())
                 state.step, state.consumed = state.step + 1, batch.consumed
                 ahead.wait()
+                if compiled is not None:
+                    compiled.remember()
                 latest.put(losses[-1])
                 _check_finite(latest.value, state, rate)
                 per_step_s = (time.monotonic() - began) / len(losses)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -60,7 +60,7 @@ class _Described(BaseModel):
     history: list[dict[str, float]] = []
     ranks: Annotated[int, Field(ge=1)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    compile: bool = False
+    compile: Literal["on", "off"] = "off"
     flat: bool = False
     manifest: str = ""
     digests: dict[Annotated[str, AfterValidator(checked_key)], Sha256] = {}

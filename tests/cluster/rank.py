@@ -22,6 +22,9 @@ class Losses:
     def progress(self, **values: object) -> None:
         """Nobody looks."""
 
+    def begin(self, what: str) -> None:
+        """Nor waits."""
+
     def epoch(self, metrics: dict, step_losses: list[float], save: object) -> None:
         """Keeps an epoch's losses."""
         self.all += step_losses

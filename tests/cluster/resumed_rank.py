@@ -1,4 +1,4 @@
-"""One rank of a training: `resumed_rank.py DATASET ZERO_STAGE FOLDER [CHECKPOINT]`.
+"""One rank of a training: `resumed_rank.py DATASET ZERO_STAGE flat|whole FOLDER [CHECKPOINT]`.
 
 Saves its share of each epoch's checkpoint below FOLDER, as Ray Train would upload it, and goes on from CHECKPOINT.
 Prints what validation found after each epoch as JSON.
@@ -27,6 +27,9 @@ class Saver:
     def progress(self, **values: object) -> None:
         """Nobody looks."""
 
+    def begin(self, what: str) -> None:
+        """Nor waits."""
+
     def epoch(self, metrics: dict, step_losses: list[float], save) -> None:
         """Saves below `folder`/epoch/rank."""
         share = self._folder / str(metrics["epoch"]) / os.environ["RANK"]
@@ -35,10 +38,10 @@ class Saver:
 
 
 def main() -> None:
-    dataset, zero_stage, folder, *checkpoint = sys.argv[1:]
+    dataset, zero_stage, form, folder, *checkpoint = sys.argv[1:]
     placement = Placement(
         workers=int(os.environ["WORLD_SIZE"]), device="cpu", cpus_per_worker=1, zero_stage=int(zero_stage), scan="auto",
-        trials=1, nodes=1,
+        trials=1, nodes=1, flat=form == "flat",
     )  # fmt: skip
     state = train_on_dataset(
         TrainStepConfig(train=TRAIN),

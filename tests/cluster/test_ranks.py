@@ -24,9 +24,9 @@ def dataset(tmp_path_factory) -> str:
     return out.uri
 
 
-def losses(dataset: str, ranks: int, zero_stage: int, micro_batch: int) -> list[float]:
+def losses(dataset: str, ranks: int, zero_stage: int, micro_batch: int, *options: str) -> list[float]:
     """The loss of each of the first 20 steps."""
-    return run_ranks(RANK, ranks, dataset, str(zero_stage), str(micro_batch))
+    return run_ranks(RANK, ranks, dataset, str(zero_stage), str(micro_batch), *options)
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +50,22 @@ def test_another_micro_batch_is_another_training(dataset, alone):
     """The test above can fail: BatchNorm over other micro-batches moves the curve by far more than its tolerance."""
     other = losses(dataset, ranks=1, zero_stage=0, micro_batch=16)
     assert max(abs(a - b) / a for a, b in zip(alone(0), other, strict=True)) > 1e-3
+
+
+def test_flat_parameters_round_as_the_stages_do_and_ranks_change_nothing(dataset, alone):
+    flat = losses(dataset, 1, 0, 8, "flat")
+    assert flat == losses(dataset, 2, 0, 8, "flat")
+    assert flat[:6] == pytest.approx(alone(0)[:6], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_flat_parameters_have_one_loss_curve_at_stages_0_1_and_2(dataset, precision):
+    """In bfloat16 because DeepSpeed else averages the gradients of some layers in bfloat16 at stages 1 and 2."""
+    curves = [losses(dataset, 1, stage, 8, "flat", precision) for stage in (0, 1, 2)]
+    assert curves[0] == curves[1] == curves[2]
+    assert losses(dataset, 2, 0, 8, "flat", precision) == curves[0]
+    for stage in (1, 2):
+        together = losses(dataset, 2, stage, 8, "flat", precision)
+        assert together[:6] == pytest.approx(curves[0][:6], rel=1e-5)
+        assert together == pytest.approx(curves[0], rel=5e-3)

@@ -214,7 +214,8 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
     assert main(["run", "direct", *DRY, "--train.batch-size", "16"]) == 0
     *_, placement, note = capsys.readouterr().out.splitlines()
     assert placement == (
-        "placement on this machine: 1 x 8 CPU on cuda, ZeRO 1, scan auto (decided on a worker), 2 trials at once"
+        "placement on this machine: 1 x 8 CPU on cuda, ZeRO 0, scan auto (decided on a worker), compiled if it pays, "
+        "2 trials at once"
     )
     assert note == (
         "1 of 2 GPUs for training: batch size 16 in micro-batches of 16 cannot be shared evenly by more workers; "
@@ -273,7 +274,7 @@ def test_an_interrupted_training_resumes_on_as_many_workers_as_wrote_its_checkpo
     sizes = override(recipe("quickstart"), {"train.batch_size": 64})
     finish("store", "r", sizes, workflow="direct", last="train", failing=["train"])
     out = open_store("store").at("runs/r/train")
-    state = {"epoch": 3, "ranks": begun_on, "zero_stage": 1, "manifest": "5" * 64, "seed": 0}
+    state: dict = {"epoch": 3, "ranks": begun_on, "zero_stage": 1, "manifest": "5" * 64, "seed": 0}
     state |= {"consumed": 0, "step": 30, "best_epoch": 3, "best": {}, "history": [], "digests": {}}
     out.put("ray/checkpoint_1/train.json", json.dumps(state).encode())
     out.put(SNAPSHOT, json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}}).encode())
@@ -281,8 +282,16 @@ def test_an_interrupted_training_resumes_on_as_many_workers_as_wrote_its_checkpo
     found = resolved(capsys, *asked)
     assert found["placement"]["workers"] == begun_on
     assert ("as many as wrote the checkpoint" in "".join(found["notes"])) == (begun_on < 4)
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8}')
-    assert f"Resume with --placement.workers {begun_on} --placement.zero-stage 1" in told(capsys, *asked, code=1)
+    # Checkpoints from before there were compiled trainings and flat parameters have neither.
+    settings = ("zero_stage", "compile", "flat")
+    assert [found["placement"][name] for name in settings] == [1, "off", False]
+    state |= {"compile": "on", "flat": True, "zero_stage": 2}
+    out.put("ray/checkpoint_1/train.json", json.dumps(state).encode())
+    assert [resolved(capsys, *asked)["placement"][name] for name in settings] == [2, "on", True]
+    chosen = resolved(capsys, *asked, "--placement.compile", "off")["placement"]
+    assert [chosen[name] for name in settings] == [2, "off", True]
+    wrong = told(capsys, *asked, "--placement.zero-stage", "1", code=1)
+    assert f"Resume with --placement.workers {begun_on} --placement.zero-stage 2" in wrong
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,24 @@ def test_without_a_gpu_one_worker_has_all_cpus():
 def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
     placement = placed(num_cpus=64, num_gpus=4)
     assert (placement.workers, placement.device, placement.backend) == (4, "cuda", "nccl")
-    assert (placement.cpus_per_worker, placement.zero_stage, placement.trials) == (8, 1, 4)
+    assert (placement.cpus_per_worker, placement.zero_stage, placement.trials) == (8, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("resources", "wishes", "found"),
+    [
+        ({"num_gpus": 1}, {}, ("auto", True)),
+        ({"num_gpus": 1}, {"zero_stage": "2"}, ("auto", True)),
+        ({"num_gpus": 1}, {"zero_stage": "3"}, ("off", False)),
+        ({"num_gpus": 1}, {"zero_stage": "3", "compile": "on"}, ("on", False)),
+        ({"num_gpus": 1}, {"compile": "off"}, ("off", True)),
+        ({}, {}, ("off", False)),
+        ({}, {"compile": "on"}, ("on", False)),
+    ],
+)
+def test_a_training_is_compiled_on_gpus_where_a_graph_can_hold_it(resources, wishes, found):
+    placement = placed(**resources, **wishes)
+    assert (placement.compile, placement.flat) == found
 
 
 def test_a_gpu_need_not_be_used():

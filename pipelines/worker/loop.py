@@ -26,7 +26,7 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
-from pipelines.worker.transfer import batch_memory, to_device
+from pipelines.worker.transfer import batch_memory, prefetched
 
 ENGINE = "engine"
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -78,19 +78,19 @@ def train_loop(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
                 train=True, sampling=train.sampling, crop=Crop(train.augment.crop) if train.augment.crop else None,
-                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, empty=batch_memory(engine.device),
+                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
+                next_epoch=state.epoch + 1 < train.epochs,
             )  # fmt: skip
             steps = len(stream) // accumulation
             engine.model.train()
-            for position, batch in enumerate(stream):
+            for position, (batch, pixels, labels) in enumerate(prefetched(stream, engine.device)):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
-                images = to_float(to_device(batch.images, engine.device))
-                images = normalise(
-                    augment(images, train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance)
+                images = augment(
+                    to_float(pixels), train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance
                 )
-                labels = to_device(batch.labels, engine.device)
+                images = normalise(images)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
                 loss = classification_loss(

@@ -19,6 +19,8 @@ import tempfile
 import traceback
 import weakref
 from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -27,7 +29,9 @@ import numpy as np
 from data_shards.pixels import Coded, decode_into
 
 PER_PROCESS = 2  # batches on their way: one that is filled and one that waits
-LENT = 4  # batches that may be in use outside at once without being copied
+# Batches that may be in use outside at once without being copied: two that wait in the loader, one on its way to the
+# device and the one that is computed with make five.
+LENT = 6
 # Fresh memory costs page faults, which made decoding a fifth slower: glibc keeps what it has.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data_shards.decode_pool import main; main()"
@@ -38,13 +42,33 @@ class DecodeProcessError(ValueError):
     """A decoding process that is gone."""
 
 
-class DecodePool:
-    """Processes that share a ring of slots with this one; what is put in comes out in the same order.
+@dataclass(eq=False)
+class Ticket:
+    """A batch that was put in."""
 
-    `reader` reads coded images (see `decode_into`); it is pickled into every process.
+    slot: int
+    child: int
+    is_done: bool = False
+    error: Exception | None = None
+
+
+class DecodePool:
+    """Processes that share a ring of slots with this one.
+
+    Args:
+        reader: Reads coded images (see `decode_into`); it is pickled into every process.
+        processes: How many.
+        shape: (B, H, W, C) of a batch.
+        lock: Page-locks the ring, so that a GPU copies from it, and returns what undoes that; None where it cannot.
     """
 
-    def __init__(self, reader: Any, processes: int, shape: tuple[int, ...]):
+    def __init__(
+        self,
+        reader: Any,
+        processes: int,
+        shape: tuple[int, ...],
+        lock: Callable[[np.ndarray], Callable[[], None] | None] | None = None,
+    ):
         self.processes, self.shape = processes, shape
         self._memory = _anonymous_file()
         self._size = math.prod(shape)
@@ -52,10 +76,13 @@ class DecodePool:
         os.ftruncate(self._memory, slots * self._size)
         self._map = mmap.mmap(self._memory, slots * self._size)
         self._free = list(range(slots))
-        self._waiting: deque[tuple[int, int]] = deque()
+        self._waiting: list[Ticket] = []  # in the order in which they were put in
+        self._sent: list[deque[Ticket]] = [deque() for _ in range(processes)]  # not yet answered, by process
         self._put = 0
         self._children = [_start(self._memory) for _ in range(processes)]
-        self._end = weakref.finalize(self, _end, os.getpid(), self._children, self._memory)
+        unlock = lock(np.frombuffer(self._map, np.uint8)) if lock is not None else None
+        self.is_locked = unlock is not None
+        self._end = weakref.finalize(self, _end, os.getpid(), self._children, self._memory, unlock)
         for child, _ in self._children:
             child.send_bytes(pickle.dumps((reader, shape)))
 
@@ -64,32 +91,55 @@ class DecodePool:
         """How many batches may be put in before one is taken out."""
         return self.processes * PER_PROCESS
 
-    def put(self, coded: Coded) -> None:
+    @property
+    def has_room(self) -> bool:
+        """Whether another batch may be put in now."""
+        return len(self._waiting) < self.depth
+
+    def put(self, coded: Coded) -> Ticket:
         """Hands a batch to a process."""
-        slot, child = self._free.pop(), self._put % self.processes
+        ticket = Ticket(self._free.pop(), self._put % self.processes)
         self._put += 1
         try:
-            self._children[child][0].send_bytes(pickle.dumps((slot, coded)))
+            self._children[ticket.child][0].send_bytes(pickle.dumps((ticket.slot, coded)))
         except OSError:
-            raise self._is_gone(child) from None
-        self._waiting.append((slot, child))
+            raise self._is_gone(ticket.child) from None
+        self._waiting.append(ticket)
+        self._sent[ticket.child].append(ticket)
+        return ticket
 
-    def take(self) -> np.ndarray:
-        """The batch (B, H, W, C) that was put in first. Its memory is used again when the last view of it is gone.
+    def take(
+        self, ticket: Ticket | None = None, empty: Callable[[tuple[int, ...]], np.ndarray] | None = None
+    ) -> np.ndarray:
+        """The batch (B, H, W, C) of this ticket, or that was put in first of those which are still in.
 
+        It is in the ring, where its memory is used again when the last view of it is gone; or a copy, where too many
+        are in use outside, or `empty` is given and the ring is not locked: then in an array that `empty` makes.
         Raises what decoding raised, or DecodeProcessError where the process is gone.
         """
-        slot = self._taken()
+        slot = self._taken(ticket or self._waiting[0])
         images = np.frombuffer(self._map, np.uint8, self._size, slot * self._size)
-        if len(self._free) < self.depth - len(self._waiting):  # too many of them are in use outside
-            images = images.copy()
+        if len(self._free) < self.depth - len(self._waiting) or (empty is not None and not self.is_locked):
+            copy = (empty or _empty)(self.shape)
+            np.copyto(copy, images.reshape(self.shape))
             self._free.append(slot)
-        else:
-            weakref.finalize(images, self._free.append, slot).atexit = False
+            return copy
+        weakref.finalize(images, self._free.append, slot).atexit = False
         return images.reshape(self.shape)
 
-    def _taken(self) -> int:
-        slot, child = self._waiting.popleft()
+    def _taken(self, ticket: Ticket) -> int:
+        self._wait(ticket)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.slot
+
+    def _wait(self, ticket: Ticket) -> None:
+        self._waiting.remove(ticket)
+        while not ticket.is_done:
+            self._receive(ticket.child)
+
+    def _receive(self, child: int) -> None:
+        """One answer of a process: to what it was sent first."""
         connection, process = self._children[child]
         try:
             # End of file alone is not relied on: a process that something else forked may hold the other end.
@@ -99,14 +149,14 @@ class DecodePool:
             error = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             raise self._is_gone(child) from None
-        if error is not None:
-            raise error
-        return slot
+        answered = self._sent[child].popleft()
+        answered.is_done, answered.error = True, error
 
-    def drain(self) -> None:
-        """Waits for everything that was put in, and forgets it."""
-        while self._waiting:
-            self._free.append(self._taken())
+    def drain(self, tickets: Collection[Ticket] | None = None) -> None:
+        """Waits for these batches, or all that were put in, and forgets them."""
+        for ticket in list(self._waiting if tickets is None else tickets):
+            self._wait(ticket)
+            self._free.append(ticket.slot)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -155,6 +205,10 @@ def _decoded(reader: Any, coded: Coded, slot: np.ndarray) -> bytes:
             return pickle.dumps(DecodeProcessError(f"{type(error).__name__}: {error} (in a decoding process)"))
 
 
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
+
+
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("medmamba-batches")
@@ -175,12 +229,19 @@ def _start(memory: int) -> tuple[Connection, subprocess.Popen]:
     return ours, process
 
 
-def _end(owner: int, children: list[tuple[Connection, subprocess.Popen]], memory: int) -> None:
+def _end(
+    owner: int,
+    children: list[tuple[Connection, subprocess.Popen]],
+    memory: int,
+    unlock: Callable[[], None] | None,
+) -> None:
     if os.getpid() != owner:  # a copy of this process made by fork
         return
     for connection, process in children:
         connection.close()
-        process.kill()  # it holds nothing that could be left half done: see local_shard
+        process.kill()  # it holds nothing that could be left half done: see local_shard and pixel_file
     for _, process in children:
         process.wait()
+    if unlock is not None:
+        unlock()
     os.close(memory)

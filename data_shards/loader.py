@@ -13,19 +13,20 @@ import functools
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from data_shards.decode_pool import DecodePool, DecodeProcessError
+from data_shards.decode_pool import DecodePool, DecodeProcessError, Ticket
 from data_shards.local_shard import LocalShards
-from data_shards.manifest import Dataset, SplitIndex
+from data_shards.manifest import Dataset
 from data_shards.mixture import Mixture
 from data_shards.order import even_quotas, mixed, padded, shuffled, visits
-from data_shards.pixels import Coded, Crop, crop_boxes, decode_into
+from data_shards.pixel_cache import Pixels, open_pixel_file
+from data_shards.pixels import Coded, Crop, decode_into
 
 Sampling = Literal["shuffled", "balanced"]
 """shuffled: each sample once an epoch; balanced: each class equally often, samples of rare classes several times."""
@@ -33,7 +34,18 @@ Sampling = Literal["shuffled", "balanced"]
 CACHE_BYTES = 512 << 20
 # A decoding process takes about 0.4 s of a processor to start, so few or small images are decoded by threads.
 PROCESSES_FROM_S = 4.0
-_IMAGE_S, _PIXEL_S = 60e-6, 2.5e-9  # what decoding takes: for each image, and for each of its H x W x C numbers
+# Beside a GPU the processes also put larger batches of decoded images together, in memory that it copies from.
+_GATHER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Memory from which a GPU copies while it computes; giving it says that this process drives one."""
+
+    empty: Callable[[tuple[int, ...]], np.ndarray]
+    """Makes the uint8 array of a batch from its shape."""
+    lock: Callable[[np.ndarray], Callable[[], None] | None] = lambda memory: None
+    """Turns existing memory into such memory and returns what undoes that; None where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ class Batches:
     `order` holds the split's positions from the first sample to the last of the epoch, padding as -1.
     """
 
-    pixels: _Pixels
+    pixels: Pixels
+    opened: _Opened
     labels: np.ndarray
     order: np.ndarray
     seed: int
@@ -69,7 +82,8 @@ class Batches:
     start: int
     workers: int
     processes: bool | None
-    empty: Callable[[tuple[int, ...]], np.ndarray] | None
+    memory: GpuMemory | None
+    following: Callable[[], Batches] | None
 
     def __len__(self) -> int:
         return len(self._cuts)
@@ -81,15 +95,32 @@ class Batches:
             # Put together by one thread, so that copying, too, goes on beside the training.
             decoded = self._decoded()
             return _ahead(lambda _: next(decoded), self._cuts, threads=1, close=decoded.close)
-        return _ahead(self._made, self._cuts, threads=self.workers)
+        # Beside a GPU nothing is left but copying, which one thread does; more would only ask for the GIL.
+        return _ahead(self._made, self._cuts, threads=self.workers if self.memory is None else 1)
 
     @property
     def decodes_in_processes(self) -> bool:
-        """Whether `workers` are processes: where decoding what is left of the epoch is worth their start."""
-        if self.processes is not None:
-            return self.processes and self.workers > 0
+        """Whether `workers` are processes.
+
+        Beside a GPU: where any of the epoch is left to decode, because a thread that decodes takes the GIL from the
+        one that drives the GPU. Else: where decoding what is left of the epoch is worth their start.
+        """
+        if self.processes is not None or self.workers == 0:
+            return bool(self.processes) and self.workers > 0
         left = self.order[np.add.outer(np.array(self._cuts, np.int64), np.arange(self.micro))]
-        return self.workers > 0 and self.pixels.decoding_s(left[left >= 0]) >= PROCESSES_FROM_S
+        left = left[left >= 0]
+        if self.memory is not None:
+            return self._gathers or not self.pixels.has(left).all()
+        return self.pixels.decoding_s(left) >= PROCESSES_FROM_S
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether the processes also read what is decoded already."""
+        return self.pixels.file is not None and self.micro * math.prod(self.pixels.shape) >= _GATHER_BYTES
+
+    @property
+    def _empty(self) -> Callable[[tuple[int, ...]], np.ndarray] | None:
+        return None if self.memory is None else self.memory.empty
 
     @functools.cached_property
     def _cuts(self) -> list[int]:
@@ -107,46 +138,55 @@ class Batches:
     def _made(self, cut: int) -> Batch:
         """A batch, decoded here as far as it is not in memory."""
         coded = self._missing(cut)
-        images = (self.empty or _empty)((self.micro, *self.pixels.shape))
+        images = (self._empty or _empty)((self.micro, *self.pixels.shape))
         if coded is not None:
-            decode_into(images, coded, self.pixels.shards.read_many)
+            decode_into(images, coded, self.opened.shards.read_many)
         return self._batch(images, coded, cut)
 
     def _decoded(self) -> Generator[Batch, None, None]:
-        """The batches, decoded by processes as far as they are not in memory."""
-        pool = self.pixels.take_pool(self.workers, self.micro)
-        waiting: deque[tuple[int, Coded | None]] = deque()
+        """The batches, decoded by processes as far as they are not in memory; in the end they begin the next epoch."""
+        pool, jobs, others = self.opened.take_pool(self)
+        next_epoch: _Started | None = None
+        to_come = iter(self._cuts[len(jobs) :])
         try:
-            for cut in self._cuts:
-                if len(waiting) == pool.depth:
-                    yield self._finished(pool, *waiting.popleft())
-                waiting.append((cut, coded := self._missing(cut)))
-                if coded is not None:
-                    pool.put(coded)
-            while waiting:
-                yield self._finished(pool, *waiting.popleft())
+            for left in range(len(self._cuts), 0, -1):
+                while pool.has_room and (cut := next(to_come, None)) is not None:
+                    jobs.append(self._put(pool, cut))
+                if len(jobs) == left and self.following is not None:  # all of this epoch is on its way
+                    next_epoch = next_epoch or _Started(self.following(), deque())
+                    next_epoch.put(pool)
+                yield self._finished(pool, jobs.popleft())
         except GeneratorExit:  # left early, or the whole program ends and the processes are gone already
             with contextlib.suppress(DecodeProcessError):
-                pool.drain()
-                self.pixels.give_pool(pool)
+                _drop(jobs, pool)
+                self.opened.give_pool(pool, next_epoch, others)
             raise
         except BaseException:
             pool.close()
             raise
-        self.pixels.give_pool(pool)
+        self.opened.give_pool(pool, next_epoch, others)
 
-    def _finished(self, pool: DecodePool, cut: int, coded: Coded | None) -> Batch:
-        found = pool.take() if coded is not None else None
-        if found is not None and coded is not None and len(coded.row) == self.micro and self.empty is None:
-            return self._batch(found, coded, cut)  # as it lies in the memory shared with the process
-        images = (self.empty or _empty)((self.micro, *self.pixels.shape))
-        if found is not None and coded is not None:
-            images[coded.row] = found[coded.row]
-        return self._batch(images, coded, cut)
+    def _put(self, pool: DecodePool, cut: int) -> _Job:
+        coded = self._missing(cut, gather=self._gathers)
+        return _Job(cut, coded, None if coded is None else pool.put(coded))
 
-    def _missing(self, cut: int) -> Coded | None:
+    def _finished(self, pool: DecodePool, job: _Job) -> Batch:
+        if job.ticket is None:
+            images = (self._empty or _empty)((self.micro, *self.pixels.shape))
+        else:
+            images = pool.take(job.ticket, self._empty)
+        return self._batch(images, job.coded, job.cut)
+
+    def _missing(self, cut: int, *, gather: bool = False) -> Coded | None:
         at = slice(cut, cut + self.micro)
-        return self.pixels.missing(self.order[at], self._chance[at], seed=self.seed, epoch=self.epoch)
+        return self.pixels.missing(self.order[at], self._chance[at], seed=self.seed, epoch=self.epoch, gather=gather)
+
+    def _is(self, other: Batches) -> bool:
+        """Whether both give the same batches."""
+        return self.pixels is other.pixels and all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in ("order", "seed", "epoch", "batch", "micro", "rank", "ranks", "start")
+        )
 
     def _batch(self, images: np.ndarray, coded: Coded | None, cut: int) -> Batch:
         at = slice(cut, cut + self.micro)
@@ -156,6 +196,34 @@ class Batches:
         labels[~mask] = 0
         done = (cut // self.batch + 1) * self.batch
         return Batch(images, labels, index, self._chance[at], mask, self.epoch, min(done, self.num_samples))
+
+
+@dataclass
+class _Job:
+    """A micro-batch on its way."""
+
+    cut: int
+    coded: Coded | None
+    ticket: Ticket | None  # None: nothing of it is left for a process to do
+
+
+@dataclass
+class _Started:
+    """An epoch of which the first batches are decoded before it begins."""
+
+    stream: Batches
+    jobs: deque[_Job]
+
+    def put(self, pool: DecodePool) -> None:
+        """One batch for each process; the pool's other places are for the epoch before and for validation."""
+        cuts = self.stream._cuts[len(self.jobs) : pool.processes]
+        while cuts and pool.has_room:
+            self.jobs.append(self.stream._put(pool, cuts.pop(0)))
+
+
+def _drop(jobs: Iterable[_Job], pool: DecodePool) -> None:
+    """Forgets what nobody will ask for."""
+    pool.drain([job.ticket for job in jobs if job.ticket is not None])
 
 
 def batches(
@@ -177,7 +245,8 @@ def batches(
     processes: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
     disk_bytes: int = 0,
-    empty: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    memory: GpuMemory | None = None,
+    next_epoch: bool = False,
 ) -> Batches:
     """The micro-batches of one rank for one epoch of a split.
 
@@ -198,11 +267,16 @@ def batches(
         sampling: How often each sample comes in a training epoch; its length is the same.
         crop: Take a random part of each image instead of stretching the whole.
         workers: What makes batches ahead, threads or processes; 0 makes each when it is asked for.
-        processes: Whether the workers are processes; None: where there is so much to decode that it pays.
-        cache_bytes: Memory for decoded whole images of this dataset, kept from epoch to epoch.
-        disk_bytes: What copies of remote shards may take on this machine's disk, of all datasets together; 0: half of
-            what is free. What does not fit is read image by image. The dataset's first call decides.
-        empty: Makes the uint8 array of a batch from its shape, where it shall lie in memory of a special kind.
+        processes: Whether the workers are processes; None: beside a GPU wherever anything is left to decode, else
+            where there is so much to decode that it pays.
+        cache_bytes: Memory for decoded whole images of this dataset, kept from epoch to epoch; 0: none is kept.
+        disk_bytes: What copies of remote shards and decoded images may take on this machine's disk, of all datasets
+            together; 0: half of what is free. Shards that do not fit are read image by image. The dataset's first call
+            decides.
+        memory: What this process's GPU copies from: batches are in such memory, and decoded whole images are kept in a
+            file that the processes of this machine share, instead of in `cache_bytes`.
+        next_epoch: In training, whether the next epoch is asked for afterwards: decoding processes begin with it while
+            the last batches of this one, and a validation, are still in use.
 
     Raises:
         ValueError: the batch cannot be cut evenly, no training batch fits, `start` is not between two global batches,
@@ -226,8 +300,18 @@ def batches(
             f"entered between two batches: give a multiple of {batch} up to {num_samples}, as it stands in `consumed`"
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    following = None
+    if train and next_epoch:
+        following = functools.partial(
+            batches, dataset, split, batch=batch, image_size=image_size, train=True, micro=micro, rank=rank,
+            ranks=ranks, seed=seed, epoch=epoch + 1, sampling=sampling, crop=crop, workers=workers,
+            processes=processes, cache_bytes=cache_bytes, disk_bytes=disk_bytes, memory=memory,
+        )  # fmt: skip
+    in_file = memory is not None and cache_bytes > 0 and crop is None
+    opened = _open(dataset, disk_bytes)
     return Batches(
-        pixels=_pixels(dataset, split, height, width, crop, cache_bytes, disk_bytes),
+        pixels=_pixels(dataset, opened, split, (height, width), crop, cache_bytes, in_file=in_file),
+        opened=opened,
         labels=index.labels,
         order=order,
         seed=seed,
@@ -240,17 +324,19 @@ def batches(
         start=len(order) if start == num_samples else start,
         workers=workers,
         processes=processes,
-        empty=empty,
+        memory=memory,
+        following=following,
     )
 
 
 def read_images(dataset: Dataset, split: str, index: np.ndarray, *, image_size: int) -> np.ndarray:
     """The images (len(index), H, W, C) uint8 at these positions of the split's index, stretched to `image_size`."""
-    pixels = _pixels(dataset, split, image_size, image_size, None, CACHE_BYTES)
+    opened = _open(dataset, 0)
+    pixels = _pixels(dataset, opened, split, (image_size, image_size), None, CACHE_BYTES, in_file=False)
     images = _empty((len(index), *pixels.shape))
     coded = pixels.missing(index, index, seed=0, epoch=0)
     if coded is not None:
-        decode_into(images, coded, pixels.shards.read_many)
+        decode_into(images, coded, opened.shards.read_many)
     pixels.complete(images, index, coded)
     return images
 
@@ -313,101 +399,71 @@ def _ahead(
         close()
 
 
-class _Pixels:
-    """The images of a split at one size, the first `capacity` of the index kept in memory once decoded.
-
-    Every epoch visits every sample once, so a fixed part of the split is hit as often as the best cache of that size.
-    Random parts differ from epoch to epoch and are not kept.
-    """
-
-    def __init__(self, index: SplitIndex, opened: _Opened, shape: tuple[int, int, int], crop, cache_bytes: int):
-        self.index, self.shape, self.crop = index, shape, crop
-        self.shards, self._opened = opened.shards, opened
-        self.capacity = min(len(index), max(0, cache_bytes) // math.prod(shape)) if crop is None else 0
-        self.cached = np.empty((self.capacity, *shape), np.uint8)  # memory is taken page by page as it fills
-        self.is_cached = np.zeros(len(index), bool)
-
-    def missing(self, index: np.ndarray, chance: np.ndarray, *, seed: int, epoch: int) -> Coded | None:
-        """What of these positions is not in memory."""
-        row = np.flatnonzero(~self.is_cached[index] & (index >= 0))
-        if not len(row):
-            return None
-        of, at = self.index, index[row]
-        boxes = None
-        if self.crop is not None:
-            boxes = crop_boxes(self.crop, of.height[at], of.width[at], seed=seed, epoch=epoch, sample=chance[row])
-        return Coded(row, of.shard[at], of.offset[at], of.size[at], boxes)
-
-    def complete(self, images: np.ndarray, index: np.ndarray, coded: Coded | None) -> None:
-        """Adds what was in memory to images that hold what was decoded, and remembers the latter."""
-        if coded is None and len(index) and index.min() >= 0:
-            np.take(self.cached, index, axis=0, out=images)
-            return
-        row = np.arange(len(index))
-        if coded is not None:
-            row = np.delete(row, coded.row)
-            kept = coded.row[index[coded.row] < self.capacity]
-            self.cached[index[kept]] = images[kept]
-            self.is_cached[index[kept]] = True  # after the pixels: another thread may look
-        known = row[index[row] >= 0]
-        images[known] = self.cached[index[known]]
-        images[row[index[row] < 0]] = 0
-
-    def decoding_s(self, index: np.ndarray) -> float:
-        """About how long one process decodes what is missing of these positions."""
-        missing = index[~self.is_cached[index]]
-        of = self.index
-        numbers = (of.height[missing] * of.width[missing] * of.channels[missing]).sum()
-        return len(missing) * _IMAGE_S + float(numbers) * _PIXEL_S
-
-    def take_pool(self, processes: int, micro: int) -> DecodePool:
-        """Processes that nobody else uses now."""
-        return self._opened.take_pool(processes, (micro, *self.shape))
-
-    def give_pool(self, pool: DecodePool) -> None:
-        """Keeps them for the next epoch."""
-        self._opened.pools.append(pool)
-
-
 @dataclass
 class _Opened:
     shards: LocalShards
-    pixels: dict[tuple[str, int, int, Crop | None], _Pixels] = field(default_factory=dict)
-    pools: list[DecodePool] = field(default_factory=list)
+    pixels: dict[tuple[str, int, int, Crop | None, bool], Pixels] = field(default_factory=dict)
+    idle: list[tuple[DecodePool, _Started | None]] = field(default_factory=list)
 
-    def take_pool(self, processes: int, shape: tuple[int, ...]) -> DecodePool:
-        """Processes that nobody else uses now; those for other batches end."""
-        while self.pools:
-            pool = self.pools.pop()
-            if (pool.processes, pool.shape) == (processes, shape):
-                return pool
-            pool.close()
-        return DecodePool(self.shards, processes, shape)
+    def take_pool(self, stream: Batches) -> tuple[DecodePool, deque[_Job], _Started | None]:
+        """Processes that nobody else uses now, what they have begun of this epoch, or else of another one.
+
+        Those for other batches end.
+        """
+        shape = (stream.micro, *stream.pixels.shape)
+        # Those that have begun with this epoch first.
+        self.idle.sort(key=lambda each: each[1] is not None and each[1].stream._is(stream))
+        while self.idle:
+            pool, started = self.idle.pop()
+            if (pool.processes, pool.shape) != (stream.workers, shape):
+                pool.close()
+            elif started is None or started.stream.pixels is not stream.pixels:
+                return pool, deque(), started
+            elif started.stream._is(stream):
+                return pool, started.jobs, None
+            else:  # it will not be asked for any more
+                _drop(started.jobs, pool)
+                return pool, deque(), None
+        lock = stream.memory.lock if stream.memory is not None else None
+        return DecodePool(self.shards, stream.workers, shape, lock), deque(), None
+
+    def give_pool(self, pool: DecodePool, started: _Started | None, others: _Started | None) -> None:
+        """Keeps the processes for who comes next, with what they have begun of one epoch."""
+        if started is not None and others is not None:
+            _drop(others.jobs, pool)
+        self.idle.append((pool, started or others))
 
 
 # Gone with its dataset; until then later epochs find what earlier ones opened and decoded.
 _opened: weakref.WeakKeyDictionary[Dataset | Mixture, _Opened] = weakref.WeakKeyDictionary()
 
 
+def _open(dataset: Dataset | Mixture, disk_bytes: int) -> _Opened:
+    if dataset not in _opened:
+        if isinstance(dataset, Mixture):
+            shards = dataset.shards
+        else:
+            shards = [(dataset.store, shard) for shard in dataset.manifest.shards]
+        _opened[dataset] = _Opened(LocalShards(shards, disk_bytes))
+    return _opened[dataset]
+
+
 def _pixels(
     dataset: Dataset | Mixture,
+    opened: _Opened,
     split: str,
-    height: int,
-    width: int,
+    size: tuple[int, int],
     crop: Crop | None,
     cache_bytes: int,
-    disk_bytes: int = 0,
-) -> _Pixels:
-    if isinstance(dataset, Mixture):
-        shards, channels = dataset.shards, dataset.channels
-    else:
-        shards = [(dataset.store, shard) for shard in dataset.manifest.shards]
-        channels = dataset.manifest.channels
-    if dataset not in _opened:
-        _opened[dataset] = _Opened(LocalShards(shards, disk_bytes))
-    opened = _opened[dataset]
-    key = (split, height, width, crop)
+    *,
+    in_file: bool,
+) -> Pixels:
+    key = (split, *size, crop, in_file)
     if key not in opened.pixels:
-        free_bytes = cache_bytes - sum(pixels.cached.nbytes for pixels in opened.pixels.values())
-        opened.pixels[key] = _Pixels(dataset.index(split), opened, (height, width, channels), crop, free_bytes)
+        index = dataset.index(split)
+        shape = (*size, dataset.channels if isinstance(dataset, Mixture) else dataset.manifest.channels)
+        file = open_pixel_file(opened.shards, index, shape) if in_file else None
+        free_bytes = cache_bytes - sum(pixels.memory_bytes for pixels in opened.pixels.values())
+        capacity = min(len(index), max(0, free_bytes) // math.prod(shape)) if crop is None else 0
+        opened.pixels[key] = Pixels(index, shape, crop, capacity=capacity, file=file)
     return opened.pixels[key]

@@ -36,12 +36,17 @@ class LocalShards:
 
     def __init__(self, shards: Sequence[tuple[Store, ShardEntry]], disk_bytes: int = 0):
         self.shards, self.disk_bytes = tuple(shards), disk_bytes
-        self._cache = NodeCache(disk_bytes)
+        self.cache = NodeCache(disk_bytes)
         self._open: dict[int, mmap.mmap | None] = {}  # None: no room for a copy, so it is read by ranges
         self._lock = threading.Lock()
 
     def __reduce__(self):
         return LocalShards, (self.shards, self.disk_bytes)
+
+    @property
+    def to_copy(self) -> dict[str, int]:
+        """The shards that this machine needs a copy of: sha256 and bytes."""
+        return {entry.sha256: entry.bytes for store, entry in self.shards if store.path(tar_key(entry.name)) is None}
 
     def read_many(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
         """For each n the bytes [offset[n], offset[n] + size[n]) of the shard at position shard[n].
@@ -77,11 +82,11 @@ class LocalShards:
                 found = "is not there" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.bytes}"
                 raise _damaged(store, entry, found)
             if path is not None:
-                return self._cache.verified(path, entry.sha256)
+                return self.cache.verified(path, entry.sha256)
             mine = {shard.sha256 for _, shard in self.shards}
             with contextlib.suppress(DigestError):  # damaged on the way; if it is damaged there, it will be again
-                return self._cache.copy(entry, lambda: _parts(store, entry), mine=mine)
-            return self._cache.copy(entry, lambda: _parts(store, entry), mine=mine)
+                return self.cache.copy(entry, lambda: _parts(store, entry), mine=mine)
+            return self.cache.copy(entry, lambda: _parts(store, entry), mine=mine)
         except (StoreKeyError, FileNotFoundError):
             raise _damaged(store, entry, "is not there") from None
         except DigestError as error:

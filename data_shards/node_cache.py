@@ -1,7 +1,9 @@
-"""What the processes of one machine share: copies of remote shards within a limit, and which files were verified.
+"""What the processes of one machine share: copies of remote shards and decoded images within a limit, and which files
+were verified.
 
 Every change is made under a file lock, which the kernel lifts when its holder is killed, and appears by a rename: a
-copy is whole or not there. Files are named by their sha256, so the ranks of a machine and later runs find them.
+copy is whole or not there. Files are named by their sha256, so the ranks of a machine and later runs find them. A
+file of decoded images is filled while it is used (see pixel_file); its users hold its lock together.
 """
 
 from __future__ import annotations
@@ -9,19 +11,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from data_shards.fields import SHA256
 from data_shards.manifest import ShardEntry
+from data_shards.pixel_file import PixelFile, file_bytes, memory_bytes, rows_in
 
 # A file written to in the same tick of the file system's clock in which it was looked at would look unchanged.
 _SETTLED_S = 2.0
 _ROOM = "room"  # the lock of whoever takes room on the disk; all others are named by a sha256
+_ENDINGS = (".tar", ".pixels", ".part")
+_LEFT_FREE_BYTES = 1 << 20
 
 
 class DigestError(ValueError):
@@ -36,7 +42,7 @@ class NodeCache:
     """The cache of this machine.
 
     Args:
-        limit_bytes: How much the copies may take; 0: half of what the disk has free without them.
+        limit_bytes: How much all files may take; 0: half of what the disk has free without them.
     """
 
     def __init__(self, limit_bytes: int = 0):
@@ -62,7 +68,8 @@ class NodeCache:
         Args:
             entry: Which shard; the copy is named by its sha256.
             fetch: Its bytes, part by part.
-            mine: sha256 of the shards that must not give way to this one. Of others the least recently used go.
+            mine: sha256 of the shards that must not give way to this one. Of others, and of decoded images that nobody
+                uses now, the least recently used go.
 
         Raises:
             DigestError: what arrived is not the shard.
@@ -92,13 +99,66 @@ class NodeCache:
             _remember(path.stat(), entry.sha256)
             return _verified(path, entry.sha256)
 
+    def pixel_file(self, key: str, num: int, shape: tuple[int, ...], *, to_come: Mapping[str, int]) -> PixelFile | None:
+        """The machine's file of decoded images of that name, made if there is none; None where there is no room.
+
+        A new one has as many rows as the limit, the disk and half of the memory allow: more than memory holds would be
+        read from the disk again and again. Only decoded images that nobody uses now give way to it.
+
+        Args:
+            key: Its name, a sha256.
+            num: Rows that it needs for all images.
+            shape: (H, W, C) of an image.
+            to_come: The shards that are to be copied here, too, by sha256, and their bytes.
+
+        Raises:
+            OSError: the cache cannot be written to.
+        """
+        folder = cache_folder()
+        path, row_bytes = folder / f"{key}.pixels", math.prod(shape)
+        with _locked(folder, _ROOM):
+            held = _held(folder, key)
+            try:
+                if not path.exists():
+                    wanted = min(num, memory_bytes() // 2 // row_bytes)
+                    room = self._pixel_room(folder, file_bytes(wanted, row_bytes), to_come)
+                    rows = min(wanted, rows_in(room, row_bytes))
+                    if rows < 1:
+                        os.close(held)
+                        return None
+                    part = path.with_suffix(".part")
+                    _allocate(part, file_bytes(rows, row_bytes))
+                    os.replace(part, path)
+                os.utime(path)
+                return PixelFile(path, shape, held)
+            except BaseException:
+                os.close(held)
+                raise
+
+    def _pixel_room(self, folder: Path, wanted_bytes: int, to_come: Mapping[str, int]) -> int:
+        """Bytes that a new file of decoded images may take, after others have given way to `wanted_bytes`."""
+        _delete_left(folder)
+        booted = time.time() - _since_boot_s()
+        files = _files(folder)
+        pixels = sorted((path for path in files if path.suffix == ".pixels"), key=lambda path: files[path].st_mtime_ns)
+        there = {path.stem for path in files if path.suffix == ".tar"}
+        reserved = sum(size for sha256, size in to_come.items() if sha256 not in there)
+        while True:
+            used = sum(state.st_size for state in files.values())
+            free = shutil.disk_usage(folder).free
+            room = min((self.limit_bytes or (free + used) // 2) - used, free - _LEFT_FREE_BYTES) - reserved
+            # Files of a boot before this one are of no use to anybody.
+            if not pixels or (room >= wanted_bytes and files[pixels[0]].st_mtime >= booted):
+                return max(0, room)
+            if _delete(folder, oldest := pixels.pop(0)):
+                del files[oldest]
+
     def _has_room(self, folder: Path, size_bytes: int, part: Path, mine: Collection[str]) -> bool:
-        """Takes room for `part` on the disk; others' shards give way, those used longest ago first."""
+        """Takes room for `part` on the disk; others' files give way, those used longest ago first."""
         with _locked(folder, _ROOM):
             part.unlink(missing_ok=True)  # left by a process that was killed: its lock is ours now
-            for left in _named_by_digest(folder, ".part"):
-                _delete(folder, left)
-            copies = {path: path.stat() for ending in (".tar", ".part") for path in _named_by_digest(folder, ending)}
+            _delete_left(folder)
+            copies = _files(folder)
             used = sum(state.st_size for state in copies.values())
             free = shutil.disk_usage(folder).free
             limit = self.limit_bytes or (free + used) // 2
@@ -108,13 +168,12 @@ class NodeCache:
             for path in sorted(copies, key=lambda path: copies[path].st_mtime_ns):
                 if used + size_bytes <= limit and size_bytes < free:
                     break
-                if path.suffix == ".tar" and path.stem not in mine and _delete(folder, path):
+                if path.suffix != ".part" and path.stem not in mine and _delete(folder, path):
                     used -= copies[path].st_size
                     free += copies[path].st_size
             if used + size_bytes > limit or size_bytes >= free:
                 return False
-            with part.open("wb") as file:  # taken, and counted by whoever looks next, before its bytes are there
-                (os.posix_fallocate if hasattr(os, "posix_fallocate") else _truncate)(file.fileno(), 0, size_bytes)
+            _allocate(part, size_bytes)
             return True
 
 
@@ -158,8 +217,18 @@ def _remember(state: os.stat_result, sha256: str) -> None:
         os.replace(beside, mark)
 
 
+def _allocate(path: Path, size_bytes: int) -> None:
+    """Makes a file that takes its room, and is counted by whoever looks next, before its bytes are there."""
+    with path.open("wb") as file:
+        (os.posix_fallocate if hasattr(os, "posix_fallocate") else _truncate)(file.fileno(), 0, size_bytes)
+
+
 def _truncate(file: int, start: int, size_bytes: int) -> None:
     os.truncate(file, start + size_bytes)
+
+
+def _since_boot_s() -> float:
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @contextlib.contextmanager
@@ -182,8 +251,26 @@ def _locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
+def _held(folder: Path, name: str) -> int:
+    """The lock of that name, held together with others until this file is closed."""
+    file = os.open(folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
 def _named_by_digest(folder: Path, ending: str) -> list[Path]:
     return [path for path in folder.glob(f"*{ending}") if SHA256.fullmatch(path.stem)]
+
+
+def _files(folder: Path) -> dict[Path, os.stat_result]:
+    """All that takes room here."""
+    return {path: path.stat() for ending in _ENDINGS for path in _named_by_digest(folder, ending)}
+
+
+def _delete_left(folder: Path) -> None:
+    """Removes what processes that were killed left half made."""
+    for left in _named_by_digest(folder, ".part"):
+        _delete(folder, left)
 
 
 def _delete(folder: Path, path: Path) -> bool:

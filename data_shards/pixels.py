@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from data_shards.decode import MAX_PIXELS
 from data_shards.draws import uniforms
+from data_shards.pixel_file import Kept
 
 try:
     import pyspng  # has wheels for Linux and Windows
@@ -53,17 +54,25 @@ class Coded:
     offset: np.ndarray  # (n,) int64, bytes
     size: np.ndarray  # (n,) int64, bytes
     boxes: np.ndarray | None  # (n, 4) int64: left, top, right, bottom in pixels; None: the whole image
+    kept: Kept | None = None  # where whole images are kept on this machine once one process has decoded them
 
 
 def decode_into(images: np.ndarray, coded: Coded, read: Callable[..., list[bytes]]) -> None:
     """Fills the rows of `images` (B, H, W, C) that `coded` names; `read(shard, offset, size)` gives their bytes."""
     shape = images.shape[1:]
-    found = read(coded.shard, coded.offset, coded.size)
-    for position, row in enumerate(coded.row.tolist()):
+    left = np.arange(len(coded.row))
+    if coded.kept is not None:
+        left = left[~coded.kept.read_into(images, coded.row)]
+    if not len(left):
+        return
+    found = read(coded.shard[left], coded.offset[left], coded.size[left])
+    for n, row, data in zip(left.tolist(), coded.row[left].tolist(), found, strict=True):
         if coded.boxes is None:
-            images[row] = stretched(found[position], *shape)
+            images[row] = stretched(data, *shape)
         else:
-            images[row] = cropped(found[position], tuple(coded.boxes[position].tolist()), *shape)
+            images[row] = cropped(data, tuple(coded.boxes[n].tolist()), *shape)
+        if coded.kept is not None:
+            coded.kept.write(n, images[row])
 
 
 def stretched(data: bytes, height: int, width: int, channels: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import statistics
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import tyro
 
 from pipelines.arguments import UsageError, parse
+from pipelines.bench_feed import KINDS, feed_table
 from pipelines.bench_loaders import LOADERS, Work, make_images, save_work, summarise, told_in
 from pipelines.bench_writers import WRITERS
 from pipelines.scratch import scratch
@@ -29,6 +31,7 @@ _ENDS_IN_S = 20
 # Imported, not run as a module: what Ray's workers get must not be of a module that is called __main__.
 _LOAD = "from pipelines.bench_loaders import main; main()"
 _WRITE = "from pipelines.bench_writers import main; main()"
+_FEED = "from pipelines.bench_feed import main; main()"
 
 
 def bench_data(argv: Sequence[str]) -> int:
@@ -44,6 +47,7 @@ def bench_data(argv: Sequence[str]) -> int:
         loaders: tuple[str, ...] = (),
         writers: tuple[str, ...] = (),
         only: Literal["", "loading", "conversion"] = "",
+        sides: tuple[int, ...] = (),
         out: str = "",
         json: tyro.conf.FlagCreatePairsOff[bool] = False,
     ) -> dict[str, Any]:
@@ -63,6 +67,8 @@ def bench_data(argv: Sequence[str]) -> int:
             loaders: Which loaders; empty: all.
             writers: Which ways to make shards of the images; empty: all.
             only: Measure one half, loading or conversion.
+            sides: Sides in pixels. Given, only this project's loader is measured, as it feeds a GPU: PNGs and JPEGs of
+                each side, whole (decoded in each epoch, or kept decoded) and random parts of them.
             out: File for the figures as JSON.
             json: Print JSON instead of tables.
         """
@@ -70,6 +76,8 @@ def bench_data(argv: Sequence[str]) -> int:
 
     asked = parse(arguments, "bench data", argv)
     _check(asked)
+    if asked["sides"]:
+        return _show_feed(asked)
     figures: dict[str, Any] = {"workers": asked["workers"], "loading": [], "conversion": []}
     for title, work, num_bytes in _works(asked):
         if asked["only"] != "conversion":
@@ -87,6 +95,21 @@ def bench_data(argv: Sequence[str]) -> int:
         for row in rows:
             if "why_not" in row:
                 console().print(f"{half}, {row['by']}, {row['images']}: not measured: {row['why_not']}")
+    return 0
+
+
+def _show_feed(asked: dict[str, Any]) -> int:
+    rows = [row for title, work, num_bytes in _feed_works(asked) for row in _feeding(title, work, num_bytes)]
+    figures = {"workers": asked["workers"], "batch": asked["batch"], "feed": rows}
+    if asked["out"]:
+        Path(asked["out"]).write_text(json.dumps(figures, indent=2) + "\n")
+    if asked["json"]:
+        print(json.dumps(figures, indent=2))
+        return 0
+    table(f"Feed: {asked['workers']} workers, batches of {asked['batch']}", *feed_table(rows))
+    for row in rows:
+        if "why_not" in row:
+            console().print(f"{row['images']}, {row['by']}: not measured: {row['why_not']}")
     return 0
 
 
@@ -118,6 +141,8 @@ def _check(asked: dict[str, Any]) -> None:
             )
     if not 0 < asked["min_area"] <= 1:
         raise UsageError(f"bench data: --min-area {asked['min_area']}: a share of the area, above 0 and up to 1")
+    if asked["sides"] and (min(asked["sides"]) < 8 or not asked["images"]):
+        raise UsageError(f"bench data: --sides {min(asked['sides'])}: at least 8, and --images at least one batch")
     if unknown := set(asked["loaders"]) - set(LOADERS):
         raise UsageError(f"bench data: --loaders {min(unknown)}: there are {', '.join(LOADERS)}")
     if unknown := set(asked["writers"]) - set(WRITERS):
@@ -140,6 +165,33 @@ def _works(asked: dict[str, Any]) -> Iterator[tuple[str, Work, int]]:
             num_bytes = make_images(work)
             save_work(work)
             yield title, work, num_bytes
+
+
+def _feed_works(asked: dict[str, Any]) -> Iterator[tuple[str, Work, int]]:
+    """PNGs and JPEGs of each side, drawn into a folder that lasts until the next are asked for."""
+    shared = {name: asked[name] for name in ("batch", "workers", "repeats", "min_area")}
+    for side, ending in itertools.product(asked["sides"], ("png", "jpg")):
+        with scratch("bench") as folder:
+            work = Work(str(folder), asked["images"], side, ending, side, **shared)
+            title = f"{'PNG' if ending == 'png' else 'JPEG'} {side} px"
+            Terminal().say(f"drawing {work.num} images: {title}")
+            num_bytes = make_images(work)
+            save_work(work)
+            yield title, work, num_bytes
+
+
+def _feeding(title: str, work: Work, num_bytes: int) -> list[dict[str, Any]]:
+    rows = []
+    for kind in KINDS:  # one after the other: processes that wait would still take memory
+        run = _Run(kind, work.folder, code=_FEED)
+        try:
+            run.wait()
+            for _ in range(work.repeats):
+                run.epoch()
+        finally:
+            run.end()
+        rows.append(_row(kind, title, run.figures(), "feed", num_bytes / work.num))
+    return rows
 
 
 def _loading(names: Sequence[str], title: str, work: Work, num_bytes: int) -> list[dict[str, Any]]:

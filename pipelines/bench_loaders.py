@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class Work:
         """Where each image stands in the index of the shards."""
         at = {key: position for position, key in enumerate(self.dataset.index("train").key.tolist())}
         return np.array([at[sample_key(_DATASET, "", path.name, 0)] for path in self.files])
+
+    def of_whole(self) -> Work:
+        """The same images, of which no part is taken."""
+        return replace(self, min_area=0.0)
 
     @property
     def dataset(self):

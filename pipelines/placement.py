@@ -70,8 +70,9 @@ class PlacementConfig(BaseModel):
     trials: int = Field(0, ge=0)
     """Trials of a sweep at once. 0: one per GPU, or one per CPU where there is no GPU."""
     cache_gib: float = Field(0, ge=0)
-    """GiB that copies of remote shards may take on each machine's disk, shared by its workers. 0: half of what is
-    free. What does not fit is read from the store image by image."""
+    """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
+    workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
+    that do not fit are decoded in each epoch."""
 
 
 class Placement(BaseModel):
@@ -95,7 +96,7 @@ class Placement(BaseModel):
 
     @property
     def cache_bytes(self) -> int:
-        """What copies of remote shards may take on a machine's disk; 0: half of what is free."""
+        """What copies of remote shards and decoded images may take on a machine's disk; 0: half of what is free."""
         return int(self.cache_gib * 2**30)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
 from medmamba.preprocess import preprocess
-from pipelines.worker.transfer import batch_memory, to_device
+from pipelines.worker.transfer import batch_memory, prefetched
 
 
 @torch.no_grad()
@@ -32,21 +32,20 @@ def infer(
 
     Every rank runs `forward` equally often, so that a `forward` with collectives in it cannot hang.
     """
-    indices, labels, logits = [], [], []
+    indices, labels, logits, masks = [], [], [], []
     stream = batches(
         data, split, batch=micro_batch * ranks, micro=micro_batch, image_size=image_size, rank=rank, ranks=ranks,
-        train=False, workers=workers, disk_bytes=disk_bytes, empty=batch_memory(device),
+        train=False, workers=workers, disk_bytes=disk_bytes, memory=batch_memory(device),
     )  # fmt: skip
-    for batch in stream:
-        images = preprocess(to_device(batch.images, device))
-        # Kept on the device until the end: each copy to the CPU would wait for the network.
-        logits.append(forward(images).float().clone())
-        indices.append(batch.index)
-        labels.append(batch.labels)
+    for batch, images, _ in prefetched(stream, device):
+        # They stay on the device until the end: to fetch them would be to wait for it after every batch.
+        logits.append(forward(preprocess(images)).float().clone())
+        masks.append(batch.mask)
+        indices.append(batch.index[batch.mask])
+        labels.append(batch.labels[batch.mask])
         progress(int(batch.mask.sum()))
-    index = np.concatenate(indices)
-    there = index >= 0  # padding has no position
-    return index[there], np.concatenate(labels)[there], torch.cat(logits).cpu().numpy()[there]
+    found = torch.cat(logits).cpu().numpy()[np.concatenate(masks)]
+    return np.concatenate(indices), np.concatenate(labels), found
 
 
 def join(

@@ -26,7 +26,7 @@ from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
 from pipelines.worker.objective import Objective
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
-from pipelines.worker.transfer import Latest, RunAhead, batch_memory, to_device
+from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 
 ENGINE = "engine"
 
@@ -69,7 +69,7 @@ def train_loop(
     compiled = CompileCache(config, placement, manifest.task) if placement.compile == "on" else None
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
-    latest, ahead = Latest(engine.device), RunAhead(engine.device)
+    latest = Latest(engine.device)
     with scratch("train") as folder:
         best = folder / BEST
         if resume is not None:
@@ -84,24 +84,24 @@ def train_loop(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
                 train=True, sampling=train.sampling, crop=Crop(train.augment.crop) if train.augment.crop else None,
-                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, empty=batch_memory(engine.device),
+                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
+                next_epoch=state.epoch + 1 < train.epochs,
             )  # fmt: skip
             steps = len(stream) // accumulation
             engine.model.train()
-            for position, batch in enumerate(stream):
+            for position, (batch, images, labels) in enumerate(prefetched(stream, engine.device)):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
-                arrays = (batch.images, batch.labels, objective.draws(batch))
-                loss = engine.train(objective, *(to_device(array, engine.device) for array in arrays))
+                draws = to_device(objective.draws(batch), engine.device)
+                loss = engine.train(objective, images, labels, draws)
                 statistics.collect(loss)
                 if nth < accumulation - 1:
                     continue
                 losses.append(statistics.update())
                 state.step, state.consumed = state.step + 1, batch.consumed
-                ahead.wait()
                 if compiled is not None:
                     compiled.remember()
                 latest.put(losses[-1])

@@ -1,27 +1,111 @@
-"""Batches from the loader's memory to the device of the training."""
+"""Batches from the loader's memory to the device of the training, one ahead of the step that uses them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 
+from data_shards.loader import Batch, GpuMemory
+from data_shards.pixel_file import memory_bytes
 
-def batch_memory(device: torch.device) -> Callable[[tuple[int, ...]], np.ndarray] | None:
-    """What the loader makes its batches in: pinned memory for a GPU, which copies from it beside other work."""
+# Steps that the host may be ahead of the GPU: enough to keep it busy, few enough that their images take little memory.
+_STEPS_AHEAD = 4
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of this process
+# Locked memory cannot be used for anything else; a ring that would take more is copied from batch by batch.
+_LOCKED_SHARE = 1 / 16
+
+Arrived = tuple[Batch, torch.Tensor, torch.Tensor]
+
+
+def batch_memory(device: torch.device) -> GpuMemory | None:
+    """What the loader makes its batches in: page-locked memory for a GPU, which copies from it beside other work."""
     if device.type != "cuda":
         return None
-    return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+    return GpuMemory(
+        empty=lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy(),
+        lock=lambda memory: page_locked(memory, device),
+    )
+
+
+def page_locked(memory: np.ndarray, device: torch.device) -> Callable[[], None] | None:
+    """Page-locks existing memory; returns what undoes that, or None where the system does not allow it."""
+    if memory.nbytes > memory_bytes() * _LOCKED_SHARE:
+        return None
+    runtime, address = torch.cuda.cudart(), memory.ctypes.data
+    with torch.cuda.device(device):  # a thread of the loader starts with device 0
+        if int(runtime.cudaHostRegister(address, memory.nbytes, _PORTABLE)) != 0:
+            return None
+
+    def unlock() -> None:
+        assert memory.ctypes.data == address  # holds the memory until here
+        with contextlib.suppress(RuntimeError):  # a device that has failed copies nothing more
+            torch.cuda.synchronize(device)
+            runtime.cudaHostUnregister(address)
+
+    return unlock
+
+
+def prefetched(stream: Iterable[Batch], device: torch.device) -> Iterator[Arrived]:
+    """Each batch with its images (B, H, W, C) and labels (B, num_classes), both uint8, on the device.
+
+    For a GPU they are copied on a stream of their own while the step before is computed. The tensors are valid for what
+    is started on the current stream, whenever they are let go.
+    """
+    if device.type != "cuda":
+        for batch in stream:
+            yield batch, torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
+        return
+    copies = torch.cuda.Stream(device)
+    on_way: deque[tuple[Arrived, torch.cuda.Event]] = deque()
+    sources: deque[tuple[Batch, torch.cuda.Event]] = deque()  # held until they have been read
+    steps: deque[torch.cuda.Event] = deque()
+    try:
+        for batch in stream:
+            on_way.append(_sent(batch, copies, device))
+            sources.append((batch, on_way[-1][1]))
+            if len(on_way) > 1:
+                yield _arrived(*on_way.popleft())
+                _wait_for_steps(steps, device)
+            while sources and sources[0][1].query():
+                sources.popleft()
+        while on_way:
+            yield _arrived(*on_way.popleft())
+    finally:
+        copies.synchronize()
+
+
+def _sent(batch: Batch, copies: torch.cuda.Stream, device: torch.device) -> tuple[Arrived, torch.cuda.Event]:
+    with torch.cuda.stream(copies):
+        images = torch.from_numpy(batch.images).to(device, non_blocking=True)
+        # From memory that is not locked the host would wait for the copies before this one.
+        labels = to_device(batch.labels, device)
+        return (batch, images, labels), copies.record_event()
+
+
+def _arrived(arrived: Arrived, copied: torch.cuda.Event) -> Arrived:
+    """Lets what is started from now on use the tensors, and their memory be used again only after that."""
+    current = torch.cuda.current_stream(arrived[1].device)
+    current.wait_event(copied)
+    for tensor in arrived[1:]:
+        tensor.record_stream(current)
+    return arrived
+
+
+def _wait_for_steps(steps: deque[torch.cuda.Event], device: torch.device) -> None:
+    """Notes where the step that was just started ends, and waits until the GPU is near."""
+    steps.append(torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)))
+    if len(steps) > _STEPS_AHEAD:
+        steps.popleft().synchronize()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array as a tensor there; from pinned memory without waiting for the copy.
-
-    The memory may be let go at once: torch hands pinned memory out again only when copies from it are done.
-    """
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    """A small array as a tensor there, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Latest:
@@ -53,20 +137,3 @@ class Latest:
         if self._arrival is not None and self._arrival.query():
             self._value, self._arrival = float(self._here), None
         return self._arrival is None
-
-
-class RunAhead:
-    """Keeps the host at most `steps` steps ahead of the device: enough work is queued, and memory stays bounded."""
-
-    def __init__(self, device: torch.device, steps: int = 2) -> None:
-        self._on_device, self._steps = device.type == "cuda", steps
-        self._queued: deque[torch.cuda.Event] = deque()
-
-    def wait(self) -> None:
-        """After each step: waits until the device has finished the step before the last `steps`."""
-        if not self._on_device:
-            return
-        self._queued.append(torch.cuda.Event())
-        self._queued[-1].record()
-        if len(self._queued) > self._steps:
-            self._queued.popleft().synchronize()

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_sets import coded, npz_config, pixels
 
 from data_shards.convert import convert
-from data_shards.loader import batches
+from data_shards.loader import GpuMemory, batches
 from data_shards.local_shard import ShardError
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.node_cache import cache_folder
@@ -113,7 +113,7 @@ def test_batches_may_be_made_in_memory_of_the_callers_choice(uri, processes):
 
     options = {"batch": 10, "image_size": 16, "train": False, "workers": 1, "processes": processes}
     for _ in range(2):  # the second time from memory
-        found = list(batches(dataset := open_dataset(uri), "train", empty=empty, **options))
+        found = list(batches(dataset := open_dataset(uri), "train", memory=GpuMemory(empty), **options))
         assert all(any(batch.images is array for array in made) for batch in found)
         assert [fingerprint(b) for b in found] == [fingerprint(b) for b in batches(dataset, "train", **options)]
 

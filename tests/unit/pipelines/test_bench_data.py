@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pipelines.bench_feed import KINDS, feed_table
 from pipelines.bench_loaders import LOADERS, Loader, Work, check, make_images, summarise
 from pipelines.bench_writers import check as written_right
 from pipelines.bench_writers import measure
@@ -82,6 +83,22 @@ def test_bench_data_measures_the_half_that_is_asked_for(capsys):
     assert "Loading" not in told
 
 
+def test_bench_data_measures_how_fast_the_loader_feeds_each_size_of_image(capsys):
+    asked = ["--sides", "28", "--images", "16", "--batch", "8", "--repeats", "1", "--workers", "1"]
+    assert main(["bench", "data", *asked, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [(row["images"], row["by"]) for row in figures["feed"]] == [
+        (f"{file} 28 px", kind) for file in ("PNG", "JPEG") for kind in ("whole, decoded", "whole, kept", "parts")
+    ]
+    assert all(row["images_per_s"] > 0 for row in figures["feed"])
+
+
+def test_the_table_of_the_feed_has_a_line_for_each_kind_of_file():
+    rows = [{"images": "PNG 28 px", "by": kind, "images_per_s": 1000 * (n + 1)} for n, kind in enumerate(KINDS)]
+    rows.append({"images": "JPEG 28 px", "by": KINDS[0], "why_not": "wrong"})
+    assert feed_table(rows)[1] == [("PNG 28 px", "1,000", "2,000", "3,000"), ("JPEG 28 px", "", "", "")]
+
+
 @pytest.mark.parametrize("name", ["medmamba", "webdataset ShardWriter"])
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_a_writer_that_keeps_each_image_has_figures(works, name, kind):
@@ -107,6 +124,8 @@ def test_what_a_writer_lost_or_made_up_is_found_out(works):
         (["--min-area", "0"], "a share of the area"),
         (["--loaders", "ffcv"], "there are medmamba"),
         (["--writers", "tar"], "there are medmamba"),
+        (["--sides", "4"], "at least 8"),
+        (["--sides", "28", "--images", "0"], "at least one batch"),
         (["--out", "nowhere/figures.json"], "its folder does not exist"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

@@ -1,0 +1,96 @@
+"""What `medmamba bench data --sides` measures: how fast this project's loader feeds a GPU at each size of image.
+
+Batches are made as in training: page-locked and copied to the device where this machine has a GPU, by processes in any
+case, with epochs that go over into each other. Each kind is run in a process of its own (`main`), after an epoch in
+which every image was found to come once and to be the picture that PIL makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.loader import CACHE_BYTES, Batches, GpuMemory, batches
+from data_shards.pixels import Crop
+from pipelines.bench_loaders import SEED, Delivered, Work, check, processor_s, tell
+
+KINDS = ("whole, decoded", "whole, kept", "parts")
+_LEAST_S = 2.0  # an epoch of small images is over too soon to be timed
+
+
+class Feed:
+    """Epochs of one kind, each begun before the one before it ends; `why_not` where the first one was wrong."""
+
+    def __init__(self, kind: str, work: Work):
+        self.work = work if kind == "parts" else work.of_whole()
+        self._dataset, self._next = work.dataset, 0
+        self._crop = Crop(work.min_area) if kind == "parts" else None
+        self._cache_bytes = CACHE_BYTES if kind == "whole, kept" else 0
+        self._memory, self._arrived = _device()
+        self.why_not = check(self._delivered(), self.work)
+        if not self.why_not:  # all is decoded, and the processes that stay are there
+            self._read(self._stream())
+
+    def time(self) -> dict[str, float]:
+        """Reads epochs for two seconds: their images, seconds, and seconds of processor time of all processes."""
+        began, before, images = time.perf_counter(), processor_s(), 0
+        while time.perf_counter() - began < _LEAST_S:
+            images += self._read(self._stream())
+        found = {"images": images, "seconds": time.perf_counter() - began}
+        return {**found, "processor_s": processor_s() - before}
+
+    def _stream(self) -> Batches:
+        self._next += 1
+        return batches(
+            self._dataset, "train", batch=self.work.batch, image_size=self.work.target, train=True, seed=SEED,
+            epoch=self._next - 1, crop=self._crop, workers=self.work.workers, memory=self._memory, next_epoch=True,
+            cache_bytes=self._cache_bytes,
+        )  # fmt: skip
+
+    def _read(self, stream: Batches) -> int:
+        return sum(len(batch.index) for batch, *_ in self._arrived(stream))
+
+    def _delivered(self) -> Delivered:
+        number_at = np.empty(self.work.num, np.int64)
+        number_at[self.work.positions] = np.arange(self.work.num)
+        for batch, images, _ in self._arrived(self._stream()):
+            yield number_at[batch.index].tolist(), images.cpu().numpy()
+
+
+def _device() -> tuple[GpuMemory, Callable[[Batches], Iterator[tuple[Any, ...]]]]:
+    """The memory for batches, and how they come to the device; without a GPU they stay where they are."""
+    import torch
+
+    from pipelines.worker.transfer import batch_memory, prefetched
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Plain memory is as good as locked memory where nothing is copied.
+    plain = GpuMemory(lambda shape: np.empty(shape, np.uint8), lambda memory: lambda: None)
+    return batch_memory(device) or plain, lambda stream: prefetched(stream, device)
+
+
+def feed_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the table: images/s of each kind for each kind of file."""
+    by_file: dict[str, dict[str, str]] = {}
+    for row in rows:
+        told = "" if "why_not" in row else f"{row['images_per_s']:,.0f}"
+        by_file.setdefault(row["images"], {})[row["by"]] = told
+    return ("images/s", *KINDS), [(file, *(told.get(kind, "") for kind in KINDS)) for file, told in by_file.items()]
+
+
+def main() -> None:
+    """The kind argv[1] on the work in the folder argv[2]: lines of JSON as `bench_loaders.main` prints them."""
+    folder = Path(sys.argv[2])
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # what is kept goes with the folder
+    feed = Feed(sys.argv[1], Work(**json.loads((folder / "work.json").read_text())))
+    tell({"why_not": feed.why_not})
+    if not feed.why_not:
+        for _ in sys.stdin:
+            tell(feed.time())

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
+from medmamba.finetune import freeze
 from pipelines.worker.batch_statistics import BatchStatistics
 
 CPU = torch.device("cpu")
@@ -78,6 +79,19 @@ def test_after_a_checkpoint_the_running_statistics_go_on_from_its_own():
     statistics.collect(model(micro_batch(1)).sum())
     statistics.update()
     torch.testing.assert_close(model[1].running_mean, expected([1])[0] + 0.9 * 5.0)
+
+
+def test_frozen_norms_are_left_alone_and_the_others_are_followed_as_before():
+    model = network()
+    freeze(model, ["1.*"])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    statistics = BatchStatistics(model, CPU)
+    for seed in (1, 2, 3):
+        statistics.collect(model(micro_batch(seed)).sum())
+    assert float(statistics.update()) != 0.0
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, kept[name])}
+    assert moved == {"3.running_mean", "3.running_var", "3.num_batches_tracked"}
 
 
 def test_a_model_without_batchnorm_still_gets_its_loss():

@@ -96,11 +96,9 @@ def parse_model(
 
     `where` names them in errors. CheckpointError as `load_model`.
     """
+    config, card = parse_description(described, where=where)
     try:
-        config, card = _described(described)
         state = load(weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise _not_a_model(where, error) from error
     _check_fits(config, state, where=where)
@@ -108,6 +106,16 @@ def parse_model(
     if card:
         _check_card(card, config, where=f"{where}/{MODEL}")
     return state, config, card
+
+
+def parse_description(described: bytes, *, where: str) -> tuple[MedMambaConfig | ConvNetConfig, dict[str, Any]]:
+    """Returns (config, card) of the bytes of a model.json. CheckpointError: not one of format 1."""
+    try:
+        return _described(described)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _not_a_model(where, error) from error
 
 
 def model_files(

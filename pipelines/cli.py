@@ -31,7 +31,7 @@ from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
 from pipelines.initial_weights import InitialWeights, pinned, weights_of_run
 from pipelines.leases import RUN_WAIT_S, driver_lease, interruptible
-from pipelines.override import ConfigError, difference, explain, override, validated
+from pipelines.override import ConfigError, difference, explain, flatten, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.ray_session import RaySessionError
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -194,21 +194,21 @@ def _initial_weights(work: Resolved) -> InitialWeights | None:
     """The weights that the run's trainings start from, found before any work; None where they are random."""
     if not work.values.train.init:
         return None
-    kept = _kept(work.store, work.run) or {}
-    source = kept.get("recipe", {}).get("train", {}).get("init", "")
+    kept = _kept(work.store, work.run)
+    source = flatten(kept["recipe"]).get("train.init", "") if kept else ""
     return weights_of_run(work.values, _open(work.store), work.run, kept_source=source)
 
 
 def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: InitialWeights | None) -> int:
     store = _open(work.store)
     if work.dry_run:
-        return _dry_run(work, workflow, plan(), store, init)
+        return _dry_run(work, workflow, plan(), store, init=init)
     before = plan_steps(plan(), store, work.run)
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
             with own_messages(terminal.say):
-                states = _brought(work, workflow, plan, store, terminal, init)
+                states = _brought(work, workflow, plan, store, terminal=terminal, init=init)
         except (WorkflowError, RaySessionError) as error:
             if isinstance(error, RaySessionError):
                 terminal.trace("".join(traceback.format_exception(error)))
@@ -233,6 +233,7 @@ def _brought(
     workflow: str,
     plan: Callable[[], list[Step]],
     store: Store,
+    *,
     terminal: Terminal,
     init: InitialWeights | None,
 ) -> list[StepState]:
@@ -326,7 +327,7 @@ def _end_without_ray(terminal: Terminal, server: str) -> None:
     os._exit(FAILED)
 
 
-def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store, init: InitialWeights | None) -> int:
+def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store, *, init: InitialWeights | None) -> int:
     states = plan_steps(steps, store, work.run)
     recipe_values = work.values.model_dump(mode="json")
     resolved: dict[str, Any] = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}

@@ -334,3 +334,25 @@ def test_a_new_head_must_not_be_frozen_and_random_weights_begin_without_a_word(p
     assert HEAD == ("head.weight", "head.bias")
     assert begin_from(TrainStepConfig(), shard, context) == {}
     assert context.show.said == []
+
+
+def test_weights_on_s3_are_found_as_in_a_folder_and_kept_in_a_store_there(s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, bucket = open_store(f"{s3}/store"), open_store(f"{s3}/given")
+    registered.facts(store, "old", auc=0.9)
+    export_upstream(load_model(save_network(Path("other")))[0], Path("nano.pth"))
+    bucket.put("nano.pth", Path("nano.pth"))
+    for name in ("model.json", "weights.safetensors"):
+        bucket.put(f"model/{name}", Path("other") / name)
+    assert find_weights("runs/old/train/model", store).uri == f"{s3}/store/runs/old/train/model"
+    assert find_weights(f"{s3}/given/model", store).digest == find_weights("other", store).digest
+    upstream = find_weights(f"{s3}/given/nano.pth", store)
+    assert (upstream.uri, upstream.digest) == (f"{s3}/given/nano.pth", find_weights("nano.pth", store).digest)
+    upstream.keep(store)
+    state, card = read_kept(kept_uri(TrainStepConfig(train=TrainConfig(init=upstream.digest)), store), upstream.digest)
+    assert (len(state), card) == (len(load_model(Path("other"))[0].state_dict()), {})
+    bucket.put("bad.pth", b"no tensors")
+    with pytest.raises(ValueError, match=re.escape(f"train.init: {s3}/given/bad.pth: cannot be read as tensors")):
+        find_weights(f"{s3}/given/bad.pth", store)
+    with pytest.raises(ValueError, match="there are no weights at"):
+        find_weights(f"{s3}/given/none.pth", store)

@@ -80,6 +80,13 @@ def moved(before: Path, after: Path) -> list[str]:
     return [name for name in old if old[name].shape != new[name].shape or not old[name].equal(new[name])]
 
 
+def largest_change(before: Path, after: Path, start: str) -> float:
+    """Of all numbers in the parameters whose names begin with `start`."""
+    old, new = (load_file(folder / "weights.safetensors") for folder in (before, after))
+    names = [name for name in old if name.startswith(start) and "running" not in name and "tracked" not in name]
+    return max(float((new[name] - old[name]).abs().max()) for name in names)
+
+
 def main() -> None:
     dataset, folder, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     trainings = Trainings(dataset, folder, stage)
@@ -88,7 +95,10 @@ def main() -> None:
     slow = TRAIN.optim.model_copy(update={"layer_decay": 0.5})
     tuned = trainings.train("tuned", base, freeze=FREEZE, optim=slow)
     probe = trainings.train("probe", base, freeze=("patch_embed.*", "layers.*"))
+    nearly_still = TRAIN.optim.model_copy(update={"layer_decay": 1e-6})
+    slow_layers = trainings.train("slow layers", base, optim=nearly_still).folder / "2"
     seen = {
+        "slow layers": {part: largest_change(base, slow_layers, part) for part in ("layers.3.", "head.")},
         "probe moved": moved(base, probe.folder / "2"),
         "scratch": trainings.train("scratch", seed=1).losses,
         "tuned": tuned.losses,

@@ -58,9 +58,9 @@ def save_model(folder: Path, model: nn.Module, config: MedMambaConfig | ConvNetC
     """
     _check_card(card, config, where="card")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, save(_portable(model.state_dict())))
-    text = json.dumps({"format": _FORMAT, "config": config.model_dump(mode="json"), "card": card}, indent=2)
-    _write(folder / MODEL, text.encode() + b"\n")
+    weights, described = model_files(model.state_dict(), config, card)
+    _write(folder / WEIGHTS, weights)
+    _write(folder / MODEL, described)
 
 
 def load_model(
@@ -75,26 +75,55 @@ def load_model(
     try:
         weights, described = ((folder / name).read_bytes() for name in (WEIGHTS, MODEL))
     except OSError as error:
-        raise _not_a_model(folder, error) from error
+        raise _not_a_model(str(folder), error) from error
     found = model_digest(weights, described)
     if digest is not None and found != digest:
         raise CheckpointError(
             f"{folder}: {WEIGHTS} and {MODEL} have the digest {found[:12]}, but {digest[:12]} is on record: one or "
             "both were replaced or damaged, and are not used; restore them, or train and register the model again"
         )
-    try:
-        config, card = _described(described)
-        state = load(weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
-        raise _not_a_model(folder, error) from error
-    _check_fits(config, state, where=str(folder))
-    _check_values(state, where=str(folder))
+    state, config, card = parse_model(weights, described, where=str(folder))
     _check_card(card, config, where=f"{folder}/{MODEL}")
     model = build_model(config, scan=scan, device=device)
     load_state(model, state, where=str(folder))
     return model.eval(), config, card
+
+
+def parse_model(
+    weights: bytes, described: bytes, *, where: str
+) -> tuple[dict[str, Tensor], MedMambaConfig | ConvNetConfig, dict[str, Any]]:
+    """Returns (state, config, card) of the bytes of weights.safetensors and model.json; the card may be empty.
+
+    `where` names them in errors. CheckpointError as `load_model`.
+    """
+    config, card = parse_description(described, where=where)
+    try:
+        state = load(weights)
+    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise _not_a_model(where, error) from error
+    _check_fits(config, state, where=where)
+    _check_values(state, where=where)
+    if card:
+        _check_card(card, config, where=f"{where}/{MODEL}")
+    return state, config, card
+
+
+def parse_description(described: bytes, *, where: str) -> tuple[MedMambaConfig | ConvNetConfig, dict[str, Any]]:
+    """Returns (config, card) of the bytes of a model.json. CheckpointError: not one of format 1."""
+    try:
+        return _described(described)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _not_a_model(where, error) from error
+
+
+def model_files(
+    state: Mapping[str, Tensor], config: MedMambaConfig | ConvNetConfig, card: Mapping[str, Any]
+) -> tuple[bytes, bytes]:
+    """The bytes of weights.safetensors and model.json; the same values give the same bytes."""
+    text = json.dumps({"format": _FORMAT, "config": config.model_dump(mode="json"), "card": card}, indent=2)
+    return save(_portable(state)), text.encode() + b"\n"
 
 
 def model_digest(weights: bytes, described: bytes) -> str:
@@ -211,7 +240,7 @@ def _check_values(state: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def _not_a_model(folder: Path, error: Exception) -> CheckpointError:
+def _not_a_model(folder: str, error: Exception) -> CheckpointError:
     told = " ".join(str(error).split())[:300]
     return CheckpointError(
         f"{folder}: not a model ({told}); a model is a folder with {MODEL} and {WEIGHTS} as save_model writes them"

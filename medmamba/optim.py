@@ -1,6 +1,7 @@
 """AdamW: which parameter decays (by name), and the learning rate of each step (a pure function)."""
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 # (`A_logs` and `dt_projs_bias` have two dimensions, so a rule by dimension would decay them).
 UNDECAYED = frozenset({"A_logs", "Ds", "dt_projs_bias", "bias"})
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+# A block of MedMamba (layers.<stage>.blocks.<i>.) or of the ConvNet (blocks.<i>.), and what follows a stage's last one.
+_BLOCK = re.compile(r"(layers\.\d+\.)?blocks\.\d+\.")
+_MERGING = re.compile(r"layers\.\d+\.downsample\.")
 
 
 class OptimConfig(BaseModel):
@@ -38,19 +42,51 @@ class OptimConfig(BaseModel):
     """Share of `lr` that the cosine schedule ends at."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Gradients whose global norm is larger are scaled down to it; 0 switches clipping off."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """For fine-tuning: each block learns at this fraction of the rate of the block after it; the head at the full rate.
+    1: all at the same rate."""
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups for the optimiser, "decay" and "no_decay", with every trainable parameter in exactly one."""
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    """Groups for the optimizer, with every trainable parameter in exactly one and none empty.
+
+    A group's `lr_scale` is its share of the rate: its learning rate is `learning_rate(...) * lr_scale`. With
+    `layer_decay` 1 there are at most two, "decay" and "no_decay", at scale 1; else at most two for each depth d of D
+    (`layer_depths`), "decay 0" and so on, at scale layer_decay ** (D - d).
+    """
+    depths = layer_depths(model)
+    last = max(depths.values(), default=0)
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups["decay" if decays(model, name) else "no_decay"].append(parameter)
-    assert sum(map(len, groups.values())) == sum(p.requires_grad for p in model.parameters())
-    return [
-        {"name": "decay", "params": groups["decay"], "weight_decay": config.weight_decay},
-        {"name": "no_decay", "params": groups["no_decay"], "weight_decay": 0.0},
-    ]
+        if not parameter.requires_grad:
+            continue
+        kind, rate = ("decay", config.weight_decay) if decays(model, name) else ("no_decay", 0.0)
+        scale = config.layer_decay ** (last - depths[name])
+        label = kind if config.layer_decay == 1 else f"{kind} {depths[name]}"
+        group = groups.setdefault(label, {"name": label, "params": [], "weight_decay": rate, "lr_scale": scale})
+        group["params"].append(parameter)
+    assert sum(len(group["params"]) for group in groups.values()) == sum(p.requires_grad for p in model.parameters())
+    return sorted(groups.values(), key=lambda group: (group["lr_scale"], group["weight_decay"] == 0, group["name"]))
+
+
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """Depth of every parameter by its name: 0 for the stem, i for the i-th block of all N, N + 1 for norm and head.
+
+    This is BEiT's rule (Bao et al., arXiv 2106.08254, `get_num_layer_for_vit` of its code; timm's
+    `param_groups_layer_decay` has the same). Blocks are counted over all stages; patch merging belongs to the block
+    before it, as in timm's Swin.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    blocks = dict.fromkeys(found.group() for name in names if (found := _BLOCK.match(name)))
+    depth_of = {block: depth for depth, block in enumerate(blocks, 1)}
+    depths, depth = {}, 0
+    for name in names:  # in the order of the network: stem, blocks and merging, head
+        if found := _BLOCK.match(name):
+            depth = depth_of[found.group()]
+        elif depth and not _MERGING.match(name):
+            depth = len(blocks) + 1
+        depths[name] = depth
+    return depths
 
 
 def decays(model: nn.Module, name: str) -> bool:

@@ -29,8 +29,9 @@ from pipelines.faults import RESUME, fault_line, has_more, lost_ray
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
+from pipelines.initial_weights import InitialWeights, pinned, weights_of_run
 from pipelines.leases import RUN_WAIT_S, driver_lease, interruptible
-from pipelines.override import ConfigError, difference, explain, override, validated
+from pipelines.override import ConfigError, difference, explain, flatten, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.ray_session import RaySessionError
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -134,18 +135,21 @@ def quickstart(argv: Sequence[str]) -> int:
 def _run(verb: str, argv: Sequence[str]) -> int:
     work = _parse(RunWork, verb, argv, (VERBS[verb].__doc__ or "") + BEHAVIOUR)
     workflow = work.workflow or _kept_workflow(work) or "release"
-    steps = _steps(workflow, work.values, work.until)
-    return _work(work, workflow, lambda: steps)
+    init = _initial_weights(work)
+    steps = _steps(workflow, pinned(work.values, init), work.until)
+    return _work(work, workflow, lambda: steps, init)
 
 
 def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
     def verb(argv: Sequence[str]) -> int:
         work = _parse(PromoteWork if name == "promote" else StepWork, name, argv, text + BEHAVIOUR)
         workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
+        init = _initial_weights(work)
+        values = pinned(work.values, init)
         if isinstance(work, PromoteWork) and work.force:
-            return _work(work, workflow, lambda: _forced(WORKFLOWS[workflow](work.values), work))
-        steps = _steps(workflow, work.values, name)
-        return _work(work, workflow, lambda: steps)
+            return _work(work, workflow, lambda: _forced(WORKFLOWS[workflow](values), work), init)
+        steps = _steps(workflow, values, name)
+        return _work(work, workflow, lambda: steps, init)
 
     verb.__doc__ = text
     return verb
@@ -186,16 +190,25 @@ def _holds(store: Store, promoted: dict[str, Any]) -> bool:
     return now is not None and now.number == promoted["version"]
 
 
-def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]]) -> int:
+def _initial_weights(work: Resolved) -> InitialWeights | None:
+    """The weights that the run's trainings start from, found before any work; None where they are random."""
+    if not work.values.train.init:
+        return None
+    kept = _kept(work.store, work.run)
+    source = flatten(kept["recipe"]).get("train.init", "") if kept else ""
+    return weights_of_run(work.values, _open(work.store), work.run, kept_source=source)
+
+
+def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: InitialWeights | None) -> int:
     store = _open(work.store)
     if work.dry_run:
-        return _dry_run(work, workflow, plan(), store)
+        return _dry_run(work, workflow, plan(), store, init=init)
     before = plan_steps(plan(), store, work.run)
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
             with own_messages(terminal.say):
-                states = _brought(work, workflow, plan, store, terminal)
+                states = _brought(work, workflow, plan, store, terminal=terminal, init=init)
         except (WorkflowError, RaySessionError) as error:
             if isinstance(error, RaySessionError):
                 terminal.trace("".join(traceback.format_exception(error)))
@@ -216,15 +229,25 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]]) -> int:
 
 
 def _brought(
-    work: Resolved, workflow: str, plan: Callable[[], list[Step]], store: Store, terminal: Terminal
+    work: Resolved,
+    workflow: str,
+    plan: Callable[[], list[Step]],
+    store: Store,
+    *,
+    terminal: Terminal,
+    init: InitialWeights | None,
 ) -> list[StepState]:
     """The steps of `plan`, brought to done under the lease of the run, which finished ones do not need."""
     terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
+    if init is not None:
+        terminal.say(init.summary)
     remove_left_behind()
     if all(state.state == "done" for state in plan_steps(plan(), store, work.run)):
         return run_steps(plan(), store, work.run, open_context=_not_needed, show=terminal)
     with interruptible(), driver_lease(store, work.run, wait_s=work.wait_s, say=terminal.say) as check:
         steps = plan()  # what another driver has done meanwhile decides which forced promotion this is
+        if init is not None:
+            init.keep(store)
         opened = functools.partial(_open_context, work, workflow, steps, store, terminal=terminal, check=check)
         return run_steps(steps, store, work.run, open_context=opened, show=terminal)
 
@@ -304,12 +327,12 @@ def _end_without_ray(terminal: Terminal, server: str) -> None:
     os._exit(FAILED)
 
 
-def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store) -> int:
+def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store, *, init: InitialWeights | None) -> int:
     states = plan_steps(steps, store, work.run)
     recipe_values = work.values.model_dump(mode="json")
     resolved: dict[str, Any] = {"run": work.run, "store": store.uri, "workflow": workflow, "recipe": recipe_values}
     _check_source(work, states, store)
-    notes: list[str] = []
+    notes = [init.summary] if init is not None else []
     placement = _preview(work, steps, states, store, say=notes.append)
     where = f"the Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
     if work.json:

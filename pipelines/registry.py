@@ -255,29 +255,38 @@ def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iter
     The files are compared with the digests in the version's tags first, and the code among them is not run: weights
     and model.json are read by the code that is installed here. Raises IntegrityError where anything was replaced.
     """
-    import mlflow.artifacts
-
-    from medmamba.checkpoint import CheckpointError
+    from medmamba.checkpoint import WEIGHTS, CheckpointError
     from pipelines.pyfunc import Classifier
 
-    with scratch("registered") as folder:
-        with tracking.errors(f"cannot fetch {version.uri}"), _patience():
-            source = tracking.client.get_model_version_download_uri(version.model, str(version.number))
-            local = mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracking.uri)
-        weights = _checked_weights(version, Path(local))
+    with fetched(tracking, version) as folder:
         classifier = Classifier()
         settings = {"device": device, "digest": version.tags[DIGEST_TAG]}
         try:
-            classifier.load_context(SimpleNamespace(artifacts={"weights": str(weights)}, model_config=settings))
+            artifacts = {"weights": str(folder / WEIGHTS)}
+            classifier.load_context(SimpleNamespace(artifacts=artifacts, model_config=settings))
         except CheckpointError as error:
             raise IntegrityError(f"{version.uri} cannot be used: {error}") from error
         yield classifier
 
 
-def _checked_weights(version: Version, folder: Path) -> Path:
-    """Where the weights of a downloaded version are, once its files have the digest that its tags name."""
-    from medmamba.checkpoint import WEIGHTS
+@contextlib.contextmanager
+def fetched(tracking: Tracking, version: Version) -> Iterator[Path]:
+    """A temporary folder with weights.safetensors and model.json of the version, for the length of a block.
 
+    All its files have the digest of PACKAGE_TAG; that the two have that of DIGEST_TAG is for the reader to check.
+    Raises IntegrityError where anything was replaced, or the version has no digest.
+    """
+    import mlflow.artifacts
+
+    with scratch("registered") as folder:
+        with tracking.errors(f"cannot fetch {version.uri}"), _patience():
+            source = tracking.client.get_model_version_download_uri(version.model, str(version.number))
+            local = mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracking.uri)
+        yield _checked_weights(version, Path(local))
+
+
+def _checked_weights(version: Version, folder: Path) -> Path:
+    """Where the two files of a downloaded version are, once all its files have the digest that its tags name."""
     if DIGEST_TAG not in version.tags:
         raise IntegrityError(
             f"{version.uri} has no tag {DIGEST_TAG}, so its weights cannot be checked: it was not registered by "
@@ -290,7 +299,7 @@ def _checked_weights(version: Version, folder: Path) -> Path:
             f"{PACKAGE_TAG}): some of them were replaced, added, removed or damaged in the artifact store, and none is "
             "used; restore them, or delete the version and register its run again"
         )
-    return folder / "artifacts" / WEIGHTS
+    return folder / "artifacts"
 
 
 def _version(entry: Any) -> Version:

@@ -68,7 +68,8 @@ def _made(step: str, facts: dict[str, Any], finished: str) -> list[str]:
         lines.append(f"winner: {winner_name(facts)}")
         return lines + [f"winner: {key} = {_short(value)}" for key, value in facts["winner"].items()]
     if step == "train":
-        return [f"best of {facts['epochs']} epochs: {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"]
+        lines = [f"best of {facts['epochs']} epochs: {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"]
+        return lines + ([f"started from {facts['init']['uri']}"] if "init" in facts else [])
     if step == "evaluate":
         return [f"test AUC {facts['metrics']['auc']:.4f} over {facts['num_samples']} images"]
     if step == "register":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from data_shards.manifest import open_dataset
@@ -14,6 +15,7 @@ from data_shards.store import Store, StoreKeyError, arrow_filesystem
 from pipelines.board import Watch
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
+from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.tracking import Tracking
@@ -45,17 +47,20 @@ def run(
         resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
         resolved.with_classes(len(shard["counts"]["train"]))
         check_batches([resolved.train.batch_size], shard, context)
+        origin = begin_from(resolved, shard, context)
+        context.tracking.log_params(run_id, {"init": origin})
         _check_resume(out, placement, shard["digest"], context)
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
             "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "init": kept_uri(resolved, context.store),
             "run_id": run_id,
             "tracking": context.tracking,
         }
         checkpoint = _fit(payload, placement, out, context)
         with checkpoint.as_directory() as folder:
-            facts = keep_best(Path(folder), out, context.run, shard["max_side"])
+            facts = keep_best(Path(folder), out, context.run, shard["max_side"], origin=origin)
     return {**facts, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
 
 
@@ -89,6 +94,7 @@ def ray_worker(payload: dict[str, Any]) -> None:
             payload["dataset"],
             reporter,
             resume=Path(folder) if folder else None,
+            init=payload["init"],
         )
 
 
@@ -143,14 +149,19 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     return result.checkpoint
 
 
-def keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:
+def keep_best(
+    folder: Path, out: Store, run: str, max_side: int | None, *, origin: Mapping[str, str] = MappingProxyType({})
+) -> dict:
     """Copies the best epoch's model to `out/model`; returns the training's facts.
 
-    The card learns of `max_side`, so that a prediction shrinks an image as the shards did. `folder` may be the stored
-    checkpoint itself, whose digests are on record: nothing is written into it.
+    The card learns of `max_side`, so that a prediction shrinks an image as the shards did, and of the `origin` of the
+    weights that the training started from. `folder` may be the stored checkpoint itself, whose digests are on record:
+    nothing is written into it.
     """
     described = json.loads((folder / BEST / "model.json").read_text())
     described["card"]["max_side"] = max_side
+    if origin:
+        described["card"]["init"] = {key: origin[key] for key in ("uri", "digest")}
     files = {
         "weights.safetensors": (folder / BEST / "weights.safetensors").read_bytes(),
         "model.json": json.dumps(described, indent=2, sort_keys=True).encode(),
@@ -167,6 +178,7 @@ def keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:
         "epochs": state["epoch"],
         "metrics": state["best"],
         "history": state["history"],
+        **({"init": dict(origin)} if origin else {}),
     }
 
 

@@ -20,6 +20,7 @@ from data_shards.store import Store, arrow_filesystem
 from pipelines.board import Watch
 from pipelines.faults import RESUME, fault_line
 from pipelines.flow import StepContext
+from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
@@ -124,10 +125,12 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     with tracking.running(out, run=context.run, step="tune", check=context.check, params=params) as parent:
         config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
         check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
+        tracking.log_params(parent, {"init": begin_from(config.start, shard, context)})
         payload = {
             "config": config.model_dump(),
             "placement": placement.for_trial().model_dump(),
             "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "init": kept_uri(config.start, context.store),
             "parent": parent,
             "tracking": tracking,
         }
@@ -207,6 +210,7 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
             payload["dataset"],
             reporter,
             resume=Path(folder) if folder else None,
+            init=payload["init"],
         )
 
 

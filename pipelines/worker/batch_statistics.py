@@ -3,7 +3,7 @@
 torch would update them once per micro-batch, each rank on its own. Then they depend on how a step is cut into ranks,
 and the ranks disagree. Here every micro-batch leaves its own statistics in the buffers (momentum 1: the new value
 replaces the old), a step's are averaged over micro-batches and ranks in one all-reduce, and the running value moves
-by the module's own momentum once. So the number of ranks changes nothing but rounding.
+by the module's own momentum once. So the number of ranks changes nothing but rounding. Frozen ones are left alone.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from medmamba.finetune import FrozenNorm
+
 
 class BatchStatistics:
-    """Owns the running statistics of every BatchNorm in `model` while it trains.
+    """Owns the running statistics of every BatchNorm in `model` that is not frozen, while it trains.
 
     Buffers hold the last micro-batch's statistics between `collect` calls; `update` puts the running ones there,
     so the model can be evaluated or saved after any finished step.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [norm for norm in norms if not isinstance(norm, FrozenNorm)]
         self._momentum = [norm.momentum if norm.momentum is not None else 0.1 for norm in self._norms]
         for norm in self._norms:
             norm.momentum = 1.0

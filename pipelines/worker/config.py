@@ -31,6 +31,12 @@ class TrainConfig(BaseModel):
     products and convolutions through torch autocast; weights stay float32. Evaluation is always in float32."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the order of samples, drop-path and augmentation."""
+    init: str = ""
+    """Weights to start from: a folder with weights.safetensors and model.json (also one of the store, as in
+    runs/RUN/train/model), a checkpoint of the paper's code (.pth), models:/NAME@ALIAS or models:/NAME/VERSION. Where
+    the classes differ, the head is new. Empty: random weights."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that keep the values of init, by patterns on their names (patch_embed.* 'layers.0.*')."""
     class_weights: bool = False
     """Weigh each class in the loss by the inverse of its frequency in the training split."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
@@ -51,6 +57,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}; "
                 f"change one of them so that it is"
+            )
+        if self.freeze and not self.init:
+            raise ValueError(
+                f"freeze {' '.join(self.freeze)} without init would freeze random weights: name the weights to start "
+                "from (train.init), or freeze nothing"
             )
         if self.sampling == "balanced" and self.class_weights:
             raise ValueError(

@@ -43,9 +43,10 @@ class Engine:
         self._start(deepspeed)
 
     def set_learning_rate(self, value: float) -> None:
-        """Sets the rate of the coming step in every parameter group."""
+        """Sets the rate of the coming step in every parameter group, each by its own scale."""
         for group in self._optimizer.param_groups:
-            group["lr"] = value
+            # A checkpoint from before there were scales brings groups without one.
+            group["lr"] = value * group.get("lr_scale", 1.0)
 
     def train(
         self, objective: Objective, images_BHWC: torch.Tensor, labels_BC: torch.Tensor, draws_Bn: torch.Tensor

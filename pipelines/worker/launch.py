@@ -10,8 +10,10 @@ from typing import Any
 
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
+from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
 from pipelines.board import post
+from pipelines.initial_weights import read_kept
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.worker.compile_cache import decide_compile
@@ -65,10 +67,12 @@ def train_on_dataset(
     dataset: tuple[str, str],
     reporter: Callable[[int], Any],
     resume: Path | None,
+    init: str = "",
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 
-    `dataset` is the folder of a dataset and the digest its manifest must have.
+    `dataset` is the folder of a dataset and the digest its manifest must have; `init` the folder of the weights that
+    `config.train.init` is the digest of.
     """
     import torch
 
@@ -77,6 +81,10 @@ def train_on_dataset(
     config = config.with_classes(len(data.manifest.classes))
     placement = decide_compile(placement, config, data)
     model = build_model(config.model, scan=placement.scan, device=placement.device)
+    if init and resume is None:
+        state, card = read_kept(init, config.train.init)
+        start_from(model, state, choose_head(card, data.manifest.classes, data.manifest.task), where=init)
+    freeze(model, config.train.freeze)
     engine = build_engine(model, config.train, placement)
     return train_loop(config, placement, data, engine, reporter(engine.rank), resume)
 

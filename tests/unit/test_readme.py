@@ -138,7 +138,30 @@ def dry_run(words: list[str], folder: Path) -> None:
             source.parent.mkdir(parents=True, exist_ok=True)
             source.touch()
         words = [*words[:at], str(source), *words[at + 1 :]]
+    if "--train.init" in words:
+        at = words.index("--train.init") + 1
+        words = [*words[:at], initial_weights(words[at], folder), *words[at + 1 :]]
     assert main([*words, *([] if "--dry-run" in words else ["--dry-run"]), "--store", str(folder)]) == 0
+
+
+def initial_weights(named: str, folder: Path) -> str:
+    """Makes the weights that a command starts from, in its folder or in the registry of its store; what names them."""
+    import registered
+
+    from medmamba.checkpoint import export_upstream
+    from medmamba.config import MedMambaConfig
+    from medmamba.model import build_model
+    from pipelines.tracking import open_tracking
+
+    store = open_store(str(folder))
+    if named.startswith("models:/"):
+        registered.released(store, open_tracking(store), "first", auc=0.9)
+        return named
+    if named.endswith(".pth"):
+        export_upstream(build_model(MedMambaConfig(variant="T", num_classes=9)), folder / named)
+        return str(folder / named)
+    registered.facts(store, "other", auc=0.9)
+    return str(folder / "runs/other/train/model")
 
 
 def test_the_checkpoint_snippet_runs(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from torch import nn
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from medmamba.model import build_model
-from medmamba.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
+from medmamba.optim import OptimConfig, build_optimizer, layer_depths, learning_rate, parameter_groups
 
 # Of upstream's names: everything the optimiser may shrink. Written out, so that a renamed layer is noticed.
 DECAYED = re.compile(
@@ -48,7 +48,7 @@ def test_every_parameter_of_the_convnet_is_in_one_group_and_no_norm_decays():
 def test_a_frozen_parameter_is_in_no_group():
     model = nn.Linear(2, 2)
     model.weight.requires_grad_(False)
-    assert named_groups(model) == {"decay": set(), "no_decay": {"bias"}}
+    assert named_groups(model) == {"no_decay": {"bias"}}  # DeepSpeed flattens each group: an empty one breaks it
 
 
 def test_the_optimiser_decays_what_it_should_and_nothing_else():
@@ -61,6 +61,46 @@ def test_the_optimiser_decays_what_it_should_and_nothing_else():
     optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (0.9 if name == "0.weight" else 1.0))
+
+
+def rate_scales(model, decay: float) -> dict[str, float]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(layer_decay=decay))
+    assert len({group["name"] for group in groups}) == len(groups)
+    return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+
+def test_each_block_of_medmamba_learns_at_a_fraction_of_the_rate_of_the_next_and_the_head_at_the_full_rate():
+    model = build_model(MedMambaConfig(dims=(4, 8, 16), depths=(2, 1, 2), num_classes=3))
+    found = rate_scales(model, 0.5)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    beginnings = {  # five blocks, so the stem is six steps below the head
+        "patch_embed.": 6, "layers.0.blocks.0.": 5, "layers.0.blocks.1.": 4, "layers.0.downsample.": 4,
+        "layers.1.blocks.0.": 3, "layers.1.downsample.": 3, "layers.2.blocks.0.": 2, "layers.2.blocks.1.": 1,
+        "head.": 0,
+    }  # fmt: skip
+    for name, scale in found.items():
+        (below,) = (below for start, below in beginnings.items() if name.startswith(start))
+        assert scale == 0.5**below, name
+
+
+def test_layer_decay_of_the_convnet_counts_its_blocks_and_leaves_the_last_norm_to_the_head():
+    depths = layer_depths(build_model(ConvNetConfig(num_classes=3, widths=(4, 8), blocks=2)))
+    wanted = {"stem": 0, "blocks.0": 1, "blocks.1": 2, "blocks.2": 3, "blocks.3": 4, "norm": 5, "head": 5}
+    for name, depth in depths.items():
+        assert depth == next(found for start, found in wanted.items() if name.startswith(f"{start}.")), name
+
+
+def test_layer_decay_changes_no_weight_decay_and_a_decay_of_one_no_group():
+    model = build_model(MedMambaConfig(num_classes=3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in parameter_groups(model, OptimConfig(layer_decay=0.7, weight_decay=0.3)):
+        wanted = {0.3 if DECAYED.fullmatch(names[id(p)]) else 0.0 for p in group["params"]}
+        assert wanted == {group["weight_decay"]}
+    assert [(g["name"], g["lr_scale"]) for g in parameter_groups(model, OptimConfig())] == [
+        ("decay", 1),
+        ("no_decay", 1),
+    ]
 
 
 def rates(config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> list[float]:
@@ -104,6 +144,7 @@ def test_a_run_of_a_single_step_has_a_rate():
     [
         {"lr": 0}, {"lr": -1e-3}, {"weight_decay": -1}, {"schedule": "linear"}, {"lrr": 1}, {"betas": (0.9, 2)},
         {"betas": (-0.1, 0.9)}, {"betas": (0.9, 1.0)}, {"milestones": (-3,)}, {"milestones": (50, 0)},
+        {"layer_decay": 0}, {"layer_decay": 1.1},
     ],
 )  # fmt: skip
 def test_fields_out_of_range_and_unknown_fields_are_refused(wrong):

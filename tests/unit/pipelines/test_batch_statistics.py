@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
+from medmamba.finetune import freeze
 from pipelines.worker.batch_statistics import BatchStatistics
 
 CPU = torch.device("cpu")
@@ -78,6 +79,22 @@ def test_after_a_checkpoint_the_running_statistics_go_on_from_its_own():
     statistics.collect(model(micro_batch(1)).sum())
     statistics.update()
     torch.testing.assert_close(model[1].running_mean, expected([1])[0] + 0.9 * 5.0)
+
+
+def test_frozen_norms_are_left_alone_and_the_others_are_followed_as_before():
+    model = network()
+    model[1].momentum = 1.0
+    with torch.no_grad():  # of each the mean over seven micro-batches differs in the last bit
+        model[1].running_var.copy_(torch.tensor([0.1, 0.7, 1.3, 1.9]))
+    freeze(model, ["1.*"])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    statistics = BatchStatistics(model, CPU)
+    for seed in range(7):
+        statistics.collect(model(micro_batch(seed)).sum())
+    assert float(statistics.update()) != 0.0
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, kept[name])}
+    assert moved == {"3.running_mean", "3.running_var", "3.num_batches_tracked"}
 
 
 def test_a_model_without_batchnorm_still_gets_its_loss():

@@ -8,10 +8,10 @@ from pipelines.flow.record import Record
 from pipelines.summary import print_summary
 
 
-def printed(store, capsys, **judged) -> str:
-    facts = {**FACTS["evaluate"], **judged}
+def printed(store, capsys, step: str = "evaluate", **more) -> str:
+    facts = {**FACTS[step], **more}
     record = Record(facts, {}, 3.0, started="", finished="", placement={}, git_commit="", packages={})
-    print_summary([StepState("evaluate", "done", record)], store, "r")
+    print_summary([StepState(step, "done", record)], store, "r")
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -21,3 +21,9 @@ def test_the_interval_of_the_auc_and_a_yardstick_that_is_absent_are_told(tmp_pat
     assert "95 % interval of the network's AUC, by group: 0.812 to 0.946" in told
     assert "logistic regression, width and height: not to be had ([no] class b)" in told
     assert "95 % interval" not in printed(store, capsys, intervals={})
+
+
+def test_a_training_says_which_weights_it_started_from(tmp_path, capsys):
+    store = open_store(str(tmp_path))
+    assert "started from models:/m/3" in printed(store, capsys, "train", init={"uri": "models:/m/3", "digest": "d"})
+    assert "started from" not in printed(store, capsys, "train")

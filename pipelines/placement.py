@@ -62,6 +62,9 @@ class PlacementConfig(BaseModel):
     cache_gib: float = Field(0, ge=0)
     """GiB that copies of remote shards may take on each machine's disk, shared by its workers. 0: half of what is
     free. What does not fit is read from the store image by image."""
+    prices: str = ""
+    """TOML file with the price of an hour of each kind of GPU in US dollars ("NVIDIA H200" = 4.0). A training then
+    ends with what it has cost."""
 
 
 class Placement(BaseModel):
@@ -78,6 +81,7 @@ class Placement(BaseModel):
     trials: int
     nodes: int
     cache_gib: float = 0
+    prices: str = ""
 
     @property
     def cache_bytes(self) -> int:
@@ -147,6 +151,7 @@ def resolve(
         trials=trials,
         nodes=len(nodes),
         cache_gib=config.cache_gib,
+        prices=config.prices,
     )
 
 

@@ -106,6 +106,8 @@ class Terminal:
         self.ready()
         if "finished_epoch" in values:
             self.say(_epoch_line(name, values))
+            if "gpu_memory_gib" in values:
+                self.say(_gpu_line(name, values))
         elif "warning" in values:
             self.say(f"{name}: {values['warning']}")
         elif "done" in values:
@@ -222,3 +224,22 @@ def _epoch_line(name: str, values: dict[str, Any]) -> str:
         f"{name}: epoch {values['epoch']:.0f}  loss {values['train_loss']:.3f}  val loss {values['val_loss']:.3f}, "
         f"AUC {values['val_auc']:.4f}, accuracy {values['val_accuracy']:.3f}"
     )
+
+
+def _gpu_line(name: str, values: dict[str, Any]) -> str:
+    """Where the time of an epoch on a GPU went; at most 80 columns. The checkpoint is the one before."""
+    parts = [
+        f"{values['images_per_s']:.0f} img/s",
+        f"{_brief(values['step_ms'])} ms",
+        f"wait {100 * values['data_wait_share']:.0f}%",
+        "GPU"
+        + (f" {100 * values['gpu_utilization']:.0f}%" if "gpu_utilization" in values else "")
+        + f" {_brief(values['gpu_memory_gib'])} GiB",
+        *([f"MFU {100 * values['mfu']:.0f}%"] if "mfu" in values else []),
+        *([f"save {_brief(values['checkpoint_s'])}s"] if "checkpoint_s" in values else []),
+    ]
+    return f"{name}: {'  '.join(parts)}"
+
+
+def _brief(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

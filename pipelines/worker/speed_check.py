@@ -25,12 +25,14 @@ class SpeedCheck:
     placement: Placement
     micro_batch: int
     compiled: bool = False
+    _epochs: int = field(default=0, init=False)  # of this process
     _is_over: bool = field(default=False, init=False)
 
     def __call__(self, figures: Mapping[str, float]) -> str:
         """The warning; empty where the training is fast enough, nothing compares or it was judged before."""
-        # Workers start and compile in the first steps of the first epoch.
-        is_settled = figures["epoch"] > 1 or figures["step"] >= 2 * LAST_STEPS
+        self._epochs += 1
+        # Workers start and compile in the first steps of a process.
+        is_settled = self._epochs > 1 or figures["step"] / figures["epoch"] >= 2 * LAST_STEPS
         if self.reference is None or self._is_over or not is_settled:
             return ""
         self._is_over = True

@@ -44,6 +44,29 @@ def test_five_steps_are_profiled_after_twenty_or_earlier_in_a_short_epoch(steps,
     assert mm["calls"] * active == names.count("aten::mm")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_kernels_of_a_replayed_graph_are_seen():
+    device, kept = torch.device("cuda", 0), []
+    matrix = torch.randn(2048, 2048, device=device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.mm(matrix, matrix)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(7):
+            matrix @ matrix
+    meter = Meter(8, profiler=StepProfiler(device, lambda summary, trace: kept.append(summary)))
+    meter.begin_epoch()
+    for _ in meter.fetched(range(30), 30):
+        graph.replay()
+        meter.step()
+    (summary,) = kept
+    assert (summary["device"], summary["first_step"], summary["steps"]) == ("cuda", 21, 5)
+    assert summary["largest"][0]["calls"] == 7
+    assert summary["busy_share"] > 0.3
+
+
 def event(name: str, kind: DeviceType, start_us: float, end_us: float, *, is_mark: bool = False) -> SimpleNamespace:
     """What torch's profiler gives for one kernel, operator or mark."""
     span = SimpleNamespace(start=start_us, end=end_us)

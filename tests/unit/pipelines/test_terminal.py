@@ -102,6 +102,20 @@ def test_an_epochs_metrics_are_told_each_time_on_one_line(capsys, clock):
     assert len(lines(capsys)[0]) <= 80
 
 
+@pytest.mark.parametrize("name", ["train", "trial 12/12"])
+def test_an_epoch_on_a_gpu_has_a_second_line_that_says_how_well_it_was_used(name, capsys):
+    busy = {"step_ms": 1041.25, "data_wait_share": 0.99, "gpu_memory_gib": 139.04, "gpu_reserved_gib": 140.0}
+    shown = Terminal()
+    shown.progress(name, EPOCH | busy | {"images_per_s": 12345.6})
+    assert lines(capsys)[1:] == [f"{name}: 12346 img/s  1041 ms  wait 99%  GPU 139 GiB"]
+    more = {"gpu_utilization": 0.996, "mfu": 0.213, "checkpoint_s": 9.94}
+    more |= {"images_per_s": 2345.6, "step_ms": 41.25, "gpu_memory_gib": 8.6}
+    shown.progress(name, EPOCH | busy | more)
+    (line,) = lines(capsys)[1:]
+    assert line == f"{name}: 2346 img/s  41.2 ms  wait 99%  GPU 100% 8.6 GiB  MFU 21%  save 9.9s"
+    assert len(line) <= 80
+
+
 def test_on_a_terminal_bars_are_drawn_and_end(capsys, monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")

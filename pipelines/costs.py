@@ -43,13 +43,13 @@ def price_usd(usage: Usage, prices: Mapping[str, float]) -> float | None:
 
 
 def cost_facts(usage: Usage, prices: Mapping[str, float]) -> dict[str, float]:
-    """The figures of a whole training; those that are not known are absent."""
+    """The figures of a complete training, by other names than an epoch's; those that are not known are absent."""
     price = price_usd(usage, prices)
     return {
         "images_per_s_sustained": usage.images_per_s,
-        "wall_s": usage.wall_s,
-        "validation_s": usage.validation_s,
-        "checkpoint_s": usage.checkpoint_s,
+        "total_s": usage.wall_s,
+        "total_validation_s": usage.validation_s,
+        "total_checkpoint_s": usage.checkpoint_s,
         **({"gpu_hours": usage.gpu_hours} if usage.gpu_s else {}),
         **({"energy_kwh": usage.energy_kwh} if usage.energy_j else {}),
         **({"price_usd": price} if price is not None else {}),

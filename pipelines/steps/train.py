@@ -87,8 +87,10 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
 def ray_worker(payload: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     import ray.train
+    import torch
 
     from pipelines.worker.launch import RayReporter, train_on_dataset
+    from pipelines.worker.speed_check import speed_check
 
     checkpoint = ray.train.get_checkpoint()
     config = TrainStepConfig.model_validate(payload["config"])
@@ -98,7 +100,8 @@ def ray_worker(payload: dict[str, Any]) -> None:
         if rank > 0:
             return RayReporter(ray.train.report, rank)
         log = log_new_epochs(payload["tracking"], payload["run_id"])
-        judge = tagged_check(payload["tracking"], payload["run_id"], config, placement)
+        gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
+        judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
         return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log, judge=judge)
 
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
@@ -119,15 +122,10 @@ def keep_profile(uri: str, summary: dict[str, Any], trace: Path) -> None:
     out.put(PROFILE, json.dumps(summary, indent=2).encode())
 
 
-def tagged_check(
-    tracking: Tracking, run_id: str, config: TrainStepConfig, placement: Placement
+def tagging(
+    check: Callable[[dict[str, float]], str], tracking: Tracking, run_id: str
 ) -> Callable[[dict[str, float]], str]:
-    """A speed check, of which a warning becomes a tag of the run too."""
-    import torch
-
-    from pipelines.worker.speed_check import speed_check
-
-    check = speed_check(config, placement, torch.cuda.get_device_name() if placement.device == "cuda" else "")
+    """A speed check of which a warning becomes a tag of the run too."""
 
     def judge(metrics: dict[str, float]) -> str:
         warning = check(metrics)

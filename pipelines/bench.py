@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from pipelines.arguments import UsageError, parse
+from pipelines.bench_reference import remember
 from pipelines.terminal import Terminal, console, table
 
 COSTED_SIDES = (112, 224, 384, 512)
@@ -70,6 +71,7 @@ def bench(argv: Sequence[str]) -> int:
     try:
         for row in _measure(cases, asked["repeats"], told):
             rows.append(row)
+            remember(row, figures["device"])
             _write(asked["out"], rows, figures)
     except KeyboardInterrupt:
         told.say(f"bench: interrupted after {len(rows)} of {len(cases)} rows")

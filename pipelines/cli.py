@@ -23,6 +23,7 @@ from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
 from pipelines.class_table import completed
+from pipelines.costs import read_prices
 from pipelines.datasets import datasets
 from pipelines.demand import RunDemand
 from pipelines.faults import RESUME, fault_line, has_more, lost_ray
@@ -37,7 +38,7 @@ from pipelines.ray_session import RaySessionError
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.scratch import remove_left_behind
 from pipelines.steps.shard import check_images
-from pipelines.summary import print_plan, print_summary
+from pipelines.summary import print_plan, print_profile, print_summary
 from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
 from pipelines.work_log import own_messages, work_log
 from pipelines.workflows import WORKFLOWS, until
@@ -84,7 +85,16 @@ class Work(Generic[Values, Where]):
 
 
 @dataclass(frozen=True)
-class RunWork(Work[Values, Where]):
+class ProfiledWork(Work[Values, Where]):
+    """What every verb takes that may train."""
+
+    profile: Flag = False
+    """Look into a few steps of the training: print the largest kernels and the shares of GPU, host and data, and keep
+    a trace in the step's folder. The weights are the same; the epoch is slower."""
+
+
+@dataclass(frozen=True)
+class RunWork(ProfiledWork[Values, Where]):
     """Bring a whole workflow to done: finished steps are skipped, an interrupted one resumes."""
 
     workflow: Annotated[
@@ -105,6 +115,11 @@ class StepWork(Work[Values, Where]):
 
     workflow: Annotated[Literal["", "release", "direct"], tyro.conf.arg(metavar="{release,direct}")] = ""
     """Which workflow the step belongs to. Empty: the run's; for a new run direct, or release for tune."""
+
+
+@dataclass(frozen=True)
+class TrainWork(StepWork[Values, Where], ProfiledWork[Values, Where]):
+    """Bring the training, and whatever it needs, to done."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +157,8 @@ def _run(verb: str, argv: Sequence[str]) -> int:
 
 def _step_verb(name: str, text: str) -> Callable[[Sequence[str]], int]:
     def verb(argv: Sequence[str]) -> int:
-        work = _parse(PromoteWork if name == "promote" else StepWork, name, argv, text + BEHAVIOUR)
+        kind = {"promote": PromoteWork, "train": TrainWork}.get(name, StepWork)
+        work = _parse(kind, name, argv, text + BEHAVIOUR)
         workflow = work.workflow or _kept_workflow(work) or ("release" if name == "tune" else "direct")
         init = _initial_weights(work)
         values = pinned(work.values, init)
@@ -204,6 +220,11 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: I
     if work.dry_run:
         return _dry_run(work, workflow, plan(), store, init=init)
     before = plan_steps(plan(), store, work.run)
+    if _is_profiled(work) and any((state.name, state.state) == ("train", "done") for state in before):
+        Terminal().say(
+            f"the training of run {work.run} is finished, so nothing is left to profile; give --profile with another "
+            "--run NAME"
+        )
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
@@ -225,6 +246,8 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: I
         print(json.dumps(facts, indent=2))
     else:
         print_summary(states, store, work.run)
+        if _is_profiled(work):
+            print_profile(states)
     return _verdict(states, {state.name for state in before if state.state == "done"}, work, store, Terminal())
 
 
@@ -250,6 +273,10 @@ def _brought(
             init.keep(store)
         opened = functools.partial(_open_context, work, workflow, steps, store, terminal=terminal, check=check)
         return run_steps(steps, store, work.run, open_context=opened, show=terminal)
+
+
+def _is_profiled(work: Resolved) -> bool:
+    return isinstance(work, ProfiledWork) and work.profile
 
 
 def _not_needed() -> StepContext:
@@ -300,7 +327,7 @@ def _open_context(
     placement = _place(work, states, store, terminal) if on_ray else None
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
-    return StepContext(store, work.run, placement, tracking, terminal, check)
+    return StepContext(store, work.run, placement, tracking, terminal, check, profile=_is_profiled(work))
 
 
 def _place(work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal) -> Placement:
@@ -537,6 +564,7 @@ def _parse(kind: Any, verb: str, argv: Sequence[str], description: str) -> Any:
     values = override(base, changes)
     placement = validated(PlacementConfig, asdict(work.placement), prefix="placement")
     _check_scan(placement.scan)
+    _check_prices(placement.prices)
     if values.data.layout == "catalog":
         _check_dataset(values.data.dataset)
     run_name = work.run or work.recipe
@@ -567,6 +595,13 @@ def _base(verb: str, argv: Sequence[str], store: str) -> Recipe:
 def _check_dataset(name: str) -> None:
     try:
         card(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_prices(path: str) -> None:
+    try:
+        read_prices(path)  # before the training, which reads them again for its last line
     except ValueError as error:
         raise UsageError(str(error)) from None
 

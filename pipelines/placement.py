@@ -73,6 +73,9 @@ class PlacementConfig(BaseModel):
     """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
     workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
     that do not fit are decoded in each epoch."""
+    prices: str = ""
+    """TOML file with the price of an hour of each kind of GPU in US dollars ("NVIDIA H200" = 4.0). A training then
+    ends with what it has cost."""
 
 
 class Placement(BaseModel):
@@ -93,6 +96,7 @@ class Placement(BaseModel):
     """auto: on where the training is long enough to pay, which a worker decides."""
     flat: bool = False
     """Whether the parameters of an optimizer group are one tensor to DeepSpeed."""
+    prices: str = ""
 
     @property
     def cache_bytes(self) -> int:
@@ -178,6 +182,7 @@ def resolve(
         cache_gib=config.cache_gib,
         compile=compiled,
         flat=demand.flat if demand.ranks else captured,
+        prices=config.prices,
     )
 
 

@@ -45,6 +45,38 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
     _print_places(facts, store, run)
 
 
+def print_profile(states: Sequence[StepState]) -> None:
+    """Tables of where a training step's time went and of the largest kernels, 80 columns wide."""
+    found = next((s.record.facts.get("profile") for s in states if s.name == "train" and s.record), None)
+    if found is None:
+        return
+    on_gpu = found["device"] == "cuda"
+    what = "kernel" if on_gpu else "operator"
+    first = found["first_step"]
+    title = f"Steps {first} to {first + found['steps'] - 1}, {found['step_ms']:.1f} ms each"
+    shares = [
+        (f"busy: a{'' if on_gpu else 'n'} {what} runs", found["busy_share"]),
+        ("data: waiting for a batch", found["data_share"]),
+        ("host: Python and launches", found["host_share"]),
+    ]
+    rows = [(name, f"{found['step_ms'] * share:.2f}", f"{100 * share:.1f}") for name, share in shares]
+    numeric: tuple[str, ...] = ("ms a step", "%")
+    table(title, ("", *numeric), rows, numeric=numeric, width=80)
+    largest = [
+        (_clipped(row["name"]), f"{row['calls']:g}", f"{row['ms']:.3f}", f"{100 * row['ms'] / found['step_ms']:.1f}")
+        for row in found["largest"]
+    ]
+    title, numeric = f"The largest {what}s of {found['calls']:,.0f} calls a step", ("calls", *numeric)
+    table(title, (what, *numeric), largest, numeric=numeric, width=80)
+    console().print("A trace of these steps, for ui.perfetto.dev or chrome://tracing:")
+    console().print(found["trace"], soft_wrap=True)
+
+
+def _clipped(name: str, limit: int = 46) -> str:
+    """Names of kernels list their template's arguments: their beginning and end tell most."""
+    return name if len(name) <= limit else f"{name[: limit - 15]}…{name[-14:]}"
+
+
 def _made(step: str, facts: dict[str, Any], finished: str) -> list[str]:
     if step == "shard":
         samples = facts.get("samples", {})

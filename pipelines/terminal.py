@@ -16,6 +16,7 @@ from rich.text import Text
 from pipelines.work_log import WorkLog
 
 PLAIN_EVERY_S = 10.0
+SHOWN_WAIT = 0.05
 # What a terminal obeys instead of showing it: control characters, and the marks that turn the direction of text.
 _OBEYED = [*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _OBEYED if chr(code) not in "\n\t"}
@@ -107,12 +108,16 @@ class Terminal:
             self.begin(values["begin"])
         elif "finished_epoch" in values:
             self.say(_epoch_line(name, values))
+            if "gpu_memory_gib" in values:
+                self.say(_gpu_line(name, values))
+        elif "warning" in values:
+            self.say(f"{name}: {values['warning']}")
         elif "done" in values:
             self._bar(name, values["done"], values["total"], f"{values['done']}/{values['total']} {values['unit']}")
         else:
             done = (values["epoch"] - 1) * values["steps"] + values["step"]
             total = values["epochs"] * values["steps"]
-            text = f"epoch {values['epoch']}/{values['epochs']}  {values['images_per_s']:.0f} images/s"
+            text = f"epoch {values['epoch']}/{values['epochs']}  {_speed(values)}"
             if "loss" in values:
                 text += f"  loss {values['loss']:.3f}"
             self._bar(name, done, total, text, values.get("left_s"))
@@ -208,9 +213,35 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _speed(values: dict[str, Any]) -> str:
+    """Of the last steps; with the share of time that is spent waiting for data where that is worth a look."""
+    speed, wait = f"{values['images_per_s']:.0f}", values.get("wait_share", 0.0)
+    # Shorter, so that the line still fits 80 columns.
+    return f"{speed} img/s  wait {100 * wait:.0f}%" if wait >= SHOWN_WAIT else f"{speed} images/s"
+
+
 def _epoch_line(name: str, values: dict[str, Any]) -> str:
     """At most 80 columns, for trials with numbers of two digits too."""
     return (
         f"{name}: epoch {values['epoch']:.0f}  loss {values['train_loss']:.3f}  val loss {values['val_loss']:.3f}, "
         f"AUC {values['val_auc']:.4f}, accuracy {values['val_accuracy']:.3f}"
     )
+
+
+def _gpu_line(name: str, values: dict[str, Any]) -> str:
+    """Where the time of an epoch on a GPU went; at most 80 columns. The checkpoint is the one before."""
+    parts = [
+        f"{values['images_per_s']:.0f} img/s",
+        f"{_brief(values['step_ms'])} ms",
+        f"wait {100 * values['data_wait_share']:.0f}%",
+        "GPU"
+        + (f" {100 * values['gpu_utilization']:.0f}%" if "gpu_utilization" in values else "")
+        + f" {_brief(values['gpu_memory_gib'])} GiB",
+        *([f"MFU {100 * values['mfu']:.0f}%"] if "mfu" in values else []),
+        *([f"save {_brief(values['checkpoint_s'])}s"] if "checkpoint_s" in values else []),
+    ]
+    return f"{name}: {'  '.join(parts)}"
+
+
+def _brief(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

@@ -16,7 +16,8 @@ class StepContext:
     """What every step of one run shares: where it writes, under which name, and who listens.
 
     `placement` says how the work is spread, None where no step is; `tracking` is the MLflow seam; `show` tells the
-    person at the terminal; `check` raises where this driver does not hold the run any more.
+    person at the terminal; `check` raises where this driver does not hold the run any more; `profile`
+    asks for a profile of whatever can be profiled.
     """
 
     store: Store
@@ -25,6 +26,7 @@ class StepContext:
     tracking: Any
     show: Any
     check: Callable[[], None] = lambda: None
+    profile: bool = False
 
 
 @dataclass(frozen=True)

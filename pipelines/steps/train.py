@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import Store, StoreKeyError, arrow_filesystem
+from data_shards.store import Store, StoreKeyError, arrow_filesystem, open_store
 from pipelines.board import Watch
+from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
@@ -21,8 +23,12 @@ from pipelines.placement import Placement
 from pipelines.tracking import Tracking
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.state import BEST, ResumeError, check_resumable, read_described
+from pipelines.worker.usage import read_usage
 
 RAY_RUN = "ray"
+PROFILE = "profile/profile.json"
+TRACE = "profile/trace.json.gz"
+SLOW = "medmamba.slow"  # tag of a run that is far below what its network benches at: why
 SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are whole
 
 
@@ -49,6 +55,7 @@ def run(
         check_batches([resolved.train.batch_size], shard, context)
         origin = begin_from(resolved, shard, context)
         context.tracking.log_params(run_id, {"init": origin})
+        prices = read_prices(placement.prices)
         _check_resume(out, placement, shard["digest"], context)
         payload = {
             "config": resolved.model_dump(),
@@ -57,11 +64,18 @@ def run(
             "init": kept_uri(resolved, context.store),
             "run_id": run_id,
             "tracking": context.tracking,
+            "profile_into": out.uri if context.profile else "",
         }
+        out.delete(PROFILE)  # of an earlier process, which was interrupted
         checkpoint = _fit(payload, placement, out, context)
         with checkpoint.as_directory() as folder:
             facts = keep_best(Path(folder), out, context.run, shard["max_side"], origin=origin)
-    return {**facts, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
+            usage = read_usage(Path(folder))
+        costs = cost_facts(usage, prices)
+        context.tracking.log_metrics(run_id, costs, step=facts["epochs"])
+        context.show.say(cost_line(usage, facts["epochs"], prices))
+    measured = {"usage": {**costs, "gpus": {**usage.gpu_s}}, **_profiled(out, context)}
+    return {**facts, **measured, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
 
 
 def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> None:
@@ -78,24 +92,54 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
 def ray_worker(payload: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     import ray.train
+    import torch
 
     from pipelines.worker.launch import RayReporter, train_on_dataset
+    from pipelines.worker.speed_check import speed_check
 
     checkpoint = ray.train.get_checkpoint()
+    config = TrainStepConfig.model_validate(payload["config"])
+    placement = Placement.model_validate(payload["placement"])
 
     def reporter(rank: int) -> RayReporter:
-        log = log_new_epochs(payload["tracking"], payload["run_id"]) if rank == 0 else None
-        return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log)
+        if rank > 0:
+            return RayReporter(ray.train.report, rank)
+        log = log_new_epochs(payload["tracking"], payload["run_id"])
+        gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
+        judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
+        return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log, judge=judge)
 
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
         train_on_dataset(
-            TrainStepConfig.model_validate(payload["config"]),
-            Placement.model_validate(payload["placement"]),
+            config,
+            placement,
             payload["dataset"],
             reporter,
             resume=Path(folder) if folder else None,
             init=payload["init"],
+            keep_profile=functools.partial(keep_profile, payload["profile_into"]) if payload["profile_into"] else None,
         )
+
+
+def keep_profile(uri: str, summary: dict[str, Any], trace: Path) -> None:
+    """Stores a profile, from the worker, in the step's folder; the summary last."""
+    out = open_store(uri)
+    out.put(TRACE, trace.read_bytes())
+    out.put(PROFILE, json.dumps(summary, indent=2).encode())
+
+
+def tagging(
+    check: Callable[[dict[str, float]], str], tracking: Tracking, run_id: str
+) -> Callable[[dict[str, float]], str]:
+    """A speed check of which a warning becomes a tag of the run too."""
+
+    def judge(metrics: dict[str, float]) -> str:
+        warning = check(metrics)
+        if warning:
+            tracking.set_tags(run_id, {SLOW: warning})
+        return warning
+
+    return judge
 
 
 def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float], list[float]], None]:
@@ -180,6 +224,16 @@ def keep_best(
         "history": state["history"],
         **({"init": dict(origin)} if origin else {}),
     }
+
+
+def _profiled(out: Store, context: StepContext) -> dict[str, Any]:
+    """The profile that a worker has stored, as a fact; nothing where none was asked for."""
+    if not context.profile:
+        return {}
+    if out.head(PROFILE) is None:
+        context.show.say("nothing was profiled: no epoch was left to train")
+        return {}
+    return {"profile": {**json.loads(out.get(PROFILE)), "trace": f"{out.uri}/{TRACE}"}}
 
 
 def find_checkpoint(out: Store) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import build_engine
 from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
+from pipelines.worker.profile import StepProfiler
 from pipelines.worker.state import TrainState
 
 PROGRESS_EVERY_S = 0.5
@@ -30,10 +31,17 @@ class RayReporter:
     """Hands the loop's reports to Ray (Train or Tune: both take metrics and a checkpoint folder) and to MLflow."""
 
     def __init__(
-        self, send: Callable[..., None], rank: int, board: Any = None, name: str = "", log: Any = None
+        self,
+        send: Callable[..., None],
+        rank: int,
+        board: Any = None,
+        name: str = "",
+        log: Any = None,
+        judge: Callable[[dict[str, float]], str] = lambda metrics: "",
     ) -> None:
+        """`judge` returns a warning about an epoch's metrics, or nothing; it is shown to the user."""
         self._send, self._rank, self._board, self._name, self._log = send, rank, board, name, log
-        self._last = 0.0
+        self._judge, self._last = judge, 0.0
 
     def progress(self, **values: Any) -> None:
         """At most twice a second, rank 0 alone: posts to the board the driver's terminal reads."""
@@ -59,6 +67,8 @@ class RayReporter:
             self._send(metrics, checkpoint=Checkpoint.from_directory(folder))
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
+            if warning := self._judge(metrics):
+                post(self._board, self._name, {"warning": warning})
 
 
 def train_on_dataset(
@@ -68,11 +78,13 @@ def train_on_dataset(
     reporter: Callable[[int], Any],
     resume: Path | None,
     init: str = "",
+    keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 
     `dataset` is the folder of a dataset and the digest its manifest must have; `init` the folder of the weights that
-    `config.train.init` is the digest of.
+    `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and hands it the summary and
+    the trace (see profile.StepProfiler).
     """
     import torch
 
@@ -86,7 +98,8 @@ def train_on_dataset(
         start_from(model, state, choose_head(card, data.manifest.classes, data.manifest.task), where=init)
     freeze(model, config.train.freeze)
     engine = build_engine(model, config.train, placement)
-    return train_loop(config, placement, data, engine, reporter(engine.rank), resume)
+    profiler = StepProfiler(engine.device, keep_profile) if keep_profile and engine.rank == 0 else None
+    return train_loop(config, placement, data, engine, reporter(engine.rank), resume, profiler)
 
 
 def world_of_one(backend: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +23,9 @@ from pipelines.worker.compile_cache import NOTICE, CompileCache
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
+from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
+from pipelines.worker.profile import StepProfiler
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 
@@ -56,9 +57,11 @@ def train_loop(
     engine: Engine,
     report: Reporter,
     resume: Path | None,
+    profiler: StepProfiler | None = None,
 ) -> TrainState:
     """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
 
+    `profiler` looks into a few steps of this rank, and changes nothing.
     Raises TrainingError for a loss that is not finite, ResumeError for a checkpoint that cannot be continued exactly.
     """
     train, manifest = config.train, data.manifest
@@ -70,7 +73,7 @@ def train_loop(
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
     latest = Latest(engine.device)
-    with scratch("train") as folder:
+    with scratch("train") as folder, metered(config, engine, resume, profiler) as meter:
         best = folder / BEST
         if resume is not None:
             state = read_state(resume, placement=placement, manifest=data.digest)
@@ -79,7 +82,8 @@ def train_loop(
             shutil.copytree(resume / BEST, best)
 
         while state.epoch < train.epochs and not _is_stale(state, train.patience):
-            began, losses = time.monotonic(), []
+            losses: list[torch.Tensor] = []
+            meter.begin_epoch()
             stream = batches(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
                 rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
@@ -89,7 +93,8 @@ def train_loop(
             )  # fmt: skip
             steps = len(stream) // accumulation
             engine.model.train()
-            for position, (batch, images, labels) in enumerate(prefetched(stream, engine.device)):
+            arriving = prefetched(meter.fetched(stream, steps), engine.device)
+            for position, (batch, images, labels) in enumerate(arriving):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
@@ -106,29 +111,31 @@ def train_loop(
                     compiled.remember()
                 latest.put(losses[-1])
                 _check_finite(latest.value, state, rate)
-                per_step_s = (time.monotonic() - began) / len(losses)
+                meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
                 report.progress(
                     epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
-                    images_per_s=train.batch_size / per_step_s,
-                    left_s=per_step_s * ((train.epochs - state.epoch) * steps - len(losses)),
+                    images_per_s=meter.images_per_s_last, wait_share=meter.wait_share_last,
+                    left_s=meter.left_s((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
 
             step_losses = torch.stack(losses).tolist()
             _check_finite(step_losses[-1], state, rate)
-            speed = len(losses) * train.batch_size / (time.monotonic() - began)
-            found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
+            meter.end_training()
+            with meter.validating():
+                found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
             state.epoch, state.consumed = state.epoch + 1, 0
             metrics = {
                 "epoch": state.epoch,
                 "step": state.step,
                 "train_loss": sum(step_losses) / len(step_losses),
                 "learning_rate": rate,
-                "images_per_s": speed,
+                "images_per_s": meter.images_per_s,
                 **{f"val_{name}": value for name, value in found.items()},
             }
             if state.is_better(metrics):
                 state.best, state.best_epoch = metrics, state.epoch
-                engine.save_model(best, config.model, model_card(config, data))
+                with meter.writing():
+                    engine.save_model(best, config.model, model_card(config, data))
             state.history.append(metrics)
 
             def save(folder: Path) -> None:
@@ -136,6 +143,7 @@ def train_loop(
                 engine.save_model(folder, config.model, model_card(config, data))
                 if engine.rank == 0:
                     shutil.copytree(best, folder / BEST)
+                    meter.save(folder)
                 # Each rank holds its own share of engine/; Ray puts the shares together.
                 shares = engine.gather(file_digests(folder))
                 digests = {name: digest for share in shares for name, digest in share.items()}
@@ -144,7 +152,9 @@ def train_loop(
                         folder, state, seed=train.seed, placement=placement, manifest=data.digest, digests=digests
                     )
 
-            report.epoch(metrics, step_losses, save)
+            figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
+            with meter.writing():
+                report.epoch({**metrics, **figures}, step_losses, save)
     return state
 
 

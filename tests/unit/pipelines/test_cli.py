@@ -122,6 +122,15 @@ def test_a_dry_run_prints_the_configuration_and_the_steps_with_their_states(caps
     assert [name for name, _ in steps] == ["shard", "tune", "train", "evaluate", "register", "promote"]
 
 
+@pytest.mark.parametrize("verb", ["run", "train", "shard", "tune", "evaluate"])
+def test_what_may_train_can_be_profiled_which_is_no_part_of_the_recipe(verb, capsys):
+    if verb in ("run", "train"):
+        assert resolved(capsys, verb, *DRY, "--profile") == resolved(capsys, verb, *DRY)
+    else:
+        assert main([verb, *DRY, "--profile"]) == 2
+        assert "--profile" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["shard", "tune", "train", "evaluate", "register", "promote"])
 def test_a_step_of_its_own_has_what_it_needs_before_it(verb, capsys):
     steps = list(resolved(capsys, verb, *DRY)["steps"])

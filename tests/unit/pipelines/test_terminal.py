@@ -55,6 +55,20 @@ def test_plain_progress_shows_epoch_speed_loss_percent_and_time_left(capsys, clo
     assert lines(capsys) == ["train: epoch 2/4  812 images/s  loss 0.412  (37 %, 0:41 left)"]
 
 
+def test_waiting_for_data_is_shown_from_five_percent_on(capsys, clock):
+    Terminal().progress("train", {**STEP, "wait_share": 0.049})
+    Terminal().progress("train", {**STEP, "wait_share": 0.124})
+    assert lines(capsys) == [
+        "train: epoch 2/4  812 images/s  loss 0.412  (37 %, 0:41 left)",
+        "train: epoch 2/4  812 img/s  wait 12%  loss 0.412  (37 %, 0:41 left)",
+    ]
+
+
+def test_a_warning_of_a_training_is_one_line(capsys):
+    Terminal().progress("train", {"warning": "slow: 5 images/s"})
+    assert lines(capsys) == ["train: slow: 5 images/s"]
+
+
 def test_plain_progress_comes_every_ten_seconds_and_at_the_end(capsys, clock):
     shown = Terminal()
     for done in range(1, 41):
@@ -86,6 +100,20 @@ def test_an_epochs_metrics_are_told_each_time_on_one_line(capsys, clock):
     longest = {**EPOCH, "epoch": 100, "train_loss": 12.3456}
     shown.progress("trial 12/12", longest)
     assert len(lines(capsys)[0]) <= 80
+
+
+@pytest.mark.parametrize("name", ["train", "trial 12/12"])
+def test_an_epoch_on_a_gpu_has_a_second_line_that_says_how_well_it_was_used(name, capsys):
+    busy = {"step_ms": 1041.25, "data_wait_share": 0.99, "gpu_memory_gib": 139.04, "gpu_reserved_gib": 140.0}
+    shown = Terminal()
+    shown.progress(name, EPOCH | busy | {"images_per_s": 12345.6})
+    assert lines(capsys)[1:] == [f"{name}: 12346 img/s  1041 ms  wait 99%  GPU 139 GiB"]
+    more = {"gpu_utilization": 0.996, "mfu": 0.213, "checkpoint_s": 9.94}
+    more |= {"images_per_s": 2345.6, "step_ms": 41.25, "gpu_memory_gib": 8.6}
+    shown.progress(name, EPOCH | busy | more)
+    (line,) = lines(capsys)[1:]
+    assert line == f"{name}: 2346 img/s  41.2 ms  wait 99%  GPU 100% 8.6 GiB  MFU 21%  save 9.9s"
+    assert len(line) <= 80
 
 
 def test_on_a_terminal_bars_are_drawn_and_end(capsys, monkeypatch):
@@ -173,15 +201,16 @@ def terminal_of_80(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["train", "trial 12/12"])
-def test_at_80_columns_a_bar_is_one_line_with_everything_and_a_labelled_time(name, capsys, terminal_of_80):
+@pytest.mark.parametrize(("wait", "speed"), [(0.0, "12346 images/s"), (0.99, "12346 img/s  wait 99%")])
+def test_at_80_columns_a_bar_is_one_line_with_everything_and_a_labelled_time(name, wait, speed, capsys, terminal_of_80):
     shown = Terminal()
     values = {"epoch": 100, "epochs": 100, "step": 5, "steps": 10, "images_per_s": 12345.6, "loss": 12.345}
-    shown.progress(name, {**values, "left_s": 36000.0})
+    shown.progress(name, {**values, "wait_share": wait, "left_s": 36000.0})
     shown.close()
     seen = drawn(capsys)
     assert max(map(len, seen)) <= 80
     assert all(line.startswith(name) for line in seen)
-    assert all("epoch 100/100  12346 images/s  loss 12.345 10:00:00 left" in line for line in seen)
+    assert all(f"epoch 100/100  {speed}  loss 12.345 10:00:00 left" in line for line in seen)
 
 
 def test_what_shows_no_progress_has_its_seconds_on_a_terminal_and_says_how_long_it_took(capsys, terminal_of_80, clock):

@@ -1,6 +1,7 @@
 """The training step around the workers: what it resumes from, what it keeps, what it tells MLflow."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,11 +9,15 @@ from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
+from pipelines.bench_reference import BenchSpeed
+from pipelines.board import Board
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
-from pipelines.steps.train import SNAPSHOT, check_batches, find_checkpoint, keep_best, log_new_epochs
+from pipelines.steps.train import SNAPSHOT, check_batches, find_checkpoint, keep_best, log_new_epochs, tagging
 from pipelines.tracking import open_tracking
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.launch import RayReporter
+from pipelines.worker.speed_check import SpeedCheck
 from pipelines.worker.state import ResumeError, TrainState, file_digests, read_state, write_state
 
 ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
@@ -84,6 +89,22 @@ def test_an_epoch_trained_again_after_a_kill_is_not_logged_twice(tmp_path):
     history = {name: tracking.client.get_metric_history(run_id, name) for name in ("train_loss", "step_loss")}
     assert [point.step for point in history["train_loss"]] == [1, 2, 3]
     assert [point.step for point in history["step_loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_training_that_is_far_below_the_bench_is_tagged_and_shown_once(tmp_path):
+    store, board, sent = open_store(str(tmp_path)), Board(), []
+    tracking = open_tracking(store)
+    run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
+    bench = BenchSpeed("NVIDIA H200", "T", 224, "bfloat16", 128, 3000.0)
+    judge = tagging(SpeedCheck(bench, ALONE, 128), tracking, run_id)
+    handle = SimpleNamespace(post=SimpleNamespace(remote=board.post))  # as an actor's, without a Ray
+    reporter = RayReporter(lambda metrics, checkpoint: sent.append(metrics), 0, handle, "train", judge=judge)
+    for epoch in (1, 2):
+        reporter.epoch({"epoch": epoch, "step": 90 * epoch, "images_per_s_last": 700.0}, [], lambda folder: None)
+    assert [values.get("finished_epoch", "warning") for _, values in board.take()] == [1, "warning", 2]
+    tag = tracking.client.get_run(run_id).data.tags["medmamba.slow"]
+    assert tag.startswith("slow: 700 images/s, but T at 224 px benches at 3,000 on this GPU: ")
+    assert len(sent) == 2
 
 
 @pytest.mark.parametrize("model", [MedMambaConfig(), ConvNetConfig()], ids=["MedMamba", "ConvNet"])

@@ -28,7 +28,11 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "litter of other systems is left out in any case",
         "DICOM objects that are not images (doses, segmentations, maps) are quarantined",
         "damaged images that lost pixels are quarantined, and JPEGs that only lack their end marker are kept",
-    )
+    ),
+    3: (
+        "in a set of folders, several folders of one split that are not its numbered parts (train_224 and train_512) "
+        "are refused until an option says what they are",
+    ),
 }
 RULES = max(CHANGES)
 # Kept in the same file: where the splits of the dataset came from, in a clause.

@@ -325,7 +325,7 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
         for top in tops
         for name in reader.inside(roots[top])
     ]
-    strays = [(top, num) for top in tops if (num := reader.tree.num_images_in(joined(reader.root, top)))]
+    strays = [(top, num) for top in tops if (num := reader.tree.num_strays_in(joined(reader.root, top)))]
     notes = tuple(f"left out, as they are in no class folder of {top}: {_files(num)}" for top, num in strays)
     if ignored:
         clause = f"drawn from all images; the split folders {listed(tops)} are ignored"
@@ -357,7 +357,7 @@ def _left_out(reader: _Reader) -> list[str]:
         notes.append(f"folders left out, as --data.split-values says: {listed(reader.left_out)}")
     if reader.documents:
         notes.append(f"folders left out, as they hold no images: {listed(reader.documents)}")
-    if num := reader.tree.num_images_in(reader.root):
+    if num := reader.tree.num_strays_in(reader.root):
         notes.append(f"left out, as they are beside the class folders: {_files(num)}")
     return notes
 

@@ -8,8 +8,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from data_shards.config import DataConfig
+from data_shards.dicom import named_as_image
 from data_shards.file_set import FileSet
-from data_shards.files import NestedFiles, open_files
+from data_shards.files import Files, NestedFiles, open_files
+from data_shards.files_links import broken_links
 from data_shards.folder_layout import ClassFolder, read_layout
 from data_shards.folder_tree import FolderTree, class_name, loose
 from data_shards.labels import ClassEdits, grouped_by_path, relabelled
@@ -25,6 +27,16 @@ def open_folders(config: DataConfig) -> FileSet:
     """
     files = open_files(config.source)
     tree = FolderTree(files)
+    try:
+        return _read(files, tree, config)
+    except ValueError as error:
+        broken = {name: why for name, why in tree.broken.items() if not named_as_image(name)}
+        if not broken:
+            raise
+        raise ValueError(f"{error}; {''.join(broken_links(broken))}; each may be such a folder") from None
+
+
+def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileSet:
     layout = read_layout(tree, config)
     if isinstance(files, NestedFiles) and not layout.splits_from:
         _check_zips(files.zips, config)
@@ -42,7 +54,8 @@ def open_folders(config: DataConfig) -> FileSet:
         ]
         rows += [Row(where, 0, (index,), split, None) for _, where, split in sorted(members)]
     made = relabelled(rows, classes, config, config.source)
-    notes = (*layout.notes, *_merged(layout.folders), *made.notes)
+    broken = broken_links(tree.broken_beside(folder.path for folder in layout.folders))
+    notes = (*layout.notes, *broken, *_merged(layout.folders), *made.notes)
     root = f"{layout.root}/" if layout.root else ""
     grouped = grouped_by_path(made.rows, config)
     return FileSet(files, root, grouped, config, classes=made.classes, notes=notes, splits_from=layout.splits_from)

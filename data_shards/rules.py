@@ -32,6 +32,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
     3: (
         "in a set of folders, several folders of one split that are not its numbered parts (train_224 and train_512) "
         "are refused until an option says what they are",
+        "backups, temporary files and unfinished downloads (.bak, .tmp, .part, .crdownload) are left out",
     ),
 }
 RULES = max(CHANGES)

@@ -318,6 +318,9 @@ LITTER = [
     "a/Thumbs.db", "a/thumbs.db", "a/THUMBS.DB", "a/ehthumbs.db", "a/Desktop.ini", "a/desktop.ini", "a/.DS_Store",
     "a/._x.png", "a/x.png:Zone.Identifier", "a/x.png\uf03aZone.Identifier", "a/Icon\r", "a/Icon", "a/~$notes.docx",
     "a/.ipynb_checkpoints/x-checkpoint.png", "a/@eaDir/x.png@SynoEAStream", "__macosx/a/._x.png", "lost+found/x.png",
+    "a/x.bak", "a/x.png.BAK", "a/x.png.bak2", "a/y.TMP", "a/y.png.Temp", "a/z.png.part", "a/z.png.Partial",
+    "a/z.png.filepart", "a/1.png.crdownload", "a/1.png.download", "a/2.png.Download/2.png", "a/1.png.aria2",
+    "a/x.tif.aux.xml", "a/x.TIF.AUX.XML", "a/x.png.old", "a/x.png.orig", "a/x.png.swp",
     "$Recycle.Bin/x.png", "System Volume Information/x", "__pycache__/x.pyc", ".git/x", "#recycle/x.png",
 ]  # fmt: skip
 
@@ -336,7 +339,23 @@ def test_litter_in_any_case_is_left_out_and_counted_in_folder_tar_zip_and_s3(tmp
         assert files.notes[0].startswith(f"{len(LITTER)} hidden files or folders of other programs are left out: ")
 
 
-@pytest.mark.parametrize("name", ["a/icons/x.png", "icon/x.png", "a/thumbs/x.png", "a/desktop.png", "a/x~.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/icons/x.png",
+        "icon/x.png",
+        "a/thumbs/x.png",
+        "a/desktop.png",
+        "a/x~.png",
+        "a/bak.png",
+        "a/x.tmp.png",
+        "x.bak/1.png",
+        "a/part",
+        "a/x.parts",
+        "a/old",
+        "a/x.xml",
+    ],
+)
 def test_names_that_only_resemble_litter_stay(name):
     assert not left_out(name)
 

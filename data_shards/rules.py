@@ -33,6 +33,8 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "in a set of folders, several folders of one split that are not its numbered parts (train_224 and train_512) "
         "are refused until an option says what they are",
         "backups, temporary files and unfinished downloads (.bak, .tmp, .part, .crdownload) are left out",
+        "class names that look alike (letters of other alphabets, full-width or invisible ones, dots and underscores "
+        "around the name) are refused until an option says what they are",
     ),
 }
 RULES = max(CHANGES)

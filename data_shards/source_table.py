@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +14,7 @@ from data_shards.files_links import broken_links
 from data_shards.image_paths import Places, find_images
 from data_shards.label_cells import read_labels, says_missing
 from data_shards.labels import composed, grouped_by_path, option
+from data_shards.lookalikes import described, folded, trimmed
 from data_shards.source import Row
 from data_shards.split import split_of_cell
 from data_shards.table import ENDINGS, Table, tables_among
@@ -84,13 +84,15 @@ def _alike_groups(groups: Iterable[str], table: Table) -> tuple[str, ...]:
     counts = Counter(groups)
     spellings: dict[str, list[str]] = defaultdict(list)
     for group in sorted(counts):
-        text = " ".join(unicodedata.normalize("NFKC", group).casefold().split())
+        text = trimmed(folded(group))
         number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
         spellings[number[1] if number else text].append(group)
     alike = [names for names in spellings.values() if len(names) > 1]
     if not alike:
         return ()
-    told = "; ".join(" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in names) for names in alike[:3])
+    told = "; ".join(
+        " and ".join(f"{described(name)} ({counts[name]:,} rows)" for name in names) for names in alike[:3]
+    )
     return (
         f"groups of {table.path} that differ only in how they are written are read as different ones, "
         f"{len(alike):,} times: {told}{', ...' if len(alike) > 3 else ''}; if they are one, write them alike, or its "

@@ -456,6 +456,41 @@ def test_folders_that_differ_only_in_case_or_spaces_are_refused_until_both_are_n
     assert read(tmp_path, names, classes=(first, other, "malignant")).classes == (first, other, "malignant")
 
 
+ALIKE = {
+    "Benign\u0430"[:5] + "\u0430": "CYRILLIC SMALL LETTER A",  # Benigа beside Beniga
+    "\uff22eniga": "FULLWIDTH LATIN CAPITAL LETTER B",
+    "\u0392eniga": "GREEK CAPITAL LETTER BETA",
+    "Beni\u200bga": "u200b",
+    "beniga.": "'beniga.'",
+    "Beniga_": "'Beniga_'",
+    "Beniga . ": "'Beniga .'",
+}
+
+
+@pytest.mark.parametrize(("other", "told"), ALIKE.items(), ids=map(ascii, ALIKE))
+def test_folders_that_look_alike_are_refused_until_they_are_one_or_both_are_named(tmp_path, other, told):
+    names = paths(["Beniga", other, "malignant"], "x")
+    message = refusal(tmp_path, names)
+    assert told in message
+    assert "look alike" in message
+    name = other.strip()
+    assert read(tmp_path, names, class_map=(f"{name}=Beniga",)).classes == ("Beniga", "malignant")
+    assert f"--data.class-map {shlex.quote(f'{name}=Beniga')}" in message
+    assert len(read(tmp_path, names, classes=("Beniga", name, "malignant")).classes) == 3
+
+
+def test_folders_that_are_one_number_are_refused_and_others_are_not(tmp_path):
+    assert "how a number is written" in refusal(tmp_path, paths(["1", "1.0", "2"], "x"))
+    for each in (["1", "10", "1.5"], ["IFN-\u03b1", "IFN-\u03b2"], ["HER2-", "HER2+", "HER2"], ["5\u03bcm", "5mm"]):
+        assert len(open_source(config(make(tmp_path / each[0], paths(each, "x")))).classes) == len(each)
+
+
+def test_a_folder_that_looks_like_a_named_class_is_told_to_be_another_one(tmp_path):
+    message = refusal(tmp_path, paths(["Benig\u043f\u0430"[:5] + "\u0430", "b"], "x"), classes=("Beniga", "b"))
+    assert "CYRILLIC SMALL LETTER A" in message
+    assert "if it is 'Beniga', say so with --data.class-map" in message
+
+
 def test_folders_that_differ_only_in_case_between_two_splits_are_refused(tmp_path):
     message = refusal(tmp_path, [*paths(["Training"], "Glioma normal"), *paths(["Testing"], "glioma normal")])
     assert "'Glioma', 'glioma'" in message

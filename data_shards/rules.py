@@ -35,6 +35,8 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "backups, temporary files and unfinished downloads (.bak, .tmp, .part, .crdownload) are left out",
         "class names that look alike (letters of other alphabets, full-width or invisible ones, dots and underscores "
         "around the name) are refused until an option says what they are",
+        "DICOM files that are images by their class, but segmentations, doses or reports by their modality, are "
+        "quarantined, and so are labels, overviews and thumbnails of slides",
     ),
 }
 RULES = max(CHANGES)

@@ -1,6 +1,7 @@
 """Steps on a real folder: done once, resumed, refused where they drifted, told together where they failed."""
 
 import json
+import os
 import signal
 import sys
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from data_shards.store import open_store
 from pipelines.flow import DriftError, Step, StepContext, WorkflowError, plan_steps, run_steps
 from pipelines.flow.runner import in_order
+from pipelines.interrupt import interruptible
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.terminal import Terminal
 
@@ -105,6 +107,21 @@ def test_an_interrupted_step_is_resumed_in_its_own_folder(store, error):
     assert bring(steps, store)[1].record.facts["resumed"]
     assert (len(before.calls), len(work.calls)) == (0, 1)
     assert states(steps, store) == {"before": "done", "only": "done"}
+
+
+def test_what_breaks_of_a_signal_is_an_interruption_and_no_failure(store):
+    def broken(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise RuntimeError("a process of Ray was ended by the same signal") from None
+
+    with pytest.raises(SystemExit) as ended, interruptible():
+        bring([Step("only", broken, Settings())], store)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert states([Step("only", broken, Settings())], store) == {"only": "interrupted"}
+    with pytest.raises(WorkflowError), interruptible():  # an earlier signal says nothing of a later step
+        bring([Step("only", Counted(error=RuntimeError("x")), Settings())], store)
 
 
 def test_planning_runs_and_writes_nothing(store):

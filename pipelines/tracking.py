@@ -150,7 +150,9 @@ class Tracking:
             with contextlib.suppress(TrackingError):
                 has_failed = isinstance(error, Exception) and not is_interrupted()
                 if has_failed:
-                    self.set_tags(run_id, {REASON: kept_reason(error, step=step)[:TAG_CHARACTERS]})
+                    places = [out.uri] if out.is_local else []
+                    reason = kept_reason(error, step=step, places=places)
+                    self.set_tags(run_id, {REASON: reason[:TAG_CHARACTERS]})
                 self.finish(run_id, "FAILED" if has_failed else "KILLED")
             raise
         self.finish(run_id)

@@ -152,7 +152,8 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
     except Exception as error:
         raise_if_interrupted(error)  # a step that was interrupted has not failed
         if _is_held(context):  # else the folder is another driver's by now
-            write_failure(out, kept_reason(error, step=step.name))
+            places = [context.store.uri] if context.store.is_local else []
+            write_failure(out, kept_reason(error, step=step.name, places=places))
             if not step.binds_on_refusal and users_mistake(error) is not None:
                 out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
         raise

@@ -1,5 +1,6 @@
 """Steps on a real folder: done once, resumed, refused where they drifted, told together where they failed."""
 
+import errno
 import json
 import os
 import signal
@@ -122,6 +123,15 @@ def test_what_breaks_of_a_signal_is_an_interruption_and_no_failure(store):
     assert states([Step("only", broken, Settings())], store) == {"only": "interrupted"}
     with pytest.raises(WorkflowError), interruptible():  # an earlier signal says nothing of a later step
         bring([Step("only", Counted(error=RuntimeError("x")), Settings())], store)
+
+
+def test_the_reason_that_is_kept_of_a_full_disk_is_that_of_the_terminal(store):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(WorkflowError) as failed:
+        bring([Step("only", Counted(error=error), Settings())], store)
+    kept = json.loads(store.get(f"runs/{RUN}/only/failure.json"))["reason"]
+    assert store.uri in kept
+    assert failed.value.reasons == {"only": kept}
 
 
 def test_planning_runs_and_writes_nothing(store):

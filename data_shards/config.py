@@ -78,8 +78,9 @@ class DicomConfig(BaseModel):
     identifying: Literal["set-aside", "keep"] = "set-aside"
     """What becomes of files that say that their pixels may identify the patient (burned-in annotation, a face)."""
     objects: Literal["quarantine", "keep"] = "quarantine"
-    """What becomes of objects that have pixels but are not images by their SOP class: doses, segmentations, maps and
-    so on. Kept, each frame is shown as an image would be: one of more than 8 bits over its own range."""
+    """What becomes of objects that have pixels but are not images by their SOP class or modality (doses,
+    segmentations, maps and so on), and of labels, overviews and thumbnails of slides. Kept, each frame is shown as an
+    image would be: one of more than 8 bits over its own range."""
 
     @field_validator("window")
     @classmethod

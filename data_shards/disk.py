@@ -24,6 +24,11 @@ _LITTLE_BYTES = 1 << 20
 class DiskFullError(ValueError):
     """A disk has no room for what had to be written to it: says which, how much is free and how much it takes."""
 
+    @property
+    def public(self) -> str:
+        """The text: it names folders of this machine and of the store, and no image."""
+        return str(self)
+
 
 def says_full(error: BaseException) -> bool:
     """Whether the error itself says that a disk, or a user's share of it, is full."""

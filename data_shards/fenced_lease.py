@@ -139,6 +139,22 @@ class FencedLease:
                 store.put(_key(self._prefix, self.number), _to_json(replace(self._claim, is_over=True)))
 
 
+def is_held(store: Store, prefix: str, number: int) -> bool:
+    """Whether the claim `number` of the lease `prefix` still holds, as far as one look can tell.
+
+    It is the last one, was not given back, and was renewed within its time by a process that is not known to be dead.
+    """
+    if max(_numbers(store, prefix), default=0) != number:
+        return False
+    found = _read(store, prefix, number)
+    if found is None or found.is_over or found.holder.is_dead:
+        return False
+    try:
+        return store.age_s(_key(prefix, number)) <= found.ttl_s + WATCH_S
+    except StoreKeyError:  # somebody has taken over meanwhile
+        return False
+
+
 @contextlib.contextmanager
 def fenced_lease(
     store: Store,

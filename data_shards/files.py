@@ -37,6 +37,8 @@ class Files(Protocol):
     folders: list[str]
     notes: tuple[str, ...]
     """What is not among the names and why, a sentence each, for the owner of the files."""
+    broken: dict[str, str]
+    """Those of the names that are links to nothing, and why: nobody knows whether a file or a folder was meant."""
 
     def read(self, name: str) -> bytes:
         """The whole file."""
@@ -133,6 +135,7 @@ class NestedFiles:
         self.names, self.folders = sorted(self._homes), with_parents(folders, self._homes)
         inner = (f"in {zip_name}: {note}" for zip_name, files in zips.items() for note in files.notes)
         self.notes = (*outer.notes, *inner)
+        self.broken = {path: files.broken[name] for path, (files, name) in self._homes.items() if name in files.broken}
 
     def read(self, name: str) -> bytes:
         """The whole file."""
@@ -168,6 +171,7 @@ class StoreFiles:
                 tags[key] = tag
         keys = list(tags)
         self.notes = note_of(litter)
+        self.broken: dict[str, str] = {}
         self.names = [key for key in keys if key and not key.endswith("/")]
         self._tags = {name: tags[name] for name in self.names}
         if not self.names:

@@ -36,6 +36,7 @@ class FolderFiles:
         self._num_linked = 0
         self.names: list[str] = []
         self.folders: list[str] = []
+        self.broken: dict[str, str] = {}
         real = os.path.realpath(folder)
         todo = [_Listing("", real, frozenset([real]), False)]
         while todo:
@@ -60,6 +61,8 @@ class FolderFiles:
                         self._litter.add(name)
                     elif kind == "file":
                         self.names.append(name)
+                        if entry.is_symlink() and not os.path.exists(entry.path):
+                            self.broken[name] = _why_broken(entry.path)
                     elif kind == "special":
                         self._special.append(name)
                     else:
@@ -109,6 +112,14 @@ class FolderFiles:
             if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
                 raise OSError(error.errno, NOWHERE if error.errno == errno.ENOENT else ENDLESS) from error
             raise
+
+
+def _why_broken(path: str) -> str:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return {errno.ELOOP: ENDLESS, errno.ENOENT: NOWHERE}.get(error.errno or 0, error.strerror or "")
+    return NOWHERE
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

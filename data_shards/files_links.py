@@ -10,6 +10,8 @@ import posixpath
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from data_shards.litter import named_note
+
 NOWHERE = "a link to a file that is not there"
 OUTSIDE = "a link that leads out of the archive"
 ENDLESS = "a link that leads back to itself"
@@ -70,6 +72,12 @@ def follow(files: Iterable[str], folders: Iterable[str], links: Mapping[str, str
                 "that are not needed, or copy what they lead to"
             )
     return found
+
+
+def broken_links(broken: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence that counts and names links to nothing, each with the reason; none where there are none."""
+    named = [f"{name} ({why})" for name, why in broken.items()]
+    return named_note("broken link is not read" if len(named) == 1 else "broken links are not read", named)
 
 
 def _children(files: Iterable[str], others: Iterable[str]) -> dict[str, set[str] | None]:

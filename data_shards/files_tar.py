@@ -43,7 +43,7 @@ class TarFiles:
         # With those that are left out: a link may lead to them.
         self._places: dict[str, _Place] = {}
         self._links: dict[str, str] = {}
-        self._broken: dict[str, str] = {}
+        self.broken: dict[str, str] = {}  # hard links among them
         self._folders: set[str] = set()
         self._special: list[str] = []
         self._replaced: set[str] = set()
@@ -52,8 +52,9 @@ class TarFiles:
             raise ValueError(f"{path} ends in the middle of a file: get it again")
         linked = follow(self._places, self._folders, self._links, str(path))
         self._places |= {name: self._places[target] for name, target in linked.files.items()}
-        self._broken |= linked.broken
-        self.names, litter = without_litter([*self._places, *self._broken])
+        self.broken |= linked.broken
+        self.names, litter = without_litter([*self._places, *self.broken])
+        self.broken = {name: self.broken[name] for name in self.names if name in self.broken}
         folders, empty = without_litter([*self._folders, *linked.folders], folders=True)
         self.folders = with_parents(folders, self.names)
         self.notes = (
@@ -84,7 +85,7 @@ class TarFiles:
         if not (member.isreg() or member.issym() or member.islnk()):
             self._special.append(name)
             return
-        if [entries.pop(name) for entries in (self._places, self._links, self._broken) if name in entries]:
+        if [entries.pop(name) for entries in (self._places, self._links, self.broken) if name in entries]:
             self._replaced.add(name)
         if member.isreg():
             # Typed as numbers, but they are pairs.
@@ -102,7 +103,7 @@ class TarFiles:
         elif target in self._links:
             self._links[name] = self._links[target]
         else:
-            self._broken[name] = NOWHERE
+            self.broken[name] = NOWHERE
 
     def _inside(self, name: str) -> str:
         parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -139,8 +140,8 @@ class TarFiles:
         return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", copy)
 
     def _place(self, name: str) -> _Place:
-        if name in self._broken:
-            raise OSError(errno.ENOENT, self._broken[name])
+        if name in self.broken:
+            raise OSError(errno.ENOENT, self.broken[name])
         return self._places[name]
 
     def _part(self, name: str, start: int, length: int) -> bytes:

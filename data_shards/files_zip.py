@@ -62,7 +62,7 @@ class ZipFiles:
         self._file = path.open("rb", buffering=0)
         # With those that are left out: a link may lead to them.
         self._members: dict[str, _Member] = {}
-        self._broken: dict[str, str] = {}
+        self.broken: dict[str, str] = {}
         folders: list[str] = []
         links: list[str] = []
         special: list[str] = []
@@ -85,7 +85,8 @@ class ZipFiles:
                 links += [name] if kind == stat.S_IFLNK else []
         self._check_places()
         endless = self._follow(links, folders)
-        self.names, litter = without_litter([*self._members, *self._broken])
+        self.names, litter = without_litter([*self._members, *self.broken])
+        self.broken = {name: self.broken[name] for name in self.names if name in self.broken}
         folders, empty = without_litter(folders, folders=True)
         self.folders = with_parents(folders, self.names)
         self.notes = (
@@ -103,18 +104,18 @@ class ZipFiles:
             except (OSError, UnicodeDecodeError):
                 targets[name] = ""
         for name in [name for name, target in targets.items() if not target]:
-            self._broken[name] = "a link that is damaged in its zip"
+            self.broken[name] = "a link that is damaged in its zip"
             del targets[name]
         members = {name: member for name, member in self._members.items() if name not in links}
         linked = follow(members, folders, targets, self._called)
         self._members = members | {name: members[target] for name, target in linked.files.items()}
-        self._broken |= linked.broken
+        self.broken |= linked.broken
         folders += linked.folders
         return linked.endless
 
     def _member(self, name: str) -> _Member:
-        if name in self._broken:
-            raise OSError(errno.ENOENT, self._broken[name])
+        if name in self.broken:
+            raise OSError(errno.ENOENT, self.broken[name])
         return self._members[name]
 
     def read(self, name: str) -> bytes:

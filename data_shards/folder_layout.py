@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_shards.config import DataConfig
-from data_shards.folder_splits import DROP, given, listed, meaning, origin, say_which, split_of_each, typed
+from data_shards.folder_splits import DROP, listed, meaning, origin, said, say_which, split_of_each, typed
 from data_shards.folder_tree import FolderTree, class_name, joined, loose
 from data_shards.labels import ClassEdits
 from data_shards.split import SPLIT_WORDS, SPLITS, split_word
@@ -111,7 +111,6 @@ def _read(reader: _Reader) -> FolderLayout:
 
 def _descend(reader: _Reader) -> None:
     """Finds the root: archives often wrap everything into one folder."""
-    values = given(reader.config)
     found: set[str] = set()
     while True:
         inside = reader.inside(reader.root)
@@ -119,7 +118,7 @@ def _descend(reader: _Reader) -> None:
         reader.left_out += [
             joined(reader.root, name)
             for name in inside
-            if values.get(loose(name)) == DROP and not reader.names_class(name)
+            if said(name, reader.config) == DROP and not reader.names_class(name)
         ]
         reader.tops = [name for name in inside if joined(reader.root, name) not in reader.left_out]
         _note_documents(reader, reader.root)
@@ -173,7 +172,7 @@ def _are_splits(reader: _Reader, roots: Mapping[str, str]) -> bool:
     """Whether the folders at the top are splits. ValueError where they look like splits, but hold no classes."""
     if any(reader.names_class(name) for root in roots.values() for name in reader.inside(root)):
         return True
-    if any(loose(top) in given(reader.config) for top in reader.tops):
+    if any(said(top, reader.config) for top in reader.tops):
         return True
     words = {top: split_word(top)[0] for top in reader.tops}
     named = [top for top in reader.tops if words[top]]
@@ -294,7 +293,8 @@ def _classes_of_splits(reader: _Reader) -> FolderLayout:
             f"inside: if the inner ones are the classes, read one of the outer ones (--data.source {typed([one])}) or "
             f"{_TABLE}; if the outer ones are, name them: --data.classes {typed(reader.tops)}"
         )
-    splits = split_of_each(sorted({name for _, name in places}), reader.config)
+    beside = [reader.below(top) for top in reader.tops]
+    splits = split_of_each(sorted({name for _, name in places}), reader.config, beside=beside)
     folders = [
         ClassFolder(part, class_name(top), splits[name], name)
         for (top, name), part in zip(places, parts, strict=True)
@@ -325,7 +325,7 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
         for top in tops
         for name in reader.inside(roots[top])
     ]
-    strays = [(top, num) for top in tops if (num := reader.tree.num_images_in(joined(reader.root, top)))]
+    strays = [(top, num) for top in tops if (num := reader.tree.num_strays_in(joined(reader.root, top)))]
     notes = tuple(f"left out, as they are in no class folder of {top}: {_files(num)}" for top, num in strays)
     if ignored:
         clause = f"drawn from all images; the split folders {listed(tops)} are ignored"
@@ -357,7 +357,7 @@ def _left_out(reader: _Reader) -> list[str]:
         notes.append(f"folders left out, as --data.split-values says: {listed(reader.left_out)}")
     if reader.documents:
         notes.append(f"folders left out, as they hold no images: {listed(reader.documents)}")
-    if num := reader.tree.num_images_in(reader.root):
+    if num := reader.tree.num_strays_in(reader.root):
         notes.append(f"left out, as they are beside the class folders: {_files(num)}")
     return notes
 

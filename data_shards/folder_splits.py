@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_shards.config import DataConfig
-from data_shards.folder_tree import loose
+from data_shards.folder_tree import composed, loose
 from data_shards.labels import quoted
 from data_shards.split import SPLITS, split_word
 
 DROP = "drop"
 _MOST = 20  # names in a remedy; more are for a table
+# A number beside one of these words does not count parts: train_v1 and train_v2 are versions, train_fold1 a draw.
+_NOT_PARTS = frozenset({
+    "v", "ver", "version", "r", "rev", "revision", "release", "update", "fold", "cv", "split", "run", "seed", "trial",
+    "copy", "aug", "x", "px", "pix", "pixel", "pixels", "res", "resolution", "size", "scale", "level", "zoom", "mag",
+    "mm", "um", "k", "bit", "bits", "fps", "shot", "percent", "pct",
+})  # fmt: skip
 
 
 def given(config: DataConfig) -> dict[str, str]:
-    """What `data.split_values` says, by the loose name of the folder."""
+    """What `data.split_values` says, by the name of the folder: as it is written, and loosely."""
     pairs = [value.rpartition("=") for value in config.split_values]
-    return {loose(name): split for name, _, split in pairs}
+    return {loose(name): split for name, _, split in pairs} | {composed(name): split for name, _, split in pairs}
 
 
-def split_of_each(folders: Sequence[str], config: DataConfig) -> dict[str, str]:
-    """The split of each folder, "" where it does not matter. ValueError where it is not known, or one is missing."""
+def said(folder: str, config: DataConfig) -> str:
+    """What `data.split_values` says of a folder, "" where nothing; its exact name goes before a similar one."""
+    values = given(config)
+    return values.get(composed(folder)) or values.get(loose(folder), "")
+
+
+def split_of_each(
+    folders: Sequence[str], config: DataConfig, *, beside: Sequence[Sequence[str]] = ()
+) -> dict[str, str]:
+    """The split of each folder, "" where it does not matter. ValueError where it is not known, or one is missing.
+
+    `beside` are the folders that are in one folder together, where not all of them are.
+    """
     splits = {name: meaning(name, config) for name in folders}
     unknown = [name for name in folders if not splits[name]]
     ignored = config.split_folders == "ignore"
@@ -31,6 +49,8 @@ def split_of_each(folders: Sequence[str], config: DataConfig) -> dict[str, str]:
     splits = _without_doubt(splits, config)
     for split in SPLITS:
         _check_one_of_each([name for name in folders if splits[name] == split], split, config)
+        for together in beside or [folders]:
+            _check_parts([name for name in together if splits[name] == split], split, config)
     there = [split for split in SPLITS if split in splits.values()]
     missing = [split for split in ("train", "test") if split not in there]
     if len(there) > 1 and missing:
@@ -75,7 +95,7 @@ def _without_doubt(splits: dict[str, str], config: DataConfig) -> dict[str, str]
 
 def _check_one_of_each(names: Sequence[str], split: str, config: DataConfig) -> None:
     """ValueError where folders of one split have names that differ in more than a number: are both of them meant?"""
-    by_name = [name for name in names if loose(name) not in given(config)]
+    by_name = [name for name in names if not said(name, config)]
     plainest = min((split_word(name)[1] for name in by_name), key=len, default=())
     others = [name for name in by_name if split_word(name)[1] != plainest]
     if others:
@@ -86,9 +106,43 @@ def _check_one_of_each(names: Sequence[str], split: str, config: DataConfig) -> 
         )
 
 
+def _check_parts(names: Sequence[str], split: str, config: DataConfig) -> None:
+    """ValueError where folders of one split beside each other are not its numbered parts.
+
+    They may be the same images in two resolutions or versions, which would count twice.
+    """
+    by_name = sorted((name for name in names if not said(name, config)), key=lambda name: (len(name), name))
+    if len(by_name) < 2 or _are_parts(by_name):
+        return
+    kept, *others = by_name
+    # Names that are loosely the same are told apart only where each of them is named.
+    same = [kept] if loose(kept) in map(loose, others) else []
+    pairs = [*(f"{name}={split}" for name in same), *(f"{name}=drop" for name in others)]
+    raise ValueError(
+        f"the folders {listed(by_name)} of {config.source} all look like the {split} split, and may be the same images "
+        f"in two versions: leave out what is a copy with --data.split-values {typed(pairs)}, or read all of them as "
+        f"parts of one split with ={split} instead of =drop"
+    )
+
+
+def _are_parts(names: Sequence[str]) -> bool:
+    """Whether names differ in nothing but one number that counts them from 0 or 1, as train_1 and train_2 do."""
+    pieces = [re.split(r"(\d+)", loose(name)) for name in names]
+    if len({len(each) for each in pieces}) > 1:
+        return False
+    differing = [column for column in zip(*pieces, strict=True) if len(set(column)) > 1]
+    if len(differing) != 1 or not all(number.isdecimal() for number in differing[0]):
+        return False
+    numbers = sorted(map(int, differing[0]))
+    words = set(re.findall(r"[^\W\d_]+", loose(names[0])))
+    return (
+        numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(names))) and not words & _NOT_PARTS
+    )
+
+
 def meaning(folder: str, config: DataConfig) -> str:
     """What a folder is: a split, "drop", "dev", "eval", or "" where that is not known."""
-    return given(config).get(loose(folder)) or split_word(folder)[0]
+    return said(folder, config) or split_word(folder)[0]
 
 
 def origin(splits: Mapping[str, str], where: str = "") -> str:

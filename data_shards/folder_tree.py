@@ -38,6 +38,7 @@ class FolderTree:
 
     def __init__(self, files: Files):
         self.files = sorted(files.names)
+        self.broken = files.broken
         self._inside: dict[str, list[str]] = defaultdict(list)
         for folder in files.folders:
             parent, _, name = folder.rpartition("/")
@@ -46,8 +47,7 @@ class FolderTree:
         self._with_images: set[str] = set()
         self._images_in: dict[str, int] = defaultdict(int)
         for file in self.files:
-            folder, _, name = file.rpartition("/")
-            self._images_in[folder] += posixpath.splitext(name)[1].lower() not in _DOCUMENTS
+            self._images_in[file.rpartition("/")[0]] += _may_be_image(file)
         for folder, num_images in self._images_in.items():
             _mark(folder, self._filled)
             if num_images:
@@ -78,6 +78,19 @@ class FolderTree:
         """How many files that could be images are in the folder itself."""
         return self._images_in.get(folder, 0)
 
+    def num_strays_in(self, folder: str) -> int:
+        """How many files that could be images are in the folder itself, without broken links."""
+        return self.num_images_in(folder) - sum(
+            name.rpartition("/")[0] == folder and _may_be_image(name) for name in self.broken
+        )
+
+    def broken_beside(self, folders: Iterable[str]) -> dict[str, str]:
+        """Links to nothing beside the folders or those that they are in, and why: each may be meant as a folder."""
+        around = {""}
+        for folder in folders:
+            _mark(folder.rpartition("/")[0], around)
+        return {name: why for name, why in self.broken.items() if name.rpartition("/")[0] in around}
+
     def below(self, folder: str) -> list[str]:
         """Paths of all files below a folder, sorted."""
         start = bisect_left(self.files, f"{folder}/")
@@ -87,6 +100,10 @@ class FolderTree:
 def joined(folder: str, name: str) -> str:
     """The path of a folder in a folder."""
     return f"{folder}/{name}" if folder else name
+
+
+def _may_be_image(file: str) -> bool:
+    return posixpath.splitext(file)[1].lower() not in _DOCUMENTS
 
 
 def _mark(folder: str, marked: set[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from data_shards.config import DataConfig
 from data_shards.labels import ClassEdits, composed, edit_notes, listed, option, require_named
+from data_shards.lookalikes import described, folded, trimmed
 from data_shards.table import Table
 
 # What programs write for a missing value: never a class unless somebody says so.
@@ -220,13 +220,13 @@ def _require_classes(
                 f"{each.count:,} rows have no label ({each.line}): fill it in, or leave these rows out with "
                 f"{option('drop-classes', '')}"
             )
-        alike = [name for name in classes if _spelling(name) == _spelling(each.name)]
+        alike = [name for name in classes if _look(name) == _look(each.name)]
         remedies = [option("class-map", f"{each.name}={alike[0]}")] if alike else []
         if _several(config) and not alike:
             remedies.append(f"{option('no-finding', each.name)} if it means none of them")
         remedies += [f"leave it out with {option('drop-classes', each.name)}", "correct the line or --data.classes"]
         raise ValueError(
-            f"label {each.name!r} in {each.line} ({each.count:,} rows) is out of range: it must be one of "
+            f"label {described(each.name)} in {each.line} ({each.count:,} rows) is out of range: it must be one of "
             f"{listed(classes)}; {', '.join(remedies[:-1])}, or {remedies[-1]}"
         )
 
@@ -345,7 +345,7 @@ class _Doubts:
         only_truths = {name.casefold() for name in self._found} <= _YES | _NO
         for name in sorted(self._all_names()):
             each = self._none.get(name) or self._found.get(name, _Name(name, 0, "--data.classes"))
-            spellings[_spelling(name)].append(each)
+            spellings[_look(name)].append(each)
             if only_truths and name.casefold() in _YES | _NO:
                 truths[name.casefold() in _YES].append(each)
         same = [*truths.values()] if only_truths else [*spellings.values()]
@@ -355,7 +355,7 @@ class _Doubts:
         told, pairs = [], []
         for group in clashes:
             target = max(group, key=self._rank).name
-            told.append(" and ".join(f"{each.name!r} ({each.count:,} rows, {each.line})" for each in group))
+            told.append(" and ".join(f"{described(each.name)} ({each.count:,} rows, {each.line})" for each in group))
             pairs += [f"{e.name}={target}" for e in group if e.name != target and e.name in self._open]
         raise ValueError(
             f"labels {'; '.join(told)} seem to be one class: read them as one with {option('class-map', *pairs)}, or, "
@@ -416,10 +416,14 @@ def _likely(separator: str, joined: Mapping[str, frozenset[str]], alone: set[str
     return len(joined) > 2 and all(count > 1 for count in times.values())
 
 
+def _look(name: str) -> tuple[str, str]:
+    """The same for names that are told apart by nothing that is seen, such as a dot behind one of them."""
+    return _spelling(trimmed(folded(name)))
+
+
 def _spelling(name: str) -> tuple[str, str]:
-    """What two spellings of one class have in common: the value of a number, a text without case and double spaces."""
-    text = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
-    text = " ".join(text.casefold().split())
+    """What two spellings of one class have in common: the value of a number, a text as `folded` gives it."""
+    text = folded(name)
     if _NUMBER.fullmatch(text):
         value = _value(text)
         return ("number", f"{value:.17g}" if math.isfinite(value) else text)

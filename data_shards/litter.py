@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
@@ -14,6 +15,11 @@ _NAMES = {
 # macOS ends the name with a carriage return, which archives and file servers write in other ways. A folder may be a
 # class of icons.
 _ICON = {f"icon{end}" for end in ("", "\r", "_", "?", "\uf00d", "#015", "%0d")}
+# What programs put behind the name of a file for its copies, and for files that are not complete.
+_ENDING = re.compile(
+    r"\.(?:(?:bak|backup|old|orig|tmp|temp|swp|swo)\d*|part|partial|filepart|crdownload|opdownload|aria2|!ut|!qb"
+    r"|aux\.xml|rej|lock)$"
+)
 _MOST_NAMED = 3
 
 
@@ -26,7 +32,9 @@ def left_out(path: str, *, folder: bool = False) -> str:
         if (
             name.startswith((".", "~$"))
             or lower in _NAMES
+            or lower.endswith(".download")  # Safari makes a folder of it
             or (is_file and (lower in _ICON or lower.endswith(("zone.identifier", "~")) or _is_autosave(lower)))
+            or (is_file and _ENDING.search(lower))
         ):
             return "/".join(parts[: i + 1])
     return ""

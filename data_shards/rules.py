@@ -28,7 +28,16 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "litter of other systems is left out in any case",
         "DICOM objects that are not images (doses, segmentations, maps) are quarantined",
         "damaged images that lost pixels are quarantined, and JPEGs that only lack their end marker are kept",
-    )
+    ),
+    3: (
+        "in a set of folders, several folders of one split that are not its numbered parts (train_224 and train_512) "
+        "are refused until an option says what they are",
+        "backups, temporary files and unfinished downloads (.bak, .tmp, .part, .crdownload) are left out",
+        "class names that look alike (letters of other alphabets, full-width or invisible ones, dots and underscores "
+        "around the name) are refused until an option says what they are",
+        "DICOM files that are images by their class, but segmentations, doses or reports by their modality, are "
+        "quarantined, and so are labels, overviews and thumbnails of slides",
+    ),
 }
 RULES = max(CHANGES)
 # Kept in the same file: where the splits of the dataset came from, in a clause.

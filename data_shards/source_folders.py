@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 
 from data_shards.config import DataConfig
+from data_shards.dicom import named_as_image
 from data_shards.file_set import FileSet
-from data_shards.files import NestedFiles, open_files
+from data_shards.files import Files, NestedFiles, open_files
+from data_shards.files_links import broken_links
 from data_shards.folder_layout import ClassFolder, read_layout
-from data_shards.folder_tree import FolderTree, class_name, loose
+from data_shards.folder_tree import FolderTree, class_name
 from data_shards.labels import ClassEdits, grouped_by_path, relabelled
+from data_shards.lookalikes import described, folded, plainness, trimmed
 from data_shards.source import Row
 from data_shards.split import SPLITS, split_word
 
@@ -25,6 +29,16 @@ def open_folders(config: DataConfig) -> FileSet:
     """
     files = open_files(config.source)
     tree = FolderTree(files)
+    try:
+        return _read(files, tree, config)
+    except ValueError as error:
+        broken = {name: why for name, why in tree.broken.items() if not named_as_image(name)}
+        if not broken:
+            raise
+        raise ValueError(f"{error}; {''.join(broken_links(broken))}; each may be such a folder") from None
+
+
+def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileSet:
     layout = read_layout(tree, config)
     if isinstance(files, NestedFiles) and not layout.splits_from:
         _check_zips(files.zips, config)
@@ -42,7 +56,8 @@ def open_folders(config: DataConfig) -> FileSet:
         ]
         rows += [Row(where, 0, (index,), split, None) for _, where, split in sorted(members)]
     made = relabelled(rows, classes, config, config.source)
-    notes = (*layout.notes, *_merged(layout.folders), *made.notes)
+    broken = broken_links(tree.broken_beside(folder.path for folder in layout.folders))
+    notes = (*layout.notes, *broken, *_merged(layout.folders), *made.notes)
     root = f"{layout.root}/" if layout.root else ""
     grouped = grouped_by_path(made.rows, config)
     return FileSet(files, root, grouped, config, classes=made.classes, notes=notes, splits_from=layout.splits_from)
@@ -72,9 +87,11 @@ def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, .
     named = ClassEdits(config).names_in_source(config.classes, found)
     classes = tuple(class_name(name) for name in named) or tuple(found)
     if extra := sorted(set(found) - set(classes)):
+        like = [name for name in classes if _look(name) == _look(extra[0])]
+        renamed = f" (or, if it is {like[0]!r}, say so with {_class_map(extra[:1], like[0])})" if like else ""
         raise ValueError(
-            f"folder {extra[0]!r} of {config.source} is none of the classes {', '.join(classes)}: move it away, or add "
-            "it to --data.classes"
+            f"folder {described(extra[0])} of {config.source} is none of the classes {', '.join(classes)}: move it "
+            f"away, or add it to --data.classes{renamed}"
         )
     if missing := [name for name in classes if name not in found]:
         raise ValueError(
@@ -88,18 +105,25 @@ def _check_alike(found: Sequence[str], config: DataConfig) -> None:
     """ValueError where two folders look like one class written in two ways, unless both are named."""
     ways: dict[str, list[str]] = defaultdict(list)
     for name in found:
-        ways[loose(name)].append(name)
+        ways[_look(name)].append(name)
     named, edits = {class_name(name) for name in config.classes}, ClassEdits(config)
     for names in ways.values():
         become = {edits.new_name(name) for name in names} - {None}
         if len(become) > 1 and not set(names) <= named:
-            kept = min(names, key=lambda name: (name.casefold() != name, name))
+            kept = min(names, key=lambda name: (plainness(name), name.casefold() != name, name))
             pairs = _class_map([name for name in names if name != kept], kept)
             raise ValueError(
-                f"the folders {', '.join(map(repr, names))} of {config.source} differ only in case, spaces or "
-                f"underscores: if they are one class, say so with {pairs}, or rename them alike; if "
-                "they are not, name all classes in --data.classes"
+                f"the folders {', '.join(map(described, names))} of {config.source} differ only in case, in spaces, "
+                "underscores or dots, in how a number is written, or in letters that look alike: if they are one "
+                f"class, say so with {pairs}, or rename them alike; if they are not, name all classes in --data.classes"
             )
+
+
+def _look(name: str) -> str:
+    """What names of class folders have in common that are told apart by nothing that is seen, or by nothing meant."""
+    text = trimmed(folded(name.replace("_", " ")))
+    number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
+    return number[1] if number else text
 
 
 def _class_map(old: Sequence[str], new: str) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import posixpath
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
 from data_shards.file_set import FileSet
 from data_shards.files import Files, open_files
+from data_shards.files_links import broken_links
 from data_shards.image_paths import Places, find_images
 from data_shards.label_cells import read_labels, says_missing
 from data_shards.labels import composed, grouped_by_path, option
+from data_shards.lookalikes import described, folded, trimmed
 from data_shards.source import Row
 from data_shards.split import split_of_cell
 from data_shards.table import ENDINGS, Table, tables_among
@@ -34,7 +35,7 @@ def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
     files = open_files(source)
     table = _table(files, wanted, source)
     places = find_images(table.column(config.image_column or "file", "image"), table, files.names, source)
-    missing = _missing(table, places, config)
+    missing = _missing(table, places, files, config)
     there = [i for i, file in enumerate(places.files) if file]
     labels = read_labels(table, there, config, named=classes_named)
     kept = {i: indices for i, indices in zip(there, labels.indices, strict=True) if indices is not None}
@@ -83,13 +84,15 @@ def _alike_groups(groups: Iterable[str], table: Table) -> tuple[str, ...]:
     counts = Counter(groups)
     spellings: dict[str, list[str]] = defaultdict(list)
     for group in sorted(counts):
-        text = " ".join(unicodedata.normalize("NFKC", group).casefold().split())
+        text = trimmed(folded(group))
         number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
         spellings[number[1] if number else text].append(group)
     alike = [names for names in spellings.values() if len(names) > 1]
     if not alike:
         return ()
-    told = "; ".join(" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in names) for names in alike[:3])
+    told = "; ".join(
+        " and ".join(f"{described(name)} ({counts[name]:,} rows)" for name in names) for names in alike[:3]
+    )
     return (
         f"groups of {table.path} that differ only in how they are written are read as different ones, "
         f"{len(alike):,} times: {told}{', ...' if len(alike) > 3 else ''}; if they are one, write them alike, or its "
@@ -123,7 +126,7 @@ def _unknown_splits(table: Table, cells: Sequence[str], unknown: Sequence[int], 
     )
 
 
-def _missing(table: Table, places: Places, config: DataConfig) -> tuple[str, ...]:
+def _missing(table: Table, places: Places, files: Files, config: DataConfig) -> tuple[str, ...]:
     """A notice about rows without a file. ValueError where there are any and they may not be dropped."""
     missing = [i for i, file in enumerate(places.files) if not file]
     if not missing:
@@ -131,6 +134,9 @@ def _missing(table: Table, places: Places, config: DataConfig) -> tuple[str, ...
     values = table.column(config.image_column or "file", "image")
     examples = ", ".join(f"{values[i]!r} in {table.line(i)}" for i in missing[:3])
     count = f"{len(missing):,} of {len(values):,} rows of {table.path} name an image that is not there ({examples})"
+    listed = set(places.files)
+    if broken := broken_links({name: why for name, why in files.broken.items() if name not in listed}):
+        count += f"; {''.join(broken)}"
     if config.rows_without_file == "drop" and len(missing) < len(values):
         return (f"{count}: dropped",)
     raise ValueError(

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from data_shards.disk import full_disk, says_full, size_text
+from data_shards.disk import DiskFullError, full_disk, says_full, size_text
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 
 class StoreError(ValueError):
     """The store cannot do what was asked: says which store, what is wrong and what to do."""
+
+
+class StoreFullError(StoreError, DiskFullError):
+    """The disk of a local store is full."""
 
 
 class StoreKeyError(StoreError, KeyError):
@@ -293,7 +297,7 @@ class FileStore(Store):
             ) from error
         except OSError as error:
             if says_full(error):
-                raise StoreError(self._no_room(doing, data)) from error
+                raise StoreFullError(self._no_room(doing, data)) from error
             raise StoreError(
                 f"{self.uri}: {doing}: {error.strerror or error}; the store must be a folder you may write to: fix "
                 "that, or use another store"

@@ -26,12 +26,13 @@ from pipelines.class_table import completed
 from pipelines.costs import read_prices
 from pipelines.datasets import datasets
 from pipelines.demand import RunDemand
-from pipelines.faults import RESUME, fault_line, has_more, lost_ray
+from pipelines.faults import fault_line, has_more, lost_ray
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
 from pipelines.initial_weights import InitialWeights, pinned, weights_of_run
-from pipelines.leases import RUN_WAIT_S, driver_lease, interruptible
+from pipelines.interrupt import HAS_TOLD, INTERRUPTED, interruptible, is_interrupted
+from pipelines.leases import RUN_WAIT_S, driver_lease
 from pipelines.override import ConfigError, difference, explain, flatten, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.ray_session import RaySessionError
@@ -44,6 +45,9 @@ from pipelines.work_log import own_messages, work_log
 from pipelines.workflows import WORKFLOWS, until
 
 DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
+# A signal to all processes of a group reaches them one after the other. What an interrupted command holds is given back
+# within seconds, also where Ray is gone.
+SIGNALS_WITHIN_S, ENDING_S = 1.0, 20.0
 DEFAULT_STORE = "./medmamba-store"
 WORKFLOW_FILE = "workflow.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -348,10 +352,20 @@ def _place(work: Resolved, states: Sequence[StepState], store: Store, terminal: 
 
 
 def _end_without_ray(terminal: Terminal, server: str) -> None:
-    """Ends this process at once: what waits for a Ray that is gone would wait for minutes, or for ever."""
-    terminal.close()
-    terminal.say(f"medmamba: {lost_ray(server)}{terminal.details()}")
-    os._exit(FAILED)
+    """Ends this process: what waits for a Ray that is gone would wait for minutes, or for ever.
+
+    At once, unless a signal that ended Ray as well ends this process already: it is left some time to give back what it
+    holds.
+    """
+    try:
+        if not is_interrupted(wait_s=SIGNALS_WITHIN_S):
+            terminal.close()
+            terminal.say(f"medmamba: {lost_ray(server)}{terminal.details()}")
+        elif not HAS_TOLD.wait(ENDING_S):
+            terminal.close()
+            terminal.say(f"medmamba: {INTERRUPTED}")
+    finally:  # standard error may be closed
+        os._exit(FAILED)
 
 
 def _dry_run(work: Resolved, workflow: str, steps: list[Step], store: Store, *, init: InitialWeights | None) -> int:
@@ -548,7 +562,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HelpShown:
         return _flushed(DONE)
     except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train a Ctrl-C
-        return _tell(f"interrupted; {RESUME}", FAILED)
+        return _tell(INTERRUPTED, FAILED)
     except Exception as error:  # the last boundary: the traceback is kept, the user gets a line
         return _unexpected(error)
 
@@ -705,5 +719,6 @@ def _unexpected(error: Exception) -> int:
 
 
 def _tell(error: object, code: int) -> int:
-    print(f"medmamba: {visible(str(error))}", file=sys.stderr)
+    print(f"medmamba: {visible(str(error))}", file=sys.stderr, flush=True)
+    HAS_TOLD.set()
     return code

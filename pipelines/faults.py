@@ -52,7 +52,7 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
     chain = list(causes(error))
     text = "\n".join(f"{type(each).__name__}: {each}" for each in chain)
     if any(says_full(each) for each in chain):
-        return f"{_full_disk(places)}, then {RESUME}"
+        return f"{_disk_line(chain, places)}, then {RESUME}"
     if any(sign in text for sign in _GPU_FULL):
         return f"the GPU ran out of memory: {_less_memory(step)}"
     if any(sign in text for sign in _NO_MEMORY) or any(isinstance(each, MemoryError) for each in chain):
@@ -137,6 +137,12 @@ def _wrapped(error: BaseException) -> list[BaseException]:
         *failures.values(),
     ]
     return [each for each in inside if isinstance(each, BaseException)]
+
+
+def _disk_line(chain: Sequence[BaseException], places: Sequence[str | Path]) -> str:
+    """The line about the disk that an error says is full, the same each time: there may be room again meanwhile."""
+    said = next(each for each in chain if says_full(each))
+    return said.__dict__.setdefault("full_disk", _full_disk(places))
 
 
 def _full_disk(places: Sequence[str | Path]) -> str:

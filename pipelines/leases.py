@@ -57,23 +57,6 @@ def _interrupt_main() -> None:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """While the block lasts SIGTERM ends the process as Ctrl-C does, so that what it holds is given back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def model_lease(context: StepContext, model: str) -> Iterator[FencedLease]:
     """Holds the registered model `model`: no other process registers or promotes a version of it meanwhile.
 
@@ -81,7 +64,7 @@ def model_lease(context: StepContext, model: str) -> Iterator[FencedLease]:
     """
     with fenced_lease(
         context.store,
-        f"leases/models/{model}",
+        model_lease_key(model),
         what=f"registered model {model!r}",
         remedy="wait until it has finished, or end that process, then run the same command again",
         wait_s=MODEL_WAIT_S,
@@ -90,6 +73,11 @@ def model_lease(context: StepContext, model: str) -> Iterator[FencedLease]:
         if held.before is not None and (run_id := held.before.about.get("mlflow_run")):
             context.tracking.close_run(run_id)
         yield held
+
+
+def model_lease_key(model: str) -> str:
+    """Where the lease of a registered model is in the store."""
+    return f"leases/models/{model}"
 
 
 def bind_model(tracking: Tracking, model: str, store: Store, *, create: bool = False) -> int | None:

@@ -20,14 +20,17 @@ An alias that a person moves in MLflow is left where it is, and is the champion 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from data_shards.fenced_lease import FencedLease
+from data_shards.fenced_lease import FencedLease, is_held
 from data_shards.holder import Holder, this_process
+from data_shards.store import Store, StoreKeyError
 from pipelines.flow import StepContext
+from pipelines.leases import model_lease_key
 from pipelines.registry import Version, by_alias, by_number, move_alias
 from pipelines.tracking import IN_FLIGHT_S, RECENT_S
 
@@ -126,17 +129,7 @@ class Promotions:
         return now
 
     def _all(self) -> list[Promotion]:
-        return [self._read(key) for key in self._store.list(f"{self._prefix}/")]
-
-    def _read(self, key: str) -> Promotion:
-        try:
-            found = json.loads(self._store.get(key))
-            return Promotion(**{**found, "holder": Holder(**found["holder"])})
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{self._store.uri}/{key} is not what a promotion writes ({error}): it was edited or damaged; restore "
-                "it, or delete it if the alias in MLflow is right"
-            ) from None
+        return [_read(self._store, key) for key in self._store.list(f"{self._prefix}/")]
 
     def _write(self, promotion: Promotion) -> Promotion:
         self._store.put(self._key(promotion.number), json.dumps(asdict(promotion), indent=1).encode() + b"\n")
@@ -144,6 +137,35 @@ class Promotions:
 
     def _key(self, number: int) -> str:
         return f"{self._prefix}/{number:08d}.json"
+
+
+def abandoned_moves(store: Store) -> dict[str, str]:
+    """Which moves of an alias were begun and are not under way any more: the step's folder -> what was begun by whom.
+
+    The lease that each was made under is over. Nobody has seen whether the alias was moved: the next promotion looks.
+    """
+    found = {}
+    for key in store.list("promotions/"):
+        _, *model, _, alias, _ = key.split("/")
+        with contextlib.suppress(ValueError, StoreKeyError):  # the next promotion says what is damaged
+            each = _read(store, key)
+            if each.state == "begun" and not is_held(store, model_lease_key("/".join(model)), each.number):
+                found["/".join(each.record.split("/")[-3:])] = (
+                    f"{each.holder} ended while it moved the alias {alias} of {'/'.join(model)} to version "
+                    f"{each.version}; the next promotion finds out whether it is there"
+                )
+    return found
+
+
+def _read(store: Store, key: str) -> Promotion:
+    try:
+        found = json.loads(store.get(key))
+        return Promotion(**{**found, "holder": Holder(**found["holder"])})
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{store.uri}/{key} is not what a promotion writes ({error}): it was edited or damaged; restore it, or "
+            "delete it if the alias in MLflow is right"
+        ) from None
 
 
 def _is_at(now: Version | None, promotion: Promotion) -> bool:

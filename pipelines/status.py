@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data_shards.store import Store
 from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
+from pipelines.promotions import abandoned_moves
 from pipelines.steps.tune import trial_name
 
 
@@ -14,7 +15,7 @@ def read_status(store: Store, run: str = "") -> list[dict]:
         parts = key.split("/")
         if len(parts) == 4 and parts[3] in (CONFIG, RECORD, FAILURE):
             begun.setdefault((parts[1], parts[2]), set()).add(parts[3])
-    rows = []
+    rows, abandoned = [], abandoned_moves(store)
     for (name, step), files in begun.items():
         out = store.at("runs", name, step)
         record = read_record(out) if RECORD in files else None
@@ -26,7 +27,7 @@ def read_status(store: Store, run: str = "") -> list[dict]:
                 "state": "done" if record else "failed" if failure else "interrupted",
                 "finished": record.finished if record else None,
                 "seconds": record.seconds if record else None,
-                "told": failure.reason if failure else _told(record),
+                "told": failure.reason if failure else _told(record) or abandoned.get(f"runs/{name}/{step}", ""),
             }
         )
     return sorted(rows, key=lambda row: (row["run"], row["finished"] or "9"))

@@ -28,6 +28,7 @@ from data_shards.fenced_lease import is_lost
 from data_shards.store import Store, StoreKeyError
 from pipelines.faults import kept_reason
 from pipelines.flow.record import CONFIG
+from pipelines.interrupt import is_interrupted
 from pipelines.provenance import git_commit
 
 RUN_FILE = "mlflow.json"
@@ -147,9 +148,12 @@ class Tracking:
                 raise
             # What broke the step is what must be told, not that MLflow could not be told of it.
             with contextlib.suppress(TrackingError):
-                if isinstance(error, Exception):
-                    self.set_tags(run_id, {REASON: kept_reason(error, step=step)[:TAG_CHARACTERS]})
-                self.finish(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+                has_failed = isinstance(error, Exception) and not is_interrupted()
+                if has_failed:
+                    places = [out.uri] if out.is_local else []
+                    reason = kept_reason(error, step=step, places=places)
+                    self.set_tags(run_id, {REASON: reason[:TAG_CHARACTERS]})
+                self.finish(run_id, "FAILED" if has_failed else "KILLED")
             raise
         self.finish(run_id)
 

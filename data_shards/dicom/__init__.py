@@ -32,9 +32,9 @@ _IMAGE_ENDINGS = {
 }  # fmt: skip
 _IDENTIFYING = ("BurnedInAnnotation", "RecognizableVisualFeatures")
 _OFTEN_BURNED_IN = ("US", "IVUS", "OT", "SC")
-_PLANNING = ("SOPClassUID", "NumberOfFrames", "PatientID", "StudyInstanceUID", "Modality", *_IDENTIFYING)
+_PLANNING = ("SOPClassUID", "ImageType", "NumberOfFrames", "PatientID", "StudyInstanceUID", "Modality", *_IDENTIFYING)
 _DECODING = (
-    *_IDENTIFYING, "SOPClassUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
+    *_IDENTIFYING, "SOPClassUID", "ImageType", "Modality", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
     "PlanarConfiguration", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPresentation", "PresentationLUTShape",

@@ -1,4 +1,4 @@
-"""Which DICOM objects are images: radiotherapy doses, segmentations and maps have pixels too, but show no patient."""
+"""Which DICOM objects are images: doses, segmentations, maps and labels of slides have pixels too, but no patient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _FAMILIES = {
     "90.": "assessment", "91.": "annotation", "104.": "encapsulated document", "200.": "protocol",
     "481.": "radiotherapy object",
 }  # fmt: skip
-# By Modality, for files that do not name their class, or a private one.
+# By Modality, for files that do not name their class, or a private one; and for those that are saved as images, as some
+# programs save what they draw: a segmentation as CT, a report as secondary capture.
 _MODALITIES = {
     "SEG": "segmentation", "RTDOSE": "RT Dose", "RTSTRUCT": "RT Structure Set", "RTPLAN": "RT Plan",
     "RTRECORD": "RT treatment record", "REG": "registration", "FID": "fiducials", "PR": "presentation state",
@@ -27,21 +28,39 @@ _MODALITIES = {
     "SMR": "stereometric relationship", "M3D": "3D model", "STAIN": "staining", "TEXTUREMAP": "texture map",
     "OPTHMAP": "ophthalmic map", "OPM": "ophthalmic map", "ANN": "annotation",
 }  # fmt: skip
+# Parts of a whole slide that are not its tissue at full size, by ImageType; a label has the patient's name on it.
+_SLIDE, _SLIDE_MODALITY = "1.2.840.10008.5.1.4.1.1.77.1.6", "SM"
+_SLIDE_PARTS = {
+    "LABEL": "label of a slide", "OVERVIEW": "overview of a slide", "THUMBNAIL": "thumbnail of a slide",
+}  # fmt: skip
 
 
 def object_name(data: Dataset) -> str:
-    """What the object is, by its SOP class, if it is not an image; "" for an image.
+    """What the object is, by its SOP class, modality or image type, if it is not an image; "" for an image.
 
     A private or unknown class counts as an image, as scanners give their own images such ones, unless the modality
     says otherwise. Only names of the standard are returned, nothing of the header.
     """
+    uid = str(data.get("SOPClassUID") or "").strip().rstrip("\0")
+    modality = str(data.get("Modality") or "").strip().upper()
+    return _name_of_class(uid) or _MODALITIES.get(modality, "") or _slide_part(data, uid, modality)
+
+
+def _name_of_class(uid: str) -> str:
     from pydicom.uid import UID, UID_dictionary
 
-    uid = str(data.get("SOPClassUID") or "").strip().rstrip("\0")
     if uid in UID_dictionary:
         name = UID(uid).name
         return "" if "Image" in name or name in _ALSO_IMAGES else name.removesuffix(" Storage")
     if uid.startswith(_STORAGE):
         family = uid.removeprefix(_STORAGE)
         return next((name for start, name in _FAMILIES.items() if family.startswith(start)), "")
-    return _MODALITIES.get(str(data.get("Modality") or "").strip().upper(), "")
+    return ""
+
+
+def _slide_part(data: Dataset, uid: str, modality: str) -> str:
+    if uid != _SLIDE and modality != _SLIDE_MODALITY:
+        return ""
+    found = data.get("ImageType") or ()
+    values = {str(value).strip().upper() for value in ([found] if isinstance(found, str) else found)}
+    return next((name for value, name in _SLIDE_PARTS.items() if value in values), "")

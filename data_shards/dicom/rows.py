@@ -83,8 +83,8 @@ def _tell(found: Sequence[dicom.Facts], config: DataConfig) -> None:
         )
     if objects := sum(facts.not_image for facts in found):
         _log.warning(
-            "%d DICOM files are not images but other objects, such as doses or segmentations: they are %s "
-            "(--data.dicom.objects)",
+            "%d DICOM files are not images but other objects, such as doses, segmentations or labels of slides: they "
+            "are %s (--data.dicom.objects)",
             objects,
             "kept where they have pixels" if config.dicom.objects == "keep" else "quarantined",
         )

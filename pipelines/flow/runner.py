@@ -28,6 +28,7 @@ from pipelines.flow.record import (
     write_record,
 )
 from pipelines.flow.step import Step, StepContext
+from pipelines.interrupt import raise_if_interrupted
 from pipelines.provenance import git_commit, package_versions
 
 State = Literal["done", "failed", "interrupted", "to do"]
@@ -149,8 +150,10 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
         with _own_interrupt():
             facts = step.run(step.config, context.placement, out, context, **facts_of)
     except Exception as error:
+        raise_if_interrupted(error)  # a step that was interrupted has not failed
         if _is_held(context):  # else the folder is another driver's by now
-            write_failure(out, kept_reason(error, step=step.name))
+            places = [context.store.uri] if context.store.is_local else []
+            write_failure(out, kept_reason(error, step=step.name, places=places))
             if not step.binds_on_refusal and users_mistake(error) is not None:
                 out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
         raise

@@ -899,6 +899,52 @@ def test_an_object_without_a_class_is_known_by_its_modality():
             refused(of_class(sop_class, Modality=modality), f"a DICOM {name}, which is not an image")
 
 
+@pytest.mark.parametrize("sop_class", ["2", "7", "4.1"])
+@pytest.mark.parametrize("modality", ["SEG", "RTDOSE", "RTSTRUCT", "PR", "KO", "SR", "seg "])
+def test_an_object_that_is_saved_as_an_image_is_known_by_its_modality(sop_class, modality):
+    file = dicom_file(GREY, SOPClassUID=CLASSES + sop_class, Modality=modality)
+    refused(file, r"^a DICOM [\w ]+, which is not an image \(--data.dicom.objects keep")
+    assert shown(file, config=DicomConfig(objects="keep")).shape == GREY.shape
+
+
+SLIDE = CLASSES + "77.1.6"
+
+
+@pytest.mark.parametrize("part", ["LABEL", "OVERVIEW", "THUMBNAIL"])
+@pytest.mark.parametrize("elements", [{"SOPClassUID": SLIDE}, {"Modality": "SM"}], ids=["class", "modality"])
+def test_a_part_of_a_slide_that_is_not_its_tissue_is_refused_by_its_name(part, elements):
+    file = dicom_file(GREY, ImageType=["ORIGINAL", "PRIMARY", part, "NONE"], **elements)
+    refused(file, rf"^a DICOM {part.lower()} of a slide, which is not an image \(--data.dicom.objects keep")
+    assert shown(file, config=DicomConfig(objects="keep")).shape == GREY.shape
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"SOPClassUID": SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]},
+        {"SOPClassUID": SLIDE, "ImageType": None},
+        {"SOPClassUID": SLIDE, "ImageType": "ORIGINAL"},
+        {"SOPClassUID": CLASSES + "2", "Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "OVERVIEW"]},
+    ],
+)
+def test_tissue_of_a_slide_and_images_of_another_kind_stay(elements):
+    assert shown(dicom_file(GREY, **elements)).shape == GREY.shape
+
+
+def test_labels_of_slides_among_images_are_quarantined_with_the_reason(tmp_path, caplog):
+    files = {f"{i % 2}/{i}.dcm": of(f"P{i}", pixels=noise(i), SOPClassUID=SLIDE) for i in range(38)}
+    files["0/label.dcm"] = of("P1", pixels=noise(90), SOPClassUID=SLIDE, ImageType=["ORIGINAL", "PRIMARY", "LABEL"])
+    files["1/mask.dcm"] = of("P2", pixels=noise(91), SOPClassUID=CLASSES + "2", Modality="SEG")
+    config = dicom_set(tmp_path / "set", files).model_copy(update={"max_quarantine": 0.1})
+    with caplog.at_level(logging.WARNING):
+        facts = convert(config, open_store(str(tmp_path / "store")))
+    assert (facts["num_images"], facts["quarantine"]) == (38, 2)
+    assert "2 DICOM files are not images but other objects" in caplog.text
+    assert "0/label.dcm (a DICOM label of a slide, which is not an image" in caplog.text
+    kept = config.model_copy(update={"dicom": DicomConfig(objects="keep")})
+    assert convert(kept, open_store(str(tmp_path / "kept")))["num_images"] == 40
+
+
 def test_objects_among_images_are_a_row_each_counted_and_quarantined_or_kept(tmp_path, caplog):
     dose = [noise(90 + i) for i in range(5)]
     files = {f"{i % 2}/{i}.dcm": of(f"P{i}", pixels=noise(i)) for i in range(38)}

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import tarfile
 import zipfile
@@ -9,8 +10,10 @@ import zipfile
 import pytest
 
 from data_shards import files_folder, files_links
+from data_shards.config import DataConfig
 from data_shards.files import open_files
 from data_shards.litter import left_out
+from data_shards.source import open_source
 
 # Name -> content, a link (as a tuple: kind, target), or None for a folder.
 HARD, SOFT = "hard", "soft"
@@ -172,6 +175,41 @@ def test_links_that_are_not_followed_are_reported(tmp_path):
         )  # fmt: skip
 
 
+def test_a_class_folder_that_is_a_broken_link_is_named_as_one(tmp_path):
+    tree = {f"{c}/x.png": b"1" for c in "ab"} | {"c": (SOFT, "gone/c"), "d": (SOFT, "d")}
+    why = {"c": NOWHERE, "d": "a link that leads back to itself"}
+    for kind, files in all_three(tmp_path, tree):
+        assert (kind, files.broken) == (kind, why)
+    for source in (tmp_path / "folder", tmp_path / "set.tar", tmp_path / "set.zip"):
+        config = DataConfig(dataset="mine", layout="folders", source=str(source))
+        notes = open_source(config).notes
+        assert f"2 broken links are not read: c ({NOWHERE}), d ({why['d']})" in notes
+        assert not any("1 file" in note for note in notes)
+        with pytest.raises(
+            ValueError, match=r"'c' .* is missing .*; 2 broken links are not read: c \(a link to a file"
+        ):
+            open_source(config.model_copy(update={"classes": ("a", "b", "c")}))
+
+
+def test_a_class_folder_of_one_split_that_is_a_broken_link_is_named_as_one(tmp_path):
+    tree = {f"{split}/{c}/x.png": b"1" for split in ("train", "test") for c in "ab"} | {"test/c": (SOFT, "../c")}
+    reason = rf"1 broken link is not read: test/c \({NOWHERE}\)"
+    as_tar(tmp_path / "without.tar", tree)
+    config = DataConfig(dataset="mine", layout="folders", source=str(tmp_path / "without.tar"))
+    assert any(re.fullmatch(reason, note) for note in open_source(config).notes)
+    as_tar(tmp_path / "with.tar", tree | {"train/c/x.png": b"1"})
+    with pytest.raises(ValueError, match=f"'c' .* in train, but none in test: .*; {reason}"):
+        open_source(config.model_copy(update={"source": str(tmp_path / "with.tar")}))
+
+
+def test_a_broken_link_to_the_folder_that_a_table_names_is_named_with_the_missing_images(tmp_path):
+    tree = {"labels.csv": b"file,label\na/x.png,1\nb/y.png,0\n", "a/x.png": b"1", "b": (SOFT, "gone")}
+    for kind, make in (("folder", as_folder), ("set.zip", as_zip)):
+        config = DataConfig(dataset="mine", layout="csv", source=str(make(tmp_path / kind, tree)), csv="labels.csv")
+        with pytest.raises(ValueError, match=rf"'b/y.png' .*; 1 broken link is not read: b \({NOWHERE}\); looked"):
+            open_source(config)
+
+
 @pytest.mark.parametrize("target", ["../../x.png", "/etc/hostname", "../.."])
 def test_a_link_out_of_an_archive_is_a_file_that_cannot_be_read(tmp_path, target):
     tree = {"a/x.png": b"1", "a/y.png": (SOFT, target)}
@@ -280,6 +318,9 @@ LITTER = [
     "a/Thumbs.db", "a/thumbs.db", "a/THUMBS.DB", "a/ehthumbs.db", "a/Desktop.ini", "a/desktop.ini", "a/.DS_Store",
     "a/._x.png", "a/x.png:Zone.Identifier", "a/x.png\uf03aZone.Identifier", "a/Icon\r", "a/Icon", "a/~$notes.docx",
     "a/.ipynb_checkpoints/x-checkpoint.png", "a/@eaDir/x.png@SynoEAStream", "__macosx/a/._x.png", "lost+found/x.png",
+    "a/x.bak", "a/x.png.BAK", "a/x.png.bak2", "a/y.TMP", "a/y.png.Temp", "a/z.png.part", "a/z.png.Partial",
+    "a/z.png.filepart", "a/1.png.crdownload", "a/1.png.download", "a/2.png.Download/2.png", "a/1.png.aria2",
+    "a/x.tif.aux.xml", "a/x.TIF.AUX.XML", "a/x.png.old", "a/x.png.orig", "a/x.png.swp",
     "$Recycle.Bin/x.png", "System Volume Information/x", "__pycache__/x.pyc", ".git/x", "#recycle/x.png",
 ]  # fmt: skip
 
@@ -298,7 +339,23 @@ def test_litter_in_any_case_is_left_out_and_counted_in_folder_tar_zip_and_s3(tmp
         assert files.notes[0].startswith(f"{len(LITTER)} hidden files or folders of other programs are left out: ")
 
 
-@pytest.mark.parametrize("name", ["a/icons/x.png", "icon/x.png", "a/thumbs/x.png", "a/desktop.png", "a/x~.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/icons/x.png",
+        "icon/x.png",
+        "a/thumbs/x.png",
+        "a/desktop.png",
+        "a/x~.png",
+        "a/bak.png",
+        "a/x.tmp.png",
+        "x.bak/1.png",
+        "a/part",
+        "a/x.parts",
+        "a/old",
+        "a/x.xml",
+    ],
+)
 def test_names_that_only_resemble_litter_stay(name):
     assert not left_out(name)
 

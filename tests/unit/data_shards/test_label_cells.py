@@ -29,6 +29,9 @@ def remedy(message, option):
         (["True", "1", "True", "0", "False", "False"], ("False", "True")),
         (["yes", "Yes", "yes", "no"], ("no", "yes")),
         (["ｎｖ", "nv", "nv", "mel"], ("mel", "nv")),
+        (["Beniga", "Benig\u0430", "Beniga", "x"], ("Beniga", "x")),
+        (["benign.", "Benign", "Benign", "x"], ("Benign", "x")),
+        (["n\u03bd", "nv", "nv", "\u039eV", "mel"], ("mel", "nv", "\u039eV")),
     ],
 )
 def test_two_spellings_of_one_class_are_refused_and_the_class_map_of_the_message_joins_them(tmp_path, labels, classes):
@@ -37,6 +40,15 @@ def test_two_spellings_of_one_class_are_refused_and_the_class_map_of_the_message
     images = labelled(tmp_path, labels, class_map=remedy(str(caught.value), "class-map"))
     assert images.classes == classes
     assert len(images.rows) == len(labels)
+
+
+def test_a_letter_of_another_alphabet_in_a_label_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"with CYRILLIC SMALL LETTER A\).* seem to be one class"):
+        labelled(tmp_path, ["Beniga", "Benig\u0430", "x"])
+    with pytest.raises(ValueError, match=r"with CYRILLIC SMALL LETTER A\) .*--data.class-map"):
+        labelled(tmp_path, ["Benig\u0430", "x"], classes=("Beniga", "x"))
+    russian = ["\u043d\u043e\u0440\u043c\u0430", "\u0440\u0430\u043a", "x"]
+    assert len(labelled(tmp_path, russian).classes) == 3
 
 
 def test_all_pairs_of_spellings_are_in_one_message(tmp_path):

@@ -328,6 +328,10 @@ ZOOMED = [f"{split}/{c}/{zoom}/0.jpg" for split in ("train", "test") for c in "a
         (paths(["TRAIN", "TEST", "TEST_SIMPLE"]), "look like the test", {"split_values": ("TEST_SIMPLE=test",)}, 12),
         (paths(["TRAIN", "TEST", "TEST_SIMPLE"]), "=drop", {"split_values": ("TEST_SIMPLE=drop",)}, 8),
         (paths(["train", "train_masks", "test"]), "train_masks", {"split_values": ("train_masks=drop",)}, 8),
+        (paths(["train_224", "test", "train_512"]), "and train_512 of", {"split_values": ("train_512=drop",)}, 8),
+        (paths(["train", "train_512", "test"]), "in two versions", {"split_values": ("train_512=train",)}, 12),
+        (paths(["Training", "train", "test"]), "train and Training", {"split_values": ("Training=drop",)}, 8),
+        (paths(["train", "train_aug", "test"]), "train_aug", {"split_values": ("train_aug=drop",)}, 8),
         ([*BOTH, "masks/glioma/0.png"], "masks beside the split", {"split_values": ("masks=drop",)}, 8),
         ([*BOTH, "a b/0.png"], "--data.split-values 'a b=drop'", {"split_values": ("a b=drop",)}, 8),
         ([*BOTH, "Val/"], "'Val' .* holds no images", {"split_values": ("Val=drop",)}, 8),
@@ -350,6 +354,48 @@ ZOOMED = [f"{split}/{c}/{zoom}/0.jpg" for split in ("train", "test") for c in "a
 def test_what_is_refused_names_a_remedy_that_works(tmp_path, names, message, remedy, left):
     assert re.search(message, refusal(tmp_path, names))
     assert len(read(tmp_path, names, **remedy).rows) == left
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["train_v1", "train_v2", "test"],
+        ["train_fold1", "train_fold2", "test_fold1"],
+        ["train (1)", "train", "test"],
+        ["224_train", "512_train", "224_test"],
+        ["train_1x", "train_2x", "test"],
+        ["train-2019", "train-2020", "test-2020"],
+        ["trainset", "train", "test"],
+        ["train_val", "train", "val", "test"],
+        ["train", "test_1", "test_3"],
+        ["train_1_224", "train_1_512", "test"],
+    ],
+    ids=" ".join,
+)
+def test_folders_of_one_split_that_may_be_copies_are_refused_until_each_is_said(tmp_path, folders):
+    message = refusal(tmp_path, paths(folders))
+    assert "may be the same images" in message
+    (typed,) = re.findall(r"--data\.split-values (.*), or read all", message)
+    options = tuple(shlex.split(typed))
+    kept = read(tmp_path, paths(folders), split_values=options)
+    assert len(kept.rows) == 4 * (len(folders) - 1)
+    both = tuple(option.replace("drop", split_word(option.partition("=")[0])[0]) for option in options)
+    assert len(read(tmp_path, paths(folders), split_values=both).rows) == 4 * len(folders)
+
+
+def test_folders_of_one_split_that_are_numbered_or_in_different_classes_are_read(tmp_path):
+    parts = ["train_part0", "train_part1", "train_part2", "test"]
+    assert len(read(tmp_path, paths(parts)).rows) == 16
+    inside = [f"{c}/{split}/0.jpg" for c, split in (("a", "train"), ("a", "test"), ("b", "Train"), ("b", "Test"))]
+    assert len(open_source(config(make(tmp_path / "inside", inside))).rows) == 4
+
+
+def test_split_folders_that_differ_only_in_case_are_told_apart_where_each_is_named(tmp_path):
+    names = paths(["Train", "train", "test"])
+    assert "Train=train train=drop" in refusal(tmp_path, names)
+    images = read(tmp_path, names, split_values=("Train=train", "train=drop"))
+    assert {row.where.partition("/")[0] for row in images.rows} == {"Train", "test"}
+    assert len(read(tmp_path, names, split_values=("Train=train", "train=train")).rows) == 12
 
 
 def test_images_and_masks_around_the_same_splits_are_read_one_at_a_time(tmp_path):
@@ -408,6 +454,41 @@ def test_folders_that_differ_only_in_case_or_spaces_are_refused_until_both_are_n
     assert repr(first) in message
     assert repr(other) in message
     assert read(tmp_path, names, classes=(first, other, "malignant")).classes == (first, other, "malignant")
+
+
+ALIKE = {
+    "Benign\u0430"[:5] + "\u0430": "CYRILLIC SMALL LETTER A",  # Benigа beside Beniga
+    "\uff22eniga": "FULLWIDTH LATIN CAPITAL LETTER B",
+    "\u0392eniga": "GREEK CAPITAL LETTER BETA",
+    "Beni\u200bga": "u200b",
+    "beniga.": "'beniga.'",
+    "Beniga_": "'Beniga_'",
+    "Beniga . ": "'Beniga .'",
+}
+
+
+@pytest.mark.parametrize(("other", "told"), ALIKE.items(), ids=map(ascii, ALIKE))
+def test_folders_that_look_alike_are_refused_until_they_are_one_or_both_are_named(tmp_path, other, told):
+    names = paths(["Beniga", other, "malignant"], "x")
+    message = refusal(tmp_path, names)
+    assert told in message
+    assert "look alike" in message
+    name = other.strip()
+    assert read(tmp_path, names, class_map=(f"{name}=Beniga",)).classes == ("Beniga", "malignant")
+    assert f"--data.class-map {shlex.quote(f'{name}=Beniga')}" in message
+    assert len(read(tmp_path, names, classes=("Beniga", name, "malignant")).classes) == 3
+
+
+def test_folders_that_are_one_number_are_refused_and_others_are_not(tmp_path):
+    assert "how a number is written" in refusal(tmp_path, paths(["1", "1.0", "2"], "x"))
+    for each in (["1", "10", "1.5"], ["IFN-\u03b1", "IFN-\u03b2"], ["HER2-", "HER2+", "HER2"], ["5\u03bcm", "5mm"]):
+        assert len(open_source(config(make(tmp_path / each[0], paths(each, "x")))).classes) == len(each)
+
+
+def test_a_folder_that_looks_like_a_named_class_is_told_to_be_another_one(tmp_path):
+    message = refusal(tmp_path, paths(["Benig\u043f\u0430"[:5] + "\u0430", "b"], "x"), classes=("Beniga", "b"))
+    assert "CYRILLIC SMALL LETTER A" in message
+    assert "if it is 'Beniga', say so with --data.class-map" in message
 
 
 def test_folders_that_differ_only_in_case_between_two_splits_are_refused(tmp_path):

@@ -75,13 +75,18 @@ def test_a_word_for_a_missing_value_is_not_a_group(tmp_path, word):
         of_column(tmp_path, ["p1", "p2", word, word], group_column="c")
 
 
-@pytest.mark.parametrize("one", [("p1", "P1"), ("1", "1.0"), ("01", "1"), ("p  1", "p 1")])
+@pytest.mark.parametrize("one", [("p1", "P1"), ("1", "1.0"), ("01", "1"), ("p  1", "p 1"), ("A1", "A1.")])
 def test_groups_that_differ_only_in_spelling_are_noticed_with_their_rows(tmp_path, one):
     images = of_column(tmp_path, [*one, one[1], "other"], group_column="c")
     assert [row.group for row in images.rows] == [*one, one[1], "other"]
     (note,) = images.notes
     assert f"{one[0]!r} (1 rows)" in note
     assert f"{one[1]!r} (2 rows)" in note
+
+
+def test_a_group_with_a_letter_of_another_alphabet_is_noticed(tmp_path):
+    (note,) = of_column(tmp_path, ["A1", "\u04101", "B1"], group_column="c").notes
+    assert "CYRILLIC CAPITAL LETTER A" in note
 
 
 @pytest.mark.parametrize("groups", [["1", "10", "1.5", "-1"], ["12345678901234567890", "12345678901234567891"]])

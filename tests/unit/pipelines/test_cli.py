@@ -650,7 +650,8 @@ def test_a_terminated_driver_gives_its_run_back(tmp_path):
     script = (
         "import sys, time\n"
         "from data_shards.store import open_store\n"
-        "from pipelines.leases import driver_lease, interruptible\n"
+        "from pipelines.interrupt import interruptible\n"
+        "from pipelines.leases import driver_lease\n"
         "with interruptible(), driver_lease(open_store(sys.argv[1]), 'r', wait_s=0, say=print):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from data_shards.convert import RefusedError
+from data_shards.disk import DiskFullError
+from data_shards.store import StoreFullError
 from pipelines import faults
 from pipelines.faults import RESUME, causes, fault_line, has_more, kept_reason, users_mistake
 
@@ -134,6 +136,21 @@ def test_what_others_may_read_of_a_refused_conversion_quotes_no_file(name):
 def test_a_refusal_may_say_what_others_may_read():
     error = RefusedError("3 of 9 images cannot be decoded: Doe, John.png", public="3 of 9 images cannot be decoded")
     assert kept_reason(error, step="shard") == "3 of 9 images cannot be decoded"
+
+
+def test_what_is_kept_of_a_full_disk_names_the_disk_that_the_terminal_names(tmp_path, monkeypatch):
+    full = tmp_path / "store"
+    monkeypatch.setattr(faults, "is_full", lambda place: place == full)
+    error = WrappedError("x", cause=OSError(errno.ENOSPC, "No space left on device"))
+    kept = kept_reason(error, step="train", places=[full])
+    assert str(full) in kept
+    monkeypatch.setattr(faults, "is_full", lambda place: False)  # room was made meanwhile
+    assert fault_line(error, step="train") == kept
+
+
+def test_a_full_disk_is_no_secret_of_a_conversion():
+    for kind in (DiskFullError, StoreFullError):
+        assert kept_reason(kind("the disk of /x is full"), step="shard") == "the disk of /x is full"
 
 
 def test_a_value_error_that_a_library_raised_is_unexpected():

@@ -1,6 +1,8 @@
 """Steps on a real folder: done once, resumed, refused where they drifted, told together where they failed."""
 
+import errno
 import json
+import os
 import signal
 import sys
 
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from data_shards.store import open_store
 from pipelines.flow import DriftError, Step, StepContext, WorkflowError, plan_steps, run_steps
 from pipelines.flow.runner import in_order
+from pipelines.interrupt import interruptible
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.terminal import Terminal
 
@@ -105,6 +108,30 @@ def test_an_interrupted_step_is_resumed_in_its_own_folder(store, error):
     assert bring(steps, store)[1].record.facts["resumed"]
     assert (len(before.calls), len(work.calls)) == (0, 1)
     assert states(steps, store) == {"before": "done", "only": "done"}
+
+
+def test_what_breaks_of_a_signal_is_an_interruption_and_no_failure(store):
+    def broken(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise RuntimeError("a process of Ray was ended by the same signal") from None
+
+    with pytest.raises(SystemExit) as ended, interruptible():
+        bring([Step("only", broken, Settings())], store)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert states([Step("only", broken, Settings())], store) == {"only": "interrupted"}
+    with pytest.raises(WorkflowError), interruptible():  # an earlier signal says nothing of a later step
+        bring([Step("only", Counted(error=RuntimeError("x")), Settings())], store)
+
+
+def test_the_reason_that_is_kept_of_a_full_disk_is_that_of_the_terminal(store):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(WorkflowError) as failed:
+        bring([Step("only", Counted(error=error), Settings())], store)
+    kept = json.loads(store.get(f"runs/{RUN}/only/failure.json"))["reason"]
+    assert store.uri in kept
+    assert failed.value.reasons == {"only": kept}
 
 
 def test_planning_runs_and_writes_nothing(store):

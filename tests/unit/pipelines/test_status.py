@@ -1,9 +1,16 @@
 """What stands in a store: every run, where its steps stand, and one clause about each."""
 
+import json
+import os
+from dataclasses import asdict, replace
+
 import pytest
 from finished_run import finish
 
+from data_shards.fenced_lease import TTL_S, Claim
+from data_shards.holder import Holder
 from data_shards.store import open_store
+from pipelines.promotions import Promotion
 from pipelines.recipes import Recipe
 from pipelines.status import read_status, winner_name
 
@@ -46,6 +53,28 @@ def test_a_step_without_a_record_and_a_reason_was_interrupted(store, tmp_path):
     other = open_store(str(tmp_path))
     other.put("runs/r/train/config.json", store.get("runs/half/train/config.json"))
     assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", "")]
+
+
+def test_a_promotion_whose_process_ended_elsewhere_is_interrupted_once_its_lease_is_over(store, tmp_path):
+    other, elsewhere = open_store(str(tmp_path)), Holder("otherhost", 4711, "another boot", 1)
+    other.put("runs/r/promote/config.json", store.get("runs/whole/promote/config.json"))
+    begun = Promotion(3, {"version": 7}, "/mnt/elsewhere/store/runs/r/promote", elsewhere)
+    other.put("promotions/m/1700000000000/champion/00000003.json", json.dumps(asdict(begun)).encode())
+    other.put("promotions/m/1700000000000/champion/00000001.json", b"damaged")
+    lease = tmp_path / "leases/models/m/00000003.json"
+    other.put("leases/models/m/00000003.json", json.dumps(asdict(Claim("t", elsewhere, "then", TTL_S))).encode())
+    assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", "")]  # may be under way
+    then = lease.stat().st_mtime - TTL_S - 60
+    os.utime(lease, (then, then))
+    told = "process 4711 on otherhost ended while it moved the alias champion of m to version 7"
+    ((state, said),) = [(row["state"], row["told"]) for row in read_status(other)]
+    assert (state, said.partition(";")[0]) == ("interrupted", told)
+    lease.rename(lease.with_name("00000004.json"))  # taken over
+    assert read_status(other)[0]["told"].startswith(told)
+    other.put(
+        "promotions/m/1700000000000/champion/00000003.json", json.dumps(asdict(replace(begun, state="void"))).encode()
+    )
+    assert read_status(other)[0]["told"] == ""
 
 
 def test_a_winner_has_its_number_where_the_record_knows_it():

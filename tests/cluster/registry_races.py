@@ -399,17 +399,28 @@ def _runs(services: Services, run: str) -> list[tuple]:
 
 
 def rounds(name: str, number: int, one: Callable[[str], int]) -> dict[str, Any]:
-    """Runs `one` so many times; prints and returns what happened."""
-    began, hit, wrong = time.monotonic(), 0, []
-    for i in range(number):
-        try:
-            hit += one(f"{name}-{i}")
-        except AssertionError as error:
-            wrong.append(str(error))
-            print(f"WRONG {error}", flush=True)
-    figures = {"rounds": number, "wrong": len(wrong), "hit": hit, "seconds": round(time.monotonic() - began)}
-    print(f"{name}: {figures}", flush=True)
-    return {**figures, "reasons": wrong}
+    """Runs `one` so many times; prints and returns what happened, also every ten rounds and where it is stopped."""
+    began, done, hit, reasons = time.monotonic(), 0, 0, []
+
+    def figures() -> dict[str, int]:
+        seconds = round(time.monotonic() - began)
+        return {"rounds": done, "wrong": len(reasons), "hit": hit, "seconds": seconds}
+
+    try:
+        for i in range(number):
+            try:
+                hit += one(f"{name}-{i}")
+            except AssertionError as error:
+                reasons.append(str(error))
+                print(f"WRONG {error}", flush=True)
+            done += 1
+            if done % 10 == 0 and done < number:
+                print(f"{name}, so far: {figures()}", flush=True)
+    except BaseException:
+        print(f"{name}, ended before its {number} rounds were over: {figures()}", flush=True)
+        raise
+    print(f"{name}: {figures()}", flush=True)
+    return {**figures(), "reasons": reasons}
 
 
 def main() -> int:
@@ -427,10 +438,10 @@ def main() -> int:
             with postgres_and_s3(folder) as on:
                 same: dict[str, Any] = {"folder": folder, "chance": chance}
                 found["two"] = rounds(
-                    "two", asked.two, lambda m: race(on, m, contenders=2, kills=m[-1] in "02468", window_s=1.5, **same)
+                    "two", asked.two, lambda m: race(on, m, contenders=2, kills=m[-1] in "02468", window_s=4.5, **same)
                 )
                 found["twenty"] = rounds(
-                    "twenty", asked.twenty, lambda m: race(on, m, contenders=20, kills=8, window_s=12, **same)
+                    "twenty", asked.twenty, lambda m: race(on, m, contenders=20, kills=8, window_s=30, **same)
                 )
                 found["registrations"] = rounds(
                     "registrations", asked.registrations, lambda m: race_registrations(on, m, **same)

@@ -32,11 +32,11 @@ def about(tmp_path):
 
 @pytest.mark.parametrize("number", range(5))
 def test_of_two_promotions_of_which_one_may_be_killed_the_better_is_the_champion(services, about, number):
-    races.race(services, f"two-{number}", contenders=2, kills=number % 2, window_s=1.5, **about)
+    races.race(services, f"two-{number}", contenders=2, kills=number % 2, window_s=4.5, **about)
 
 
 def test_of_twenty_promotions_of_which_eight_are_killed_the_best_is_the_champion(services, about):
-    races.race(services, "twenty", contenders=20, kills=8, window_s=12, **about)
+    races.race(services, "twenty", contenders=20, kills=8, window_s=30, **about)
 
 
 @pytest.mark.parametrize("number", range(2))

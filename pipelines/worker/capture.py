@@ -48,7 +48,8 @@ class Captured:
                 self._run(*self._inputs)
         torch.cuda.current_stream(self._device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads page-lock memory for the next batches meanwhile, which else would end the capture.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._output = self._run(*self._inputs)
         for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)

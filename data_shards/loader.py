@@ -150,7 +150,7 @@ class Batches:
         to_come = iter(self._cuts[len(jobs) :])
         try:
             for left in range(len(self._cuts), 0, -1):
-                while pool.has_room and (cut := next(to_come, None)) is not None:
+                while len(jobs) < pool.depth and pool.has_room and (cut := next(to_come, None)) is not None:
                     jobs.append(self._put(pool, cut))
                 if len(jobs) == left and self.following is not None:  # all of this epoch is on its way
                     next_epoch = next_epoch or _Started(self.following(), deque())

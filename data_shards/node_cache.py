@@ -127,7 +127,7 @@ class NodeCache:
                         os.close(held)
                         return None
                     part = path.with_suffix(".part")
-                    part.touch()
+                    part.touch(mode=0o600)  # images of patients: for this user alone
                     os.truncate(part, file_bytes(rows, row_bytes))  # it takes its room as it fills
                     os.replace(part, path)
                 os.utime(path)

@@ -127,7 +127,8 @@ class NodeCache:
                         os.close(held)
                         return None
                     part = path.with_suffix(".part")
-                    _allocate(part, file_bytes(rows, row_bytes))
+                    part.touch(mode=0o600)  # images of patients: for this user alone
+                    os.truncate(part, file_bytes(rows, row_bytes))  # it takes its room as it fills
                     os.replace(part, path)
                 os.utime(path)
                 return PixelFile(path, shape, held)
@@ -145,7 +146,7 @@ class NodeCache:
         reserved = sum(size for sha256, size in to_come.items() if sha256 not in there)
         while True:
             used = sum(state.st_size for state in files.values())
-            free = shutil.disk_usage(folder).free
+            free = _free(folder, files)
             room = min((self.limit_bytes or (free + used) // 2) - used, free - _LEFT_FREE_BYTES) - reserved
             # Files of a boot before this one are of no use to anybody.
             if not pixels or (room >= wanted_bytes and files[pixels[0]].st_mtime >= booted):
@@ -160,7 +161,7 @@ class NodeCache:
             _delete_left(folder)
             copies = _files(folder)
             used = sum(state.st_size for state in copies.values())
-            free = shutil.disk_usage(folder).free
+            free = _free(folder, copies)
             limit = self.limit_bytes or (free + used) // 2
             fixed = sum(state.st_size for path, state in copies.items() if path.suffix == ".part" or path.stem in mine)
             if fixed + size_bytes > limit or size_bytes >= free + used - fixed:
@@ -265,6 +266,12 @@ def _named_by_digest(folder: Path, ending: str) -> list[Path]:
 def _files(folder: Path) -> dict[Path, os.stat_result]:
     """All that takes room here."""
     return {path: path.stat() for ending in _ENDINGS for path in _named_by_digest(folder, ending)}
+
+
+def _free(folder: Path, files: Mapping[Path, os.stat_result]) -> int:
+    """What the disk has free once files that are still being filled are full."""
+    filling = [state for path, state in files.items() if path.suffix == ".pixels"]
+    return shutil.disk_usage(folder).free - sum(max(0, state.st_size - 512 * state.st_blocks) for state in filling)
 
 
 def _delete_left(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -59,7 +60,7 @@ def prefetched(stream: Iterable[Batch], device: torch.device) -> Iterator[Arrive
         for batch in stream:
             yield batch, torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
         return
-    copies = torch.cuda.Stream(device)
+    copies = _copy_stream(device)
     on_way: deque[tuple[Arrived, torch.cuda.Event]] = deque()
     sources: deque[tuple[Batch, torch.cuda.Event]] = deque()  # held until they have been read
     steps: deque[torch.cuda.Event] = deque()
@@ -76,6 +77,12 @@ def prefetched(stream: Iterable[Batch], device: torch.device) -> Iterator[Arrive
             yield _arrived(*on_way.popleft())
     finally:
         copies.synchronize()
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: torch keeps freed memory apart for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def _sent(batch: Batch, copies: torch.cuda.Stream, device: torch.device) -> tuple[Arrived, torch.cuda.Event]:

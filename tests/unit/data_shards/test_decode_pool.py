@@ -95,6 +95,27 @@ def test_memory_of_a_batch_that_is_gone_is_used_again_but_not_while_a_part_of_it
         assert np.array_equal(row, expected(0)[2])
 
 
+def test_with_its_ticket_a_batch_is_taken_out_of_turn_and_what_is_dropped_gives_its_place_back():
+    with pool_of(Images()) as pool:
+        tickets = [pool.put(wanted(turn)) for turn in range(pool.depth)]
+        assert not pool.has_room
+        assert np.array_equal(pool.take(tickets[2]), expected(2))
+        assert np.array_equal(pool.take(), expected(0))
+        pool.drain([tickets[1]])
+        assert np.array_equal(pool.take(), expected(3))
+        for turn in range(30):
+            assert pool.has_room
+            assert np.array_equal(pool.take(pool.put(wanted(turn))), expected(turn))
+
+
+def test_what_is_dropped_may_have_failed():
+    with pool_of(TorchIsThere()) as pool:
+        pool.put(wanted(0))
+        pool.drain()
+        with pytest.raises(ShardError):
+            put_and_take(pool)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory files are Linux's")
 def test_the_shared_memory_has_no_name_that_could_be_left_behind():
     with pool_of(Images(), processes=1):

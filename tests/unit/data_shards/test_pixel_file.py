@@ -82,6 +82,7 @@ def test_a_row_is_there_for_everybody_once_it_was_written_and_not_before():
     assert not two.read(10, found)  # beyond its rows
     two.write(10, image(1))
     assert os.path.getsize(one.path) == file_bytes(10, 6)
+    assert one.path.stat().st_mode & 0o777 == 0o600
 
 
 def test_pixels_without_their_mark_are_not_believed(cache):

@@ -19,6 +19,7 @@ import tyro
 from pydantic import ValidationError
 
 from data_shards.catalog import card
+from data_shards.disk import require_temporary_folder
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
@@ -194,6 +195,7 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]]) -> int:
     store = _open(work.store)
     if work.dry_run:
         return _dry_run(work, workflow, plan(), store)
+    require_temporary_folder()
     before = plan_steps(plan(), store, work.run)
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,6 +46,25 @@ def is_full(path: str | Path) -> bool:
     except OSError:
         return False
     return state.f_bavail * state.f_frsize < _LITTLE_BYTES or (state.f_files > 0 and state.f_favail == 0)
+
+
+def temporary_folder() -> str:
+    """Where temporary files go. Python gives none where no place for them has room, of which this returns the first."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        return os.environ.get("TMPDIR") or "/tmp"
+
+
+def require_temporary_folder() -> None:
+    """DiskFullError where no place for temporary files has room: no library can work then."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        folder = temporary_folder()
+        raise DiskFullError(
+            f"{full_disk(folder, 'temporary files')}, or set TMPDIR to a folder on another disk"
+        ) from None
 
 
 def full_disk(path: str | Path, what: str, needed: str = "") -> str:

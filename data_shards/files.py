@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from data_shards.disk import DiskFullError, full_disk, is_full, says_full, size_text
 from data_shards.litter import left_out, note_of
 from data_shards.ranged_file import RangedFile
 from data_shards.s3_store import S3Store
@@ -253,13 +254,27 @@ def local_copy(uri: str) -> Path:
         if store.tag(name) != tag:
             raise StoreError(f"{uri} changed while it was fetched: run again when it is whole")
 
-    return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{name}", fetch)
+    return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{name}", fetch, size_bytes=size)
 
 
-def cached(key: str, write: Callable[[Path], None]) -> Path:
-    """The file `key` of the machine's cache; `write` makes it if it is missing. Never half-written."""
+def cached(key: str, write: Callable[[Path], None], *, size_bytes: int | None = None) -> Path:
+    """The file `key` of the machine's cache; `write` makes it if it is missing. Never half-written.
+
+    DiskFullError where there is no room for it, of `size_bytes` where that is known.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "sources"
     target = root / key
+    try:
+        return _cached(target, write)
+    except (OSError, StoreError) as error:
+        if isinstance(error, DiskFullError) or not (says_full(error) or is_full(root)):
+            raise
+        needed = "" if size_bytes is None else f"{size_text(size_bytes)} needed"
+        line = full_disk(root, "the copy of a source", needed)
+        raise DiskFullError(f"{line}, or set XDG_CACHE_HOME to a folder on another disk") from error
+
+
+def _cached(target: Path, write: Callable[[Path], None]) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(target.parent):

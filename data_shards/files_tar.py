@@ -137,7 +137,8 @@ class TarFiles:
                 for start in range(0, place.size, _PART_BYTES):
                     out.write(self._part(name, start, _PART_BYTES))
 
-        return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", copy)
+        key = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}"
+        return cached(key, copy, size_bytes=place.size)
 
     def _place(self, name: str) -> _Place:
         if name in self.broken:

@@ -19,6 +19,7 @@ import tyro
 from pydantic import ValidationError
 
 from data_shards.catalog import card
+from data_shards.disk import require_temporary_folder
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
@@ -223,6 +224,7 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: I
     store = _open(work.store)
     if work.dry_run:
         return _dry_run(work, workflow, plan(), store, init=init)
+    require_temporary_folder()
     before = plan_steps(plan(), store, work.run)
     if _is_profiled(work) and any((state.name, state.state) == ("train", "done") for state in before):
         Terminal().say(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_shards.disk import full_disk, is_full, says_full
+from data_shards.disk import full_disk, is_full, says_full, temporary_folder
 
 RESUME = "run the same command to resume"
 ON_THE_TERMINAL = "run the same command to see why: reasons that may name files are shown on the terminal only"
@@ -147,7 +146,7 @@ def _disk_line(chain: Sequence[BaseException], places: Sequence[str | Path]) -> 
 
 def _full_disk(places: Sequence[str | Path]) -> str:
     """The line about the place that is full; where none is any more, about the one with the least room."""
-    there = [*places, tempfile.gettempdir(), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
+    there = [*places, temporary_folder(), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
     full = next((place for place in there if is_full(place)), None)
     if full is not None:
         return full_disk(full, "what had to be written")

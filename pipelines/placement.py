@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
-MOST_CPUS = 8.0  # beside a GPU, unless more are asked for
+MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
 
 
 Device = Literal["cpu", "cuda"]
@@ -57,7 +57,7 @@ class PlacementConfig(BaseModel):
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
     """CPUs (and threads) of each training worker, all on one node. 0: all CPUs of Ray, shared evenly as far as its
-    nodes allow, at most 8 beside a GPU."""
+    nodes allow, at most 16 beside a GPU."""
     zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
     """DeepSpeed's ZeRO stage. auto: 0, the fastest while a GPU holds the optimizer's state: 0.3 GB for 40 M parameters.
     A training that resumes keeps its stage."""

@@ -7,14 +7,13 @@ import os
 import secrets
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_shards.disk import full_disk, is_full, says_full
+from data_shards.disk import full_disk, is_full, says_full, temporary_folder
 from data_shards.store import Store
 from pipelines.faults import RESUME, causes
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
@@ -105,7 +104,7 @@ def _bind_to_loopback() -> None:
 
 def _not_started(error: BaseException) -> str:
     """Why Ray did not start on this machine, and what to do."""
-    temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    temporary = os.environ.get("RAY_TMPDIR") or temporary_folder()
     if is_full(temporary) or any(says_full(each) for each in causes(error)):
         return f"Ray did not start: {full_disk(temporary, 'its files')}, or set RAY_TMPDIR to a folder on another disk"
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]

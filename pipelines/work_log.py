@@ -8,11 +8,12 @@ import logging
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+from data_shards.disk import temporary_folder
 
 KEPT = 20  # files of earlier commands that stay
 OURS = ("data_shards", "medmamba", "pipelines")
@@ -101,7 +102,7 @@ class _Forgiving(io.FileIO):
 
 
 def _open() -> tuple[Path | None, IO[str]]:
-    for folder in (log_folder(), Path(tempfile.gettempdir()) / f"medmamba-logs-{os.getuid()}"):
+    for folder in (log_folder(), Path(temporary_folder()) / f"medmamba-logs-{os.getuid()}"):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_uid != os.getuid():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ import pytest
 from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
-pytestmark = pytest.mark.slow  # eight drivers are started and interrupted
+pytestmark = pytest.mark.slow  # nine drivers are started and interrupted
 RESUMES = "medmamba: interrupted; run the same command to resume"
 
 
@@ -36,20 +37,23 @@ def epochs_saved(step: Path) -> int:
         return 0
 
 
-def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path) -> None:
-    """Begins a command, sends it a signal once another epoch is saved, and holds that it calls itself interrupted."""
+def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path, *, group: bool = False) -> None:
+    """Begins a command, sends it a signal once another epoch is saved, and holds that it calls itself interrupted.
+
+    `group`: the signal goes to its whole process group, as `timeout` and systemd send it, and so to Ray as well.
+    """
     before = epochs_saved(step)
     process = subprocess.Popen(
         command(*arguments), env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True,
         # What a shell starts in the background ignores Ctrl-C, and so do its children.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL), start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while epochs_saved(step) <= before:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(sent)
+    (os.killpg if group else os.kill)(process.pid, sent)
     _, told = process.communicate(timeout=100)
     assert process.returncode == 1, told
     assert told.splitlines()[-1] == RESUMES
@@ -57,10 +61,10 @@ def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path)
 
 def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
     store = tmp_path / "store"
-    arguments = ["tune", *TINY, "--tune.epochs", "4", "--tune.trials", "3", "--store", str(store), "--json"]
+    arguments = ["tune", *TINY, "--tune.epochs", "6", "--tune.trials", "3", "--store", str(store), "--json"]
     step = store / "runs/quickstart/tune"
-    for sent in (signal.SIGTERM, signal.SIGINT):
-        interrupt(arguments, sent, step, tmp_path)
+    for sent, group in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)):
+        interrupt(arguments, sent, step, tmp_path, group=group)
         assert not (step / "record.json").exists()
         assert {run.info.status for run in runs(store)} <= {"FINISHED", "KILLED"}
 

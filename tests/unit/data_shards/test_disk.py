@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import io
+import os
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from data_shards.disk import full_disk, is_full, says_full, size_text
+from data_shards.disk import DiskFullError, full_disk, is_full, says_full, size_text
+from data_shards.files import open_files
 from data_shards.store import StoreError, open_store
 
 
@@ -20,6 +25,39 @@ def small_disk(tmp_path):
         pytest.skip("this user may not mount a disk")
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_cache_without_room_names_itself_and_what_the_copy_takes(small_disk, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    tar = tmp_path_factory.mktemp("set") / "set.tar"
+    with tarfile.open(tar, "w") as archive:
+        member = tarfile.TarInfo("a.npz")
+        member.size = 5 << 20
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(DiskFullError) as error:
+        open_files(str(tar)).local("a.npz")
+    assert f"the disk of {small_disk}/medmamba/sources " in str(error.value)
+    assert "5.0 MiB needed" in str(error.value)
+    assert "XDG_CACHE_HOME" in str(error.value)
+    assert "a.npz" not in error.value.public
+
+
+def test_no_place_for_temporary_files_is_one_line_that_names_the_disk(small_disk):
+    with contextlib.suppress(OSError), (small_disk / "fill").open("wb") as file:
+        file.write(bytes(4 << 20))
+    script = (
+        "import sys, tempfile\n"
+        f"tempfile._candidate_tempdir_list = lambda: [{str(small_disk)!r}]\n"
+        "from pipelines.cli import main\n"
+        "sys.exit(main(['run', '--recipe', 'quickstart', '--store', sys.argv[1]]))"
+    )
+    store = str(small_disk.parent / "store")
+    environment = {**os.environ, "TMPDIR": str(small_disk)}
+    done = subprocess.run([sys.executable, "-c", script, store], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"medmamba: the disk of {small_disk} is full: no room for temporary files (0 B free)")
+    assert "set TMPDIR" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_store_without_room_names_itself_what_is_free_and_what_the_object_takes(small_disk):

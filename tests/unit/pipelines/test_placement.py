@@ -19,7 +19,7 @@ def test_without_a_gpu_one_worker_has_all_cpus():
 def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
     placement = placed(num_cpus=64, num_gpus=4)
     assert (placement.workers, placement.device, placement.backend) == (4, "cuda", "nccl")
-    assert (placement.cpus_per_worker, placement.zero_stage, placement.trials) == (8, 0, 4)
+    assert (placement.cpus_per_worker, placement.zero_stage, placement.trials) == (16, 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_auto_takes_the_most_workers_that_share_the_micro_batches_evenly(micro_b
     demand = Demand(micro_batches, "batch size 7 in micro-batches of 1")
     placement = resolve(PlacementConfig(), [Node(64, num_gpus)], demand, say=lines.append)
     assert (placement.workers, placement.trials) == (workers, num_gpus)
-    assert placement.cpus_per_worker == min(8, 64 // workers)
+    assert placement.cpus_per_worker == min(16, 64 // workers)
     assert len(lines) == (workers < num_gpus)
     assert all(line.startswith(f"{workers} of {num_gpus} GPUs for training: batch size 7") for line in lines)
 

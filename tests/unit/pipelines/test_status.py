@@ -58,7 +58,7 @@ def test_a_step_without_a_record_and_a_reason_was_interrupted(store, tmp_path):
 def test_a_promotion_whose_process_ended_elsewhere_is_interrupted_once_its_lease_is_over(store, tmp_path):
     other, elsewhere = open_store(str(tmp_path)), Holder("otherhost", 4711, "another boot", 1)
     other.put("runs/r/promote/config.json", store.get("runs/whole/promote/config.json"))
-    begun = Promotion(3, {"version": 7}, "/mnt/elsewhere/store/runs/r/promote", elsewhere)
+    begun = Promotion(3, {"version": 7}, "/elsewhere/store/runs/r/promote", elsewhere)
     other.put("promotions/m/1700000000000/champion/00000003.json", json.dumps(asdict(begun)).encode())
     other.put("promotions/m/1700000000000/champion/00000001.json", b"damaged")
     lease = tmp_path / "leases/models/m/00000003.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -97,11 +98,14 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
     An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
     """
-    with tracking.errors("cannot read metrics"):
-        logged = max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
+
+    @functools.cache  # asked at the end of an epoch: MLflow takes 2 s to import, and the first step need not wait for it
+    def last_logged() -> int:
+        with tracking.errors("cannot read metrics"):
+            return max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
 
     def log(metrics: dict[str, float], step_losses: list[float]) -> None:
-        if metrics["epoch"] > logged:
+        if metrics["epoch"] > last_logged():
             tracking.log_epoch(run_id, metrics, step_losses)
 
     return log
@@ -109,17 +113,17 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from pipelines.worker.process_group import NodeTorchConfig
+    from pipelines.worker.process_group import GroupConfig
 
     filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board:
-        trainer = TorchTrainer(
+        trainer = DataParallelTrainer(
             ray_worker,
             train_loop_config={**payload, "board": board},
-            torch_config=NodeTorchConfig(backend=placement.backend),
+            backend_config=GroupConfig(placement.backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
     An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
     """
 
-    @functools.cache  # asked at the end of an epoch: MLflow takes 2 s to import, and the first step need not wait for it
+    @functools.cache  # asked at the end of an epoch: the first step need not wait until MLflow is imported
     def last_logged() -> int:
         with tracking.errors("cannot read metrics"):
             return max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
@@ -113,14 +114,13 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     import ray.train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from pipelines.worker.process_group import GroupConfig
 
     filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board:
-        trainer = DataParallelTrainer(
+        trainer = _trainer_class()(
             ray_worker,
             train_loop_config={**payload, "board": board},
             backend_config=GroupConfig(placement.backend),
@@ -145,6 +145,16 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
             raise users_mistake(error) or error from None
     assert result.checkpoint is not None, "the training ended without a checkpoint"
     return result.checkpoint
+
+
+def _trainer_class() -> Any:
+    if os.environ.get("RAY_ADDRESS"):
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        return DataParallelTrainer
+    from pipelines.worker.trainer import LocalTrainer
+
+    return LocalTrainer
 
 
 def keep_best(folder: Path, out: Store, run: str, max_side: int | None) -> dict:

@@ -219,8 +219,8 @@ def _log_trial(
     tracking.log_epoch(run_id(), metrics, step_losses)
 
 
-def _begin_runs(tracking: Tracking, parent: str, trials: int) -> Any:
-    """What Tune's driver does before a trial begins: makes its run in MLflow, which the driver has imported already."""
+def begin_runs(tracking: Tracking, parent: str, num_trials: int) -> Any:
+    """What Tune calls in the driver before a trial begins: makes its run in MLflow, which the driver has imported."""
     from ray import tune
 
     class Runs(tune.Callback):
@@ -229,7 +229,14 @@ def _begin_runs(tracking: Tracking, parent: str, trials: int) -> Any:
             with contextlib.suppress(TrackingError):  # then the trial makes it, and fails where it cannot
                 tracking.trial_run(parent, trial.trial_id, trial.config, name=name)
 
-    num_trials = trials
+        # Tune copies its callbacks, and keeps them in the store. The address of MLflow may hold a password, and a
+        # sweep that is restored does without: its trials make their runs themselves.
+        def __deepcopy__(self, memo: dict) -> Runs:
+            return self
+
+        def __reduce__(self) -> tuple:
+            return tune.Callback, ()
+
     return Runs()
 
 
@@ -310,7 +317,7 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                     storage_path=path,
                     storage_filesystem=filesystem,
                     verbose=0,
-                    callbacks=[_begin_runs(payload["tracking"], payload["parent"], config.tune.trials)],
+                    callbacks=[begin_runs(payload["tracking"], payload["parent"], config.tune.trials)],
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 ),
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 from data_shards.disk import full_disk, is_full, says_full
 from data_shards.store import Store
+from pipelines.dashboard import dashboard_beside_node
 from pipelines.faults import RESUME, causes
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
 from pipelines.reaper import Process, children, ended_with_driver, is_alive
@@ -79,7 +80,7 @@ def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None =
         _bind_to_loopback()
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
         try:
-            with ended_with_driver():
+            with ended_with_driver(), dashboard_beside_node():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         except Exception as error:  # most come as a bare Exception, a full disk as an OSError
             raise RaySessionError(_not_started(error)) from error

@@ -62,6 +62,8 @@ class Group(Backend):
 
 
 def _bind() -> None:
+    import torch.distributed  # noqa: F401  on all ranks at once, before rank 0 alone opens the store
+
     bind_collectives(ray.util.get_node_ip_address())
 
 

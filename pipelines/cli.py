@@ -277,8 +277,7 @@ def _open_context(
     check_tracking(store)
     on_ray = any(step.is_spread for step in steps if step.name in to_do)
     opened = beside(functools.partial(open_tracking, store))  # importing MLflow takes as long as starting Ray
-    beside(functools.partial(_preload, to_do, after=opened))
-    placement = _place(work, states, store, terminal) if on_ray else None
+    placement = _place(work, states, store, terminal, after=opened) if on_ray else None
     if not opened.done():
         terminal.begin("opening MLflow")
     tracking = opened.result()
@@ -289,18 +288,22 @@ def _open_context(
     return StepContext(store, work.run, placement, tracking, terminal, check)
 
 
-def _preload(to_do: Collection[str], *, after: Future[Any]) -> None:
-    """Imports what the first of Ray's steps to do imports, `after` MLflow: Ray takes longer to start."""
+def _preload(to_do: Collection[str], after: Future[Any]) -> None:
+    """Imports what the first of Ray's steps to do imports, once MLflow is there: Ray takes longer to start."""
     wait([after])
     first = next((name for name in LIBRARIES if name in to_do), None)
     for module in LIBRARIES[first] if first else ():
         importlib.import_module(module)
 
 
-def _place(work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal) -> Placement:
-    """Connects to Ray and resolves the placement on it."""
+def _place(
+    work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal, *, after: Future[Any]
+) -> Placement:
+    """Connects to Ray and resolves the placement on it; imports what the first step needs once `after` is done."""
     from pipelines import ray_session
 
+    ray_session.prepare()
+    beside(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
     address = os.environ.get("RAY_ADDRESS")
     terminal.begin(f"connecting to the Ray at {address}" if address else "starting Ray on this machine")
     choice = ray_session.begin_choice(work.placement)

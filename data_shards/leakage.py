@@ -18,7 +18,6 @@ from data_shards.config import LeakConfig, plain_name
 from data_shards.fields import Count, Key, Label, SplitName, explained
 from data_shards.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
-from data_shards.near import clusters, near_clusters
 from data_shards.source import Row
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError
@@ -366,6 +365,8 @@ def _policy(config: LeakConfig, *, drawn: bool, official: bool) -> Literal["repo
 
 def _clusters(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the clusters of exact copies, and of exact and near copies together: (N,) int64 each."""
+    from data_shards.near import clusters, near_clusters  # with numba, which only this needs
+
     exact = clusters(prints.pixels)
     lone = np.flatnonzero(prints.state == UNDECODABLE)
     exact[lone] = len(prints) + lone  # what cannot be seen is like nothing

@@ -1,17 +1,20 @@
 """AdamW: which parameter decays (by name), and the learning rate of each step (a pure function)."""
 
+from __future__ import annotations
+
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+
+if TYPE_CHECKING:  # recipes hold an OptimConfig, and most commands do without torch, which takes 2 s to import
+    import torch
+    from torch import nn
 
 # Parameters of the selective scan that must not be pulled to zero: decay rates, skip gains and the bias of dt
 # (`A_logs` and `dt_projs_bias` have two dimensions, so a rule by dimension would decay them).
 UNDECAYED = frozenset({"A_logs", "Ds", "dt_projs_bias", "bias"})
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 # A block of MedMamba (layers.<stage>.blocks.<i>.) or of the ConvNet (blocks.<i>.), and what follows a stage's last one.
 _BLOCK = re.compile(r"(layers\.\d+\.)?blocks\.\d+\.")
 _MERGING = re.compile(r"layers\.\d+\.downsample\.")
@@ -91,12 +94,17 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 def decays(model: nn.Module, name: str) -> bool:
     """Whether the parameter called `name` takes weight decay: a weight that is not a norm's and not exempt."""
+    from torch import nn
+
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     owner, _, leaf = name.rpartition(".")
-    return leaf not in UNDECAYED and not isinstance(model.get_submodule(owner), NORMS)
+    return leaf not in UNDECAYED and not isinstance(model.get_submodule(owner), norms)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the training engine shards its state, the loop sets the rate each step."""
+    import torch
+
     # fused: one kernel for all parameters (nano on a CPU: 1.4 ms a step instead of 4.5)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -10,8 +10,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
-
 Precision = Literal["float32", "tf32", "bfloat16"]
 """float32: exact and reproducible. tf32: float32 in memory, products of convolutions and matrices through TF32.
 bfloat16: those under torch's autocast, all else as torch has it."""
@@ -19,6 +17,8 @@ bfloat16: those under torch's autocast, all else as torch has it."""
 
 def set_precision(precision: Precision) -> None:
     """Sets for this process what `precision` asks of float32 products; a bfloat16 training keeps torch's defaults."""
+    import torch  # not with the module: a recipe names a Precision, and most commands do without torch
+
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     # Without it cuDNN may take algorithms whose sums vary from run to run.
@@ -28,6 +28,8 @@ def set_precision(precision: Precision) -> None:
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Float32 without TF32 inside the block, for predictions in a process whose own settings must stay as they are."""
+    import torch
+
     settings = [*_tf32_settings(), (torch.backends.cudnn, "deterministic", True)]
     before = [getattr(owner, name) for owner, name, _ in settings]
     for owner, name, exact in settings:
@@ -44,6 +46,8 @@ def _tf32_settings() -> list[tuple[Any, str, Any]]:
 
     torch raises where one interface is read after the other was written.
     """
+    import torch
+
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
     try:
         _ = cudnn.allow_tf32, cublas.allow_tf32

@@ -5,12 +5,14 @@ Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
 
 import difflib
 import functools
+import importlib
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -23,6 +25,7 @@ from data_shards.disk import require_temporary_folder
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
+from pipelines.beside import beside
 from pipelines.class_table import completed
 from pipelines.costs import read_prices
 from pipelines.datasets import datasets
@@ -53,6 +56,8 @@ DEFAULT_STORE = "./medmamba-store"
 WORKFLOW_FILE = "workflow.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
+# What a step's driver needs of the slow ones.
+LIBRARIES = {"shard": (), "tune": ("ray.tune", "optuna"), "train": ("ray.train", "pipelines.worker.process_group")}
 Values = TypeVar("Values")
 Where = TypeVar("Where")
 
@@ -323,30 +328,46 @@ def _open_context(
     to_do = {state.name for state in states if state.state != "done"}
     _check_source(work, states, store)  # before anything is written under the run's name
     store.check()
-    from pipelines.tracking import open_tracking
+    from pipelines.tracking import check_tracking, open_tracking
 
-    terminal.begin("opening MLflow")
-    tracking = open_tracking(store)
+    check_tracking(store)
+    on_ray = any(step.is_spread for step in steps if step.name in to_do)
+    opened = beside(functools.partial(open_tracking, store))  # importing MLflow takes as long as starting Ray
+    placement = _place(work, states, store, terminal, after=opened) if on_ray else None
+    if not opened.done():
+        terminal.begin("opening MLflow")
+    tracking = opened.result()
     tracking.close_killed(store.at("runs", work.run))
     terminal.ready()
-    on_ray = any(step.is_spread for step in steps if step.name in to_do)
-    placement = _place(work, states, store, terminal) if on_ray else None
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
     return StepContext(store, work.run, placement, tracking, terminal, check, profile=_is_profiled(work))
 
 
-def _place(work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal) -> Placement:
-    """Connects to Ray and resolves the placement on it."""
+def _preload(to_do: Collection[str], after: Future[Any]) -> None:
+    """Imports what the first of Ray's steps to do imports, once MLflow is there: Ray takes longer to start."""
+    wait([after])
+    first = next((name for name in LIBRARIES if name in to_do), None)
+    for module in LIBRARIES[first] if first else ():
+        importlib.import_module(module)
+
+
+def _place(
+    work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal, *, after: Future[Any]
+) -> Placement:
+    """Connects to Ray and resolves the placement on it; imports what the first step needs once `after` is done."""
     from pipelines import ray_session
 
+    ray_session.prepare()
+    beside(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
     address = os.environ.get("RAY_ADDRESS")
     terminal.begin(f"connecting to the Ray at {address}" if address else "starting Ray on this machine")
+    choice = ray_session.begin_choice(work.placement)
     ray_session.connect(lost=functools.partial(_end_without_ray, terminal))
     terminal.ready()
     demand = RunDemand(work.values, states, store, work.run)
     terminal.begin("looking for CPUs, GPUs and a backend of the scan")
-    placement = ray_session.place(work.placement, store, demand.for_placement(), say=terminal.say)
+    placement = ray_session.place(work.placement, store, demand.for_placement(), say=terminal.say, choice=choice)
     terminal.ready()
     terminal.say(f"placement: {placement.summary}")
     demand.check(placement)

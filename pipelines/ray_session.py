@@ -15,9 +15,11 @@ from typing import Any
 
 from data_shards.disk import full_disk, is_full, says_full, temporary_folder
 from data_shards.store import Store
+from pipelines.dashboard import dashboard_beside_node
 from pipelines.faults import RESUME, causes
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
 from pipelines.reaper import Process, children, ended_with_driver, is_alive
+from pipelines.scan_choice import ScanChoice
 from pipelines.shipment import PASSED_VARIABLES, refuse_secrets
 
 # Of these two an embedded Ray has one each; it does not survive their end.
@@ -40,6 +42,7 @@ DEFAULTS = {
     "GOMP_SPINCOUNT": "2000",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own takes a Ctrl-C for the end of the sweep
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial that was ended may need so long before the next takes its process
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a driver that is killed forgets the trials begun since; 10 by default
 }
 # The same, of a Ray of our own only: a cluster's belongs to whoever started it.
@@ -48,6 +51,9 @@ OWN_DEFAULTS = {
     # other way of naming it (`_node_ip_address`, `--node-ip-address`) turns loopback into a routable address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "false",  # else the agent serves them to every user of the machine, with no token
+    # A process that asks whether a node is about to be taken away: this machine is not.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's controller waits so, and would say so
 }
 
 
@@ -63,10 +69,7 @@ def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None =
     answer, or a variable to be passed on holds a secret.
     """
     address = os.environ.get("RAY_ADDRESS")
-    for name, value in (DEFAULTS if address else {**DEFAULTS, **OWN_DEFAULTS}).items():
-        os.environ.setdefault(name, value)
-    if not address:
-        _own_token()
+    prepare()
     import ray
 
     if ray.is_initialized():
@@ -76,7 +79,7 @@ def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None =
         _bind_to_loopback()
         # The dashboard stays on: without it a trial that ASHA stops never frees its place.
         try:
-            with ended_with_driver():
+            with ended_with_driver(), dashboard_beside_node():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         except Exception as error:  # most come as a bare Exception, a full disk as an OSError
             raise RaySessionError(_not_started(error)) from error
@@ -93,6 +96,24 @@ def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None =
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(_no_ray(address, str(error).splitlines()[0])) from None
     _take_sigterm_back()
+
+
+def prepare() -> None:
+    """Sets what Ray reads from the environment when it is imported: before any import of it."""
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in (DEFAULTS if address else {**DEFAULTS, **OWN_DEFAULTS}).items():
+        os.environ.setdefault(name, value)
+    if not address:
+        _own_token()
+
+
+def begin_choice(config: PlacementConfig) -> ScanChoice | None:
+    """Begins to find the scan backend of the embedded Ray that `connect` will start; None where there will be none."""
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    prepare()
+    device = config.device if config.device != "auto" else ("cuda" if this_machine().gpus else "cpu")
+    return ScanChoice(config.scan, device)
 
 
 def _bind_to_loopback() -> None:
@@ -148,14 +169,18 @@ def place(
     demand: Demand = NO_DEMAND,
     *,
     say: Callable[[str], None] = lambda text: None,
+    choice: ScanChoice | None = None,
 ) -> Placement:
     """Returns the placement on the connected Ray, its scan backend by name: the one that runs on a worker.
+
+    Where `choice` was begun for the same device, on this machine, that is the one.
 
     Waits, and says so, where a cluster has no CPU yet. Raises ValueError where the placement is impossible, or where
     nodes cannot share a local store.
     """
     placement = _resolved(config, store, demand, _nodes(say), say)
-    return placement.model_copy(update={"scan": _scan_backend(placement)})
+    chosen = choice.result() if choice and (choice.name, choice.device) == (placement.scan, placement.device) else None
+    return placement.model_copy(update={"scan": chosen or _scan_backend(placement)})
 
 
 def preview(

@@ -291,6 +291,19 @@ class Tracking:
         )
 
 
+def check_tracking(store: Store, uri: str | None = None) -> str:
+    """The address that `open_tracking` will connect to; TrackingError, within 5 s, where it cannot serve this store or
+    nothing answers. MLflow is not imported."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(store)
+    if not store.is_local and urlsplit(uri).scheme in ONE_HOST_SCHEMES:
+        raise TrackingError(
+            f"MLflow at {uri} serves one host, but the store {store.uri} serves many: start `mlflow server` and set "
+            "MLFLOW_TRACKING_URI to its address"
+        )
+    _probe(uri)
+    return uri
+
+
 def open_tracking(store: Store, uri: str | None = None) -> Tracking:
     """Connects to `uri`, MLFLOW_TRACKING_URI or, for a local store, to a SQLite file in it; makes the experiment.
 
@@ -298,14 +311,8 @@ def open_tracking(store: Store, uri: str | None = None) -> Tracking:
     each other's migrations. Artifacts lie under the store; only where a server meets a store in a local folder, which
     it cannot read, they lie where the server keeps its own. Raises TrackingError within 15 s.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(store)
-    if not store.is_local and urlsplit(uri).scheme in ONE_HOST_SCHEMES:
-        raise TrackingError(
-            f"MLflow at {uri} serves one host, but the store {store.uri} serves many: start `mlflow server` and set "
-            "MLFLOW_TRACKING_URI to its address"
-        )
+    uri = check_tracking(store, uri)
     on_server = urlsplit(uri).scheme not in ONE_HOST_SCHEMES
-    _probe(uri)
     # A server may serve several stores; runs of equal names in two of them must not meet.
     name = EXPERIMENT if not on_server else f"{EXPERIMENT} {_host(store)}{store.uri}"
     artifacts = None if on_server and store.is_local else f"{_as_uri(store)}/mlflow-artifacts"

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_shards.fenced_lease import FencedLease, LostLeaseError
 from data_shards.store import Store
-from medmamba.checkpoint import MODEL, WEIGHTS
 from pipelines.flow import StepContext
 from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement
@@ -108,6 +107,8 @@ def _version(
     context: StepContext, out: Store, name: str, held: FencedLease, *, train: dict, run_id: str, tags: dict[str, str]
 ) -> Version:
     """The version of this model: the one that an earlier run of this step has made, else a new one."""
+    from medmamba.checkpoint import MODEL  # with torch, which most commands do without
+
     tracking = context.tracking
     bind_model(tracking, name, context.store)
     identity = {key: tags[key] for key in ("medmamba.record", "medmamba.digest")}
@@ -159,6 +160,8 @@ def _found(context: StepContext, name: str, packaged: Path, run_id: str, identit
 
 def _fetch(model: Store, folder: Path, expected: str) -> Path:
     """Copies the model's files to `folder` and checks that they are the ones the training named."""
+    from medmamba.checkpoint import MODEL, WEIGHTS
+
     folder.mkdir()
     digest = hashlib.sha256()
     for name in (WEIGHTS, MODEL):

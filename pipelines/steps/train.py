@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from typing import Any
 
 from data_shards.manifest import open_dataset
 from data_shards.store import Store, StoreKeyError, arrow_filesystem, open_store
+from pipelines import ray_internals
 from pipelines.board import Watch
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
@@ -147,11 +149,14 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
     An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
     """
-    with tracking.errors("cannot read metrics"):
-        logged = max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
+
+    @functools.cache  # asked at the end of an epoch: the first step need not wait until MLflow is imported
+    def last_logged() -> int:
+        with tracking.errors("cannot read metrics"):
+            return max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
 
     def log(metrics: dict[str, float], step_losses: list[float]) -> None:
-        if metrics["epoch"] > logged:
+        if metrics["epoch"] > last_logged():
             tracking.log_epoch(run_id, metrics, step_losses)
 
     return log
@@ -159,17 +164,16 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    from pipelines.worker.process_group import NodeTorchConfig
+    from pipelines.worker.process_group import GroupConfig
 
     filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board:
-        trainer = TorchTrainer(
+        trainer = _trainer_class()(
             ray_worker,
             train_loop_config={**payload, "board": board},
-            torch_config=NodeTorchConfig(backend=placement.backend),
+            backend_config=GroupConfig(placement.backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),
@@ -191,6 +195,16 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
             raise users_mistake(error) or error from None
     assert result.checkpoint is not None, "the training ended without a checkpoint"
     return result.checkpoint
+
+
+def _trainer_class() -> Any:
+    if os.environ.get("RAY_ADDRESS") or not ray_internals.are_known():
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        return DataParallelTrainer
+    from pipelines.worker.trainer import LocalTrainer
+
+    return LocalTrainer
 
 
 def keep_best(

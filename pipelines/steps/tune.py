@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import io
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
-from pipelines.tracking import TrackingError
+from pipelines.tracking import Tracking, TrackingError
 from pipelines.worker.config import TrainStepConfig
 
 RAY_RUN = "ray"
@@ -187,15 +189,16 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     config = override(step.start, {**sampled, "train.epochs": step.tune.epochs})
     trial_id = ray.tune.get_context().get_trial_id()
     name = trial_name(_number(ray.tune.get_context().get_trial_dir(), trial_id), step.tune.trials, trial_id)
-    tracking = payload["tracking"]
-    run_id = tracking.trial_run(payload["parent"], trial_id, sampled, name=name)
     best = BestEpoch()
+    gc.collect()  # the actor may have run a trial before, whose engine refers to itself
 
     def send(metrics: dict, *, checkpoint: Any) -> None:
         ray.tune.report({**metrics, **best.after(metrics)}, checkpoint=checkpoint)
 
     def reporter(rank: int) -> RayReporter:
-        log = functools.partial(tracking.log_epoch, run_id)
+        # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
+        run_id = functools.cache(lambda: payload["tracking"].trial_run(payload["parent"], trial_id, sampled, name=name))
+        log = functools.partial(_log_trial, payload["tracking"], run_id)
         return RayReporter(send, rank, board=payload["board"], name=name, log=log)
 
     checkpoint = ray.tune.get_checkpoint()
@@ -212,6 +215,33 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
             resume=Path(folder) if folder else None,
             init=payload["init"],
         )
+
+
+def _log_trial(
+    tracking: Tracking, run_id: Callable[[], str], metrics: dict[str, float], step_losses: list[float]
+) -> None:
+    tracking.log_epoch(run_id(), metrics, step_losses)
+
+
+def begin_runs(tracking: Tracking, parent: str, num_trials: int) -> Any:
+    """What Tune calls in the driver before a trial begins: makes its run in MLflow, which the driver has imported."""
+    from ray import tune
+
+    class Runs(tune.Callback):
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            name = trial_name(_number(trial.path, trial.trial_id), num_trials, trial.trial_id)
+            with contextlib.suppress(TrackingError):  # then the trial makes it, and fails where it cannot
+                tracking.trial_run(parent, trial.trial_id, trial.config, name=name)
+
+        # Tune copies its callbacks, and keeps them in the store. The address of MLflow may hold a password, and a
+        # sweep that is restored does without: its trials make their runs themselves.
+        def __deepcopy__(self, memo: dict) -> Runs:
+            return self
+
+        def __reduce__(self) -> tuple:
+            return tune.Callback, ()
+
+    return Runs()
 
 
 def trial_name(number: int, trials: int, trial_id: str) -> str:
@@ -274,6 +304,7 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                     mode="max",
                     num_samples=config.tune.trials,
                     max_concurrent_trials=placement.trials,
+                    reuse_actors=True,  # a process needs 6 s to import torch and DeepSpeed
                     search_alg=OptunaSearch(
                         seed=config.tune.seed, points_to_evaluate=_recipe_point(config, space, context)
                     ),
@@ -290,6 +321,7 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
                     storage_path=path,
                     storage_filesystem=filesystem,
                     verbose=0,
+                    callbacks=[begin_runs(payload["tracking"], payload["parent"], config.tune.trials)],
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 ),
             )
@@ -324,6 +356,8 @@ def _check_ended(results: Any, config: TuneStepConfig) -> None:
 
 def _check_reasons(results: Any) -> None:
     """Raises ValueError where a trial failed for another reason than its hyperparameters: that may pass."""
+    if not results.errors:
+        return
     from pipelines.worker.loop import TrainingError
 
     reasons = [error for error in results.errors if not isinstance(getattr(error, "cause", error), TrainingError)]

@@ -18,6 +18,7 @@ from medmamba.precision import set_precision
 from pipelines.placement import Placement
 from pipelines.worker.capture import Captured
 from pipelines.worker.config import TrainConfig
+from pipelines.worker.deepspeed_import import import_deepspeed
 from pipelines.worker.flat import FlatParameters, clip_gradients
 from pipelines.worker.objective import Objective, autocast
 
@@ -34,7 +35,7 @@ class Engine:
         self.config, self.placement = config, placement
         self.device = _device(placement)
         set_precision(config.precision)
-        deepspeed = _import_deepspeed(placement)
+        deepspeed = import_deepspeed(placement.device)
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
@@ -224,19 +225,6 @@ def _device(placement: Placement) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _import_deepspeed(placement: Placement):
-    """DeepSpeed without its compilers: on a CPU it would build a shared-memory collective with ninja and g++."""
-    os.environ.setdefault("DS_ACCELERATOR", placement.device)
-    import logging
-
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if placement.device == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _deepspeed_config(config: TrainConfig, placement: Placement) -> dict[str, Any]:

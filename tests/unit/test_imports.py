@@ -109,6 +109,11 @@ def test_the_registered_model_imports_neither_ray_nor_deepspeed():
         queue += [name for name in names if name.partition(".")[0] in PACKAGES]
 
 
+def test_the_command_line_loads_none_of_the_libraries_that_take_seconds():
+    slow = ("torch", "numba", "scipy", "sklearn", "pandas", "pyarrow", "boto3", *CLUSTER_LIBRARIES)
+    assert loaded_by("import pipelines.cli", *slow) == []
+
+
 def test_the_training_loop_knows_no_ray():
     assert "ray" not in {name.partition(".")[0] for name in imported(ROOT / "pipelines" / "worker" / "loop.py")}
 

@@ -1,14 +1,28 @@
 """Which trial of a sweep wins, from what Ray Tune reports of each."""
 
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
 from ray.tune import Result
 
+from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
 from pipelines.override import override
 from pipelines.recipes import recipe
-from pipelines.steps.tune import BestEpoch, SearchSpace, TuneConfig, TuneStepConfig, _row, _winner, search_space
+from pipelines.steps.tune import (
+    BestEpoch,
+    SearchSpace,
+    TuneConfig,
+    TuneStepConfig,
+    _row,
+    _winner,
+    begin_runs,
+    search_space,
+)
+from pipelines.tracking import Tracking, open_tracking
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.loop import TrainingError
 
@@ -85,3 +99,20 @@ def test_the_overrides_of_the_winner_are_what_the_training_takes():
     row = _winner([_row(result("one", [(0.9, 0.1)]), CONFIG)])
     changed = override(recipe("quickstart"), row["overrides"])
     assert (changed.train.optim.lr, changed.train.batch_size) == (0.004, 16)
+
+
+def test_the_driver_makes_the_run_of_a_trial_that_the_trial_then_finds(tmp_path):
+    tracking = open_tracking(open_store(str(tmp_path)))
+    parent = tracking.client.create_run(tracking.experiment_id).info.run_id
+    callback = copy.deepcopy(begin_runs(tracking, parent, 8))
+    trial = SimpleNamespace(path="ray/trial_ab12_3_lr=0.1_2026", trial_id="ab12", config={"train.optim.lr": 0.1})
+    callback.on_trial_start(iteration=0, trials=[], trial=trial)
+    run = tracking.client.get_run(tracking.trial_run(parent, "ab12"))
+    assert (run.info.run_name, run.info.status) == ("trial 3/8", "RUNNING")
+    assert run.data.params == {"train.optim.lr": "0.1"}
+
+
+def test_what_tune_keeps_of_its_callbacks_holds_no_address_of_mlflow():
+    kept = cloudpickle.dumps(begin_runs(Tracking("http://me:s3cret@host:5000", "0"), "parent", 8))
+    assert b"s3cret" not in kept
+    cloudpickle.loads(kept).on_trial_start(iteration=0, trials=[], trial=None)

@@ -1,0 +1,26 @@
+"""The backend of the scan, found out by a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from medmamba.ops.ss2d_scan import resolve_backend
+from pipelines.scan_choice import ScanChoice
+
+
+def test_the_choice_is_the_backend_that_runs_on_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "pipelines").mkdir()  # a folder of the user's, which is no package of ours
+    monkeypatch.chdir(tmp_path)
+    assert ScanChoice("auto", "cpu").result() == resolve_backend("auto", "cpu")
+    assert ScanChoice("reference", "cpu").result() == "reference"
+
+
+def test_a_backend_that_cannot_run_here_is_told_with_its_reason():
+    with pytest.raises(ValueError, match="scan backend 'mamba_ssm' cannot run on cpu"):
+        ScanChoice("mamba_ssm", "cpu").result()
+
+
+def test_a_process_that_failed_has_chosen_nothing():
+    choice = ScanChoice("auto", "cpu")
+    choice._process.kill()
+    assert choice.result() is None

@@ -232,6 +232,7 @@ def keep_best(
     return {
         "digest": digest.hexdigest(),
         "model": f"runs/{run}/train/model",
+        "compile": state.get("compile", "off"),
         "best_epoch": state["best_epoch"],
         "epochs": state["epoch"],
         "metrics": state["best"],

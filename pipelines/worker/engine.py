@@ -182,6 +182,9 @@ class FlatEngine(Engine):
             return objective.loss(network, images, labels, draws)
 
         if self._compiles:
+            # A process that trains several trials would keep each one's code and network, and after eight of them run
+            # the function uncompiled; what is compiled again comes from the cache on disk.
+            torch._dynamo.reset()
             loss_of = torch.compile(loss_of, dynamic=False, options=_compile_options(self.config))
 
         def run(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,7 @@ def train_on_dataset(
     dataset: tuple[str, str],
     reporter: Callable[[int], Any],
     resume: Path | None,
+    *,
     init: str = "",
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> TrainState:

@@ -57,7 +57,7 @@ def main() -> None:
     placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
     data = (dataset, open_dataset(dataset).digest)
     state = train_on_dataset(
-        TrainStepConfig(train=train), placement, data, lambda rank: kept, None, keep if folder else None
+        TrainStepConfig(train=train), placement, data, lambda rank: kept, None, keep_profile=keep if folder else None
     )
     print(json.dumps({**vars(kept), "history": state.history}))
 

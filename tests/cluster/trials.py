@@ -35,7 +35,7 @@ class Kept:
         folder.mkdir(parents=True)
         save(folder)
         self.losses += step_losses
-        self.metrics.append({key: value for key, value in metrics.items() if key != "images_per_s"})
+        self.metrics.append({key: value for key, value in metrics.items() if key.startswith(("train_", "val_"))})
 
 
 def trial(dataset: str, lr: float, folder: Path) -> Kept:

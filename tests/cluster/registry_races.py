@@ -327,7 +327,10 @@ def race_paused(services: Services, model: str, *, folder: Path, chance: random.
 
 
 def race_commands(services: Services, model: str, *, folder: Path, chance: random.Random) -> int:
-    """One round of five through the command line, of which up to two are killed; how many were."""
+    """One round of five through the command line, of which up to two are killed; how many were.
+
+    One is killed at any moment, most often while it starts, the other while it holds the model's lease.
+    """
     from finished_run import finish
 
     from pipelines.recipes import recipe
@@ -337,12 +340,9 @@ def race_commands(services: Services, model: str, *, folder: Path, chance: rando
     for each in facts:
         finish(services.store, each["digest"], recipe("quickstart"), workflow="direct", last="register", register=each)
     processes = [command(services, each, path) for each, path in zip(facts, told, strict=True)]
-    hit = 0
-    for i in chance.sample(range(5), 2):
-        time.sleep(chance.uniform(0, 8))
-        if processes[i].poll() is None:
-            processes[i].kill()
-            hit += 1
+    time.sleep(chance.uniform(0, 5))
+    hit = _killed(chance.choice(processes))
+    hit += _killed(_holder(services, model, processes, chance.uniform(0, 4)))
     codes = [process.wait(600) for process in processes]
     while left := [i for i in range(5) if codes[i] not in (0, 3)]:
         assert all(codes[i] == -signal.SIGKILL for i in left), [told[i].with_suffix(".err").read_text() for i in left]
@@ -352,6 +352,33 @@ def race_commands(services: Services, model: str, *, folder: Path, chance: rando
     assert [each["verdict"] for each in found] == ["yes" if code == 0 else "no" for code in codes]
     hold(services, model, facts, found)
     return hit
+
+
+def _killed(process: subprocess.Popen | None) -> int:
+    if process is None or process.poll() is not None:
+        return 0
+    process.kill()
+    return 1
+
+
+def _holder(
+    services: Services, model: str, processes: list[subprocess.Popen], wait_s: float
+) -> subprocess.Popen | None:
+    """Who holds the model's lease `wait_s` after the first did, or next; None where all have ended before."""
+    folder = Path(services.store, "leases", "models", model)
+    until = None
+    while any(process.poll() is None for process in processes):
+        claims = sorted(folder.glob("*.json"))
+        if claims and until is None:
+            until = time.monotonic() + wait_s
+        if until is not None and time.monotonic() >= until:
+            with contextlib.suppress(OSError, ValueError):  # it is being written, or was just removed
+                claim = json.loads(claims[-1].read_text())
+                holder = [each for each in processes if each.pid == claim["holder"]["pid"]]
+                if holder and not claim["is_over"] and holder[0].poll() is None:
+                    return holder[0]
+        time.sleep(0.01)
+    return None
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,7 +1,8 @@
 """One rank of trainings that start from weights: `finetuned_rank.py DATASET FOLDER ZERO_STAGE [flat]`.
 
 Trains from random weights; then from that model with frozen parameters and layer-wise decay, from it as an upstream
-checkpoint, and resumes the former without its weights, in a placement of the other kind. Prints the losses, and which tensors moved, as JSON.
+checkpoint, and resumes the former without its weights, in a placement of the other kind. Prints the losses, and which
+tensors moved, as JSON.
 """
 
 import json

@@ -40,6 +40,9 @@ class Engine:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
         self._compiles = placement.compile == "on"
+        if self._compiles:
+            # In a process that has trained before torch would, without an error, stop compiling at the ninth network.
+            torch.compiler.reset()
         self.model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
         self._start(deepspeed)
 

@@ -236,6 +236,7 @@ def keep_best(
         "epochs": state["epoch"],
         "metrics": state["best"],
         "history": state["history"],
+        "compile": state.get("compile", "off"),  # the record's placement may say auto
         **({"init": dict(origin)} if origin else {}),
     }
 

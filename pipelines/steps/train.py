@@ -232,11 +232,11 @@ def keep_best(
     return {
         "digest": digest.hexdigest(),
         "model": f"runs/{run}/train/model",
+        "compile": state.get("compile", "off"),
         "best_epoch": state["best_epoch"],
         "epochs": state["epoch"],
         "metrics": state["best"],
         "history": state["history"],
-        "compile": state.get("compile", "off"),  # the record's placement may say auto
         **({"init": dict(origin)} if origin else {}),
     }
 

@@ -333,7 +333,11 @@ def _open_context(
     check_tracking(store)
     on_ray = any(step.is_spread for step in steps if step.name in to_do)
     opened = beside(functools.partial(open_tracking, store))  # importing MLflow takes as long as starting Ray
-    placement = _place(work, states, store, terminal, after=opened) if on_ray else None
+    try:
+        placement = _place(work, states, store, terminal, after=opened) if on_ray else None
+    except BaseException:
+        wait([opened], timeout=ENDING_S)  # a new database that is left amid its migrations can never be opened
+        raise
     if not opened.done():
         terminal.begin("opening MLflow")
     tracking = opened.result()

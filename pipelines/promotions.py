@@ -146,8 +146,8 @@ def abandoned_moves(store: Store) -> dict[str, str]:
     """
     found = {}
     for key in store.list("promotions/"):
-        _, *model, _, alias, _ = key.split("/")
-        with contextlib.suppress(ValueError, StoreKeyError):  # the next promotion says what is damaged
+        with contextlib.suppress(ValueError, StoreKeyError):  # not a promotion's; or damaged, as the next one says
+            _, *model, _, alias, _ = key.split("/")
             each = _read(store, key)
             if each.state == "begun" and not is_held(store, model_lease_key("/".join(model)), each.number):
                 found["/".join(each.record.split("/")[-3:])] = (

@@ -25,6 +25,7 @@ class ScanChoice:
             [sys.executable, "-P", os.path.abspath(__file__), name, device],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a Ctrl-C ends it too, and Python would print where
             text=True,
             env={**os.environ, "PYTHONPATH": paths},
         )

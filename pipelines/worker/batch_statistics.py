@@ -62,7 +62,7 @@ class BatchStatistics:
         self._buffers.copy_(self._running)
         self._sum.zero_()
         self._count = 0
-        return mean[-1]
+        return mean[-1].clone()  # the losses of an epoch are kept, and a view would keep all the statistics
 
 
 def _as_one(buffers: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

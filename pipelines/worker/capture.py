@@ -34,10 +34,6 @@ class Captured:
         self._graph.replay()
         return self._output
 
-    def forget(self) -> None:
-        """The next call captures again: a tensor that the graph reads or writes has moved."""
-        self._graph = None
-
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self._inputs = tuple(given.to(self._device, copy=True) for given in inputs)
         before, chance = [tensor.clone() for tensor in self._state], torch.cuda.get_rng_state(self._device)

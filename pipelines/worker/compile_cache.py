@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data_shards.manifest import Dataset
+from data_shards.manifest import Dataset, Manifest
 from medmamba.bench import macs
 from medmamba.config import MedMambaConfig
 from medmamba.ops.build_cache import cache_folder
@@ -19,6 +19,8 @@ from pipelines.worker.config import TrainStepConfig
 # Multiply-accumulates of a training (forward, all images) from which compiling pays. On one H200 a MedMamba-T that is
 # compiled makes 7.5e12 a second, and 4.7e12 where it is not; compiled code from the cache takes 6 s to load.
 PAYS_FROM_MACS = 5e13
+# What of a training's recipe is part of its compiled code.
+_COMPILED_IN = {"micro_batch", "image_size", "precision", "augment", "class_weights", "label_smoothing", "freeze"}
 NOTICE = "compiling the training step; about a minute, the next start on this machine takes seconds"
 
 
@@ -37,9 +39,10 @@ def decide_compile(placement: Placement, config: TrainStepConfig, data: Dataset)
 class CompileCache:
     """The compiled code of one kind of training on this machine."""
 
-    def __init__(self, config: TrainStepConfig, placement: Placement, task: str) -> None:
-        train = config.train.model_dump(include={"micro_batch", "image_size", "precision", "augment", "class_weights"})
-        decides = (config.model.model_dump(), train, task, placement.scan, torch.__version__, torch.version.git_version)
+    def __init__(self, config: TrainStepConfig, placement: Placement, manifest: Manifest) -> None:
+        train = config.train.model_dump(include=_COMPILED_IN)
+        data = (manifest.task, manifest.channels)
+        decides = (config.model.model_dump(), train, data, placement.scan, torch.__version__, torch.version.git_version)
         name = torch.cuda.get_device_name() if placement.device == "cuda" else "cpu"
         key = hashlib.sha256(repr((*decides, name)).encode()).hexdigest()[:32]
         self._remembered = False

@@ -26,7 +26,8 @@ class FlatParameters(nn.Module):
 
     def __init__(self, network: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__()
-        self._buffers_of_network = dict(network.named_buffers())
+        frozen = {name: each for name, each in network.named_parameters() if not each.requires_grad}
+        self._rest = {**dict(network.named_buffers()), **frozen}
         self._groups = [list(group["params"]) for group in groups]
         self.flats = nn.ParameterList(_flattened(parameters) for parameters in self._groups)
         self.flat_groups = [{**group, "params": [flat]} for group, flat in zip(groups, self.flats, strict=True)]
@@ -51,13 +52,14 @@ class FlatParameters(nn.Module):
         return _Delivered.apply(loss, self._gradients, *self.flats)
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside the flat parameters: the network's buffers."""
-        return {name: buffer.clone() for name, buffer in self._buffers_of_network.items()}
+        """What a checkpoint holds beside the flat parameters: the network's buffers and what is frozen."""
+        return {name: each.detach().clone() for name, each in self._rest.items()}
 
+    @torch.no_grad()
     def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restores what `get_extra_state` returned."""
-        for name, buffer in self._buffers_of_network.items():
-            buffer.copy_(state[name])
+        for name, each in self._rest.items():
+            each.copy_(state[name])
 
     @torch.no_grad()
     def point(self) -> bool:

@@ -22,7 +22,7 @@ from pipelines.worker.engine import build_engine
 from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
-from pipelines.worker.state import TrainState
+from pipelines.worker.state import TrainState, as_written
 
 PROGRESS_EVERY_S = 0.5
 
@@ -92,6 +92,8 @@ def train_on_dataset(
     data = open_dataset(open_store(dataset[0]), digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
+    if resume is not None:  # a trial's is known only here; it may be of another version of this code
+        placement = as_written(placement, resume)
     placement = decide_compile(placement, config, data)
     model = build_model(config.model, scan=placement.scan, device=placement.device)
     if init and resume is None:

@@ -69,7 +69,7 @@ def train_loop(
     objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
     state = TrainState()
-    compiled = CompileCache(config, placement, manifest.task) if placement.compile == "on" else None
+    compiled = CompileCache(config, placement, manifest) if placement.compile == "on" else None
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
     latest = Latest(engine.device)

@@ -109,6 +109,16 @@ def read_described(data: bytes, *, remedy: str = _AGAIN) -> dict[str, Any]:
     return described
 
 
+def as_written(placement: Placement, folder: Path) -> Placement:
+    """The placement with what a training that resumes keeps of its checkpoint in `folder`: whether its parameters are
+    flat, and whether it was compiled where nobody has named that."""
+    described = read_described((folder / "train.json").read_bytes())
+    kept: dict[str, Any] = {"flat": described.get("flat", False)}
+    if placement.compile == "auto":
+        kept["compile"] = described.get("compile", "off")
+    return placement.model_copy(update=kept)
+
+
 def _digest_of(described: dict[str, Any]) -> str:
     """sha256 of all fields but the digest itself."""
     rest = {name: value for name, value in described.items() if name != "digest"}

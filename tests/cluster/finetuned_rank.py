@@ -1,7 +1,8 @@
-"""One rank of trainings that start from weights: `finetuned_rank.py DATASET FOLDER ZERO_STAGE`.
+"""One rank of trainings that start from weights: `finetuned_rank.py DATASET FOLDER ZERO_STAGE [flat]`.
 
 Trains from random weights; then from that model with frozen parameters and layer-wise decay, from it as an upstream
-checkpoint, and resumes the former without its weights. Prints the losses, and which tensors moved, as JSON.
+checkpoint, and resumes the former without its weights, in a placement of the other kind. Prints the losses, and which
+tensors moved, as JSON.
 """
 
 import json
@@ -49,11 +50,12 @@ class Saver:
 class Trainings:
     """Trainings on one dataset at one ZeRO stage."""
 
-    def __init__(self, dataset: str, folder: Path, zero_stage: int) -> None:
+    def __init__(self, dataset: str, folder: Path, zero_stage: int, *, flat: bool) -> None:
         self.dataset, self.folder, self.store = dataset, folder, open_store(str(folder / "store"))
         self.placement = Placement(
-            workers=1, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1
-        )
+            workers=1, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1,
+            flat=flat,
+        )  # fmt: skip
 
     def train(self, name: str, init: Path | None = None, resume: Path | None = None, **changes) -> Saver:
         """The training `name`, whose checkpoints are in a folder of that name."""
@@ -64,7 +66,9 @@ class Trainings:
             shutil.rmtree(self.store.uri)  # a checkpoint holds all that it needs
         saver = Saver(self.folder / name)
         data = (self.dataset, open_dataset(self.dataset).digest)
-        train_on_dataset(config, self.placement, data, lambda rank: saver, resume, init=uri)
+        # The checkpoint decides, as for a trial that another version of this code has begun.
+        placement = self.placement.model_copy(update={"flat": self.placement.flat != (resume is not None)})
+        train_on_dataset(config, placement, data, lambda rank: saver, resume, init=uri)
         return saver
 
     def keep(self, init: Path) -> str:
@@ -89,7 +93,7 @@ def largest_change(before: Path, after: Path, start: str) -> float:
 
 def main() -> None:
     dataset, folder, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    trainings = Trainings(dataset, folder, stage)
+    trainings = Trainings(dataset, folder, stage, flat=sys.argv[4:] == ["flat"])
     base = trainings.train("base", epochs=6).folder / "6"
     export_upstream(load_model(base)[0], folder / "base.pth")
     slow = TRAIN.optim.model_copy(update={"layer_decay": 0.5})

@@ -17,12 +17,14 @@ SCRIPT = Path(__file__).parent / "finetuned_rank.py"
 
 
 @pytest.mark.parametrize(
-    "zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+    "options",
+    [("0",), ("0", "flat"), *(pytest.param((stage,), marks=pytest.mark.slow) for stage in ("1", "3"))],
+    ids=" ".join,
 )
-def test_a_training_from_weights_starts_lower_leaves_frozen_tensors_and_resumes(tmp_path, zero_stage):
+def test_a_training_from_weights_starts_lower_leaves_frozen_tensors_and_resumes(tmp_path, options):
     out = open_store(str(tmp_path / "data"))
     convert(DataConfig(phantoms=PhantomConfig(num_patients=90, images_per_patient=2, side=32)), out)
-    seen = run_ranks(SCRIPT, 1, out.uri, str(tmp_path), str(zero_stage))
+    seen = run_ranks(SCRIPT, 1, out.uri, str(tmp_path), *options)
     epoch = len(seen["scratch"]) // 2
     first = {name: mean(seen[name][:epoch]) for name in ("tuned", "upstream", "scratch")}
     assert first["tuned"] < first["upstream"] < 0.8 * first["scratch"]  # the upstream checkpoint's head is new

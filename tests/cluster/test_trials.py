@@ -14,6 +14,7 @@ from data_shards.convert import convert
 from data_shards.store import open_store
 
 TRIALS = Path(__file__).parent / "trials.py"
+COMPILED = Path(__file__).parent / "compiled_trials.py"
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,10 @@ def test_a_trial_after_others_in_its_process_is_bit_equal_to_one_alone(dataset, 
     assert third["losses"] == alone["losses"]
     assert third["metrics"] == alone["metrics"]
     assert third["left"] == alone["left"], "a network of an earlier trial is still in memory"
+
+
+@pytest.mark.slow
+def test_each_trial_of_a_process_is_compiled():
+    done = subprocess.run([sys.executable, str(COMPILED)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads(done.stdout.splitlines()[-1])) == 2

@@ -51,6 +51,12 @@ def trained(seeds: list[int], steps: int = 1) -> tuple[list[torch.Tensor], float
     return [buffer for norm in (model[1], model[3]) for buffer in (norm.running_mean, norm.running_var)], float(loss)
 
 
+def test_a_loss_that_is_kept_keeps_no_statistics():
+    statistics = BatchStatistics(network(), CPU)
+    statistics.collect(torch.tensor(1.0))
+    assert statistics.update().untyped_storage().nbytes() == 4
+
+
 def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

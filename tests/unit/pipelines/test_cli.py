@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -259,6 +260,18 @@ def test_a_dry_run_of_a_ray_that_does_not_answer_is_an_error_unless_nothing_need
         assert "no Ray answers there" in told(capsys, "train", *DRY, code=1)
         found = resolved(capsys, "promote", "--run", "r", "--store", "store", "--dry-run")
     assert (found["steps"]["promote"], found["placement"], found["placed_on"]) == ("to do", None, None)
+
+
+def test_mlflow_is_opened_to_the_end_where_ray_does_not_answer():
+    """A thread ends with its process, and MLflow cannot open a database whose migrations were cut off."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        command = [sys.executable, "-m", "pipelines", "train", "--recipe", "quickstart", "--store", "store"]
+        env = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{closed.getsockname()[1]}", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert "no Ray answers there" in done.stderr
+    with sqlite3.connect("store/mlflow.db") as database:
+        assert ("medmamba",) in database.execute("select name from experiments").fetchall()
 
 
 def test_once_the_sweep_has_a_winner_its_batch_size_counts(capsys, monkeypatch):

@@ -94,6 +94,19 @@ def test_a_checkpoint_holds_the_buffers_too():
     assert int(other[1].num_batches_tracked) == 1
 
 
+def test_a_checkpoint_holds_frozen_parameters_too():
+    """A training that resumes is not given the weights it began with again."""
+    model, other = network(), network()
+    for each in (model, other):
+        each[0].requires_grad_(False)
+    with torch.no_grad():
+        other[0].weight.zero_()
+    again = flattened(other)
+    again.load_state_dict(flattened(model).state_dict())
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert not other[0].weight.requires_grad
+
+
 @pytest.mark.parametrize(("size", "scale"), [(3.0, 1.0), (0.5, 3.0), (0.5, 100.0)])
 def test_only_gradients_longer_than_the_norm_are_clipped(size, scale):
     parameters = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 2))]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import signal
+from pathlib import Path
+
 import pytest
 
 from medmamba.ops.ss2d_scan import resolve_backend
@@ -24,3 +28,13 @@ def test_a_process_that_failed_has_chosen_nothing():
     choice = ScanChoice("auto", "cpu")
     choice._process.kill()
     assert choice.result() is None
+
+
+def test_a_ctrl_c_leaves_no_traceback_of_it(capfd):
+    choice = ScanChoice("auto", "cpu")
+    status = Path(f"/proc/{choice._process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text()).group(1), 16) & 1 << signal.SIGINT - 1:
+        pass  # until Python takes the signal for a KeyboardInterrupt
+    choice._process.send_signal(signal.SIGINT)
+    assert choice.result() is None
+    assert capfd.readouterr().err == ""

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines.placement import Placement
-from pipelines.worker.state import ResumeError, TrainState, file_digests, read_state, write_state
+from pipelines.worker.state import ResumeError, TrainState, as_written, file_digests, read_state, write_state
 
 
 def placement(workers=1, zero_stage=0) -> Placement:
@@ -55,6 +55,20 @@ def test_another_number_of_ranks_or_zero_stage_is_refused_with_what_to_type(chec
     assert f"{now.workers} at stage {now.zero_stage}" in told
     assert "--placement.workers 1 --placement.zero-stage 0" in told
     assert "--run NAME" in told
+
+
+@pytest.mark.parametrize(
+    ("written", "asked", "found"),
+    [
+        ({}, {"compile": "auto", "flat": True}, ("off", False)),  # from before there was either
+        ({"compile": "on", "flat": True}, {"compile": "auto", "flat": False}, ("on", True)),
+        ({"compile": "on", "flat": True}, {"compile": "off", "flat": True}, ("off", True)),  # named by the user
+    ],
+)
+def test_a_placement_keeps_what_the_checkpoint_was_written_with(written, asked, found, tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps({"epoch": 1, **written}))
+    kept = as_written(placement().model_copy(update=asked), tmp_path)
+    assert (kept.compile, kept.flat) == found
 
 
 def test_other_data_is_refused(checkpoint):

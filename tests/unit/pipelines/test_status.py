@@ -27,6 +27,12 @@ def test_an_empty_store_has_no_runs(tmp_path):
     assert read_status(open_store(str(tmp_path / "nothing"))) == []
 
 
+def test_a_file_of_somebody_else_beside_the_promotions_is_no_promotion(tmp_path):
+    store = open_store(str(tmp_path))
+    store.put("promotions/Desktop.ini", b"")
+    assert read_status(store) == []
+
+
 def test_each_step_of_a_run_stands_in_the_order_it_finished_with_its_facts(store):
     rows = read_status(store, "whole")
     assert {row["state"] for row in rows} == {"done"}

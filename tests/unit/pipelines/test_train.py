@@ -43,6 +43,7 @@ def test_the_checkpoint_stays_as_it_was_when_its_best_model_is_kept(tmp_path, ou
     facts = keep_best(folder, out, "r", max_side=128)
     assert json.loads(out.get("model/model.json"))["card"] == {"classes": ["a", "b"], "max_side": 128}
     assert (out.get("model/weights.safetensors"), facts["best_epoch"], facts["epochs"]) == (b"weights", 1, 2)
+    assert facts["compile"] == ALONE.compile
     # Had it failed after this, the same command must be able to resume.
     assert read_state(folder, placement=ALONE, manifest="m").epoch == 2
     assert keep_best(folder, out, "r", max_side=128) == facts

@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -97,16 +97,6 @@ class Batches:
             return _ahead(lambda _: next(decoded), self._cuts, threads=1, close=decoded.close)
         # Beside a GPU nothing is left but copying, which one thread does; more would only ask for the GIL.
         return _ahead(self._made, self._cuts, threads=self.workers if self.memory is None else 1)
-
-    def begin(self) -> None:
-        """Starts decoding processes, where they are used, on the first batches: what is done until these are asked for
-        is done beside that."""
-        if self.decodes_in_processes:
-            pool, jobs, others = self.opened.take_pool(self)
-            # Without what holds the dataset: a dataset that is dropped before it is read must be gone.
-            started = _Started(replace(self, following=None), jobs)
-            started.put(pool)
-            self.opened.give_pool(pool, started, others)
 
     @property
     def decodes_in_processes(self) -> bool:

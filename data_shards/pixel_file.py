@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import math
 import mmap
 import os
@@ -141,7 +142,18 @@ def _decoders() -> tuple[str, ...]:
     """What decides the pixels of a coded image: other versions may round otherwise."""
     from PIL import features
 
-    return PIL.__version__, *(str(features.version(name)) for name in ("jpg", "libjpeg_turbo", "zlib"))
+    return (
+        PIL.__version__,
+        _version("pyspng"),
+        _version("simplejpeg"),
+        *(str(features.version(name)) for name in ("jpg", "libjpeg_turbo", "zlib")),
+    )
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return ""
 
 
 def _close(files: list[int]) -> None:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 MOST_SCALED = 2.0  # sides that differ by more are not compared: the cost of a pixel is then another
 
 
@@ -28,6 +30,8 @@ class BenchSpeed:
     batch: int
     images_per_s: float
 
+
+_SPEED = TypeAdapter(BenchSpeed)
 
 # Measured on one H200 with torch 2.11 in November 2026: medmamba bench --compile.
 MEASURED = (
@@ -80,9 +84,9 @@ def read_remembered() -> list[BenchSpeed]:
     """What was measured on this machine, oldest first; a damaged line is left out."""
     found = []
     with contextlib.suppress(OSError):
-        for line in _file().read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                found.append(BenchSpeed(**json.loads(line)))
+        for line in _file().read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # pydantic's, JSON's and UTF-8's
+                found.append(_SPEED.validate_json(line, strict=True))
     return found
 
 

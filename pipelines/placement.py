@@ -62,9 +62,10 @@ class PlacementConfig(BaseModel):
     """DeepSpeed's ZeRO stage. auto: 0, the fastest while a GPU holds the optimizer's state: 0.3 GB for 40 M parameters.
     A training that resumes keeps its stage."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the training step with torch.compile and replay it as a CUDA graph. auto: on GPUs, except at ZeRO 3 and
-    for trainings so short that it does not pay. The first time takes about a minute; the compiled code is kept in this
-    machine's cache. It changes roundings, so a training that resumes keeps its setting unless another is named."""
+    """Compile the training step with torch.compile and replay it as a CUDA graph. auto: on GPUs, except in the trials
+    of a sweep and in trainings so short that it does not pay. Not at ZeRO 3. The first time takes about a minute; the
+    compiled code is kept in this machine's cache. It changes roundings, so a training that resumes keeps its setting
+    unless another is named."""
     scan: str = "auto"
     """Backend of the selective scan. auto: the first that can run here; a named one that cannot is an error."""
     trials: int = Field(0, ge=0)
@@ -132,6 +133,8 @@ class Placement(BaseModel):
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
         return self.model_copy(
             update={
+                # Trials are short, and each drop-path that they try would be compiled anew.
+                "compile": "off" if self.compile == "auto" else self.compile,
                 "workers": 1,
                 "zero_stage": 0,
                 "cpus_per_worker": self.cpus_per_trial,
@@ -163,6 +166,11 @@ def resolve(
     if fault := _fault(nodes, workers, cpus, device):
         raise ValueError(fault)
     stage = int(config.zero_stage) if config.zero_stage != "auto" else demand.zero_stage
+    if stage == 3 and config.compile == "on":
+        raise ValueError(
+            "--placement.compile on: ZeRO stage 3 takes the weights apart between uses, which compiled code cannot "
+            "follow; use --placement.zero-stage 0, 1 or 2, or leave compile on auto"
+        )
     captured = device == "cuda" and stage < 3
     compiled: Literal["auto", "on", "off"] = "auto" if captured else "off"
     if config.compile != "auto":

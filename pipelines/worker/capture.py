@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,9 +45,13 @@ class Captured:
                 self._run(*self._inputs)
         torch.cuda.current_stream(self._device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads page-lock memory for the next batches meanwhile, which else would end the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._output = self._run(*self._inputs)
+        gc.disable()  # what it frees may wait for the device, which would end the capture
+        try:
+            # Other threads page-lock memory for the next batches meanwhile, which else would end the capture.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._output = self._run(*self._inputs)
+        finally:
+            gc.enable()
         for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)
         torch.cuda.set_rng_state(chance, self._device)  # so that a resumed training draws what an unbroken one does

@@ -40,6 +40,10 @@ class Engine:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
         self._compiles = placement.compile == "on"
+        if self._compiles:
+            # A process that trains several trials would keep each one's code and network, and after eight of them run
+            # the function uncompiled; what is compiled again comes from the cache on disk.
+            torch._dynamo.reset()
         self.model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
         self._start(deepspeed)
 
@@ -182,9 +186,6 @@ class FlatEngine(Engine):
             return objective.loss(network, images, labels, draws)
 
         if self._compiles:
-            # A process that trains several trials would keep each one's code and network, and after eight of them run
-            # the function uncompiled; what is compiled again comes from the cache on disk.
-            torch._dynamo.reset()
             loss_of = torch.compile(loss_of, dynamic=False, options=_compile_options(self.config))
 
         def run(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

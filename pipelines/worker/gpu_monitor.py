@@ -23,6 +23,7 @@ class GpuMonitor:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.name = torch.cuda.get_device_name(device)
+        torch.cuda.reset_peak_memory_stats(device)  # those of an earlier trial in this process
         self._utilization, self._energy = nvml_readings(device)
         self._energy_began_j = self._energy() or 0.0
         self._lock, self._seen = threading.Lock(), list[float]()

@@ -119,7 +119,8 @@ def train_loop(
                 )  # fmt: skip
 
             step_losses = torch.stack(losses).tolist()
-            _check_finite(step_losses[-1], state, rate)
+            for loss_of_step in step_losses:
+                _check_finite(loss_of_step, state, rate)
             meter.end_training()
             with meter.validating():
                 found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)

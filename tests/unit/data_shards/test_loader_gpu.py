@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import weakref
 
 import numpy as np
 import psutil
@@ -148,25 +147,3 @@ def test_batches_stay_what_they_are_while_many_are_held(uri, dataset):
     del held
     gc.collect()
     assert locked[1:] == [0]  # undone when the processes end
-
-
-def test_an_epoch_may_begin_before_anything_else_is_ready(uri):
-    dataset = open_dataset(uri)
-    options = {**OPTIONS, "train": True, "memory": GPU, "crop": Crop(0.3)}
-    before = processes()
-    stream = batches(dataset, "train", workers=2, next_epoch=True, **options)
-    stream.begin()
-    ours = processes() - before
-    assert begun(dataset) == [(0, 2)]
-    stream.begin()  # once more changes nothing
-    assert begun(dataset) == [(0, 2)]
-    plain = {**options, "memory": None, "workers": 0}
-    assert fingerprints(stream) == fingerprints(batches(open_dataset(uri), "train", **plain))
-    assert processes() - before == ours
-    assert len(ours) == 2
-    batches(dataset, "train", workers=2, processes=False, **options).begin()
-    assert begun(dataset) == [(1, 2)]
-    gone = weakref.ref(dataset)
-    del dataset, stream
-    gc.collect()
-    assert gone() is None

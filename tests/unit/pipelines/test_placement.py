@@ -28,7 +28,6 @@ def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
         ({"num_gpus": 1}, {}, ("auto", True)),
         ({"num_gpus": 1}, {"zero_stage": "2"}, ("auto", True)),
         ({"num_gpus": 1}, {"zero_stage": "3"}, ("off", False)),
-        ({"num_gpus": 1}, {"zero_stage": "3", "compile": "on"}, ("on", False)),
         ({"num_gpus": 1}, {"compile": "off"}, ("off", True)),
         ({}, {}, ("off", False)),
         ({}, {"compile": "on"}, ("on", False)),
@@ -37,6 +36,16 @@ def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
 def test_a_training_is_compiled_on_gpus_where_a_graph_can_hold_it(resources, wishes, found):
     placement = placed(**resources, **wishes)
     assert (placement.compile, placement.flat) == found
+
+
+def test_the_trials_of_a_sweep_are_compiled_only_where_that_is_asked_for():
+    assert placed(num_gpus=1).for_trial().compile == "off"
+    assert placed(num_gpus=1, compile="on").for_trial().compile == "on"
+
+
+def test_zero_3_cannot_be_compiled():
+    with pytest.raises(ValueError, match=r"--placement\.compile on: ZeRO stage 3 .*--placement\.zero-stage 0, 1 or 2"):
+        placed(num_gpus=1, zero_stage="3", compile="on")
 
 
 def test_a_gpu_need_not_be_used():

@@ -8,6 +8,9 @@ from chain import TINY, medmamba
 from mlflow import MlflowClient
 
 
+pytestmark = pytest.mark.slow  # a run with Ray; cluster/test_profiled_training.py profiles without
+
+
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     """The folder of a profiled training, and what it printed."""

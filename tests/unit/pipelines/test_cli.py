@@ -224,7 +224,7 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
     assert main(["run", "direct", *DRY, "--train.batch-size", "16"]) == 0
     *_, placement, note = capsys.readouterr().out.splitlines()
     assert placement == (
-        "placement on this machine: 1 x 8 CPU on cuda, ZeRO 0, scan auto (decided on a worker), compiled if it pays, "
+        "placement on this machine: 1 x 16 CPU on cuda, ZeRO 0, scan auto (decided on a worker), compiled if it pays, "
         "2 trials at once"
     )
     assert note == (

@@ -7,7 +7,6 @@ import pytest
 from chain import TINY, medmamba
 from mlflow import MlflowClient
 
-
 pytestmark = pytest.mark.slow  # a run with Ray; cluster/test_profiled_training.py profiles without
 
 

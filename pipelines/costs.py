@@ -20,7 +20,7 @@ def read_prices(path: str) -> dict[str, float]:
         return {}
     example = 'a line has the form "NVIDIA H200" = 4.0'
     try:
-        prices = tomllib.loads(Path(path).read_text())
+        prices = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows begin with a mark
     except OSError as error:
         raise ValueError(f"--placement.prices {path}: {error.strerror}; name a TOML file that can be read") from None
     except ValueError as error:  # not TOML, or not UTF-8
@@ -58,7 +58,9 @@ def cost_facts(usage: Usage, prices: Mapping[str, float]) -> dict[str, float]:
 
 def cost_line(usage: Usage, epochs: int, prices: Mapping[str, float]) -> str:
     """One line for the user: time, sustained speed, GPU-hours, energy, price."""
-    parts = [f"trained {epochs} epoch{'s' if epochs > 1 else ''} in {duration(usage.wall_s)}"]
+    # Checkpoints of older versions do not say what was used until then.
+    measured = f", the last {usage.epochs} of them" if 0 < usage.epochs < epochs else ""
+    parts = [f"trained {epochs} epoch{'s' if epochs > 1 else ''}{measured} in {duration(usage.wall_s)}"]
     parts.append(f"{usage.images_per_s:,.0f} images/s")
     if usage.gpu_s:
         parts.append(f"{usage.gpu_hours:.2f} GPU-hours")

@@ -19,6 +19,8 @@ _NO_MEMORY = ("low on memory", "OutOfMemoryError: Task was killed", "killed by t
 _NODE_LOST = ("node has crashed", "node is dead", "marked dead", "raylet", "NodeDiedError", "node failure")
 _WORKER_LOST = ("connection error code", "died unexpectedly", "WorkerCrashedError", "worker process has died")
 _GPU_FULL = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "NVRTC_ERROR_OUT_OF_MEM")
+# What torch says where it compiles for a CPU, and Triton for the launchers of its kernels on a GPU.
+_NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler")
 _NO_ROOM_TO_START = (
     "worker group startup timed out",
     "WorkerGroupStartupTimeoutError",
@@ -56,6 +58,10 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
         return f"the GPU ran out of memory: {_less_memory(step)}"
     if any(sign in text for sign in _NO_MEMORY) or any(isinstance(each, MemoryError) for each in chain):
         return f"the machine ran out of memory, so {_who(step)} was ended: {_more_memory(step)}"
+    if any(sign in text for sign in _NO_COMPILER):
+        return (
+            "the training step cannot be compiled: no C++ compiler found; install g++, or use --placement.compile off"
+        )
     if any(sign in text for sign in _NO_START):
         return (
             f"a process of Ray did not start ({_first_line(error)}): the machine may be overloaded or out of memory; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -284,13 +285,40 @@ def _own_token() -> None:
     # these two it would create ~/.ray/auth_token, which then changes how other Rays of this user start.
     if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "medmamba"
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / "ray-token"
-    try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass
+    path = _token_file()
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _token_file() -> Path:
+    """A file with this user's token, made if there is none; a temporary one where the home cannot be written to."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba"
+    try:
+        return _kept_token(cache)
+    except OSError as error:
+        if says_full(error):
+            raise
+        spare = Path(temporary_folder()) / f"medmamba-{os.getuid()}"
+        spare.mkdir(exist_ok=True, mode=0o700)
+        if spare.stat().st_uid != os.getuid():
+            raise ValueError(
+                f"Ray's token can be kept neither in {cache} ({error.strerror}) nor in {spare}, which is another "
+                "user's; set XDG_CACHE_HOME to a folder of yours"
+            ) from None
+        return _kept_token(spare)
+
+
+def _kept_token(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, part = folder / "ray-token", folder / f"ray-token.{os.getpid()}"
+    if path.is_file() and path.stat().st_size == 0:  # left by a full disk; Ray starts with no empty token
+        path.unlink(missing_ok=True)
+    if not path.is_file():
+        try:
+            with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            with contextlib.suppress(FileExistsError):  # of another process, which was faster
+                os.link(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    return path

@@ -52,8 +52,9 @@ def print_profile(states: Sequence[StepState]) -> None:
         return
     on_gpu = found["device"] == "cuda"
     what = "kernel" if on_gpu else "operator"
-    first = found["first_step"]
-    title = f"Steps {first} to {first + found['steps'] - 1}, {found['step_ms']:.1f} ms each"
+    first, steps = found["first_step"], found["steps"]
+    which = f"Steps {first} to {first + steps - 1}" if steps > 1 else f"Step {first}"
+    title = f"{which}, {found['step_ms']:.1f} ms{' each' if steps > 1 else ''}"
     shares = [
         (f"busy: a{'' if on_gpu else 'n'} {what} runs", found["busy_share"]),
         ("data: waiting for a batch", found["data_share"]),

@@ -136,6 +136,7 @@ class Meter:
         ended_s = self._training_clock()
         self._trained_s = ended_s - self._epoch_began_s
         images = self._steps * self._images
+        self._own.epochs += 1
         self._own.images += images
         if self._epochs > 1:
             self._own.steady_images += images

@@ -18,6 +18,8 @@ class Usage(BaseModel):
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
+    epochs: int = Field(0, ge=0)
+    """Epochs that these figures are of."""
     images: int = Field(0, ge=0)
     """Images trained on, over all epochs."""
     wall_s: float = Field(0, ge=0)

@@ -51,6 +51,18 @@ def test_prices_are_read_from_toml(tmp_path):
     assert read_prices("") == {}
 
 
+def test_prices_from_an_editor_that_marks_utf8_are_read(tmp_path):
+    path = tmp_path / "prices.toml"
+    path.write_bytes(b'\xef\xbb\xbf"NVIDIA H200" = 4.0\n')
+    assert read_prices(str(path)) == {"NVIDIA H200": 4.0}
+
+
+def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
+    resumed = ON_CPU.plus(Usage(epochs=2))  # the checkpoint of epoch 3 was written before there was usage.json
+    assert cost_line(resumed, 5, {}) == "trained 5 epochs, the last 2 of them in 12:30 · 40 images/s"
+    assert cost_line(resumed, 2, {}) == "trained 2 epochs in 12:30 · 40 images/s"
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -151,7 +151,7 @@ def test_a_resumed_training_adds_to_what_was_used_before(clock, tmp_path):
     resumed = Meter(8, gpu=Card(), before=read_usage(tmp_path), clock=clock)
     train(resumed, clock, 10, look_every=5)
     resumed.epoch()
-    assert resumed.usage.images == 160
+    assert (resumed.usage.epochs, resumed.usage.images) == (2, 160)
     assert resumed.usage.gpu_s == {"NVIDIA H200": pytest.approx(10.0)}
     assert resumed.usage.steady_s == 0.0, "each process's first epoch starts workers and compiles"
 

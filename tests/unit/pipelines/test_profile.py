@@ -119,6 +119,15 @@ def test_the_tables_fit_80_columns_whatever_the_names_of_kernels(capsys):
     assert all(figure in told for figure in ("37.35", "90.0", "host: Python", "12,975"))
 
 
+def test_a_profile_of_one_step_is_of_a_step(capsys):
+    profile = {
+        "device": "cpu", "first_step": 1, "steps": 1, "step_ms": 41.5, "busy_share": 0.9, "data_share": 0.04,
+        "host_share": 0.06, "calls": 3.0, "largest": [{"name": "aten::mm", "ms": 1.5, "calls": 2}], "trace": "trace",
+    }  # fmt: skip
+    print_profile([StepState("train", "done", Record({"profile": profile}, {}, 1.0, "", "", {}, "", {}))])
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == "Step 1, 41.5 ms"
+
+
 def test_without_a_profile_nothing_is_printed(capsys):
     print_profile([StepState("train", "done", Record({}, {}, 1.0, "", "", {}, "", {})), StepState("shard", "to do")])
     assert capsys.readouterr().out == ""

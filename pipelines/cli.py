@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -574,6 +575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE if argv else WRONG_USE
     verb = VERBS.get(argv[0])
     show_log_visibly()
+    logging.raiseExceptions = False  # a library that logs while the process ends would print after the last line
     try:
         if verb is None:
             raise UsageError(_no_such_verb(argv[0]))

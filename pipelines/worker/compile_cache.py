@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,19 +22,30 @@ from pipelines.worker.config import TrainStepConfig
 PAYS_FROM_MACS = 5e13
 # What of a training's recipe is part of its compiled code.
 _COMPILED_IN = {"micro_batch", "image_size", "precision", "augment", "class_weights", "label_smoothing", "freeze"}
+NO_COMPILER = "the training step is not compiled: no C compiler on this machine; install gcc"
 NOTICE = "compiling the training step; about a minute, the next start on this machine takes seconds"
 
 
-def decide_compile(placement: Placement, config: TrainStepConfig, data: Dataset) -> Placement:
-    """The placement with `auto` resolved: on where this training is long enough."""
+def decide_compile(placement: Placement, config: TrainStepConfig, data: Dataset) -> tuple[Placement, str]:
+    """The placement with `auto` resolved: on where this training is long enough; and what keeps a long one from it."""
     if placement.compile != "auto":
-        return placement
-    model, train = config.model, config.train
-    if not isinstance(model, MedMambaConfig):
-        return placement.model_copy(update={"compile": "off"})
-    images = train.epochs * len(data.index("train")) / placement.workers
-    pays = images * macs(model, train.image_size) >= PAYS_FROM_MACS
-    return placement.model_copy(update={"compile": "on" if pays else "off"})
+        return placement, ""
+    pays = _pays(config, data, placement.workers)
+    compiles = pays and _has_compiler()
+    decided = placement.model_copy(update={"compile": "on" if compiles else "off"})
+    return decided, NO_COMPILER if pays and not compiles else ""
+
+
+def _pays(config: TrainStepConfig, data: Dataset, workers: int) -> bool:
+    if not isinstance(config.model, MedMambaConfig):
+        return False
+    images = config.train.epochs * len(data.index("train")) / workers
+    return images * macs(config.model, config.train.image_size) >= PAYS_FROM_MACS
+
+
+def _has_compiler() -> bool:
+    """Whether Triton will find what it compiles its launchers with, by its own rule."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 class CompileCache:

@@ -56,6 +56,11 @@ class RayReporter:
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {"begin": what})
 
+    def warn(self, text: str) -> None:
+        """Rank 0 alone: posts a line for the user."""
+        if self._board is not None and self._rank == 0:
+            post(self._board, self._name, {"warning": text})
+
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
         from ray.train import Checkpoint
@@ -68,7 +73,7 @@ class RayReporter:
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
             if warning := self._judge(metrics):
-                post(self._board, self._name, {"warning": warning})
+                self.warn(warning)
 
 
 def train_on_dataset(
@@ -94,7 +99,7 @@ def train_on_dataset(
     config = config.with_classes(len(data.manifest.classes))
     if resume is not None:  # a trial's is known only here; it may be of another version of this code
         placement = as_written(placement, resume)
-    placement = decide_compile(placement, config, data)
+    placement, hindrance = decide_compile(placement, config, data)
     model = build_model(config.model, scan=placement.scan, device=placement.device)
     if init and resume is None:
         state, card = read_kept(init, config.train.init)
@@ -102,7 +107,10 @@ def train_on_dataset(
     freeze(model, config.train.freeze)
     engine = build_engine(model, config.train, placement)
     profiler = StepProfiler(engine.device, keep_profile) if keep_profile and engine.rank == 0 else None
-    return train_loop(config, placement, data, engine, reporter(engine.rank), resume, profiler)
+    report = reporter(engine.rank)
+    if hindrance:
+        report.warn(hindrance)
+    return train_loop(config, placement, data, engine, report, resume, profiler)
 
 
 def world_of_one(backend: str) -> None:

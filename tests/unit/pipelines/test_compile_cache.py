@@ -41,7 +41,18 @@ def data(tmp_path_factory) -> Dataset:
 )
 def test_a_training_is_compiled_where_it_is_long_or_asked_for(config, setting, decided, data):
     placement = AUTO.model_copy(update={"compile": setting})
-    assert decide_compile(placement, config, data).compile == decided
+    found, reason = decide_compile(placement, config, data)
+    assert (found.compile, reason) == (decided, "")
+
+
+def test_a_long_training_without_a_compiler_is_not_compiled_and_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    found, reason = decide_compile(AUTO, LONG, data)
+    assert (found.compile, "no C compiler" in reason) == ("off", True)
+    assert decide_compile(AUTO, SHORT, data)[1] == ""
+    monkeypatch.setenv("CC", "/opt/gcc")
+    assert decide_compile(AUTO, LONG, data)[0].compile == "on"
 
 
 @pytest.fixture

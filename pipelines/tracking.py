@@ -215,6 +215,21 @@ class Tracking:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
 
+    def find_trial(self, parent_id: str, trial_id: str, params: Mapping[str, Any], *, name: str) -> str:
+        """`trial_run` for the trial's own process: a run that is there keeps its state.
+
+        The driver may have ended it a moment ago, because it was interrupted.
+        """
+        found = self._find({**_parent(parent_id), "medmamba.trial": trial_id})
+        return found or self.trial_run(parent_id, trial_id, params, name=name)
+
+    def reopen_trials(self, parent_id: str) -> None:
+        """Says RUNNING of the trials that an interruption ended, before the sweep resumes them."""
+        with self.errors("cannot begin the trials again"):
+            where = f"{_where(_parent(parent_id))} and attributes.status = 'KILLED'"
+            for each in self.client.search_runs([self.experiment_id], where, max_results=1000):
+                self.client.update_run(each.info.run_id, status="RUNNING")
+
     def close_trials(self, parent_id: str, status: str = "KILLED") -> int:
         """Ends the trials of a sweep that are still RUNNING (their process died); returns how many."""
         with self.errors("cannot end the trials"):

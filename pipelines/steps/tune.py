@@ -197,7 +197,9 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
 
     def reporter(rank: int) -> RayReporter:
         # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
-        run_id = functools.cache(lambda: payload["tracking"].trial_run(payload["parent"], trial_id, sampled, name=name))
+        run_id = functools.cache(
+            lambda: payload["tracking"].find_trial(payload["parent"], trial_id, sampled, name=name)
+        )
         log = functools.partial(_log_trial, payload["tracking"], run_id)
         return RayReporter(send, rank, board=payload["board"], name=name, log=log)
 
@@ -284,6 +286,7 @@ def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store
         trainable = tune.with_resources(functools.partial(trial, payload={**payload, "board": board}), resources)
         if _restorable(out):
             context.show.say("the sweep resumes where it was interrupted")
+            payload["tracking"].reopen_trials(payload["parent"])
             tuner = tune.Tuner.restore(
                 f"{path}/{RAY_RUN}",
                 trainable,

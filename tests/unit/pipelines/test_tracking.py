@@ -92,6 +92,19 @@ def test_trials_are_nested_found_again_and_closed(tracking, out):
     assert (status(tracking, first), status(tracking, second)) == ("FINISHED", "KILLED")
 
 
+def test_a_trial_that_logs_after_the_sweep_was_interrupted_does_not_run_again(tracking, out):
+    parent = tracking.step_run(out, run="a", step="tune")
+    begun = tracking.trial_run(parent, "t1", {}, name="trial 1/2")
+    tracking.close_trials(parent)
+    assert tracking.find_trial(parent, "t1", {}, name="trial 1/2") == begun
+    assert status(tracking, begun) == "KILLED"
+    own = tracking.find_trial(parent, "t2", {}, name="trial 2/2")  # where the driver could not make it
+    assert status(tracking, own) == "RUNNING"
+    tracking.finish(own)
+    tracking.reopen_trials(parent)
+    assert (status(tracking, begun), status(tracking, own)) == ("RUNNING", "FINISHED")
+
+
 def test_an_epoch_is_logged_over_epochs_and_its_losses_over_steps(tracking, out):
     run_id = tracking.step_run(out, run="a", step="train")
     for epoch in (1, 2):

@@ -216,12 +216,17 @@ class Tracking:
                     raise
 
     def find_trial(self, parent_id: str, trial_id: str, params: Mapping[str, Any], *, name: str) -> str:
-        """`trial_run` for the trial's own process: a run that is there keeps its state.
-
-        The driver may have ended it a moment ago, because it was interrupted.
-        """
+        """`trial_run` for the trial's own process, which may outlive its sweep for a moment: nothing of a sweep that
+        has ended is RUNNING again."""
         found = self._find({**_parent(parent_id), "medmamba.trial": trial_id})
-        return found or self.trial_run(parent_id, trial_id, params, name=name)
+        if found:
+            return found
+        run_id = self.trial_run(parent_id, trial_id, params, name=name)
+        with self.errors("cannot read the sweep's state"):
+            status = self.client.get_run(parent_id).info.status
+        if status != "RUNNING":
+            self.finish(run_id, "KILLED")
+        return run_id
 
     def reopen_trials(self, parent_id: str) -> None:
         """Says RUNNING of the trials that an interruption ended, before the sweep resumes them."""

@@ -147,6 +147,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             # What ended the sweep is what must be told, not that MLflow could not be told of it.
             with contextlib.suppress(TrackingError):
                 if not is_lost(context.check):  # else they are the trials of the driver that took over
+                    tracking.finish(parent, "KILLED")  # first: a trial that begins its run now ends it, see find_trial
                     tracking.close_trials(parent)
             raise
         _check_reasons(results)

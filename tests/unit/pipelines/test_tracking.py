@@ -103,6 +103,8 @@ def test_a_trial_that_logs_after_the_sweep_was_interrupted_does_not_run_again(tr
     tracking.finish(own)
     tracking.reopen_trials(parent)
     assert (status(tracking, begun), status(tracking, own)) == ("RUNNING", "FINISHED")
+    tracking.finish(parent, "KILLED")
+    assert status(tracking, tracking.find_trial(parent, "t3", {}, name="trial 3/3")) == "KILLED"
 
 
 def test_an_epoch_is_logged_over_epochs_and_its_losses_over_steps(tracking, out):

@@ -260,7 +260,7 @@ def local_copy(uri: str) -> Path:
 def cached(key: str, write: Callable[[Path], None], *, size_bytes: int | None = None) -> Path:
     """The file `key` of the machine's cache; `write` makes it if it is missing. Never half-written.
 
-    DiskFullError where there is no room for it, of `size_bytes` where that is known.
+    DiskFullError where the disk has no room for it; `size_bytes`, where known, is the room that it needs.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "sources"
     target = root / key

@@ -115,7 +115,7 @@ def _check_parts(names: Sequence[str], split: str, config: DataConfig) -> None:
     if len(by_name) < 2 or _are_parts(by_name):
         return
     kept, *others = by_name
-    # Names that are loosely the same are told apart only where each of them is named.
+    # Names that match loosely are separate only where each of them is named.
     same = [kept] if loose(kept) in map(loose, others) else []
     pairs = [*(f"{name}={split}" for name in same), *(f"{name}=drop" for name in others)]
     raise ValueError(

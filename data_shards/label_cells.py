@@ -417,7 +417,7 @@ def _likely(separator: str, joined: Mapping[str, frozenset[str]], alone: set[str
 
 
 def _look(name: str) -> tuple[str, str]:
-    """The same for names that are told apart by nothing that is seen, such as a dot behind one of them."""
+    """The same for names whose difference cannot be seen, such as a dot after one of them."""
     return _spelling(trimmed(folded(name)))
 
 

@@ -100,7 +100,7 @@ class NodeCache:
             return _verified(path, entry.sha256)
 
     def pixel_file(self, key: str, num: int, shape: tuple[int, ...], *, to_come: Mapping[str, int]) -> PixelFile | None:
-        """The machine's file of decoded images of that name, made if there is none; None where there is no room.
+        """The machine's file of decoded images of that name, created if missing; None where the disk has no room.
 
         A new one has as many rows as the limit, the disk and half of the memory allow: more than memory holds would be
         read from the disk again and again. Only decoded images that nobody uses now give way to it.

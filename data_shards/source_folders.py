@@ -120,7 +120,7 @@ def _check_alike(found: Sequence[str], config: DataConfig) -> None:
 
 
 def _look(name: str) -> str:
-    """What names of class folders have in common that are told apart by nothing that is seen, or by nothing meant."""
+    """A key that is equal for names of class folders whose difference cannot be seen, or is not meant."""
     text = trimmed(folded(name.replace("_", " ")))
     number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
     return number[1] if number else text

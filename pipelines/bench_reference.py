@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+
+from medmamba.ops.build_cache import cache_folder
 
 MOST_SCALED = 2.0  # sides that differ by more are not compared: the cost of a pixel is then another
 
@@ -47,8 +48,8 @@ def find_reference(
 ) -> BenchSpeed | None:
     """The speed at `side` pixels that a micro-batch of so many images should come near; None where nothing compares.
 
-    Rows of at most as many images a step count, as a larger step is no slower an image; of these the one nearest in
-    side, then in images, one of `remembered` before the table's. A speed at another side is scaled by its pixels.
+    Only rows with a batch of at most `micro_batch` count: a larger batch is as fast per image or faster. Of these
+    the nearest side wins, then the largest batch, then `remembered` before the table. The speed is scaled by pixels.
     """
 
     def rank(each: BenchSpeed) -> tuple[float, int, bool]:
@@ -95,5 +96,4 @@ def _distance(some: int, other: int) -> float:
 
 
 def _file() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "medmamba" / "bench.jsonl"
+    return cache_folder() / "bench.jsonl"

@@ -10,8 +10,12 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def beside(work: Callable[[], Result]) -> Future[Result]:
-    """Begins `work` in a thread that holds no ending process up; `result()` waits and raises what it raised."""
+def beside(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]:
+    """Begins `work` in a daemon thread; `result()` waits for it and raises what it raised.
+
+    With `stays` the thread lives as long as the process: the kernel ends some children with the thread that started
+    them.
+    """
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -19,6 +23,8 @@ def beside(work: Callable[[], Result]) -> Future[Result]:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
+        if stays:
+            threading.Event().wait()
 
     threading.Thread(target=run, daemon=True).start()
     return future

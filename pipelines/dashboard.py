@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 from pipelines import ray_internals
+from pipelines.beside import beside
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def dashboard_beside_node() -> Iterator[None]:
     start = Node.start_api_server
 
     def begin(node: Node, **options: Any) -> None:
-        begun.append(_begin(functools.partial(start, node, **options)))
+        begun.append(beside(functools.partial(start, node, **options), stays=True))
 
     Node.start_api_server = begin  # type: ignore[method-assign, assignment]
     try:
@@ -36,18 +36,3 @@ def dashboard_beside_node() -> Iterator[None]:
         Node.start_api_server = start  # type: ignore[method-assign]
     for each in begun:
         each.result()
-
-
-def _begin(start: functools.partial[None]) -> Future[Any]:
-    """Runs `start` in a thread that stays: the kernel ends a server of Ray with the thread that started it."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(start())
-        except BaseException as error:
-            future.set_exception(error)
-        threading.Event().wait()
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

@@ -74,7 +74,7 @@ def weights_of_run(recipe: Recipe, store: Store, run: str, *, kept_source: str =
 
     Raises:
         DriftError: the run was begun with other weights from another source.
-        ValueError: there are no such weights, they are damaged or of another network than `recipe.model`, or a pattern
+        ValueError: the weights were not found, they are damaged or of another network than `recipe.model`, or a pattern
             of `train.freeze` makes no sense for it.
     """
     if not recipe.train.init:
@@ -125,7 +125,7 @@ def find_weights(source: str, store: Store) -> InitialWeights:
         if name and not parent.endswith(":/") and open_store(parent or "/").head(name) is not None:
             beside = name == "weights.safetensors" and open_store(parent).head("model.json") is not None
             return _from_folder(open_store(parent)) if beside else _from_file(open_store(parent or "/"), name)
-    raise ValueError(f"train.init {source}: there are no weights at {' or '.join(places)}; {KINDS}")
+    raise ValueError(f"train.init {source}: no weights found at {' or '.join(places)}; {KINDS}")
 
 
 def _since(source: str, store: Store, begun: str) -> str:

@@ -291,7 +291,7 @@ def _own_token() -> None:
 
 
 def _token_file() -> Path:
-    """A file with this user's token, made if there is none; a temporary one where the home cannot be written to."""
+    """A file with this user's token, created if missing; a temporary one where the home cannot be written to."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba"
     try:
         return _kept_token(cache)

@@ -127,9 +127,9 @@ def test_a_registered_model_whose_files_were_replaced_is_not_used(models):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("nowhere", "there are no weights at nowhere or {store}/nowhere; give a folder with weights.safetensors"),
-        ("/nowhere/at/all.pth", "there are no weights at /nowhere/at/all.pth; give"),
-        ("empty", "there are no weights at empty or"),
+        ("nowhere", "no weights found at nowhere or {store}/nowhere; give a folder with weights.safetensors"),
+        ("/nowhere/at/all.pth", "no weights found at /nowhere/at/all.pth; give"),
+        ("empty", "no weights found at empty or"),
         ("half", "has a model.json but no weights.safetensors"),
         ("text.pth", "text.pth: cannot be read as tensors"),
         ("models:medmamba", "write models:/NAME@ALIAS or models:/NAME/VERSION"),
@@ -156,7 +156,7 @@ def test_a_dry_run_looks_for_the_weights(store, capsys):
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.startswith(f"train.init is {store.uri}/runs/old/train/model (weights ")
     assert main([*argv, "nowhere"]) == 1
-    assert capsys.readouterr().err.startswith("medmamba: train.init nowhere: there are no weights at nowhere or")
+    assert capsys.readouterr().err.startswith("medmamba: train.init nowhere: no weights found at nowhere or")
     assert list(store.list("weights/")) == []
 
 
@@ -354,5 +354,5 @@ def test_weights_on_s3_are_found_as_in_a_folder_and_kept_in_a_store_there(s3, tm
     bucket.put("bad.pth", b"no tensors")
     with pytest.raises(ValueError, match=re.escape(f"train.init: {s3}/given/bad.pth: cannot be read as tensors")):
         find_weights(f"{s3}/given/bad.pth", store)
-    with pytest.raises(ValueError, match="there are no weights at"):
+    with pytest.raises(ValueError, match="no weights found at"):
         find_weights(f"{s3}/given/none.pth", store)

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_shards.fenced_lease import is_lost
-from data_shards.store import Store, arrow_filesystem
+from data_shards.store import Store, arrow_filesystem, open_store
 from pipelines.board import Watch
 from pipelines.faults import RESUME, fault_line
 from pipelines.flow import StepContext
@@ -27,6 +27,7 @@ from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
 from pipelines.tracking import Tracking, TrackingError
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainStepConfig
 
 RAY_RUN = "ray"
@@ -135,6 +136,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             "init": kept_uri(config.start, context.store),
             "parent": parent,
             "tracking": tracking,
+            "out": out.uri,
         }
         try:
             results = _fit(config, payload, placement, out, context)
@@ -193,8 +195,8 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     best = BestEpoch()
     gc.collect()  # the actor may have run a trial before, whose engine refers to itself
 
-    def send(metrics: dict, *, checkpoint: Any) -> None:
-        ray.tune.report({**metrics, **best.after(metrics)}, checkpoint=checkpoint)
+    def send(metrics: dict[str, float]) -> None:
+        ray.tune.report({**metrics, **best.after(metrics)})
 
     def reporter(rank: int) -> RayReporter:
         # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
@@ -204,20 +206,13 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
         log = functools.partial(_log_trial, payload["tracking"], run_id)
         return RayReporter(send, rank, board=payload["board"], name=name, log=log)
 
-    checkpoint = ray.tune.get_checkpoint()
     placement = Placement.model_validate(payload["placement"])
     world_of_one(placement.backend)
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        if folder:
-            best.after(json.loads((Path(folder) / "train.json").read_text())["best"])
-        train_on_dataset(
-            config,
-            placement,
-            payload["dataset"],
-            reporter,
-            resume=Path(folder) if folder else None,
-            init=payload["init"],
-        )
+    checkpoints = Checkpoints(open_store(payload["out"]).at("trials", trial_id))
+    begun = checkpoints.newest_state()
+    if begun and begun["best"]:
+        best.after(begun["best"])
+    train_on_dataset(config, placement, payload["dataset"], reporter, checkpoints, init=payload["init"])
 
 
 def _log_trial(

@@ -5,7 +5,7 @@ from __future__ import annotations
 RESUME = "run the same command to resume"
 
 
-class GroupFault(RuntimeError):
+class GroupFault(RuntimeError):  # noqa: N818  (it has kinds, which are errors)
     """A group of workers that does not come to be, or does not get on. Its text is for the user."""
 
 

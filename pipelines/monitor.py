@@ -1,6 +1,7 @@
-"""Who works on a training and how far each rank is: the part of the board that the ranks, Ray's controller and the driver
-share. It tells a rank that stands still from one that is busy, counts what a lost rank costs, and hands on what the
-ranks are asked for (a checkpoint, an end). It knows no Ray.
+"""Who works on a training and how far each rank is: what ranks, Ray's controller and the driver know together.
+
+It tells a rank that stands still from one that is busy, counts what a lost rank costs, and hands on what the ranks are
+asked for (a checkpoint, an end). It knows no Ray.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ INTERRUPTED, TIME_UP, RESIZED, PREEMPTED = "interrupted", "time", "resize", "pre
 STOPS = (INTERRUPTED, TIME_UP, RESIZED, PREEMPTED)
 RESTARTING = (RESIZED, PREEMPTED)
 SLOW_S = 900.0  # what compiling, a store that is away, or a large validation may take without a sign of progress
+TIMES_LONGEST = 5  # a micro-batch on a loaded machine may take so many times as long as the longest so far
 STEPS_KEPT = 4096
 
 
@@ -38,12 +40,12 @@ class Orders(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """A sign of life of one rank. `count` changes with everything it gets done, `doing` says what it is at."""
+    """A sign of life of one rank. `moves` counts what it gets done, `doing` says what it is at."""
 
     pid: int
     step: int
     """Steps of the training that are made; negative as long as it is not known from where it begins."""
-    count: int
+    moves: int
     doing: str = ""
     slow: bool = False
     """Whether what it does may take SLOW_S longer than a step."""
@@ -56,7 +58,7 @@ class Loss(NamedTuple):
     steps: int = 0
     workers: int = 0
     worker_hours: float = 0.0
-    """What this driver's groups have worked so far, the loss included."""
+    """What has been worked on the training so far, the loss included."""
     saved_step: int = -1
     """Of the newest checkpoint; -1 where there is none yet."""
 
@@ -68,6 +70,8 @@ class _Rank:
     """When the last beat came."""
     moved: float
     """When it last got something done."""
+    longest_s: float = 0.0
+    """The longest that it took for something that is not slow."""
 
 
 @dataclass
@@ -77,13 +81,18 @@ class Monitor:
     clock: Callable[[], float] = time.monotonic
     _members: dict[int, Member] = field(default_factory=dict)
     _ranks: dict[int, _Rank] = field(default_factory=dict)
-    _orders: Orders = Orders()
+    _done: set[int] = field(default_factory=set)
+    _orders: Orders = field(default_factory=Orders)
     _reached: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=STEPS_KEPT))
     """Step -> when it was first seen, of the group that works now."""
     _saved: tuple[int, float] | None = None
     """Step of the newest checkpoint, and when the group had reached it."""
     _worked_s: float = 0.0
     """Worker-seconds of the groups before this one."""
+
+    def count_from(self, worker_hours: float) -> None:
+        """What earlier commands have worked on this training."""
+        self._worked_s = worker_hours * 3600
 
     def begin_group(self, members: list[Member]) -> None:
         """Another group begins to work: what was asked of the one before is done with, but for an end of the run."""
@@ -92,6 +101,7 @@ class Monitor:
         # A process that imports its libraries gives no sign of life yet.
         later = self.clock() + SLOW_S
         self._ranks = {each.rank: _Rank(Beat(each.pid, -1, 0, "starting"), later, later) for each in members}
+        self._done.clear()
         self._reached.clear()
         self._orders = Orders(0, self._orders.stop if self._orders.stop not in RESTARTING else "")
 
@@ -100,12 +110,22 @@ class Monitor:
         member = self._members.get(rank)
         if member is not None and member.pid != beat.pid:
             return Orders()
+        if rank in self._done:
+            return self._orders
         now, known = self.clock(), self._ranks.get(rank)
-        moved = known.moved if known and known.beat[1:] == beat[1:] else now
-        self._ranks[rank] = _Rank(beat, now, moved)
+        if known is None or known.beat[1:] != beat[1:]:
+            took_s = now - known.moved if known and not known.beat.slow else 0.0
+            self._ranks[rank] = _Rank(beat, now, now, max(took_s, known.longest_s if known else 0.0))
+        else:
+            known.seen = now
         if beat.step >= 0 and (not self._reached or beat.step > self._reached[-1][0]):
             self._reached.append((beat.step, now))
         return self._orders
+
+    def done(self, rank: int) -> None:
+        """The rank has ended its work, well or not: nothing more is expected of it."""
+        self._done.add(rank)
+        self._ranks.pop(rank, None)
 
     def ask(self, stop: str) -> None:
         """Asks the group to stop at a checkpoint; an end of the run counts before a restart of the group."""
@@ -134,7 +154,7 @@ class Monitor:
         silent = {rank: now - each.seen for rank, each in self._ranks.items() if now - each.seen >= limit_s}
         if silent:
             return f"{self._named(silent)} gave no sign of life for {max(silent.values()):.0f} s"
-        if not self._ranks or any(now - each.moved < limit_s + SLOW_S * each.beat.slow for each in self._ranks.values()):
+        if not self._ranks or any(now - each.moved < _allowed_s(each, limit_s) for each in self._ranks.values()):
             return ""
         quiet = {rank: now - each.seen for rank, each in self._ranks.items() if now - each.seen >= limit_s / 2}
         if quiet:  # the others wait for it
@@ -143,7 +163,8 @@ class Monitor:
         behind = {rank: each for rank, each in self._ranks.items() if each.beat.step == first}
         slow = {rank: each for rank, each in behind.items() if each.beat.slow} or behind
         doing = next(iter(slow.values())).beat.doing or "training"
-        return f"{self._named(slow)} made no progress for {min(now - each.moved for each in slow.values()):.0f} s ({doing})"
+        since_s = min(now - each.moved for each in slow.values())
+        return f"{self._named(slow)} made no progress for {since_s:.0f} s ({doing})"
 
     def loss(self) -> Loss:
         """What is lost if the group ends now."""
@@ -165,8 +186,13 @@ class Monitor:
         return " and ".join(str(self._members.get(rank, f"rank {rank}")) for rank in sorted(ranks))
 
 
+def _allowed_s(each: _Rank, limit_s: float) -> float:
+    """How long the rank may get nothing done: the limit, or more where its own micro-batches take long."""
+    return limit_s + SLOW_S if each.beat.slow else max(limit_s, min(SLOW_S, TIMES_LONGEST * each.longest_s))
+
+
 def loss_line(loss: Loss, *, gpus: bool) -> str:
-    """"lost 11 s (4 steps) of 2.0 GPU-hours": all workers' time, of what this command has used."""
+    """ "lost 11 s (4 steps) of 2.0 GPU-hours": all workers' time, of what this command has used."""
     seconds = loss.seconds * loss.workers
     lost = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     steps = f"{loss.steps} step{'s' if loss.steps != 1 else ''}"

@@ -1,8 +1,8 @@
 """What a training asks once a step: is a checkpoint due, shall it stop? The same answer on all ranks at the same step.
 
 Each rank has flags of its own. Their union travels in a reduction of eight bytes that is started at one step and read
-at a later one, when it has long arrived: no rank waits for it. A thread tells the board each second how far the rank is,
-and brings back what the driver or Ray's controller asks for.
+at a later one, when it has long arrived: no rank waits for it. A thread tells the board each second how far the rank
+is, and brings back what the driver or Ray's controller asks for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BEAT_S = 1.0
 CHECKPOINT = 1
 BITS = {stop: 2 << place for place, stop in enumerate(STOPS)}  # the lower one counts where two are set
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Wants:
 NOTHING = Wants()
 
 
+class Writer(Protocol):
+    """What stores the checkpoints."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether one is still on its way."""
+
+
 class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
     """A training stopped because it was asked to, after a checkpoint of its last step was written."""
 
@@ -45,6 +54,32 @@ class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
 
     def __str__(self) -> str:
         return f"the training stopped at step {self.step} ({self.reason})"
+
+
+class UntilTheEnd:
+    """Asks for nothing and tells nobody: checkpoints at the ends of epochs only, to the last one."""
+
+    def begin(self, step: int) -> None:
+        """Where the training begins: after how many steps, 0 or those of a checkpoint."""
+
+    def wants(self, step: int, writer: Writer) -> Wants:
+        """What all ranks shall do now that they have made this step, counted from the beginning of the training."""
+        return NOTHING
+
+    def saved(self, step: int) -> None:
+        """Rank 0, in any thread: a checkpoint of that step is complete in the store."""
+
+    def fetched(self, items: Iterable[Item]) -> Iterable[Item]:
+        """The same items; while one is waited for, the rank waits for data."""
+        return items
+
+    def counted(self, work: Callable[..., Result]) -> Callable[..., Result]:
+        """The same function; each call of it is a sign of progress."""
+        return work
+
+    def busy(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """For something between steps that may take long: validation, writing a checkpoint."""
+        return contextlib.nullcontext()
 
 
 class Union(Protocol):
@@ -104,7 +139,7 @@ class SharedFlags:
         return int(found.item())
 
 
-class Control:
+class Control(UntilTheEnd):
     """One rank's. `with control: ...` around the training."""
 
     def __init__(
@@ -124,7 +159,7 @@ class Control:
         """
         self._rank, self._union, self._board, self._clock, self._flag = rank, union, board, clock, flag
         self._checkpoint_s, self._checkpoint_steps = checkpoint_s, checkpoint_steps
-        self._step, self._count = -1, 0
+        self._step, self._moves = -1, 0
         self._doing, self._slow = "starting", True
         self._flags, self._lock = 0, threading.Lock()
         self._asked = 0  # checkpoints that others asked for
@@ -138,16 +173,23 @@ class Control:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         self._over.set()
+        if self._board is not None:
+            with contextlib.suppress(Exception):
+                self._board.done.remote(self._rank)
         if kind is None or kind is Stopped:
             # All ranks end at the same step; after an error others may never start theirs.
             self._union.close()
         self._thread.join(3 * BEAT_S)
 
-    def wants(self, step: int) -> Wants:
-        """What all ranks shall do now that they have made this step, counted from the beginning of the training."""
+    def begin(self, step: int) -> None:
+        """See UntilTheEnd."""
+        self._step = step
+
+    def wants(self, step: int, writer: Writer) -> Wants:
+        """See UntilTheEnd."""
         self._step, self._steps_since = step, self._steps_since + 1
         self.at("training")
-        if self._is_due():
+        if self._is_due() and not writer.is_busy:
             self._set(CHECKPOINT)
         found = self._union.of(self._flags)
         stop = next((name for name, bit in BITS.items() if found & bit), "")
@@ -159,22 +201,18 @@ class Control:
         self._due_since, self._steps_since = self._clock(), 0
         return Wants(checkpoint=True, stop=stop)
 
-    def begin(self, step: int) -> None:
-        """To be told where the training begins: after how many steps, 0 or those of a checkpoint."""
-        self._step = step
-
     def saved(self, step: int) -> None:
-        """To be told by rank 0, from any thread, when a checkpoint of that step is whole in the store."""
+        """See UntilTheEnd."""
         if self._board is not None:
             with contextlib.suppress(Exception):
                 self._board.saved.remote(step)
 
     def at(self, doing: str, *, slow: bool = False) -> None:
         """The rank gets something done, and is at `doing` now, which may take long without a sign where `slow`."""
-        self._doing, self._slow, self._count = doing, slow, self._count + 1
+        self._doing, self._slow, self._moves = doing, slow, self._moves + 1
 
     def fetched(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; while one is waited for, the rank waits for data."""
+        """See UntilTheEnd."""
         waiting = iter(items)
         while True:
             if self._doing != "starting":  # the first step compiles, and waits for its data too
@@ -186,9 +224,18 @@ class Control:
                 self.at("training")
             yield item  # type: ignore[misc]
 
+    def counted(self, work: Callable[..., Result]) -> Callable[..., Result]:
+        """See UntilTheEnd."""
+
+        def call(*given: Any) -> Result:
+            self._moves += 1
+            return work(*given)
+
+        return call
+
     @contextlib.contextmanager
     def busy(self, doing: str) -> Iterator[None]:
-        """For something between steps that may take long: validation, writing a checkpoint."""
+        """See UntilTheEnd."""
         self.at(doing, slow=True)
         yield
         self.at("training")
@@ -197,7 +244,7 @@ class Control:
         """By rank 0's clock; the others follow it."""
         if self._rank > 0:
             return False
-        by_steps = 0 < self._checkpoint_steps <= self._steps_since
+        by_steps = 0 < self._checkpoint_steps <= self._steps_since + self._union.lag
         return by_steps or 0 < self._checkpoint_s <= self._clock() - self._due_since
 
     def _beat_on(self) -> None:
@@ -213,7 +260,7 @@ class Control:
             return Orders()
         import ray
 
-        beat = Beat(os.getpid(), self._step, self._count, self._doing, self._slow)
+        beat = Beat(os.getpid(), self._step, self._moves, self._doing, self._slow)
         return ray.get(self._board.beat.remote(self._rank, beat), timeout=10 * BEAT_S)
 
     def _obey(self, orders: Orders) -> None:

@@ -114,7 +114,8 @@ class GroupSize(ScalingPolicy):
             raise NoPlaceError(self._sizes[0], PLACE_WAIT_S, _described(there))
         if now - since > SETTLE_S and not self._told:
             self._told = True
-            self._say(f"no room for {self._sizes[0]} training workers now; waiting up to {PLACE_WAIT_S / 60:.0f} min for nodes")
+            minutes = f"{PLACE_WAIT_S / 60:.0f} min"
+            self._say(f"no room for {self._sizes[0]} training workers now; waiting up to {minutes} for nodes")
         time.sleep(NOOP_S)
         return NoopDecision()
 

@@ -49,7 +49,7 @@ class Group(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Brings the workers together; raises what torch raises where they cannot reach each other."""
         assert isinstance(backend_config, GroupConfig)
-        worker_group.execute(_bind)
+        ray.get(worker_group.execute_async(_bind), timeout=JOIN_S)
         address, port = worker_group.execute_single(0, _open_meeting, len(worker_group))
         ranks, kind = len(worker_group), backend_config.backend
         joined = [

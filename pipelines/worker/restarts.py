@@ -1,4 +1,4 @@
-"""Which ends of a group of workers start another one, and what that costs: Ray Train's failure policy, in its controller.
+"""Which ends of a group of workers start another one, and what that costs: Ray Train's failure policy.
 
 A lost worker or node and a stalled rank start the group again from the newest checkpoint, as often as that makes
 progress. What would only happen again (a user's mistake, numbers that are not finite, a GPU or disk that is full) does
@@ -66,7 +66,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 class RestartPolicy(FailurePolicy):
-    """Starts the group again where that can help, says so on the board, and counts until a newer checkpoint is there."""
+    """Starts the group again where that can help, and says so; it counts until a newer checkpoint is there."""
 
     def __init__(self, board: Any, *, gpus: bool) -> None:
         super().__init__(FailureConfig())

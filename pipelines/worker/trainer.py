@@ -1,9 +1,9 @@
 """Ray Train with our own answers to two questions: what starts a group of workers again, and how large it is.
 
-On an embedded Ray it does without the processes that only a cluster needs. Each takes 1 s of CPU and 1 to 2 s of the wait
-for the first step: the one that asks for more nodes, the one that clears up behind a lost controller (this Ray ends with
-its driver), the one that hands out Ray Data's datasets (there are none) and the launchers that set up an environment
-which all processes of this Ray have already.
+On an embedded Ray it does without the processes that only a cluster needs. Each takes 1 s of CPU and 1 to 2 s of the
+wait for the first step: the one that asks for more nodes, the one that clears up behind a lost controller (this Ray
+ends with its driver), the one that hands out Ray Data's datasets (there are none) and the launchers that set up an
+environment which all processes of this Ray have already.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from pipelines.worker.group_size import GroupSize
+from pipelines.worker.group_size import NODE_ID, GroupSize
 from pipelines.worker.restarts import GroupWatch, RestartPolicy
 
 NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -39,7 +39,7 @@ class WatchedTrainer(DataParallelTrainer):
         return [*super()._create_default_callbacks(), GroupWatch(self._board, self._stall_s)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        gpus = self.scaling_config.use_gpu
+        gpus = bool(self.scaling_config.use_gpu)
         arguments["failure_policy"] = RestartPolicy(self._board, gpus=gpus)
         arguments["scaling_policy"] = GroupSize(
             self.scaling_config, self._sizes, self._board, asks_for_nodes=not self.is_local
@@ -49,7 +49,7 @@ class WatchedTrainer(DataParallelTrainer):
         return ray.get(controller.get_result.remote())
 
     def _controller_class(self) -> Any:
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
         return ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(_Controller)
 
@@ -73,7 +73,7 @@ class _WorkerGroup(WorkerGroup):
         try:
             super()._start()
         except BaseException:
-            if self.has_started():
+            if self._worker_group_state is not None:
                 self._worker_group_state.shutdown()
                 self._clear_state()
             raise

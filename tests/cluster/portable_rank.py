@@ -1,7 +1,7 @@
 """One rank of a training that goes from one world to the next: `portable_rank.py DATASET OUT ZERO_STAGE FORM STOP`.
 
-FORM is "flat" or "whole". Resumes from the newest checkpoint in OUT, checks that weights and moments are those that were
-saved, trains until step STOP, where it writes a checkpoint, and prints the losses of its steps as JSON.
+FORM is "flat" or "whole". Resumes from the newest checkpoint in OUT, checks that weights and moments are those that
+were saved, trains until step STOP, where it writes a checkpoint, and prints the losses of its steps as JSON.
 """
 
 import contextlib

@@ -127,11 +127,15 @@ class Monitor:
         self._done.add(rank)
         self._ranks.pop(rank, None)
 
-    def ask(self, stop: str) -> None:
-        """Asks the group to stop at a checkpoint; an end of the run counts before a restart of the group."""
+    def ask(self, stop: str) -> bool:
+        """Asks the group to stop at a checkpoint; an end of the run counts before a restart of the group.
+
+        Returns whether a group trains now: one that is about to begin has nothing to lose.
+        """
         assert stop in STOPS, stop
         if self._orders.stop not in (INTERRUPTED, TIME_UP):
             self._orders = self._orders._replace(stop=stop)
+        return bool(self._reached)
 
     def ask_checkpoint(self) -> None:
         """Asks the group for a checkpoint of the step that it is at."""
@@ -177,7 +181,7 @@ class Monitor:
         saved, at = self._saved if self._saved and self._saved[0] >= first[0] else first
         worked_s = self._worked_s + self._group_s() * workers
         step = self._saved[0] if self._saved else -1
-        return Loss(max(0.0, last[1] - at), max(0, last[0] - saved), workers, worked_s / 3600, step)
+        return Loss(max(0.0, self.clock() - at), max(0, last[0] - saved), workers, worked_s / 3600, step)
 
     def _group_s(self) -> float:
         return self._reached[-1][1] - self._reached[0][1] if self._reached else 0.0

@@ -14,6 +14,7 @@ from pipelines.group_faults import RESUME
 from pipelines.monitor import INTERRUPTED, TIME_UP
 
 CHECKPOINT_WAIT_S = 60.0  # for the checkpoint of an interrupted training
+ANSWER_S = 5.0
 POLL_S = 0.2
 
 
@@ -56,6 +57,9 @@ class Stops:
     def raise_if_ended(self, stopped: dict[str, Any] | None) -> None:
         """Ends this process where the training stopped before its end, as `stopped` ("reason", "step") says."""
         if not stopped:
+            if self._signal:
+                self._say("interrupted: the training had come to its end")
+                raise SystemExit(128 + self._signal)
             return
         step = f"a checkpoint of step {stopped['step']} was written, 0 steps are lost"
         if stopped["reason"] == TIME_UP:
@@ -75,8 +79,10 @@ class Stops:
             now = time.monotonic()
             if self._signal and not asked_at:
                 asked_at = now
+                if not self._ask(INTERRUPTED):
+                    os.kill(os.getpid(), self._signal)  # nothing would be saved
+                    return
                 self._say("interrupted: writing a checkpoint; interrupt again to end at once")
-                self._ask(INTERRUPTED)
             elif asked_at and now - asked_at > CHECKPOINT_WAIT_S:
                 self._say(f"no checkpoint within {CHECKPOINT_WAIT_S:.0f} s: what came after the last one is lost")
                 os.kill(os.getpid(), self._signal)
@@ -86,6 +92,10 @@ class Stops:
                 self._say("the time is up: the training ends at its next checkpoint")
                 self._ask(TIME_UP)
 
-    def _ask(self, stop: str) -> None:
+    def _ask(self, stop: str) -> bool:
+        """Whether a group trains, and so will write a checkpoint."""
+        import ray
+
         with contextlib.suppress(Exception):
-            self._board.ask.remote(stop)
+            return ray.get(self._board.ask.remote(stop), timeout=ANSWER_S)
+        return False

@@ -75,7 +75,9 @@ def run(
             "profile": context.profile,
         }
         out.delete(PROFILE)  # of an earlier process, which was interrupted
-        sizes = resolved.train.sizes(placement.workers_min or placement.workers, placement.workers)
+        # A checkpoint in the old format resumes on as many workers as wrote it.
+        least = placement.workers if begun_training(out)[1] else placement.workers_min or placement.workers
+        sizes = resolved.train.sizes(least, placement.workers)
         _fit(payload, placement, sizes, worked_hours, context)
         with scratch("result") as folder:
             last = Checkpoints(out).newest(folder, say=context.show.say)

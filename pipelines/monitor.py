@@ -179,7 +179,7 @@ class Monitor:
         first = self._reached[0]
         # A group that began from a checkpoint has lost nothing of what was before that.
         saved, at = self._saved if self._saved and self._saved[0] >= first[0] else first
-        worked_s = self._worked_s + self._group_s() * workers
+        worked_s = self._worked_s + (self.clock() - first[1]) * workers
         step = self._saved[0] if self._saved else -1
         return Loss(max(0.0, self.clock() - at), max(0, last[0] - saved), workers, worked_s / 3600, step)
 
@@ -196,8 +196,10 @@ def _allowed_s(each: _Rank, limit_s: float) -> float:
 
 
 def loss_line(loss: Loss, *, gpus: bool) -> str:
-    """ "lost 11 s (4 steps) of 2.0 GPU-hours": all workers' time, of what this command has used."""
-    seconds = loss.seconds * loss.workers
-    lost = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    steps = f"{loss.steps} step{'s' if loss.steps != 1 else ''}"
-    return f"lost {lost} ({steps}) of {loss.worker_hours:.2g} {'GPU' if gpus else 'worker'}-hours"
+    """ "lost 11 s (4 steps) of 2.0 GPU-hours": the time of all workers, of what the training has used so far."""
+    unit, steps = "GPU" if gpus else "worker", f"{loss.steps} step{'s' if loss.steps != 1 else ''}"
+    used = f"{loss.worker_hours:.1f} {unit}-hours"
+    if loss.worker_hours < 0.1:
+        used = f"{loss.worker_hours * 3600:.0f} {unit}-seconds"
+    lost_s = loss.seconds * loss.workers
+    return f"lost {f'{lost_s:.0f} s' if lost_s < 120 else f'{lost_s / 60:.0f} min'} ({steps}) of {used}"

@@ -15,6 +15,7 @@ from pipelines.monitor import INTERRUPTED, TIME_UP
 
 CHECKPOINT_WAIT_S = 60.0  # for the checkpoint of an interrupted training
 ANSWER_S = 5.0
+ASK_EVERY_S = 1.0
 POLL_S = 0.2
 
 
@@ -73,24 +74,33 @@ class Stops:
         self._signal = number  # the thread does the rest: nothing here may wait
 
     def _watch(self) -> None:
-        asked_at = 0.0
         while not self._over:
             time.sleep(POLL_S)
-            now = time.monotonic()
-            if self._signal and not asked_at:
-                asked_at = now
-                if not self._ask(INTERRUPTED):
-                    os.kill(os.getpid(), self._signal)  # nothing would be saved
-                    return
-                self._say("interrupted: writing a checkpoint; interrupt again to end at once")
-            elif asked_at and now - asked_at > CHECKPOINT_WAIT_S:
-                self._say(f"no checkpoint within {CHECKPOINT_WAIT_S:.0f} s: what came after the last one is lost")
-                os.kill(os.getpid(), self._signal)
+            if self._signal:
+                self._interrupt()
                 return
-            elif self._until and now >= self._until and not self._told:
+            if self._until and time.monotonic() >= self._until and not self._told:
                 self._told = True
                 self._say("the time is up: the training ends at its next checkpoint")
                 self._ask(TIME_UP)
+
+    def _interrupt(self) -> None:
+        """Asks for a checkpoint, and ends this process where none comes of it."""
+        asked_at = time.monotonic()
+        is_told = False
+        while not self._over:
+            # Nothing is trained yet, or Ray has got the signal too.
+            if not self._ask(INTERRUPTED):
+                break
+            if not is_told:
+                self._say("interrupted: writing a checkpoint; interrupt again to end at once")
+                is_told = True
+            time.sleep(ASK_EVERY_S)
+            if time.monotonic() - asked_at > CHECKPOINT_WAIT_S:
+                self._say(f"no checkpoint within {CHECKPOINT_WAIT_S:.0f} s: what came after the last one is lost")
+                break
+        if not self._over:
+            os.kill(os.getpid(), self._signal)
 
     def _ask(self, stop: str) -> bool:
         """Whether a group trains, and so will write a checkpoint."""

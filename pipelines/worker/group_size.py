@@ -157,7 +157,8 @@ class GroupSize(ScalingPolicy):
     def _take(self, size: int, there: Sequence[Host]) -> ResizeDecision:
         self._chosen = [host.node_id for host in there]
         if not self._first or size < self._sizes[-1]:
-            self._say(f"{size} worker{'s' if size > 1 else ''} on {_described(there)}")
+            workers = f"{size} training worker{'s' if size > 1 else ''} on {_described(there)}"
+            post(self._board, "train", {"begin": f"starting {workers}"})
         self._first, self._seen_larger = False, 0
         return ResizeDecision(num_workers=size, resources_per_worker=self._each)
 

@@ -101,7 +101,6 @@ class RestartPolicy(FailurePolicy):
 
     def _say(self, text: str) -> None:
         post(self._board, "train", {"warning": text})
-        post(self._board, "train", {"begin": "starting the workers again"})
 
 
 class GroupWatch(WorkerGroupCallback):

@@ -28,7 +28,7 @@ def test_a_killed_worker_is_replaced_on_one_machine_and_the_loss_is_printed(tmp_
     assert found["ended"]["result"]["reason"] == "interrupted"
     lost = [line for line in found["lines"] if "lost" in line]
     assert len(lost) == 1, found
-    assert "worker-hours; restart 1 of 3 before the next checkpoint" in lost[0]
+    assert "worker-seconds; restart 1 of 3 before the next checkpoint" in lost[0]
     assert found["took_s"][0] < 60
 
 

@@ -100,7 +100,7 @@ def test_the_loss_is_what_came_after_the_newest_checkpoint_of_all_workers(monito
     assert (loss.seconds, loss.steps, loss.workers, loss.saved_step) == (11, 22, 2, 178)
     assert loss.worker_hours == pytest.approx(200 / 3600)
     monitor.count_from(2.0 - 200 / 3600)
-    assert loss_line(monitor.loss(), gpus=True) == "lost 22 s (22 steps) of 2 GPU-hours"
+    assert loss_line(monitor.loss(), gpus=True) == "lost 22 s (22 steps) of 2.0 GPU-hours"
 
 
 def test_a_group_that_resumed_has_lost_nothing_of_what_was_before_it(monitor, clock):
@@ -110,6 +110,7 @@ def test_a_group_that_resumed_has_lost_nothing_of_what_was_before_it(monitor, cl
 
 def test_a_line_about_nothing_lost_says_so():
     assert loss_line(Loss(0, 0, 2, 0.5), gpus=False) == "lost 0 s (0 steps) of 0.5 worker-hours"
+    assert loss_line(Loss(90, 1, 2, 0.01), gpus=True) == "lost 3 min (1 step) of 36 GPU-seconds"
 
 
 def test_orders_reach_the_ranks_and_an_end_of_the_run_outlives_the_group(monitor):

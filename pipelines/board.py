@@ -7,15 +7,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.monitor import Monitor
+
 POLL_S = 0.5
 LOOK_S = 10.0  # the longest that one look waits; the last one, when the work is over, waits less
 LAST_LOOK_S = 3.0
 
 
-class Board:
-    """Keeps what was posted since the last look. Runs as a Ray actor."""
+class Board(Monitor):
+    """Keeps what was posted since the last look, and who works. Runs as a Ray actor."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._posts: list[tuple[str, dict]] = []
 
     def post(self, name: str, values: dict) -> None:

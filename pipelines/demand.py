@@ -54,6 +54,8 @@ class RunDemand:
         """
         for training in self._trainings:
             training.accumulation(placement.workers)
+            if placement.workers_min:
+                training.accumulation(placement.workers_min)
         if self._checkpoint and self._is_old:
             check_placement(self._checkpoint, placement)
 

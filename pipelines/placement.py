@@ -53,6 +53,9 @@ class PlacementConfig(BaseModel):
     workers: int = Field(0, ge=0)
     """Training workers. 0: one per GPU, fewer where the batches of the recipe cannot be shared evenly among so many, or
     one with all CPUs where there is no GPU."""
+    workers_min: int = Field(0, ge=0)
+    """With how many workers a training goes on where nodes are lost, until there are nodes for all again; it takes only
+    numbers among which a step's micro-batches can be shared evenly. 0: it waits for nodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
@@ -74,6 +77,14 @@ class PlacementConfig(BaseModel):
     """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
     workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
     that do not fit are decoded in each epoch."""
+    checkpoint_minutes: float = Field(5, ge=0)
+    """A training writes a checkpoint at least so often, and so loses at most so much work. 0: only at the ends of
+    epochs."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """Steps after which a checkpoint is written. 0: by time alone."""
+    stall_minutes: float = Field(3, gt=0)
+    """A training worker that gives no sign of life for so long is ended, and the workers start again, once. Compiling,
+    validation and waiting for data may take 15 minutes more."""
     prices: str = ""
     """TOML file with the price of an hour of each kind of GPU in US dollars ("NVIDIA H200" = 4.0). A training then
     ends with what it has cost."""
@@ -98,6 +109,10 @@ class Placement(BaseModel):
     flat: bool = False
     """Whether the parameters of an optimizer group are one tensor to DeepSpeed."""
     prices: str = ""
+    workers_min: int = 0
+    checkpoint_minutes: float = 5
+    checkpoint_steps: int = 0
+    stall_minutes: float = 3
 
     @property
     def cache_bytes(self) -> int:
@@ -162,8 +177,14 @@ def resolve(
             "--placement.device cuda: this Ray has no GPU; start it on a machine with one, or leave the device on auto"
         )
     workers = config.workers or _auto_workers(config, nodes, device, demand, say=say)
-    cpus = _cpus_per_worker(config, nodes, workers, device)
-    if fault := _fault(nodes, workers, cpus, device):
+    if config.workers_min > workers:
+        raise ValueError(
+            f"--placement.workers-min {config.workers_min}: there are at most {workers} workers; lower it, or raise "
+            "--placement.workers"
+        )
+    needed = config.workers_min or workers  # the others may come later
+    cpus = _cpus_per_worker(config, nodes, needed, device)
+    if fault := _fault(nodes, needed, cpus, device):
         raise ValueError(fault)
     stage = int(config.zero_stage) if config.zero_stage != "auto" else demand.zero_stage
     if stage == 3 and config.compile == "on":
@@ -191,6 +212,10 @@ def resolve(
         compile=compiled,
         flat=captured if demand.flat is None else demand.flat,
         prices=config.prices,
+        workers_min=config.workers_min,
+        checkpoint_minutes=config.checkpoint_minutes,
+        checkpoint_steps=config.checkpoint_steps,
+        stall_minutes=config.stall_minutes,
     )
 
 

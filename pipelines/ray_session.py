@@ -32,6 +32,7 @@ JOIN_WAIT_S = 300.0
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # ray.train.report waits for this poll: 2 s an epoch by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a node that will be taken away may be gone within seconds
     "RAY_worker_niceness": "0",  # workers at nice 15 starve beside anything else on a shared machine
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it every task prints a warning
     "RAY_DEDUP_LOGS": "0",

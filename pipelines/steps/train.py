@@ -20,14 +20,18 @@ from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.monitor import RESTARTING
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.stops import Stops
 from pipelines.tracking import Tracking
 from pipelines.worker.checkpoints import Checkpoints, Found
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
 from pipelines.worker.old_checkpoint import find_old_checkpoint
 from pipelines.worker.resume import find_resume
+from pipelines.worker.stop_flag import wants_to_stop
 from pipelines.worker.usage import USAGE, read_usage
 
 PROFILE = "profile/profile.json"
@@ -59,7 +63,7 @@ def run(
         origin = begin_from(resolved, shard, context)
         context.tracking.log_params(run_id, {"init": origin})
         prices = read_prices(placement.prices)
-        _check_resume(out, placement, shard["digest"], context)
+        worked_hours = _check_resume(out, placement, shard["digest"], context)
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
@@ -71,7 +75,10 @@ def run(
             "profile": context.profile,
         }
         out.delete(PROFILE)  # of an earlier process, which was interrupted
-        _fit(payload, placement, context)
+        # A checkpoint in the old format resumes on as many workers as wrote it.
+        least = placement.workers if begun_training(out)[1] else placement.workers_min or placement.workers
+        sizes = resolved.train.sizes(least, placement.workers)
+        _fit(payload, placement, sizes, worked_hours, context)
         with scratch("result") as folder:
             last = Checkpoints(out).newest(folder, say=context.show.say)
             assert last is not None, "the training ended without a checkpoint"
@@ -95,16 +102,24 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
         )
 
 
-def ray_worker(payload: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker."""
+def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker; returns why and where it stopped, nothing where it came to its end.
+
+    Raises Stopped where the group stops in order to begin again.
+    """
+    import ray.train
     import torch
 
     from pipelines.worker.launch import RayReporter, train_on_dataset
     from pipelines.worker.speed_check import speed_check
 
+    place = ray.train.get_context()
+    rank, ranks = place.get_world_rank(), place.get_world_size()
     out = open_store(payload["out"])
     config = TrainStepConfig.model_validate(payload["config"])
-    placement = Placement.model_validate(payload["placement"])
+    # A group may have fewer workers than the driver's placement.
+    placement = Placement.model_validate({**payload["placement"], "workers": ranks})
+    control = ray_control(rank, ranks, placement, payload["board"])
 
     def reporter(rank: int) -> RayReporter:
         if rank > 0:
@@ -114,14 +129,35 @@ def ray_worker(payload: dict[str, Any]) -> None:
         judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
         return RayReporter(_nobody, rank, board=payload["board"], name="train", log=log, judge=judge)
 
-    train_on_dataset(
-        config,
-        placement,
-        payload["dataset"],
-        reporter,
-        Checkpoints(out),
-        init=payload["init"],
-        keep_profile=functools.partial(keep_profile, out) if payload["profile"] else None,
+    try:
+        with control:
+            train_on_dataset(
+                config,
+                placement,
+                payload["dataset"],
+                reporter,
+                Checkpoints(out),
+                init=payload["init"],
+                keep_profile=functools.partial(keep_profile, out) if payload["profile"] else None,
+                control=control,
+            )
+    except Stopped as stopped:
+        if stopped.reason in RESTARTING:
+            raise
+        return {"reason": stopped.reason, "step": stopped.step}
+    return {}
+
+
+def ray_control(rank: int, ranks: int, placement: Placement, board: Any) -> Control:
+    """What tells this rank of Ray Train when to write a checkpoint, and when to stop."""
+    ahead = 4 if placement.device == "cuda" else 1  # steps by which the host is ahead of its GPU
+    return Control(
+        rank,
+        SharedFlags(lag=ahead) if ranks > 1 else OwnFlags(),
+        board=board,
+        checkpoint_s=placement.checkpoint_minutes * 60,
+        checkpoint_steps=placement.checkpoint_steps,
+        flag=wants_to_stop,
     )
 
 
@@ -167,14 +203,19 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
     return log
 
 
-def _fit(payload: dict, placement: Placement, context: StepContext) -> None:
+def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours: float, context: StepContext) -> None:
+    """Trains with as many workers as the largest of `sizes`, or with fewer where nodes are lost.
+
+    Raises SystemExit where the training stopped at a checkpoint because this process was told to end.
+    """
     import ray.train
 
     from pipelines.worker.process_group import GroupConfig
 
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board, scratch("ray-train") as folder:
-        trainer = _trainer_class()(
+        board.count_from.remote(worked_hours)
+        trainer = _trainer(board, sizes, placement)(
             ray_worker,
             train_loop_config={**payload, "board": board},
             backend_config=GroupConfig(placement.backend),
@@ -184,26 +225,36 @@ def _fit(payload: dict, placement: Placement, context: StepContext) -> None:
             run_config=ray.train.RunConfig(
                 # Ray stores nothing: what it wants a folder for stays empty. Checkpoints are the workers' own.
                 storage_path=str(folder),
-                # On one machine a crash is nearly always an error that comes again; nodes of a cluster do get lost.
+                # Of a Ray whose policies cannot be replaced. On one machine a crash is nearly always an error that
+                # comes again.
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
         )
         workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
         context.show.begin(f"starting {workers}")  # until their first step
+        stops = Stops(board, context.show.say, until=context.until)
         try:
-            trainer.fit()
+            with stops.heeded():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise users_mistake(error) or error from None
+    stops.raise_if_ended(result.return_value)
 
 
-def _trainer_class() -> Any:
-    if os.environ.get("RAY_ADDRESS") or not ray_internals.are_known():
+def _trainer(board: Any, sizes: Sequence[int], placement: Placement) -> Callable[..., Any]:
+    """What makes Ray's trainer, with our policies where Ray is one that they were tried with."""
+    if not ray_internals.are_known():
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         return DataParallelTrainer
-    from pipelines.worker.trainer import LocalTrainer
+    from pipelines.worker.trainer import LocalTrainer, WatchedTrainer
 
-    return LocalTrainer
+    kind = WatchedTrainer if os.environ.get("RAY_ADDRESS") else LocalTrainer
+
+    def make(*arguments: Any, **settings: Any) -> Any:
+        return kind(*arguments, **settings).watched(board, sizes=sizes, stall_s=placement.stall_minutes * 60)
+
+    return make
 
 
 def keep_best(
@@ -258,10 +309,13 @@ def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
     return ({"compile": "off", "flat": False, **old.described}, True) if old else (None, False)
 
 
-def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:
-    """Says where a training resumes, and refuses what could not resume exactly, before any worker starts."""
+def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> float:
+    """Says where a training resumes, and refuses what could not resume exactly, before any worker starts; returns the
+    hours that its workers have worked so far."""
     with scratch("resume") as folder:
         resume = find_resume(Checkpoints(out), folder, manifest, say=context.show.say)
-    if resume is not None:
+        if resume is None:
+            return 0.0
         resume.placement(placement)
         context.show.say(resume.told)
+        return resume.usage.gpu_hours or resume.usage.wall_s * resume.described["ranks"] / 3600

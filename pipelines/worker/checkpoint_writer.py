@@ -39,6 +39,7 @@ class CheckpointWriter:
         model_json: The bytes of model.json.
         about: What train.json says beside the state (seed, placement, manifest), for `describe`.
         warn: Gets a line where the store is away, and one when it is back.
+        stored: Called in the thread with the step of each checkpoint that is complete in the store.
         patience_s: How long a store may be away before `save` and `close` raise its error.
     """
 
@@ -50,10 +51,11 @@ class CheckpointWriter:
         model_json: bytes,
         about: dict[str, Any],
         warn: Callable[[str], None] = lambda text: None,
+        stored: Callable[[int], None] = lambda step: None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._checkpoints, self._engine, self._model_json, self._about = checkpoints, engine, model_json, about
-        self._warn, self._patience_s = warn, patience_s
+        self._warn, self._stored, self._patience_s = warn, stored, patience_s
         self._waiting: list[_Job] = []
         self._changed = threading.Condition()
         self._writes = self._is_over = False
@@ -131,6 +133,7 @@ class CheckpointWriter:
             files[USAGE].write_bytes(usage_bytes(job.usage))
             described = describe(job.state, **self._about)
             self._patiently(lambda: self._checkpoints.write(job.state.step, files, described), job.state.step)
+        self._stored(job.state.step)
 
     def _patiently(self, write: Callable[[], None], step: int) -> None:
         """Calls `write` until the store takes it; raises its last error once the patience is used up."""

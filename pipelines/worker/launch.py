@@ -19,8 +19,9 @@ from pipelines.scratch import scratch
 from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.compile_cache import decide_compile
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.control import UntilTheEnd
 from pipelines.worker.engine import Engine, build_engine
-from pipelines.worker.loop import Control, train_loop
+from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
 from pipelines.worker.resume import Resume, find_resume
@@ -83,7 +84,7 @@ def train_on_dataset(
     *,
     init: str = "",
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
-    control: Control | None = None,
+    control: UntilTheEnd | None = None,
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +21,7 @@ from pipelines.worker.checkpoint_writer import CheckpointWriter
 from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.compile_cache import NOTICE, CompileCache
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.control import Stopped, UntilTheEnd
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
 from pipelines.worker.meter import metered
@@ -47,33 +49,6 @@ class Reporter(Protocol):
         """Once an epoch, on every rank: its metrics, and the loss of each of its steps."""
 
 
-class Wants(NamedTuple):
-    """What is asked of the training between two steps."""
-
-    checkpoint: bool = False
-    stop: str = ""
-    """Why it ends here, at a checkpoint; empty: it continues."""
-
-
-class Control(Protocol):
-    """Decides between steps, the same on every rank."""
-
-    def wants(self, writer: CheckpointWriter) -> Wants:
-        """Asked once after each step."""
-
-
-class UntilTheEnd:
-    """Checkpoints at the ends of epochs only."""
-
-    def wants(self, writer: CheckpointWriter) -> Wants:
-        """Nothing."""
-        return Wants()
-
-
-class TrainingStopped(Exception):  # noqa: N818  it is asked for
-    """The training has ended before its last epoch, at a checkpoint, because it was asked to."""
-
-
 class TrainingError(ValueError):
     """The numbers went wrong: going on would waste the machine."""
 
@@ -88,7 +63,7 @@ def train_loop(
     resume: Resume | None,
     *,
     profiler: StepProfiler | None = None,
-    control: Control | None = None,
+    control: UntilTheEnd | None = None,
 ) -> TrainState:
     """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
 
@@ -111,8 +86,9 @@ def train_loop(
     about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
     writer = CheckpointWriter(
         checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
-        warn=report.warn,
+        warn=report.warn, stored=control.saved,
     )  # fmt: skip
+    control.begin(state.step)
     with metered(config, engine, usage, profiler) as meter, writer:
         while state.epoch < train.epochs and not _is_stale(state, train.patience):
             losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
@@ -130,7 +106,7 @@ def train_loop(
             )  # of the last step, in case that none of this epoch is left
             engine.model.train()
             arriving = prefetched(meter.fetched(stream, steps - len(losses)), engine.device)
-            for position, (batch, images, labels) in enumerate(arriving):
+            for position, (batch, images, labels) in enumerate(control.fetched(arriving)):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
@@ -153,21 +129,24 @@ def train_loop(
                     images_per_s=meter.images_per_s_last, wait_share=meter.wait_share_last,
                     left_s=meter.left_s((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
-                wanted = control.wants(writer)
+                wanted = control.wants(state.step, writer)
                 if wanted.stop or (wanted.checkpoint and len(losses) < steps):  # the epoch's own follows at once
                     with meter.writing():
                         state.losses = torch.stack(losses).tolist()
                         writer.save(state, meter.usage_now(engine.ranks))
                 if wanted.stop:
-                    writer.finish()
-                    raise TrainingStopped(wanted.stop)
+                    with control.busy("writing a checkpoint"):
+                        writer.finish()
+                        engine.gather(None)  # a rank that ends first would end the others
+                    raise Stopped(wanted.stop, state.step)
 
             step_losses = torch.stack(losses).tolist()
             for loss_of_step in step_losses:
                 _check_finite(loss_of_step, state, rate)
             meter.end_training()
-            with meter.validating():
-                found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
+            with meter.validating(), control.busy("validating"):
+                forward = control.counted(engine.infer)
+                found = validate(engine, data, "val", config, objective.weights, placement.loader_workers, forward)
             state.epoch, state.consumed, state.losses = state.epoch + 1, 0, []
             metrics = {
                 "epoch": state.epoch,
@@ -181,19 +160,30 @@ def train_loop(
                 state.best, state.best_epoch, state.best_step = metrics, state.epoch, state.step
             state.history.append(metrics)
             figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
-            with meter.writing():
+            with meter.writing(), control.busy("writing a checkpoint"):
                 writer.save(state, meter.usage)
                 report.epoch({**metrics, **figures}, step_losses)
+        with control.busy("writing the last checkpoint"):
+            writer.finish()
     return state
 
 
 def validate(
-    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None, workers: int
+    engine: Engine,
+    data: Dataset,
+    split: str,
+    config: TrainStepConfig,
+    weights: torch.Tensor | None,
+    workers: int,
+    forward: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
-    """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all."""
+    """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all.
+
+    `forward` is the engine's `infer`.
+    """
     engine.model.eval()
     part = infer(
-        engine.infer, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
+        forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
         rank=engine.rank, ranks=engine.ranks, device=engine.device, workers=workers,
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))

@@ -16,25 +16,24 @@ from data_shards.store import open_store
 from medmamba.model import build_model
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint_writer import CheckpointWriter
 from pipelines.worker.checkpoints import MOMENTS, Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
+from pipelines.worker.control import Stopped, UntilTheEnd, Wants, Writer
 from pipelines.worker.engine import build_engine
 from pipelines.worker.launch import train_on_dataset
-from pipelines.worker.loop import TrainingStopped, Wants
 from pipelines.worker.resume import find_resume
 from pipelines.worker.snapshot import read_tensors
 
 TRAIN = TrainConfig(epochs=20, batch_size=48, micro_batch=8, image_size=64, optim=OptimConfig(lr=1e-4))
 
 
-class StopsAt:
+class StopsAt(UntilTheEnd):
     """Ends the training after a step."""
 
     def __init__(self, step: int) -> None:
         self._left = step
 
-    def wants(self, writer: CheckpointWriter) -> Wants:
+    def wants(self, step: int, writer: Writer) -> Wants:
         """A checkpoint and the end after the last of the steps."""
         self._left -= 1
         return Wants(stop="enough" if self._left == 0 else "")
@@ -89,7 +88,7 @@ def main() -> None:
     begun = checkpoints.newest_state()
     restored = is_restored(config, placement, checkpoints, data.digest) if begun else True
     done = begun["step"] if begun else 0
-    with contextlib.suppress(TrainingStopped):
+    with contextlib.suppress(Stopped):
         train_on_dataset(
             config, placement, (dataset, data.digest), lambda rank: Losses(), checkpoints,
             control=StopsAt(int(stop) - done),

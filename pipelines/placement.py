@@ -9,8 +9,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_shards.outage import PATIENCE_S
+
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
+# Below the half hour after which workers give up that wait for another one, which may wait for the store.
+LONGEST_PATIENCE_S = 1500.0
 
 
 Device = Literal["cpu", "cuda"]
@@ -74,6 +78,9 @@ class PlacementConfig(BaseModel):
     """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
     workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
     that do not fit are decoded in each epoch."""
+    patience_s: float = Field(PATIENCE_S, ge=1, le=LONGEST_PATIENCE_S)
+    """Seconds that every step waits for a store on S3 or for MLflow while they are away, before it ends. A training
+    goes on without MLflow: what it logs is sent later."""
     prices: str = ""
     """TOML file with the price of an hour of each kind of GPU in US dollars ("NVIDIA H200" = 4.0). A training then
     ends with what it has cost."""
@@ -97,6 +104,7 @@ class Placement(BaseModel):
     """auto: on where the training is long enough to pay, which a worker decides."""
     flat: bool = False
     """Whether the parameters of an optimizer group are one tensor to DeepSpeed."""
+    patience_s: float = PATIENCE_S
     prices: str = ""
 
     @property
@@ -190,6 +198,7 @@ def resolve(
         cache_gib=config.cache_gib,
         compile=compiled,
         flat=demand.flat if demand.ranks else captured,
+        patience_s=config.patience_s,
         prices=config.prices,
     )
 

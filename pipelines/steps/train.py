@@ -13,16 +13,16 @@ from types import MappingProxyType
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import Store, StoreKeyError, arrow_filesystem, open_store
+from data_shards.store import Store, StoreKeyError, arrow_filesystem
 from pipelines import ray_internals
-from pipelines.board import Watch
+from pipelines.board import Watch, hear_outages, post
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
-from pipelines.tracking import Tracking
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.state import BEST, ResumeError, check_resumable, read_described
 from pipelines.worker.usage import read_usage
@@ -62,11 +62,11 @@ def run(
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
-            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "dataset": (context.store.at(shard["data"]), shard["digest"]),
             "init": kept_uri(resolved, context.store),
             "run_id": run_id,
             "tracking": context.tracking,
-            "profile_into": out.uri if context.profile else "",
+            "profile_into": out if context.profile else None,
         }
         out.delete(PROFILE)  # of an earlier process, which was interrupted
         checkpoint = _fit(payload, placement, out, context)
@@ -96,22 +96,26 @@ def ray_worker(payload: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from pipelines.worker.launch import RayReporter, train_on_dataset
+    from pipelines.worker.launch import RayReporter, resume_outbox, train_on_dataset
     from pipelines.worker.speed_check import speed_check
 
     checkpoint = ray.train.get_checkpoint()
     config = TrainStepConfig.model_validate(payload["config"])
     placement = Placement.model_validate(payload["placement"])
+    board = payload["board"]
+    outbox = Outbox(payload["tracking"], payload["run_id"], begin=lambda what: post(board, "train", {"begin": what}))
 
     def reporter(rank: int) -> RayReporter:
         if rank > 0:
             return RayReporter(ray.train.report, rank)
-        log = log_new_epochs(payload["tracking"], payload["run_id"])
         gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
-        judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
-        return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log, judge=judge)
+        judge = tagging(speed_check(config, placement, gpu), outbox)
+        return RayReporter(ray.train.report, rank, board=board, name="train", outbox=outbox, judge=judge)
 
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
+    found = checkpoint.as_directory() if checkpoint else contextlib.nullcontext()
+    with hear_outages(board, "train"), outbox, found as folder:
+        if folder and ray.train.get_context().get_world_rank() == 0:
+            resume_outbox(outbox, Path(folder))
         train_on_dataset(
             config,
             placement,
@@ -123,43 +127,22 @@ def ray_worker(payload: dict[str, Any]) -> None:
         )
 
 
-def keep_profile(uri: str, summary: dict[str, Any], trace: Path) -> None:
+def keep_profile(out: Store, summary: dict[str, Any], trace: Path) -> None:
     """Stores a profile, from the worker, in the step's folder; the summary last."""
-    out = open_store(uri)
     out.put(TRACE, trace.read_bytes())
     out.put(PROFILE, json.dumps(summary, indent=2).encode())
 
 
-def tagging(
-    check: Callable[[dict[str, float]], str], tracking: Tracking, run_id: str
-) -> Callable[[dict[str, float]], str]:
+def tagging(check: Callable[[dict[str, float]], str], outbox: Outbox) -> Callable[[dict[str, float]], str]:
     """A speed check of which a warning becomes a tag of the run too."""
 
     def judge(metrics: dict[str, float]) -> str:
         warning = check(metrics)
         if warning:
-            tracking.set_tags(run_id, {SLOW: warning})
+            outbox.tags({SLOW: warning})
         return warning
 
     return judge
-
-
-def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float], list[float]], None]:
-    """`tracking.log_epoch` of a run, for the epochs that the run does not have yet.
-
-    An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
-    """
-
-    @functools.cache  # asked at the end of an epoch: the first step need not wait until MLflow is imported
-    def last_logged() -> int:
-        with tracking.errors("cannot read metrics"):
-            return max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
-
-    def log(metrics: dict[str, float], step_losses: list[float]) -> None:
-        if metrics["epoch"] > last_logged():
-            tracking.log_epoch(run_id, metrics, step_losses)
-
-    return log
 
 
 def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):

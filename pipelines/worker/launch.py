@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import open_store
+from data_shards.store import Store
 from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
 from pipelines.board import post
 from pipelines.initial_weights import read_kept
+from pipelines.outbox import Outbox
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.worker.compile_cache import decide_compile
@@ -22,9 +24,10 @@ from pipelines.worker.engine import build_engine
 from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
-from pipelines.worker.state import TrainState, as_written
+from pipelines.worker.state import TrainState, as_written, read_described
 
 PROGRESS_EVERY_S = 0.5
+UNSENT = "unsent.json"  # in a checkpoint: what was logged and is not known to be in MLflow
 
 
 class RayReporter:
@@ -36,15 +39,18 @@ class RayReporter:
         rank: int,
         board: Any = None,
         name: str = "",
-        log: Any = None,
+        outbox: Outbox | None = None,
         judge: Callable[[dict[str, float]], str] = lambda metrics: "",
     ) -> None:
-        """`judge` returns a warning about an epoch's metrics, or nothing; it is shown to the user."""
-        self._send, self._rank, self._board, self._name, self._log = send, rank, board, name, log
+        """`outbox` takes what rank 0 logs; `judge` returns a warning about an epoch's metrics, or nothing; it is shown
+        to the user."""
+        self._send, self._rank, self._board, self._name, self._outbox = send, rank, board, name, outbox
         self._judge, self._last = judge, 0.0
 
     def progress(self, **values: Any) -> None:
         """At most twice a second, rank 0 alone: posts to the board the driver's terminal reads."""
+        if self._outbox is not None:
+            self._outbox.check()
         now = time.monotonic()
         if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
             self._last = now
@@ -65,10 +71,12 @@ class RayReporter:
         """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
         from ray.train import Checkpoint
 
+        if self._outbox is not None:
+            self._outbox.epoch(metrics, step_losses)
         with scratch("checkpoint") as folder:
             save(folder)
-            if self._rank == 0 and self._log is not None:
-                self._log(metrics, step_losses)
+            if self._outbox is not None:
+                (folder / UNSENT).write_text(json.dumps(self._outbox.unsent()))
             self._send(metrics, checkpoint=Checkpoint.from_directory(folder))
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
@@ -79,7 +87,7 @@ class RayReporter:
 def train_on_dataset(
     config: TrainStepConfig,
     placement: Placement,
-    dataset: tuple[str, str],
+    dataset: tuple[Store | str, str],
     reporter: Callable[[int], Any],
     resume: Path | None,
     *,
@@ -88,13 +96,13 @@ def train_on_dataset(
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 
-    `dataset` is the folder of a dataset and the digest its manifest must have; `init` the folder of the weights that
-    `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and hands it the summary and
-    the trace (see profile.StepProfiler).
+    `dataset` is the folder of a dataset in a store, or its uri, and the digest its manifest must have; `init` the
+    folder of the weights that `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and
+    hands it the summary and the trace (see profile.StepProfiler).
     """
     import torch
 
-    data = open_dataset(open_store(dataset[0]), digest=dataset[1])
+    data = open_dataset(dataset[0], digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
     if resume is not None:  # a trial's is known only here; it may be of another version of this code
@@ -111,6 +119,13 @@ def train_on_dataset(
     if hindrance:
         report.warn(hindrance)
     return train_loop(config, placement, data, engine, report, resume, profiler)
+
+
+def resume_outbox(outbox: Outbox, folder: Path) -> None:
+    """Hands on what the checkpoint in `folder` holds of the epochs before."""
+    kept = folder / UNSENT  # checkpoints of earlier versions have none
+    unsent = json.loads(kept.read_text()) if kept.is_file() else []
+    outbox.resume(read_described((folder / "train.json").read_bytes())["history"], unsent)
 
 
 def world_of_one(backend: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipelines.worker.config import TrainConfig
 from pipelines.worker.deepspeed_import import import_deepspeed
 from pipelines.worker.flat import FlatParameters, clip_gradients
 from pipelines.worker.objective import Objective, autocast
+from pipelines.worker.step_guard import StepGuard
 
 TAG = "engine"
 
@@ -39,6 +41,7 @@ class Engine:
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
+        self.guard = StepGuard(self.device)
         self._compiles = placement.compile == "on"
         if self._compiles:
             # A process that trains several trials would keep each one's code and network, and after eight of them run
@@ -62,7 +65,8 @@ class Engine:
         """
         loss = objective.loss(self._forward, images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
-        self._engine.step()
+        self._watch()
+        self._step()
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -104,6 +108,20 @@ class Engine:
             self.model.compile(dynamic=False)
         self._was_training = self.model.training
 
+    def _watch(self) -> None:
+        """Once the gradients are averaged: finds out whether they are finite (see step_guard)."""
+        if self.placement.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self.guard.watch(self._optimizer, self._stepped())
+
+    def _step(self) -> None:
+        self._engine.step()
+        if self.placement.zero_stage > 0:
+            self.guard.note(skipped=self._optimizer.overflow)
+
+    def _stepped(self) -> Iterable[nn.Parameter]:
+        """The parameters that DeepSpeed steps."""
+        return self.model.parameters()
+
     def _forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         if self.model.training != self._was_training:
             self._forget_order()
@@ -143,10 +161,11 @@ class FlatEngine(Engine):
             self._flat.gradients = self._gradients(objective)
         loss = self._engine(images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
+        self._watch()
         if self._clips and self._engine.is_gradient_accumulation_boundary():
             # DeepSpeed's own clipping at stage 0 waits for the device twice.
             clip_gradients(self._flat.flats, self.config.optim.clip_norm)
-        self._engine.step()
+        self._step()
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -157,6 +176,9 @@ class FlatEngine(Engine):
         """See Engine."""
         super().load(folder)
         self._flat.point()
+
+    def _stepped(self) -> Iterable[nn.Parameter]:
+        return self._flat.flats
 
     def _start(self, deepspeed: Any) -> None:
         optim = self.config.optim

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from data_shards.loader import batches
@@ -27,6 +29,7 @@ from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
 from pipelines.worker.profile import StepProfiler
 from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
+from pipelines.worker.step_guard import Skips, TrainingError, name_samples
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 
 ENGINE = "engine"
@@ -41,13 +44,12 @@ class Reporter(Protocol):
     def begin(self, what: str) -> None:
         """Something starts that takes a while and shows no progress of its own."""
 
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+
     def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
         """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
         writes this rank's share of the checkpoint."""
-
-
-class TrainingError(ValueError):
-    """The numbers went wrong: going on would waste the machine."""
 
 
 def train_loop(
@@ -92,6 +94,11 @@ def train_loop(
                 next_epoch=state.epoch + 1 < train.epochs,
             )  # fmt: skip
             steps = len(stream) // accumulation
+            first_step, skipped_before = (
+                state.step - state.consumed // train.batch_size,
+                engine.guard.look(wait=True).total,
+            )
+            describe = functools.partial(_describe_step, data, stream.order, train.batch_size, first_step)
             engine.model.train()
             arriving = prefetched(meter.fetched(stream, steps), engine.device)
             for position, (batch, images, labels) in enumerate(arriving):
@@ -105,12 +112,13 @@ def train_loop(
                 statistics.collect(loss)
                 if nth < accumulation - 1:
                     continue
-                losses.append(statistics.update())
+                losses.append(statistics.update(engine.guard.skipped))
                 state.step, state.consumed = state.step + 1, batch.consumed
                 if compiled is not None:
                     compiled.remember()
+                engine.guard.count(state.step)
+                _report_skips(engine.guard.look(), report, describe)
                 latest.put(losses[-1])
-                _check_finite(latest.value, state, rate)
                 meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
                 report.progress(
                     epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
@@ -119,8 +127,11 @@ def train_loop(
                 )  # fmt: skip
 
             step_losses = torch.stack(losses).tolist()
-            for loss_of_step in step_losses:
-                _check_finite(loss_of_step, state, rate)
+            skips = engine.guard.look(wait=True)
+            _report_skips(skips, report, describe)
+            finite, skipped = [loss for loss in step_losses if math.isfinite(loss)], skips.total - skipped_before
+            skips.check_epoch(skipped, len(step_losses), describe)
+            _check_finite(step_losses, skipped, rate)
             meter.end_training()
             with meter.validating():
                 found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
@@ -128,9 +139,10 @@ def train_loop(
             metrics = {
                 "epoch": state.epoch,
                 "step": state.step,
-                "train_loss": sum(step_losses) / len(step_losses),
+                "train_loss": sum(finite) / len(finite),
                 "learning_rate": rate,
                 "images_per_s": meter.images_per_s,
+                **({"skipped_steps": skipped} if skipped else {}),
                 **{f"val_{name}": value for name, value in found.items()},
             }
             if state.is_better(metrics):
@@ -206,9 +218,24 @@ def _seed(seed: int, step: int, micro_batch: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + micro_batch)
 
 
-def _check_finite(loss: float, state: TrainState, rate: float) -> None:
-    if not math.isfinite(loss):
+def _report_skips(skips: Skips, report: Reporter, describe: Callable[[int], str]) -> None:
+    if skips.new:
+        report.warn(skips.notice)
+        skips.check_row(describe)
+
+
+def _describe_step(data: Dataset, order: np.ndarray, batch_size: int, first_step: int, step: int) -> str:
+    """Which samples a step of this epoch took."""
+    begin = (step - first_step - 1) * batch_size
+    keys = data.index("train").key[order[begin : begin + batch_size]]
+    return f"Step {step} took the samples {name_samples(keys.tolist())}"
+
+
+def _check_finite(losses: Sequence[float], skipped: int, rate: float) -> None:
+    """Raises TrainingError where a step that was made had a loss that is not finite, though its gradients were."""
+    wrong = [loss for loss in losses if not math.isfinite(loss)]
+    if len(wrong) > skipped:
         raise TrainingError(
-            f"the training loss is {loss} at step {state.step} of epoch {state.epoch + 1} (learning rate {rate:g}): "
-            f"it must stay finite; lower train.optim.lr, set train.optim.clip_norm, or use precision float32"
+            f"the training loss is {wrong[0]} (learning rate {rate:g}): it must stay finite; lower train.optim.lr, set "
+            f"train.optim.clip_norm, or use precision float32"
         )

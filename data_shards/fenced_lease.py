@@ -30,11 +30,13 @@ class LostLeaseError(LeaseError):
 
 
 def is_lost(check: Callable[[], None]) -> bool:
-    """Whether `check` of a lease finds that another process has taken it."""
+    """Whether `check` of a lease finds that another process has taken it; not where the store cannot be asked."""
     try:
         check()
     except LostLeaseError:
         return True
+    except StoreError:
+        return False
     return False
 
 

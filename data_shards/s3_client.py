@@ -21,6 +21,7 @@ from data_shards.outage import Outage, outage_of
 from data_shards.s3_errors import DamagedError, Trouble, trouble_of
 
 SILENCE_S = 20.0  # an attempt ends when the server has been silent for so long
+LONGEST_PAUSE_S = 5.0  # between two attempts, unless the server asks to slow down
 # Keys that are wrong do not get better, but two workers may look while a file of keys is being rewritten.
 PATIENCE_OF = {Trouble.EXPIRED: 20.0, Trouble.REFUSED: 0.5}
 
@@ -101,7 +102,7 @@ class Tries:
         if trouble is Trouble.FINAL:
             self.answered()
             raise error
-        now, wait_s = time.monotonic(), random.random() * min(5.0, 0.05 * 2**self.count)
+        now, wait_s = time.monotonic(), random.random() * min(LONGEST_PAUSE_S, 0.05 * 2**self.count)
         self.count += 1
         away_s = 0.0
         if trouble is Trouble.BROKEN and not isinstance(error, DamagedError):

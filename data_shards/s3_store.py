@@ -14,13 +14,14 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_shards.outage import PATIENCE_S
-from data_shards.s3_client import SILENCE_S, Tries, connect
+from data_shards.outage import PATIENCE_S, span
+from data_shards.s3_client import LONGEST_PAUSE_S, SILENCE_S, Tries, connect, store_outage
 from data_shards.s3_errors import DamagedError, ReplacedError, code_of, explain, failures
 from data_shards.s3_read import Reading
 from data_shards.s3_upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
 from data_shards.store import Store, StoreError, StoreKeyError, checked_key, tell_unconditional
 
+RESUME = "run the same command to resume"
 _WINDOW_BYTES = 16 << 20
 _EXISTS = ("PreconditionFailed", "412")
 _MARKERS = {  # how the next page is asked for: argument -> where the last page tells it
@@ -333,6 +334,9 @@ class S3Store(Store):
             if key is not None and code_of(error) in ("NoSuchKey", "404"):
                 raise StoreKeyError(f"{self.uri} has no object {key}") from error
             reason = explain(error, bucket=self.bucket, uri=self.uri)
+            away_s = store_outage(self.bucket).away_s
+            if self._until == float("inf") and 0 < self.patience_s - LONGEST_PAUSE_S <= away_s:
+                reason += f"; it was waited for for {span(self.patience_s)} (--placement.patience-s): {RESUME}"
             raise StoreError(f"{self.uri}: {doing}: {reason}") from error
 
 

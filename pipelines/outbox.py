@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.tracking import Tracking
+from pipelines.worker.journal import Journal
 
 GRACE_S = 5.0  # what the rest may take where the training has failed
 
@@ -32,7 +33,7 @@ class Entry:
     """Whether a checkpoint holds it anyway, in its history."""
 
 
-class Outbox:
+class Outbox(Journal):
     """The entries of one run of MLflow.
 
     Args:

@@ -27,6 +27,7 @@ from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
 from pipelines.tracking import Tracking, TrackingError
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainStepConfig
 
 RAY_RUN = "ray"
@@ -135,6 +136,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             "init": kept_uri(config.start, context.store),
             "parent": parent,
             "tracking": tracking,
+            "out": out,
         }
         try:
             results = _fit(config, payload, placement, out, context)
@@ -185,7 +187,7 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     """What Ray Tune runs for each trial, in the trial's own process: a world of one under the same engine."""
     import ray.tune
 
-    from pipelines.worker.launch import RayReporter, resume_outbox, train_on_dataset, world_of_one
+    from pipelines.worker.launch import RayReporter, train_on_dataset, world_of_one
 
     step = TuneStepConfig.model_validate(payload["config"])
     config = override(step.start, {**sampled, "train.epochs": step.tune.epochs})
@@ -194,8 +196,8 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     best = BestEpoch()
     gc.collect()  # the actor may have run a trial before, whose engine refers to itself
 
-    def send(metrics: dict, *, checkpoint: Any) -> None:
-        ray.tune.report({**metrics, **best.after(metrics)}, checkpoint=checkpoint)
+    def send(metrics: dict[str, float]) -> None:
+        ray.tune.report({**metrics, **best.after(metrics)})
 
     board, tracking = payload["board"], payload["tracking"]
     # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
@@ -206,23 +208,17 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     )
 
     def reporter(rank: int) -> RayReporter:
-        return RayReporter(send, rank, board=board, name=name, outbox=outbox)
+        return RayReporter(send, rank, board=board, name=name)
 
-    checkpoint = ray.tune.get_checkpoint()
     placement = Placement.model_validate(payload["placement"])
     world_of_one(placement.backend)
-    found = checkpoint.as_directory() if checkpoint else contextlib.nullcontext()
-    with hear_outages(board, name), outbox, found as folder:
-        if folder:
-            best.after(json.loads((Path(folder) / "train.json").read_text())["best"])
-            resume_outbox(outbox, Path(folder))
+    checkpoints = Checkpoints(payload["out"].at("trials", trial_id))
+    begun = checkpoints.newest_state()
+    if begun and begun["best"]:
+        best.after(begun["best"])
+    with hear_outages(board, name), outbox:
         train_on_dataset(
-            config,
-            placement,
-            payload["dataset"],
-            reporter,
-            resume=Path(folder) if folder else None,
-            init=payload["init"],
+            config, placement, payload["dataset"], reporter, checkpoints, journal=outbox, init=payload["init"]
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -15,42 +14,39 @@ from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
 from pipelines.board import post
 from pipelines.initial_weights import read_kept
-from pipelines.outbox import Outbox
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.compile_cache import decide_compile
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.engine import build_engine
-from pipelines.worker.loop import train_loop
+from pipelines.worker.engine import Engine, build_engine
+from pipelines.worker.journal import Journal
+from pipelines.worker.loop import Control, train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
-from pipelines.worker.state import TrainState, as_written, read_described
+from pipelines.worker.resume import Resume, find_resume
+from pipelines.worker.state import TrainState
 
 PROGRESS_EVERY_S = 0.5
-UNSENT = "unsent.json"  # in a checkpoint: what was logged and is not known to be in MLflow
 
 
 class RayReporter:
-    """Hands the loop's reports to Ray (Train or Tune: both take metrics and a checkpoint folder) and to MLflow."""
+    """Hands the loop's reports to the driver's terminal and to whoever decides about a trial."""
 
     def __init__(
         self,
-        send: Callable[..., None],
+        send: Callable[[dict[str, float]], None],
         rank: int,
         board: Any = None,
         name: str = "",
-        outbox: Outbox | None = None,
         judge: Callable[[dict[str, float]], str] = lambda metrics: "",
     ) -> None:
-        """`outbox` takes what rank 0 logs; `judge` returns a warning about an epoch's metrics, or nothing; it is shown
-        to the user."""
-        self._send, self._rank, self._board, self._name, self._outbox = send, rank, board, name, outbox
+        """`judge` returns a warning about an epoch's metrics, or nothing; it is shown to the user."""
+        self._send, self._rank, self._board, self._name = send, rank, board, name
         self._judge, self._last = judge, 0.0
 
     def progress(self, **values: Any) -> None:
         """At most twice a second, rank 0 alone: posts to the board the driver's terminal reads."""
-        if self._outbox is not None:
-            self._outbox.check()
         now = time.monotonic()
         if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
             self._last = now
@@ -67,17 +63,9 @@ class RayReporter:
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {"warning": text})
 
-    def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
-        """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
-        from ray.train import Checkpoint
-
-        if self._outbox is not None:
-            self._outbox.epoch(metrics, step_losses)
-        with scratch("checkpoint") as folder:
-            save(folder)
-            if self._outbox is not None:
-                (folder / UNSENT).write_text(json.dumps(self._outbox.unsent()))
-            self._send(metrics, checkpoint=Checkpoint.from_directory(folder))
+    def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
+        """Every rank hands on the metrics; rank 0 posts them."""
+        self._send(metrics)
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
             if warning := self._judge(metrics):
@@ -89,43 +77,55 @@ def train_on_dataset(
     placement: Placement,
     dataset: tuple[Store | str, str],
     reporter: Callable[[int], Any],
-    resume: Path | None,
+    checkpoints: Checkpoints,
     *,
+    journal: Journal | None = None,
     init: str = "",
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
+    control: Control | None = None,
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 
-    `dataset` is the folder of a dataset in a store, or its uri, and the digest its manifest must have; `init` the
-    folder of the weights that `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and
-    hands it the summary and the trace (see profile.StepProfiler).
+    It resumes from the newest of `checkpoints`. `dataset` is the folder of a dataset in a store, or its uri, and the
+    digest its manifest must have; `journal` is kept by rank 0; `init` is the folder of the weights that
+    `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and hands it the summary and
+    the trace (see profile.StepProfiler).
     """
     import torch
 
     data = open_dataset(dataset[0], digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
-    if resume is not None:  # a trial's is known only here; it may be of another version of this code
-        placement = as_written(placement, resume)
-    placement, hindrance = decide_compile(placement, config, data)
-    model = build_model(config.model, scan=placement.scan, device=placement.device)
-    if init and resume is None:
-        state, card = read_kept(init, config.train.init)
-        start_from(model, state, choose_head(card, data.manifest.classes, data.manifest.task), where=init)
-    freeze(model, config.train.freeze)
-    engine = build_engine(model, config.train, placement)
-    profiler = StepProfiler(engine.device, keep_profile) if keep_profile and engine.rank == 0 else None
-    report = reporter(engine.rank)
-    if hindrance:
-        report.warn(hindrance)
-    return train_loop(config, placement, data, engine, report, resume, profiler)
+    notices: list[str] = []
+    with scratch("resume") as folder:
+        resume = find_resume(checkpoints, folder, data.digest, say=notices.append)
+        if resume is not None:
+            placement = resume.placement(placement)
+        placement, hindrance = decide_compile(placement, config, data)
+        model = build_model(config.model, scan=placement.scan, device=placement.device)
+        if resume is not None:
+            resume.load_weights(model)
+        elif init:
+            state, card = read_kept(init, config.train.init)
+            start_from(model, state, choose_head(card, data.manifest.classes, data.manifest.task), where=init)
+        freeze(model, config.train.freeze)
+        engine = build_engine(model, config.train, placement)
+        _check_agreement(engine, resume)
+        profiler = StepProfiler(engine.device, keep_profile) if keep_profile and engine.rank == 0 else None
+        report = reporter(engine.rank)
+        for notice in [*notices, *([hindrance] if hindrance else [])]:
+            report.warn(notice)
+        return train_loop(
+            config, placement, data, engine, report, checkpoints, resume, profiler=profiler, control=control,
+            journal=journal if engine.rank == 0 else None,
+        )  # fmt: skip
 
 
-def resume_outbox(outbox: Outbox, folder: Path) -> None:
-    """Hands on what the checkpoint in `folder` holds of the epochs before."""
-    kept = folder / UNSENT  # checkpoints of earlier versions have none
-    unsent = json.loads(kept.read_text()) if kept.is_file() else []
-    outbox.resume(read_described((folder / "train.json").read_bytes())["history"], unsent)
+def _check_agreement(engine: Engine, resume: Resume | None) -> None:
+    """Raises RuntimeError where the ranks would resume at different steps: one was written while they looked."""
+    steps = engine.gather(resume.state.step if resume else 0)
+    if len(set(steps)) > 1:
+        raise RuntimeError(f"the ranks found checkpoints of steps {steps}: they must resume from the same one")
 
 
 def world_of_one(backend: str) -> None:

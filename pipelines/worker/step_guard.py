@@ -10,15 +10,19 @@ host a few steps late. At stages 1 to 3 DeepSpeed reads the norm anyway, and ski
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+
+from pipelines.worker.state import TrainState
 
 IN_A_ROW = 5  # steps that are skipped one after the other end the training,
 SHARE = 0.1  # and so does more than this share of an epoch's steps, from IN_A_ROW on
 SHOWN_KEYS = 32
+_REMEDY = "lower train.optim.lr, set train.optim.clip_norm, or use precision float32, with another --run NAME"
 _TOTAL, _ROW, _LONGEST, _LAST = range(4)
 
 
@@ -36,7 +40,6 @@ class StepGuard:
         self.skipped = torch.zeros((), device=device)
         self._counts = torch.zeros(4, dtype=torch.float64, device=device)  # exact for steps up to 2 ** 53
         self._mirror = _Mirror(self._counts)
-        self._told = 0
 
     @torch.no_grad()
     def watch(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -62,57 +65,106 @@ class StepGuard:
 
     def look(self, *, wait: bool = False) -> Skips:
         """What is known of the skipped steps by now; of all of them with `wait`, which waits for the device."""
-        total, _, longest, last = (int(value) for value in self._mirror.read(wait=wait))
-        new, self._told = total - self._told, total
-        return Skips(total, new, longest, last)
+        return Skips(*(int(value) for value in self._mirror.read(wait=wait)))
 
 
-@dataclass(frozen=True)
-class Skips:
-    """How many steps were skipped in this process."""
+class Skips(NamedTuple):
+    """What is known of the steps that were skipped."""
 
     total: int
-    new: int
-    """Since the last look."""
+    row: int
+    """How many the last steps of all were."""
     longest: int
-    """In a row."""
+    """The most in a row."""
     last: int
     """The number of the last one."""
 
-    @property
-    def notice(self) -> str:
-        """For the user, about the new ones; empty where there are none."""
-        if not self.new:
-            return ""
-        which = f"step {self.last}" if self.new == 1 else f"{self.new} steps up to step {self.last}"
-        return (
-            f"{which} skipped: the gradients are not finite ({self.total} so far; {IN_A_ROW} in a row, or more than "
+
+class WatchedEpoch:
+    """Reports the skipped steps of one epoch, and ends the training where they repeat.
+
+    Args:
+        guard: Counts them.
+        describe: Says of a step of this epoch which samples it took, and what is stored of the training.
+        warn: Gets a line about steps that were skipped.
+        steps_before: Steps of the training before this epoch.
+    """
+
+    def __init__(
+        self, guard: StepGuard, describe: Callable[[int], str], warn: Callable[[str], None], *, steps_before: int
+    ) -> None:
+        self._guard, self._describe, self._warn, self._steps_before = guard, describe, warn, steps_before
+        self._told = guard.look(wait=True).total
+
+    def step(self, step: int) -> None:
+        """After each step, with its number in the training; raises TrainingError after IN_A_ROW that were skipped."""
+        self._guard.count(step)
+        self._report(self._guard.look())
+
+    def made(self, losses: Sequence[float]) -> list[float]:
+        """The losses of the epoch's steps without those of skipped ones, which are nan; waits for the device.
+
+        Raises TrainingError where too many were skipped, or a step that was made had a loss that is not finite.
+        """
+        self._report(self._guard.look(wait=True))
+        made = [loss for loss in losses if not math.isnan(loss)]
+        skipped = len(losses) - len(made)
+        if skipped and (not made or (skipped >= IN_A_ROW and skipped > SHARE * len(losses))):
+            last = self._steps_before + max(n for n, loss in enumerate(losses, 1) if math.isnan(loss))
+            raise TrainingError(
+                self._refusal(f"{skipped} of the {len(losses)} steps of the epoch, the last of them step {last},", last)
+            )
+        if not all(map(math.isfinite, made)):
+            raise TrainingError(f"the training loss became infinite: it must stay finite; {_REMEDY}")
+        return made
+
+    def _report(self, skips: Skips) -> None:
+        new, self._told = skips.total - self._told, skips.total
+        if not new:
+            return
+        which = f"step {skips.last}" if new == 1 else f"{new} steps up to step {skips.last}"
+        self._warn(
+            f"{which} skipped: the gradients are not finite ({skips.total} so far; {IN_A_ROW} in a row, or more than "
             f"{SHARE:.0%} of an epoch, end the training)"
         )
+        if skips.longest >= IN_A_ROW:
+            raise TrainingError(self._refusal(f"{skips.longest} steps in a row, up to step {skips.last},", skips.last))
 
-    def check_row(self, describe: Callable[[int], str]) -> None:
-        """Raises TrainingError where too many steps were skipped one after the other.
-
-        `describe` says of a step which samples it took and what the last checkpoint is.
-        """
-        if self.longest >= IN_A_ROW:
-            raise TrainingError(
-                _refusal(f"{self.longest} steps in a row, up to step {self.last},", self.last, describe)
-            )
-
-    def check_epoch(self, skipped: int, steps: int, describe: Callable[[int], str]) -> None:
-        """Raises TrainingError where too many of the steps of an epoch were skipped."""
-        if skipped and (skipped == steps or (skipped >= IN_A_ROW and skipped > SHARE * steps)):
-            which = f"{skipped} of the {steps} steps of the epoch, the last of them step {self.last},"
-            raise TrainingError(_refusal(which, self.last, describe))
+    def _refusal(self, which: str, last: int) -> str:
+        return (
+            f"{which} had gradients that are not finite and were skipped; at most {IN_A_ROW - 1} in a row, and "
+            f"{SHARE:.0%} of an epoch, may be. {self._describe(last)}. {_REMEDY.capitalize()}; or look at these samples"
+        )
 
 
-def _refusal(which: str, last: int, describe: Callable[[int], str]) -> str:
-    return (
-        f"{which} had gradients that are not finite and were skipped; at most {IN_A_ROW - 1} in a row, and {SHARE:.0%} "
-        f"of an epoch, may be. {describe(last)}. Lower train.optim.lr, set train.optim.clip_norm, or use precision "
-        "float32, with another --run NAME; or look at these samples"
-    )
+def watch_steps(
+    guard: StepGuard,
+    state: TrainState,
+    keys: np.ndarray,
+    batch_size: int,
+    checkpoints: Callable[[], Sequence[str]],
+    warn: Callable[[str], None],
+) -> WatchedEpoch:
+    """Watches the epoch that `state` is in.
+
+    Args:
+        guard: Counts the steps that were skipped.
+        state: Where the training stands.
+        keys: Of the epoch's samples, in their order.
+        batch_size: Samples of a step.
+        checkpoints: Names those that are stored, oldest first.
+        warn: Gets a line about steps that were skipped.
+    """
+    before = state.step - state.consumed // batch_size
+
+    def describe(step: int) -> str:
+        begin = (step - before - 1) * batch_size
+        names = name_samples(keys[begin : begin + batch_size].tolist())
+        stored = list(checkpoints())[-1:]
+        last = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint yet"
+        return f"Step {step} took the samples {names}; {last}"
+
+    return WatchedEpoch(guard, describe, warn, steps_before=before)
 
 
 def name_samples(keys: Sequence[str]) -> str:

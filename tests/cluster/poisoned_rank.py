@@ -1,5 +1,5 @@
 """One rank of a training in which some steps have a loss that is not a number, as a broken kernel would give it:
-`poisoned_rank.py DATASET ZERO_STAGE flat|whole STEPS RANK` with STEPS like 3,4 and the RANK that meets it.
+`poisoned_rank.py DATASET OUT ZERO_STAGE flat|whole STEPS RANK` with STEPS like 3,4 and the RANK that meets it.
 
 Prints, as JSON, the losses, the keys of each step's samples, what was said, BatchNorm's buffers, and AdamW's step.
 """
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from data_shards.manifest import open_dataset
+from data_shards.store import open_store
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
 from pipelines.worker import launch, loop
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.engine import build_engine
 from pipelines.worker.objective import Objective
@@ -59,14 +61,14 @@ class Kept:
         """Keeps it."""
         self.said.append(text)
 
-    def epoch(self, metrics: dict, step_losses: list[float], save: object = None) -> None:
+    def epoch(self, metrics: dict, step_losses: list[float]) -> None:
         """Keeps an epoch."""
         self.losses += step_losses
         self.metrics.append(metrics)
 
 
 def main() -> None:
-    dataset, zero_stage, form, steps, rank = sys.argv[1:6]
+    dataset, out, zero_stage, form, steps, rank = sys.argv[1:]
     Poisoned.steps = frozenset(int(step) for step in steps.split(","))
     Poisoned.is_here = os.environ["RANK"] == rank
     loop.Objective = Poisoned  # type: ignore[misc]
@@ -84,7 +86,11 @@ def main() -> None:
     data, kept, error = open_dataset(dataset), Kept(), ""
     try:
         launch.train_on_dataset(
-            TrainStepConfig(train=TRAIN), placement, (dataset, data.digest), lambda rank: kept, None
+            TrainStepConfig(train=TRAIN),
+            placement,
+            (dataset, data.digest),
+            lambda rank: kept,
+            Checkpoints(open_store(out)),
         )
     except loop.TrainingError as refusal:
         error = str(refusal)

@@ -34,19 +34,19 @@ def dataset(tmp_path_factory) -> str:
     return out.uri
 
 
-def poisoned(dataset: str, stage: int, form: str, ranks: int, steps: str) -> dict:
+def poisoned(dataset: str, out: Path, stage: int, form: str, ranks: int, steps: str) -> dict:
     """What rank 0 found where the last rank met losses that are not numbers in these steps."""
-    return run_ranks(RANK, ranks, dataset, str(stage), form, steps, str(ranks - 1))
+    return run_ranks(RANK, ranks, dataset, str(out), str(stage), form, steps, str(ranks - 1))
 
 
 @pytest.fixture(scope="module")
-def alone(dataset) -> dict:
-    return poisoned(dataset, 0, "whole", 1, "3,5")
+def alone(dataset, tmp_path_factory) -> dict:
+    return poisoned(dataset, tmp_path_factory.mktemp("alone"), 0, "whole", 1, "3,5")
 
 
 @pytest.mark.parametrize(("stage", "form", "ranks"), FORMS[1:], ids=IDS[1:])
-def test_a_poisoned_step_is_skipped_alike_at_every_stage_and_by_all_ranks(dataset, alone, stage, form, ranks):
-    found = poisoned(dataset, stage, form, ranks, "3,5")
+def test_a_poisoned_step_is_skipped_alike_at_every_stage_and_by_all_ranks(dataset, alone, tmp_path, stage, form, ranks):
+    found = poisoned(dataset, tmp_path, stage, form, ranks, "3,5")
     assert found["error"] == ""
     for here, there in zip(found["losses"][:6], alone["losses"][:6], strict=True):
         assert here == pytest.approx(there, rel=1e-5, nan_ok=True)
@@ -66,11 +66,18 @@ def test_a_poisoned_step_is_counted_and_said_and_leaves_finite_statistics(alone)
     assert math.isfinite(alone["metrics"][0]["train_loss"])
 
 
-def test_five_poisoned_steps_in_a_row_end_the_training_and_name_the_samples(dataset):
-    found = poisoned(dataset, 0, "whole", 2, "2,3,4,5,6")
+def test_five_poisoned_steps_in_a_row_end_the_training_and_name_the_samples(dataset, tmp_path):
+    found = poisoned(dataset, tmp_path, 0, "whole", 2, "2,3,4,5,6")
     assert found["error"].startswith("5 steps in a row, up to step 6, had gradients that are not finite")
     data = open_dataset(dataset)
     stream = batches(data, "train", batch=16, micro=4, image_size=32, train=True, seed=0, epoch=0)
     keys = data.index("train").key[stream.order[5 * 16 : 6 * 16]]
-    assert f"Step 6 took the samples {' '.join(keys)}. " in found["error"]
+    assert f"Step 6 took the samples {' '.join(keys)}; there is no checkpoint yet. " in found["error"]
     assert "Lower train.optim.lr" in found["error"]
+
+
+def test_a_training_that_ends_in_its_second_epoch_names_the_last_good_checkpoint(dataset, tmp_path):
+    steps = len(batches(open_dataset(dataset), "train", batch=16, micro=16, image_size=32, train=True))
+    found = poisoned(dataset, tmp_path, 0, "flat", 1, ",".join(str(steps + n) for n in range(1, steps + 1)))
+    assert f"; the last good checkpoint is step-{steps:010d}. Lower train.optim.lr" in found["error"]
+    assert (tmp_path / f"checkpoints/step-{steps:010d}/train.json").is_file()

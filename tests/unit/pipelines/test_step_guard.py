@@ -1,12 +1,22 @@
 """Which steps are skipped, what they leave behind, and when they end a training."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipelines.worker.step_guard import SHOWN_KEYS, Skips, StepGuard, TrainingError, name_samples
+from pipelines.worker.state import TrainState
+from pipelines.worker.step_guard import (
+    SHOWN_KEYS,
+    Skips,
+    StepGuard,
+    TrainingError,
+    WatchedEpoch,
+    name_samples,
+    watch_steps,
+)
 
-CPU = torch.device("cpu")
+CPU, NAN = torch.device("cpu"), float("nan")
 
 
 def network() -> nn.Linear:
@@ -35,40 +45,70 @@ def test_a_skipped_step_changes_no_bit_of_weights_moments_and_count(wrong):
         assert torch.equal(ours, theirs)
         for name, value in plain_optimizer.state[theirs].items():
             assert torch.equal(optimizer.state[ours][name], value), name
-    assert guard.look() == Skips(total=2, new=2, longest=1, last=4)
-    assert guard.look().new == 0
+    assert guard.look() == Skips(total=2, row=1, longest=1, last=4)
 
 
-def test_the_longest_row_is_known_although_it_is_over():
-    nan = float("nan")
-    _, _, guard = stepped([nan] * 5 + [1.0])
-    skips = guard.look(wait=True)
-    assert (skips.longest, skips.last) == (5, 5)
-    with pytest.raises(
-        TrainingError, match=r"^5 steps in a row, up to step 5, had .* skipped; at most 4.*the samples a b"
-    ):
-        skips.check_row(lambda step: f"Step {step} took the samples a b")
+def watched(guard: StepGuard, said: list[str], state: TrainState | None = None) -> WatchedEpoch:
+    keys = np.array([f"k{n}" for n in range(200)])
+    return watch_steps(
+        guard, state or TrainState(), keys, 2, lambda: ["step-0000000001", "step-0000000002"], said.append
+    )
+
+
+def after(pattern: str, state: TrainState | None = None) -> tuple[WatchedEpoch, list[str]]:
+    """An epoch after steps that were made (.) or skipped (x), and what was said."""
+    guard, said = StepGuard(CPU), []
+    epoch, before = watched(guard, said, state), state.step if state else 0
+    for number, each in enumerate(pattern, 1):
+        guard.note(skipped=each == "x")
+        epoch.step(before + number)
+    return epoch, said
+
+
+def losses(pattern: str) -> list[float]:
+    return [NAN if each == "x" else 0.5 for each in pattern]
+
+
+def test_five_in_a_row_end_the_training_and_name_the_samples_of_the_last():
+    with pytest.raises(TrainingError, match=r"^5 steps in a row, up to step 6, had .* at most 4 in a row") as error:
+        after(".xxxxx.")
+    assert ". Step 6 took the samples k10 k11; the last good checkpoint is step-0000000002. Lower" in str(error.value)
+
+
+def test_the_samples_are_those_of_the_step_where_a_training_resumed_amid_an_epoch():
+    state = TrainState(epoch=3, step=33, consumed=6)  # the epoch's first step was 31
+    with pytest.raises(TrainingError, match=r"up to step 38, .* Step 38 took the samples k14 k15;"):
+        after("xxxxx", state)
 
 
 @pytest.mark.parametrize(
-    ("skipped", "steps", "ends"),
-    [(0, 3, False), (1, 3, False), (3, 3, True), (4, 20, False), (5, 40, True), (5, 60, False)],
+    ("pattern", "ends"),
+    [("...", False), ("x..", False), ("xxx", True), ("xxx." * 2 + "." * 12, True), ("xx.." * 3 + "." * 90, False)],
 )
-def test_a_share_of_an_epoch_ends_it(skipped, steps, ends):
-    skips = Skips(skipped, skipped, 1, steps)
+def test_a_share_of_an_epoch_ends_it(pattern, ends):
+    epoch, _ = after(pattern)
     if not ends:
-        skips.check_epoch(skipped, steps, str)
+        assert epoch.made(losses(pattern)) == [0.5] * pattern.count(".")
         return
-    with pytest.raises(
-        TrainingError, match=f"{skipped} of the {steps} steps of the epoch, the last of them step {steps}"
-    ):
-        skips.check_epoch(skipped, steps, str)
+    skipped, last = pattern.count("x"), pattern.rindex("x") + 1
+    match = rf"^{skipped} of the {len(pattern)} steps of the epoch, the last of them step {last}, had"
+    with pytest.raises(TrainingError, match=match):
+        epoch.made(losses(pattern))
 
 
-def test_what_was_skipped_is_said_once():
-    assert Skips(3, 1, 1, 17).notice.startswith("step 17 skipped: the gradients are not finite (3 so far; 5 in a row")
-    assert Skips(3, 2, 2, 17).notice.startswith("2 steps up to step 17 skipped")
-    assert Skips(3, 0, 2, 17).notice == ""
+def test_each_skipped_step_is_said_once():
+    _, said = after("x..x.")
+    assert [text.partition(" (")[0] for text in said] == [
+        "step 1 skipped: the gradients are not finite",
+        "step 4 skipped: the gradients are not finite",
+    ]
+    assert "2 so far; 5 in a row, or more than 10% of an epoch, end the training" in said[1]
+
+
+def test_a_loss_that_became_infinite_although_its_step_was_made_is_an_error():
+    epoch, _ = after("..")
+    with pytest.raises(TrainingError, match="the training loss became infinite"):
+        epoch.made([0.5, float("inf")])
 
 
 def test_of_a_large_batch_the_first_keys_are_named():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_shards.disk import DiskFullError
+from data_shards.outage import PATIENCE_S
 from data_shards.store import StoreError
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
@@ -19,7 +20,6 @@ from pipelines.worker.snapshot import Snapshot
 from pipelines.worker.state import TrainState, describe
 from pipelines.worker.usage import USAGE, Usage, usage_bytes
 
-PATIENCE_S = 900.0  # how long a store may be away before the training ends
 LAST_WAIT_S = 60.0  # how long a training that failed waits for the checkpoint on its way
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 

@@ -112,7 +112,7 @@ def train_loop(
     about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
     writer = CheckpointWriter(
         checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
-        warn=report.warn,
+        warn=report.warn, patience_s=placement.patience_s,
     )  # fmt: skip
     with metered(config, engine, usage, profiler) as meter, writer:
         while state.epoch < train.epochs and not _is_stale(state, train.patience):

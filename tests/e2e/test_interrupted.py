@@ -14,6 +14,9 @@ import pytest
 from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
+from data_shards.store import open_store
+from pipelines.worker.checkpoints import Checkpoints
+
 pytestmark = pytest.mark.slow  # nine drivers are started and interrupted
 RESUMES = "medmamba: interrupted; run the same command to resume"
 
@@ -29,12 +32,10 @@ def trials(store) -> list:
 
 
 def epochs_saved(step: Path) -> int:
-    """Epochs in the whole checkpoints of the training, or of all trials together."""
-    states = [*(step / "ray").glob("checkpoint_*/train.json"), *(step / "ray").glob("*/checkpoint_*/train.json")]
-    try:
-        return sum(json.loads(path.read_text())["epoch"] for path in states)
-    except (json.JSONDecodeError, FileNotFoundError):
-        return 0
+    """Epochs in the newest checkpoint of the training, or of all trials together."""
+    trainings = [step, *(step / "trials").glob("*")]
+    states = [Checkpoints(open_store(str(folder))).newest_state() for folder in trainings]
+    return sum(state["epoch"] for state in states if state)
 
 
 def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path, *, group: bool = False) -> None:

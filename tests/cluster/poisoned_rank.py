@@ -1,5 +1,6 @@
 """One rank of a training in which some steps have a loss that is not a number, as a broken kernel would give it:
-`poisoned_rank.py DATASET OUT ZERO_STAGE flat|whole STEPS RANK` with STEPS like 3,4 and the RANK that meets it.
+`poisoned_rank.py DATASET OUT ZERO_STAGE flat|whole STEPS RANK [STOP]` with STEPS like 3,4 and the RANK that meets it.
+With STOP it ends after that step, at a checkpoint.
 
 Prints, as JSON, the losses, the keys of each step's samples, what was said, BatchNorm's buffers, and AdamW's step.
 """
@@ -43,6 +44,18 @@ class Poisoned(Objective):
         return loss * torch.nan if self.is_here and not rest and step in self.steps else loss
 
 
+class StopsAfter:
+    """Ends the training after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def wants(self, writer: object) -> loop.Wants:
+        """See loop.Control."""
+        self._left -= 1
+        return loop.Wants(stop="" if self._left else "enough")
+
+
 class Kept:
     """A reporter that keeps what it is told."""
 
@@ -68,7 +81,7 @@ class Kept:
 
 
 def main() -> None:
-    dataset, out, zero_stage, form, steps, rank = sys.argv[1:]
+    dataset, out, zero_stage, form, steps, rank, *stop = sys.argv[1:]
     Poisoned.steps = frozenset(int(step) for step in steps.split(","))
     Poisoned.is_here = os.environ["RANK"] == rank
     loop.Objective = Poisoned  # type: ignore[misc]
@@ -86,12 +99,11 @@ def main() -> None:
     data, kept, error = open_dataset(dataset), Kept(), ""
     try:
         launch.train_on_dataset(
-            TrainStepConfig(train=TRAIN),
-            placement,
-            (dataset, data.digest),
-            lambda rank: kept,
-            Checkpoints(open_store(out)),
-        )
+            TrainStepConfig(train=TRAIN), placement, (dataset, data.digest), lambda rank: kept,
+            Checkpoints(open_store(out)), control=StopsAfter(int(stop[0])) if stop else None,
+        )  # fmt: skip
+    except loop.TrainingStopped:
+        pass
     except loop.TrainingError as refusal:
         error = str(refusal)
     optimizer = engines[0]._optimizer

@@ -34,9 +34,9 @@ def dataset(tmp_path_factory) -> str:
     return out.uri
 
 
-def poisoned(dataset: str, out: Path, stage: int, form: str, ranks: int, steps: str) -> dict:
-    """What rank 0 found where the last rank met losses that are not numbers in these steps."""
-    return run_ranks(RANK, ranks, dataset, str(out), str(stage), form, steps, str(ranks - 1))
+def poisoned(dataset: str, out: Path, stage: int, form: str, ranks: int, steps: str, *stop: str) -> dict:
+    """What rank 0 found where the last rank met losses that are not numbers in these steps; it may `stop` early."""
+    return run_ranks(RANK, ranks, dataset, str(out), str(stage), form, steps, str(ranks - 1), *stop)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,13 @@ def test_a_training_that_ends_in_its_second_epoch_names_the_last_good_checkpoint
     found = poisoned(dataset, tmp_path, 0, "flat", 1, ",".join(str(steps + n) for n in range(1, steps + 1)))
     assert f"; the last good checkpoint is step-{steps:010d}. Lower train.optim.lr" in found["error"]
     assert (tmp_path / f"checkpoints/step-{steps:010d}/train.json").is_file()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_checkpoint_before_the_first_step_that_was_made_resumes(dataset, tmp_path, stage):
+    begun = poisoned(dataset, tmp_path, stage, "whole", 1, "1,2", "2")
+    assert begun["error"] == ""
+    resumed = poisoned(dataset, tmp_path, 0, "whole", 1, "99")
+    assert [math.isnan(loss) for loss in resumed["losses"][:4]] == [True, True, False, False]
+    assert resumed["metrics"][0]["skipped_steps"] == 2
+    assert resumed["adam_step"] == [len(resumed["losses"]) - 2]

@@ -115,3 +115,27 @@ def test_of_a_large_batch_the_first_keys_are_named():
     keys = [f"k{n}" for n in range(SHOWN_KEYS + 96)]
     assert name_samples(keys[:2]) == "k0 k1"
     assert name_samples(keys).endswith(" k31 and 96 more")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_for_the_device():
+    device = torch.device("cuda")
+    model, guard = network().to(device), StepGuard(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    kept = []
+    for number, value in enumerate([1.0, NAN, 2.0], 1):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        if number == 2:
+            torch.cuda.set_sync_debug_mode("error")  # the first step makes the state
+        guard.watch(optimizer, model.parameters())
+        optimizer.step()
+        guard.count(number)
+        guard.look()
+        kept.append([parameter.detach().clone() for parameter in model.parameters()])
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first, second) for first, second in zip(kept[0], kept[1], strict=True))
+    assert not torch.equal(kept[1][0], kept[2][0])
+    assert guard.look(wait=True) == Skips(total=1, row=0, longest=1, last=2)
+    assert float(next(iter(optimizer.state.values()))["step"]) == 2.0

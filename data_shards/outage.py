@@ -41,7 +41,7 @@ class Notice:
             return f"{self.who} answers again after {span(self.over_after_s)}" + (f": {self.sent}" if self.sent else "")
         began = time.strftime("%H:%M:%S", time.localtime(self.since))
         return (
-            f"{self.who} has not answered since {began}: {self.meanwhile or 'the work waits for it'}, for at most "
+            f"{self.who} has not answered since {began}: {self.meanwhile or 'what needs it waits'}, for at most "
             f"{span(self.patience_s)}"
         )
 

@@ -19,7 +19,7 @@ from data_shards.s3_client import LONGEST_PAUSE_S, SILENCE_S, Tries, connect, st
 from data_shards.s3_errors import DamagedError, ReplacedError, code_of, explain, failures
 from data_shards.s3_read import Reading
 from data_shards.s3_upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
-from data_shards.store import Store, StoreError, StoreKeyError, checked_key, tell_unconditional
+from data_shards.store import Store, StoreAwayError, StoreError, StoreKeyError, checked_key, tell_unconditional
 
 RESUME = "run the same command to resume"
 _WINDOW_BYTES = 16 << 20
@@ -336,7 +336,8 @@ class S3Store(Store):
             reason = explain(error, bucket=self.bucket, uri=self.uri)
             away_s = store_outage(self.bucket).away_s
             if self._until == float("inf") and 0 < self.patience_s - LONGEST_PAUSE_S <= away_s:
-                reason += f"; it was waited for for {span(self.patience_s)} (--placement.patience-s): {RESUME}"
+                reason += f"; the wait of {span(self.patience_s)} (--placement.patience-s) is over; {RESUME}"
+                raise StoreAwayError(f"{self.uri}: {doing}: {reason}") from error
             raise StoreError(f"{self.uri}: {doing}: {reason}") from error
 
 

@@ -39,6 +39,10 @@ class StoreFullError(StoreError, DiskFullError):
     """The disk of a local store is full."""
 
 
+class StoreAwayError(StoreError):
+    """The store's server was away for longer than it is waited for."""
+
+
 class StoreKeyError(StoreError, KeyError):
     """No object of this key in the store."""
 

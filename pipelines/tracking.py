@@ -149,8 +149,8 @@ class Tracking:
     def _gone(self, away_s: float) -> str:
         began = time.strftime("%H:%M:%S", time.localtime(time.time() - away_s))
         return (
-            f"MLflow at {self.address} has not answered since {began}, and it is waited for for at most "
-            f"{span(self.patience_s)} (--placement.patience-s): start it, then run the same command to resume"
+            f"MLflow at {self.address} has not answered since {began}, and the wait of {span(self.patience_s)} "
+            f"(--placement.patience-s) is over: start it, then run the same command to resume"
         )
 
     def step_run(

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_shards.disk import DiskFullError
 from data_shards.outage import PATIENCE_S
-from data_shards.store import StoreError
+from data_shards.store import StoreAwayError, StoreError
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
 from pipelines.worker.checkpoints import MOMENTS, Checkpoints
@@ -138,7 +138,7 @@ class CheckpointWriter:
         while True:
             try:
                 write()
-            except DiskFullError:
+            except (DiskFullError, StoreAwayError):  # the latter has been waited for
                 raise
             except StoreError as error:
                 gone_s = time.monotonic() - began_s

@@ -157,7 +157,9 @@ def test_a_server_that_is_gone_for_good_ends_it_in_time_with_a_remedy(run, mlflo
         outbox = Outbox(through(proxy.address, run[0], 5.0), run[1])
         began = time.monotonic()
         log(outbox, 1)
-        with pytest.raises(PatienceError, match=r"5 s \(--placement.patience-s\): start it, then run the same command"):
+        with pytest.raises(
+            PatienceError, match=r"wait of 5 s \(--placement.patience-s\) is over: start it, then run the same"
+        ):
             outbox.close()
         assert 3 < time.monotonic() - began < 15
         assert len(outbox.unsent()) == 1

@@ -128,7 +128,9 @@ class FencedLease:
             except StoreError as error:
                 if not is_told and _now() > self._good_until:  # once for each time that it runs out
                     is_told = True
-                    _log.warning("%s could not be renewed, and another process may take it over: %s", self._what, error)
+                    _log.warning(
+                        "the lease of %s could not be renewed, and another process may take it: %s", self._what, error
+                    )
                 wait_s = self._claim.ttl_s / 45  # before anybody who waits has watched it for WATCH_S
                 continue
             if self._on_lost is not None and not self._ended.is_set():

@@ -28,7 +28,7 @@ from data_shards.disk import full_disk, is_full, says_full
 from data_shards.fenced_lease import is_lost
 from data_shards.outage import Outage, outage_of, span
 from data_shards.store import Store, StoreKeyError
-from pipelines.faults import kept_reason
+from pipelines.faults import RESUME, kept_reason
 from pipelines.flow.record import CONFIG
 from pipelines.interrupt import is_interrupted
 from pipelines.provenance import git_commit
@@ -150,7 +150,7 @@ class Tracking:
         began = time.strftime("%H:%M:%S", time.localtime(time.time() - away_s))
         return (
             f"MLflow at {self.address} has not answered since {began}, and the wait of {span(self.patience_s)} "
-            f"(--placement.patience-s) is over: start it, then run the same command to resume"
+            f"(--placement.patience-s) is over: start it, then {RESUME}"
         )
 
     def step_run(
@@ -619,7 +619,7 @@ def _errors(uri: str, doing: str) -> Iterator[None]:
         told = " ".join(str(error).split()).replace(uri, public_address(uri))
         if urlsplit(uri).scheme == "sqlite" and (says_full(error) or is_full(_sqlite_path(uri))):
             raise TrackingError(
-                f"{full_disk(_sqlite_path(uri), 'the runs that MLflow keeps')}, or use another store"
+                f"{full_disk(_sqlite_path(uri), 'the runs that MLflow keeps')}, then {RESUME}"
             ) from error
         if any(sign in told for sign in LOST):
             raise AwayError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error

@@ -18,8 +18,13 @@ from chain import TINY, command, environment, medmamba
 from conftest import free_port, service
 from mlflow import MlflowClient
 
-EPOCHS = 12
-TRAIN = ["train", *TINY, "--train.epochs", str(EPOCHS), "--run", "night"]
+EPOCHS, SECONDS = 12, 12  # epochs of a training, which takes less than a second for each; and of an outage
+LONG = pytest.param(150, 60, marks=pytest.mark.slow)  # which is over before the training is
+
+
+def train(epochs: int = EPOCHS) -> list[str]:
+    """The command line of a training."""
+    return ["train", *TINY, "--train.epochs", str(epochs), "--run", "night"]
 
 
 class KilledServer:
@@ -115,9 +120,9 @@ def curve(address: str, name: str) -> list[int]:
     return [point.step for point in client.get_metric_history(run.info.run_id, name)]
 
 
-@pytest.mark.parametrize("away_s", [12, pytest.param(60, marks=pytest.mark.slow)])
-def test_mlflow_killed_amid_a_training_gets_every_metric_once(mlflow, tmp_path, away_s):
-    arguments = [*TRAIN, "--store", str(tmp_path / "store")]
+@pytest.mark.parametrize(("epochs", "away_s"), [(EPOCHS, SECONDS), LONG])
+def test_mlflow_killed_amid_a_training_gets_every_metric_once(mlflow, tmp_path, epochs, away_s):
+    arguments = [*train(epochs), "--store", str(tmp_path / "store")]
     training = Training(arguments, env={"MLFLOW_TRACKING_URI": mlflow.address}, folder=tmp_path)
     training.wait_for("epoch 1  loss")
     mlflow.kill()
@@ -126,14 +131,14 @@ def test_mlflow_killed_amid_a_training_gets_every_metric_once(mlflow, tmp_path, 
     assert training.end() == 0, training.terminal
     assert len(re.findall("has not answered since", training.terminal)) == 1, training.terminal
     assert len(re.findall("answers again after", training.terminal)) == 1, training.terminal
-    assert curve(mlflow.address, "train_loss") == list(range(1, EPOCHS + 1))
+    assert curve(mlflow.address, "train_loss") == list(range(1, epochs + 1))
     steps = curve(mlflow.address, "step_loss")
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) % EPOCHS == 0
+    assert len(steps) % epochs == 0
 
 
 def test_mlflow_gone_for_good_ends_the_training_in_time_and_a_resumed_one_sends_what_was_kept(mlflow, tmp_path):
-    arguments = [*TRAIN, "--store", str(tmp_path / "store")]
+    arguments = [*train(), "--store", str(tmp_path / "store")]
     env = {"MLFLOW_TRACKING_URI": mlflow.address}
     training = Training([*arguments, "--placement.patience-s", "15"], env=env, folder=tmp_path)
     training.wait_for("epoch 1  loss")
@@ -150,24 +155,24 @@ def test_mlflow_gone_for_good_ends_the_training_in_time_and_a_resumed_one_sends_
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["refuses", "is silent"])
-@pytest.mark.parametrize("away_s", [15, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_store_that_is_away_at_a_checkpoint_is_waited_for(s3_away, mlflow, tmp_path, away_s, silent):
+@pytest.mark.parametrize(("epochs", "away_s"), [(EPOCHS, SECONDS), LONG])
+def test_a_store_that_is_away_at_a_checkpoint_is_waited_for(s3_away, mlflow, tmp_path, epochs, away_s, silent):
     server, store, env = s3_away
     env = {**env, "MLFLOW_TRACKING_URI": mlflow.address}
-    training = Training([*TRAIN, "--store", store], env=env, folder=tmp_path)
+    training = Training([*train(epochs), "--store", store], env=env, folder=tmp_path)
     training.wait_for("epoch 1  loss")
     server.leave(silent=silent)
     time.sleep(away_s)
     server.come_back()
     assert training.end() == 0, training.terminal
     assert len(re.findall("the store .* has not answered since", training.terminal)) <= 1, training.terminal
-    assert curve(mlflow.address, "train_loss") == list(range(1, EPOCHS + 1))
+    assert curve(mlflow.address, "train_loss") == list(range(1, epochs + 1))
 
 
 def test_a_store_that_is_gone_for_good_ends_the_training_in_time_and_it_resumes(s3_away, mlflow, tmp_path):
     server, store, env = s3_away
     env = {**env, "MLFLOW_TRACKING_URI": mlflow.address}
-    training = Training([*TRAIN, "--store", store, "--placement.patience-s", "15"], env=env, folder=tmp_path)
+    training = Training([*train(), "--store", store, "--placement.patience-s", "15"], env=env, folder=tmp_path)
     training.wait_for("epoch 2  loss")
     server.leave()
     began = time.monotonic()
@@ -177,7 +182,7 @@ def test_a_store_that_is_gone_for_good_ends_the_training_in_time_and_it_resumes(
     assert "S3 server cannot be reached" in training.terminal
     assert "run the same command to resume" in last, training.terminal
     server.come_back()
-    done = medmamba(*TRAIN, "--store", store, env=env, cwd=tmp_path)
+    done = medmamba(*train(), "--store", store, env=env, cwd=tmp_path)
     assert "training resumes" in done.stderr
     assert curve(mlflow.address, "train_loss") == list(range(1, EPOCHS + 1))
 
@@ -189,7 +194,7 @@ def test_a_full_disk_ends_the_training_with_its_place_and_it_resumes(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount a disk")
     try:
-        arguments = [*TRAIN, "--store", str(disk / "store")]
+        arguments = [*train(), "--store", str(disk / "store")]
         training = Training(arguments, env={}, folder=tmp_path)
         training.wait_for("epoch 1  loss")
         filler = disk / "filler"

@@ -317,7 +317,7 @@ def test_an_outage_longer_than_the_lease_does_not_lose_it_and_is_said_once(s3_se
             held.check(for_s=1)
     told = [record.message for record in caplog.records if record.name == "data_shards.fenced_lease"]
     assert len(told) == 1
-    assert told[0].startswith("run 'x' could not be renewed, and another process may take it over: ")
+    assert told[0].startswith("the lease of run 'x' could not be renewed, and another process may take it: ")
 
 
 def test_a_lease_that_cannot_be_looked_at_does_not_count_as_lost():

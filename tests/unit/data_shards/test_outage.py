@@ -4,11 +4,16 @@ import pickle
 import threading
 import time
 
+import numpy as np
 import pytest
 from absent_server import absent_server
 
 from data_shards import outage
+from data_shards.config import DataConfig, PhantomConfig
+from data_shards.convert import convert
 from data_shards.lease import lease
+from data_shards.loader import batches
+from data_shards.manifest import open_dataset
 from data_shards.outage import Notice, listening, span
 from data_shards.store import StoreAwayError, StoreError, open_store
 
@@ -106,6 +111,29 @@ def test_a_lease_that_nobody_took_survives_an_outage_that_was_longer_than_it(ope
             held.check()
             timer.join()
             held.check()
+
+
+def test_a_conversion_and_the_reading_of_its_shards_survive_an_outage(server, s3, heard, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = DataConfig(phantoms=PhantomConfig(num_patients=30, images_per_patient=2, side=32), samples_per_shard=10)
+    whole = open_store(str(tmp_path / "undisturbed"))
+    digest = convert(config, whole)["digest"]
+    out, shards = open_store(s3, patience_s=60).at("datasets/phantoms/default"), []
+
+    def leave_at_the_second_shard(done: int, total: int, unit: str) -> None:
+        if unit == "shards" and done and not shards:
+            shards.append(away_for(server, 3))
+
+    assert convert(config, out, progress=leave_at_the_second_shard)["digest"] == digest
+    assert len(shards) == 1
+    shards[0].join()
+    data = open_dataset(out)
+    timer = away_for(server, 3)
+    found = list(batches(data, "test", batch=4, image_size=32, train=False))
+    timer.join()
+    kept = list(batches(open_dataset(whole), "test", batch=4, image_size=32, train=False))
+    assert all(np.array_equal(here.images, there.images) for here, there in zip(found, kept, strict=True))
+    assert [bool(notice.over_after_s) for notice in heard] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,13 @@ class LostLeaseError(LeaseError):
 
 
 def is_lost(check: Callable[[], None]) -> bool:
-    """Whether `check` of a lease finds that another process has taken it."""
+    """Whether `check` of a lease finds that another process has taken it; not where the store cannot be asked."""
     try:
         check()
     except LostLeaseError:
         return True
+    except StoreError:
+        return False
     return False
 
 
@@ -112,7 +114,7 @@ class FencedLease:
 
     def _keep(self) -> None:
         """Renews until the lease is given back, or another process has taken it."""
-        wait_s = self._claim.ttl_s / 5
+        wait_s, is_told = self._claim.ttl_s / 5, False
         while not self._ended.wait(wait_s):
             wait_s = self._claim.ttl_s / 5
             try:
@@ -120,10 +122,15 @@ class FencedLease:
                     store = self._store._impatient()
                     if max(_numbers(store, self._prefix), default=0) == self.number:
                         self._write(store)
+                        is_told = False
                         continue
                     self._lose()
             except StoreError as error:
-                _log.warning("%s could not be renewed: %s", self._what, error)
+                if not is_told and _now() > self._good_until:  # once for each time that it runs out
+                    is_told = True
+                    _log.warning(
+                        "the lease of %s could not be renewed, and another process may take it: %s", self._what, error
+                    )
                 wait_s = self._claim.ttl_s / 45  # before anybody who waits has watched it for WATCH_S
                 continue
             if self._on_lost is not None and not self._ended.is_set():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+from data_shards.outage import listening
 from pipelines.monitor import Monitor
 
 POLL_S = 0.5
@@ -35,6 +37,11 @@ def post(board: Any, name: str, values: dict) -> None:
     """Posts to a board, from a worker. Never fails: a training does not end because nobody sees how far it is."""
     with contextlib.suppress(Exception):
         board.post.remote(name, values)
+
+
+def hear_outages(board: Any, name: str) -> contextlib.AbstractContextManager[None]:
+    """Posts what this process finds out about services that are away, while the block lasts."""
+    return listening(lambda notice: post(board, name, {"outage": asdict(notice)}))
 
 
 class Watch:

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from data_shards.catalog import card
 from data_shards.disk import require_temporary_folder
+from data_shards.outage import PATIENCE_S, listening
 from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
@@ -234,7 +235,7 @@ def _initial_weights(work: Resolved) -> InitialWeights | None:
 
 
 def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: InitialWeights | None) -> int:
-    store = _open(work.store)
+    store = _open(work.store, patience_s=work.placement.patience_s)
     if work.dry_run:
         return _dry_run(work, workflow, plan(), store, init=init)
     require_temporary_folder()
@@ -247,7 +248,7 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: I
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
-            with own_messages(terminal.say):
+            with own_messages(terminal.say), listening(terminal.outage):
                 states = _brought(work, workflow, plan, store, terminal=terminal, init=init)
         except (WorkflowError, RaySessionError) as error:
             if isinstance(error, RaySessionError):
@@ -348,7 +349,7 @@ def _open_context(
         raise
     if not opened.done():
         terminal.begin("opening MLflow")
-    tracking = opened.result()
+    tracking = replace(opened.result(), patience_s=work.placement.patience_s)
     tracking.close_killed(store.at("runs", work.run))
     terminal.ready()
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
@@ -703,9 +704,9 @@ def _kept_workflow(work: Resolved) -> str:
     return kept["workflow"] if kept else ""
 
 
-def _open(uri: str) -> Store:
+def _open(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
     try:
-        store = open_store(uri)
+        store = open_store(uri, patience_s=patience_s)
     except StoreError as error:  # nothing was reached for yet: the address itself cannot be meant
         raise UsageError(f"--store: {error}") from None
     store.reach()  # once it has answered, a step waits for it with more patience

@@ -9,8 +9,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_shards.outage import PATIENCE_S
+
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
+# Below the half hour after which workers give up that wait for another one, which may wait for the store.
+LONGEST_PATIENCE_S = 1500.0
 
 
 Device = Literal["cpu", "cuda"]
@@ -85,6 +89,9 @@ class PlacementConfig(BaseModel):
     stall_minutes: float = Field(3, gt=0)
     """A training worker that gives no sign of life for so long is ended, and the workers start again, once. Compiling,
     validation and waiting for data may take 15 minutes more."""
+    patience_s: float = Field(PATIENCE_S, ge=1, le=LONGEST_PATIENCE_S)
+    """Seconds that every step waits for a store on S3 or for MLflow while they are away, before it ends. A training
+    continues without MLflow, and what it logs is sent later."""
     prices: str = ""
     """TOML file with the price of an hour of each kind of GPU in US dollars ("NVIDIA H200" = 4.0). A training then
     ends with what it has cost."""
@@ -108,6 +115,7 @@ class Placement(BaseModel):
     """auto: on where the training is long enough to pay, which a worker decides."""
     flat: bool = False
     """Whether the parameters of an optimizer group are one tensor to DeepSpeed."""
+    patience_s: float = PATIENCE_S
     prices: str = ""
     workers_min: int = 0
     checkpoint_minutes: float = 5
@@ -211,6 +219,7 @@ def resolve(
         cache_gib=config.cache_gib,
         compile=compiled,
         flat=captured if demand.flat is None else demand.flat,
+        patience_s=config.patience_s,
         prices=config.prices,
         workers_min=config.workers_min,
         checkpoint_minutes=config.checkpoint_minutes,

@@ -12,20 +12,20 @@ from types import MappingProxyType
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import Store, open_store
+from data_shards.store import Store
 from medmamba.config import MODEL, WEIGHTS
 from pipelines import ray_internals
-from pipelines.board import Watch
+from pipelines.board import Watch, hear_outages, post
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.monitor import RESTARTING
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.stops import Stops
-from pipelines.tracking import Tracking
 from pipelines.worker.checkpoints import Checkpoints, Found
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
@@ -67,11 +67,11 @@ def run(
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
-            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "dataset": (context.store.at(shard["data"]), shard["digest"]),
             "init": kept_uri(resolved, context.store),
             "run_id": run_id,
             "tracking": context.tracking,
-            "out": out.uri,
+            "out": out,
             "profile": context.profile,
         }
         out.delete(PROFILE)  # of an earlier process, which was interrupted
@@ -115,28 +115,30 @@ def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     place = ray.train.get_context()
     rank, ranks = place.get_world_rank(), place.get_world_size()
-    out = open_store(payload["out"])
+    out, board = payload["out"], payload["board"]
     config = TrainStepConfig.model_validate(payload["config"])
     # A group may have fewer workers than the driver's placement.
     placement = Placement.model_validate({**payload["placement"], "workers": ranks})
-    control = ray_control(rank, ranks, placement, payload["board"])
+    control = ray_control(rank, ranks, placement, board)
+
+    outbox = Outbox(payload["tracking"], payload["run_id"], begin=lambda what: post(board, "train", {"begin": what}))
 
     def reporter(rank: int) -> RayReporter:
         if rank > 0:
             return RayReporter(_nobody, rank)
-        log = log_new_epochs(payload["tracking"], payload["run_id"])
         gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
-        judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
-        return RayReporter(_nobody, rank, board=payload["board"], name="train", log=log, judge=judge)
+        judge = tagging(speed_check(config, placement, gpu), outbox)
+        return RayReporter(_nobody, rank, board=board, name="train", judge=judge)
 
     try:
-        with control:
+        with control, hear_outages(board, "train"), outbox:
             train_on_dataset(
                 config,
                 placement,
                 payload["dataset"],
                 reporter,
                 Checkpoints(out),
+                journal=outbox,
                 init=payload["init"],
                 keep_profile=functools.partial(keep_profile, out) if payload["profile"] else None,
                 control=control,
@@ -171,36 +173,16 @@ def keep_profile(out: Store, summary: dict[str, Any], trace: Path) -> None:
     out.put(PROFILE, json.dumps(summary, indent=2).encode())
 
 
-def tagging(
-    check: Callable[[dict[str, float]], str], tracking: Tracking, run_id: str
-) -> Callable[[dict[str, float]], str]:
+def tagging(check: Callable[[dict[str, float]], str], outbox: Outbox) -> Callable[[dict[str, float]], str]:
     """A speed check of which a warning becomes a tag of the run too."""
 
     def judge(metrics: dict[str, float]) -> str:
         warning = check(metrics)
         if warning:
-            tracking.set_tags(run_id, {SLOW: warning})
+            outbox.tags({SLOW: warning})
         return warning
 
     return judge
-
-
-def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float], list[float]], None]:
-    """`tracking.log_epoch` of a run, for the epochs that the run does not have yet.
-
-    An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
-    """
-
-    @functools.cache  # asked at the end of an epoch: the first step need not wait until MLflow is imported
-    def last_logged() -> int:
-        with tracking.errors("cannot read metrics"):
-            return max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
-
-    def log(metrics: dict[str, float], step_losses: list[float]) -> None:
-        if metrics["epoch"] > last_logged():
-            tracking.log_epoch(run_id, metrics, step_losses)
-
-    return log
 
 
 def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours: float, context: StepContext) -> None:

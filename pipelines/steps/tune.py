@@ -10,7 +10,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_shards.fenced_lease import is_lost
-from data_shards.store import Store, arrow_filesystem, open_store
-from pipelines.board import Watch
+from data_shards.store import Store, arrow_filesystem
+from pipelines.board import Watch, hear_outages, post
 from pipelines.faults import RESUME, fault_line
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
@@ -132,11 +132,11 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         payload = {
             "config": config.model_dump(),
             "placement": placement.for_trial().model_dump(),
-            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "dataset": (context.store.at(shard["data"]), shard["digest"]),
             "init": kept_uri(config.start, context.store),
             "parent": parent,
             "tracking": tracking,
-            "out": out.uri,
+            "out": out,
         }
         try:
             results = _fit(config, payload, placement, out, context)
@@ -147,10 +147,11 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             tracking.drop_trials(parent, [row["trial"] for row in trials])
         except BaseException:
             # What ended the sweep is what must be told, not that MLflow could not be told of it.
+            quick = tracking.impatient
             with contextlib.suppress(TrackingError):
                 if not is_lost(context.check):  # else they are the trials of the driver that took over
-                    tracking.finish(parent, "KILLED")  # first: a trial that begins its run now ends it, see find_trial
-                    tracking.close_trials(parent)
+                    quick.finish(parent, "KILLED")  # first: a trial that begins its run now ends it, see find_trial
+                    quick.close_trials(parent)
             raise
         _check_reasons(results)
         winner = _winner(trials)
@@ -198,27 +199,27 @@ def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
     def send(metrics: dict[str, float]) -> None:
         ray.tune.report({**metrics, **best.after(metrics)})
 
+    board, tracking = payload["board"], payload["tracking"]
+    # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
+    outbox = Outbox(
+        tracking,
+        lambda: tracking.find_trial(payload["parent"], trial_id, sampled, name=name),
+        begin=lambda what: post(board, name, {"begin": what}),
+    )
+
     def reporter(rank: int) -> RayReporter:
-        # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
-        run_id = functools.cache(
-            lambda: payload["tracking"].find_trial(payload["parent"], trial_id, sampled, name=name)
-        )
-        log = functools.partial(_log_trial, payload["tracking"], run_id)
-        return RayReporter(send, rank, board=payload["board"], name=name, log=log)
+        return RayReporter(send, rank, board=board, name=name)
 
     placement = Placement.model_validate(payload["placement"])
     world_of_one(placement.backend)
-    checkpoints = Checkpoints(open_store(payload["out"]).at("trials", trial_id))
+    checkpoints = Checkpoints(payload["out"].at("trials", trial_id))
     begun = checkpoints.newest_state()
     if begun and begun["best"]:
         best.after(begun["best"])
-    train_on_dataset(config, placement, payload["dataset"], reporter, checkpoints, init=payload["init"])
-
-
-def _log_trial(
-    tracking: Tracking, run_id: Callable[[], str], metrics: dict[str, float], step_losses: list[float]
-) -> None:
-    tracking.log_epoch(run_id(), metrics, step_losses)
+    with hear_outages(board, name), outbox:
+        train_on_dataset(
+            config, placement, payload["dataset"], reporter, checkpoints, journal=outbox, init=payload["init"]
+        )
 
 
 def begin_runs(tracking: Tracking, parent: str, num_trials: int) -> Any:
@@ -228,8 +229,8 @@ def begin_runs(tracking: Tracking, parent: str, num_trials: int) -> Any:
     class Runs(tune.Callback):
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             name = trial_name(_number(trial.path, trial.trial_id), num_trials, trial.trial_id)
-            with contextlib.suppress(TrackingError):  # then the trial makes it, and fails where it cannot
-                tracking.trial_run(parent, trial.trial_id, trial.config, name=name)
+            with contextlib.suppress(TrackingError):  # then the trial makes it, which waits for MLflow
+                tracking.impatient.trial_run(parent, trial.trial_id, trial.config, name=name)
 
         # Tune copies its callbacks, and keeps them in the store. The address of MLflow may hold a password, and a
         # sweep that is restored does without: its trials make their runs themselves.

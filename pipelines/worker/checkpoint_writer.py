@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_shards.disk import DiskFullError
-from data_shards.store import StoreError
+from data_shards.outage import PATIENCE_S
+from data_shards.store import StoreAwayError, StoreError
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
 from pipelines.worker.checkpoints import MOMENTS, Checkpoints
@@ -19,7 +20,6 @@ from pipelines.worker.snapshot import Snapshot
 from pipelines.worker.state import TrainState, describe
 from pipelines.worker.usage import USAGE, Usage, usage_bytes
 
-PATIENCE_S = 900.0  # how long a store may be away before the training ends
 LAST_WAIT_S = 60.0  # how long a training that failed waits for the checkpoint on its way
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 
@@ -141,7 +141,7 @@ class CheckpointWriter:
         while True:
             try:
                 write()
-            except DiskFullError:
+            except (DiskFullError, StoreAwayError):  # the latter has been waited for
                 raise
             except StoreError as error:
                 gone_s = time.monotonic() - began_s

@@ -23,6 +23,7 @@ from pipelines.worker.objective import Objective, autocast
 from pipelines.worker.old_checkpoint import tensors_only
 from pipelines.worker.optimizer_state import read_moments, write_moments
 from pipelines.worker.snapshot import Snapshot, listed_moments, named_moments
+from pipelines.worker.step_guard import StepGuard
 
 TAG = "engine"
 
@@ -41,6 +42,7 @@ class Engine:
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
+        self.guard = StepGuard(self.device)
         self._compiles = placement.compile == "on"
         if self._compiles:
             # A process that trains several trials would keep each one's code and network, and after eight of them run
@@ -65,7 +67,8 @@ class Engine:
         """
         loss = objective.loss(self._forward, images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
-        self._engine.step()
+        self._watch()
+        self._step()
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -117,6 +120,16 @@ class Engine:
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values
+
+    def _watch(self) -> None:
+        """Once the gradients are averaged: finds out whether they are finite (see step_guard)."""
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self.guard.watch(self._optimizer, self._seen_parameters())
+
+    def _step(self) -> None:
+        self._engine.step()
+        if self._stage > 0:
+            self.guard.note(skipped=self._optimizer.overflow)
 
     def _trainable_shapes(self) -> dict[str, torch.Size]:
         return {name: each.shape for name, each in self.model.named_parameters() if each.requires_grad}
@@ -188,10 +201,11 @@ class FlatEngine(Engine):
             self._flat.gradients = self._gradients(objective)
         loss = self._engine(images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
+        self._watch()
         if self._clips and self._engine.is_gradient_accumulation_boundary():
             # DeepSpeed's own clipping at stage 0 waits for the device twice.
             clip_gradients(self._flat.flats, self.config.optim.clip_norm)
-        self._engine.step()
+        self._step()
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import open_store
+from data_shards.store import Store
 from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
 from pipelines.board import post
@@ -21,6 +21,7 @@ from pipelines.worker.compile_cache import decide_compile
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.control import UntilTheEnd
 from pipelines.worker.engine import Engine, build_engine
+from pipelines.worker.journal import Journal
 from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
@@ -31,7 +32,7 @@ PROGRESS_EVERY_S = 0.5
 
 
 class RayReporter:
-    """Hands the loop's reports to the driver's terminal, to MLflow, and to whoever decides about a trial."""
+    """Hands the loop's reports to the driver's terminal and to whoever decides about a trial."""
 
     def __init__(
         self,
@@ -39,11 +40,10 @@ class RayReporter:
         rank: int,
         board: Any = None,
         name: str = "",
-        log: Any = None,
         judge: Callable[[dict[str, float]], str] = lambda metrics: "",
     ) -> None:
         """`judge` returns a warning about an epoch's metrics, or nothing; it is shown to the user."""
-        self._send, self._rank, self._board, self._name, self._log = send, rank, board, name, log
+        self._send, self._rank, self._board, self._name = send, rank, board, name
         self._judge, self._last = judge, 0.0
 
     def progress(self, **values: Any) -> None:
@@ -65,9 +65,7 @@ class RayReporter:
             post(self._board, self._name, {"warning": text})
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
-        """Every rank hands on the metrics; rank 0 logs and posts them."""
-        if self._rank == 0 and self._log is not None:
-            self._log(metrics, step_losses)
+        """Every rank hands on the metrics; rank 0 posts them."""
         self._send(metrics)
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
@@ -78,23 +76,25 @@ class RayReporter:
 def train_on_dataset(
     config: TrainStepConfig,
     placement: Placement,
-    dataset: tuple[str, str],
+    dataset: tuple[Store | str, str],
     reporter: Callable[[int], Any],
     checkpoints: Checkpoints,
     *,
+    journal: Journal | None = None,
     init: str = "",
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
     control: UntilTheEnd | None = None,
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 
-    It resumes from the newest of `checkpoints`. `dataset` is the folder of a dataset and the digest its manifest must
-    have; `init` the folder of the weights that `config.train.init` is the digest of. With `keep_profile` rank 0
-    profiles a few steps and hands it the summary and the trace (see profile.StepProfiler).
+    It resumes from the newest of `checkpoints`. `dataset` is the folder of a dataset in a store, or its uri, and the
+    digest its manifest must have; `journal` is kept by rank 0; `init` is the folder of the weights that
+    `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and hands it the summary and
+    the trace (see profile.StepProfiler).
     """
     import torch
 
-    data = open_dataset(open_store(dataset[0]), digest=dataset[1])
+    data = open_dataset(dataset[0], digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
     notices: list[str] = []
@@ -117,8 +117,9 @@ def train_on_dataset(
         for notice in [*notices, *([hindrance] if hindrance else [])]:
             report.warn(notice)
         return train_loop(
-            config, placement, data, engine, report, checkpoints, resume, profiler=profiler, control=control
-        )
+            config, placement, data, engine, report, checkpoints, resume, profiler=profiler, control=control,
+            journal=journal if engine.rank == 0 else None,
+        )  # fmt: skip
 
 
 def _check_agreement(engine: Engine, resume: Resume | None) -> None:

@@ -24,11 +24,13 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.control import Stopped, UntilTheEnd
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
+from pipelines.worker.journal import Journal
 from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
 from pipelines.worker.profile import StepProfiler
 from pipelines.worker.resume import Resume
 from pipelines.worker.state import TrainState
+from pipelines.worker.step_guard import TrainingError, watch_steps
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 from pipelines.worker.usage import Usage
 
@@ -49,10 +51,6 @@ class Reporter(Protocol):
         """Once an epoch, on every rank: its metrics, and the loss of each of its steps."""
 
 
-class TrainingError(ValueError):
-    """The numbers went wrong: going on would waste the machine."""
-
-
 def train_loop(
     config: TrainStepConfig,
     placement: Placement,
@@ -64,18 +62,20 @@ def train_loop(
     *,
     profiler: StepProfiler | None = None,
     control: UntilTheEnd | None = None,
+    journal: Journal | None = None,
 ) -> TrainState:
     """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
 
     `profiler` looks into a few steps of this rank, and changes nothing. `control` decides when to write checkpoints
-    beside those of each epoch, and may end the training early.
-    Raises TrainingError for a loss that is not finite, ResumeError for a checkpoint that cannot be continued exactly.
+    beside those of each epoch, and may end the training early. `journal` records the epochs.
+    Raises TrainingError for numbers that are not finite again and again, ResumeError for a checkpoint that cannot be
+    continued exactly.
     """
     train, manifest = config.train, data.manifest
     accumulation = train.accumulation(engine.ranks)
     objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
-    state, usage, control = TrainState(), Usage(), control or UntilTheEnd()
+    state, usage, control, journal = TrainState(), Usage(), control or UntilTheEnd(), journal or Journal()
     compiled = CompileCache(config, placement, manifest) if placement.compile == "on" else None
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
@@ -83,10 +83,11 @@ def train_loop(
     if resume is not None:
         state, usage = resume.state, resume.usage
         resume.restore(engine, statistics, checkpoints)
+        journal.resume(state.history, state.unsent)
     about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
     writer = CheckpointWriter(
         checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
-        warn=report.warn, stored=control.saved,
+        warn=report.warn, stored=control.saved, patience_s=placement.patience_s,
     )  # fmt: skip
     control.begin(state.step)
     with metered(config, engine, usage, profiler) as meter, writer:
@@ -104,6 +105,8 @@ def train_loop(
             rate = learning_rate(
                 train.optim, step=max(state.step - 1, 0), steps_per_epoch=steps, epochs=train.epochs
             )  # of the last step, in case that none of this epoch is left
+            keys = data.index("train").key[stream.order]
+            watched = watch_steps(engine.guard, state, keys, train.batch_size, checkpoints.names, report.warn)
             engine.model.train()
             arriving = prefetched(meter.fetched(stream, steps - len(losses)), engine.device)
             for position, (batch, images, labels) in enumerate(control.fetched(arriving)):
@@ -117,12 +120,13 @@ def train_loop(
                 statistics.collect(loss)
                 if nth < accumulation - 1:
                     continue
-                losses.append(statistics.update())
+                losses.append(statistics.update(engine.guard.skipped))
                 state.step, state.consumed = state.step + 1, batch.consumed
                 if compiled is not None:
                     compiled.remember()
+                watched.step(state.step)
+                journal.check()
                 latest.put(losses[-1])
-                _check_finite(latest.value, state, rate)
                 meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
                 report.progress(
                     epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
@@ -132,7 +136,7 @@ def train_loop(
                 wanted = control.wants(state.step, writer)
                 if wanted.stop or (wanted.checkpoint and len(losses) < steps):  # the epoch's own follows at once
                     with meter.writing():
-                        state.losses = torch.stack(losses).tolist()
+                        state.losses, state.unsent = torch.stack(losses).tolist(), journal.unsent()
                         writer.save(state, meter.usage_now(engine.ranks))
                 if wanted.stop:
                     with control.busy("writing a checkpoint"):
@@ -141,8 +145,7 @@ def train_loop(
                     raise Stopped(wanted.stop, state.step)
 
             step_losses = torch.stack(losses).tolist()
-            for loss_of_step in step_losses:
-                _check_finite(loss_of_step, state, rate)
+            made = watched.made(step_losses)
             meter.end_training()
             with meter.validating(), control.busy("validating"):
                 forward = control.counted(engine.infer)
@@ -151,9 +154,10 @@ def train_loop(
             metrics = {
                 "epoch": state.epoch,
                 "step": state.step,
-                "train_loss": sum(step_losses) / len(step_losses),
+                "train_loss": sum(made) / len(made),
                 "learning_rate": rate,
                 "images_per_s": meter.images_per_s,
+                **({"skipped_steps": len(step_losses) - len(made)} if len(made) < len(step_losses) else {}),
                 **{f"val_{name}": value for name, value in found.items()},
             }
             if state.is_better(metrics):
@@ -161,6 +165,8 @@ def train_loop(
             state.history.append(metrics)
             figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
             with meter.writing(), control.busy("writing a checkpoint"):
+                journal.epoch({**metrics, **figures}, step_losses)
+                state.unsent = journal.unsent()
                 writer.save(state, meter.usage)
                 report.epoch({**metrics, **figures}, step_losses)
         with control.busy("writing the last checkpoint"):
@@ -222,11 +228,3 @@ def _seed(seed: int, step: int, micro_batch: int) -> None:
     """Seeds what drop-path draws from."""
     # Far apart for neighbours: torch's generators mix the bits of their seed.
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + micro_batch)
-
-
-def _check_finite(loss: float, state: TrainState, rate: float) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the training loss is {loss} at step {state.step} of epoch {state.epoch + 1} (learning rate {rate:g}): "
-            f"it must stay finite; lower train.optim.lr, set train.optim.clip_norm, or use precision float32"
-        )

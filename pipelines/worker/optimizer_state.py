@@ -23,6 +23,8 @@ def read_moments(
     Every rank calls it, after at least one step: at stages 1 to 3 the parts are put together by collectives.
     """
     torch_optimizer = optimizer if stage == 0 else optimizer.optimizer
+    if not torch_optimizer.state:  # DeepSpeed has skipped every step so far
+        _begin(optimizer, stage, step=0.0)
     step = next(state["step"] for state in torch_optimizer.state.values()).detach().clone()
     if stage == 0:
         states = [optimizer.state[parameter] for parameter in parameters]
@@ -46,13 +48,18 @@ def write_moments(
             parts = {name: values[index].to(parameter.device).clone() for name, values in moments.items()}
             optimizer.state[parameter] = {"step": _step_like(parameter, step), **parts}
         return
+    _begin(optimizer, stage, step)
+    for name, values in moments.items():
+        for parameter, value in zip(parameters, values, strict=True):
+            _set_moment(optimizer, stage, parameter, value, name)
+
+
+def _begin(optimizer: Any, stage: int, step: float) -> None:
+    """Gives DeepSpeed's optimizer at stages 1 to 3 moments that are zero."""
     for part in _stepped(optimizer, stage):
         empty = {name: torch.zeros_like(part, requires_grad=False) for name in MOMENTS}
         optimizer.optimizer.state[part] = {"step": _step_like(part, step), **empty}
     _link(optimizer, stage)
-    for name, values in moments.items():
-        for parameter, value in zip(parameters, values, strict=True):
-            _set_moment(optimizer, stage, parameter, value, name)
 
 
 def _set_moment(optimizer: Any, stage: int, parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:

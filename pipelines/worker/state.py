@@ -41,6 +41,8 @@ class TrainState:
     """Validation metrics of the best epoch so far."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
+    unsent: list[dict[str, Any]] = field(default_factory=list)
+    """What the training's journal has not recorded yet."""
 
     def is_better(self, metrics: dict[str, float]) -> bool:
         """Higher validation AUC; equal AUC: lower validation loss."""

@@ -190,3 +190,14 @@ def test_fewer_workers_leave_the_trials_of_a_sweep_as_they_were():
     one = resolve(PlacementConfig(cpus_per_worker=4), [Node(16, 4)], Demand(1))
     assert (many.workers, one.workers) == (4, 1)
     assert (many.trials, many.cpus_per_trial) == (one.trials, one.cpus_per_trial) == (4, 4)
+
+
+def test_the_patience_is_that_of_the_user_and_below_what_workers_wait_for_each_other():
+    from data_shards.outage import PATIENCE_S
+    from pipelines.worker.process_group import TIMEOUT_S
+
+    assert placed().patience_s == PATIENCE_S
+    assert placed(patience_s=20).for_trial().patience_s == 20
+    assert PATIENCE_S >= 600
+    with pytest.raises(ValueError, match="less than or equal to 1500"):
+        PlacementConfig(patience_s=TIMEOUT_S)

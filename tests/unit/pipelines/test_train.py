@@ -12,8 +12,9 @@ from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.bench_reference import BenchSpeed
 from pipelines.board import Board
 from pipelines.flow import StepContext
+from pipelines.outbox import Outbox
 from pipelines.placement import Placement
-from pipelines.steps.train import check_batches, keep_best, log_new_epochs, tagging
+from pipelines.steps.train import check_batches, keep_best, tagging
 from pipelines.tracking import open_tracking
 from pipelines.worker.checkpoints import Found
 from pipelines.worker.config import TrainStepConfig
@@ -46,12 +47,10 @@ def test_an_epoch_trained_again_after_a_kill_is_not_logged_twice(tmp_path):
     store = open_store(str(tmp_path))
     tracking = open_tracking(store)
     run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
-    log = log_new_epochs(tracking, run_id)
-    for epoch in (1, 2):
-        log({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
-    log = log_new_epochs(tracking, run_id)  # epoch 2 was logged, but the kill came before its checkpoint
-    for epoch in (2, 3):
-        log({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
+    for epochs in ((1, 2), (2, 3)):  # epoch 2 was logged, but the kill came before its checkpoint
+        with Outbox(tracking, run_id) as outbox:
+            for epoch in epochs:
+                outbox.epoch({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
     history = {name: tracking.client.get_metric_history(run_id, name) for name in ("train_loss", "step_loss")}
     assert [point.step for point in history["train_loss"]] == [1, 2, 3]
     assert [point.step for point in history["step_loss"]] == [1, 2, 3, 4, 5, 6]
@@ -62,12 +61,14 @@ def test_a_training_that_is_far_below_the_bench_is_tagged_and_shown_once(tmp_pat
     tracking = open_tracking(store)
     run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
     bench = BenchSpeed("NVIDIA H200", "T", 224, "bfloat16", 128, 3000.0)
-    judge = tagging(SpeedCheck(bench, ALONE, 128), tracking, run_id)
+    outbox = Outbox(tracking, run_id)
+    judge = tagging(SpeedCheck(bench, ALONE, 128), outbox)
     handle = SimpleNamespace(post=SimpleNamespace(remote=board.post))  # as an actor's, without a Ray
     reporter = RayReporter(sent.append, 0, handle, "train", judge=judge)
     for epoch in (1, 2):
         reporter.epoch({"epoch": epoch, "step": 90 * epoch, "images_per_s_last": 700.0}, [])
     assert [values.get("finished_epoch", "warning") for _, values in board.take()] == [1, "warning", 2]
+    outbox.close()
     tag = tracking.client.get_run(run_id).data.tags["medmamba.slow"]
     assert tag.startswith("slow: 700 images/s, but T at 224 px benches at 3,000 on this GPU: ")
     assert len(sent) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_shards.store import Store
 from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
 from pipelines.promotions import abandoned_moves
-from pipelines.steps.tune import trial_name
+from pipelines.sweep.ledger import trial_name
 
 
 def read_status(store: Store, run: str = "") -> list[dict]:

@@ -32,14 +32,14 @@ class Demand:
     0: any number of workers will do."""
     batches: str = ""
     """The batch sizes that this follows from, as the user wrote them."""
-    ranks: int = 0
-    """Workers that wrote the checkpoint from which a training resumes; 0: there is none."""
     zero_stage: int = 0
-    """The ZeRO stage of that checkpoint."""
-    compile: Literal["on", "off"] = "off"
-    """Whether that training was compiled."""
-    flat: bool = False
-    """Whether that checkpoint holds flat parameters."""
+    """The ZeRO stage of the checkpoint from which a training resumes."""
+    compile: Literal["on", "off", ""] = ""
+    """Whether that training was compiled; empty: there is no checkpoint."""
+    ranks: int = 0
+    """Workers that wrote a checkpoint that only as many can resume (an old format); 0: any number can."""
+    flat: bool | None = None
+    """Whether such a checkpoint holds flat parameters; None: it does not matter."""
 
 
 NO_DEMAND = Demand()
@@ -175,7 +175,7 @@ def resolve(
     compiled: Literal["auto", "on", "off"] = "auto" if captured else "off"
     if config.compile != "auto":
         compiled = config.compile
-    elif demand.ranks:
+    elif demand.compile:
         compiled = demand.compile
     trials, cpus_per_trial = _trials(config, nodes, device)
     return Placement(
@@ -189,7 +189,7 @@ def resolve(
         nodes=len(nodes),
         cache_gib=config.cache_gib,
         compile=compiled,
-        flat=demand.flat if demand.ranks else captured,
+        flat=captured if demand.flat is None else demand.flat,
         prices=config.prices,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -13,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import Store, StoreKeyError, arrow_filesystem, open_store
+from data_shards.store import Store, open_store
+from medmamba.config import MODEL, WEIGHTS
 from pipelines import ray_internals
 from pipelines.board import Watch
 from pipelines.costs import cost_facts, cost_line, read_prices
@@ -22,16 +22,17 @@ from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
+from pipelines.scratch import scratch
 from pipelines.tracking import Tracking
+from pipelines.worker.checkpoints import Checkpoints, Found
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.state import BEST, ResumeError, check_resumable, read_described
-from pipelines.worker.usage import read_usage
+from pipelines.worker.old_checkpoint import find_old_checkpoint
+from pipelines.worker.resume import find_resume
+from pipelines.worker.usage import USAGE, read_usage
 
-RAY_RUN = "ray"
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"
 SLOW = "medmamba.slow"  # tag of a run that is far below what its network benches at: why
-SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are whole
 
 
 def run(
@@ -66,13 +67,16 @@ def run(
             "init": kept_uri(resolved, context.store),
             "run_id": run_id,
             "tracking": context.tracking,
-            "profile_into": out.uri if context.profile else "",
+            "out": out.uri,
+            "profile": context.profile,
         }
         out.delete(PROFILE)  # of an earlier process, which was interrupted
-        checkpoint = _fit(payload, placement, out, context)
-        with checkpoint.as_directory() as folder:
-            facts = keep_best(Path(folder), out, context.run, shard["max_side"], origin=origin)
-            usage = read_usage(Path(folder))
+        _fit(payload, placement, context)
+        with scratch("result") as folder:
+            last = Checkpoints(out).newest(folder, say=context.show.say)
+            assert last is not None, "the training ended without a checkpoint"
+            facts = keep_best(last, out, context.run, shard["max_side"], origin=origin)
+            usage = read_usage(last.files[USAGE])
         costs = cost_facts(usage, prices)
         context.tracking.log_metrics(run_id, costs, step=facts["epochs"])
         context.show.say(cost_line(usage, facts["epochs"], prices))
@@ -93,39 +97,40 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
 
 def ray_worker(payload: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
-    import ray.train
     import torch
 
     from pipelines.worker.launch import RayReporter, train_on_dataset
     from pipelines.worker.speed_check import speed_check
 
-    checkpoint = ray.train.get_checkpoint()
+    out = open_store(payload["out"])
     config = TrainStepConfig.model_validate(payload["config"])
     placement = Placement.model_validate(payload["placement"])
 
     def reporter(rank: int) -> RayReporter:
         if rank > 0:
-            return RayReporter(ray.train.report, rank)
+            return RayReporter(_nobody, rank)
         log = log_new_epochs(payload["tracking"], payload["run_id"])
         gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
         judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
-        return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log, judge=judge)
+        return RayReporter(_nobody, rank, board=payload["board"], name="train", log=log, judge=judge)
 
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        train_on_dataset(
-            config,
-            placement,
-            payload["dataset"],
-            reporter,
-            resume=Path(folder) if folder else None,
-            init=payload["init"],
-            keep_profile=functools.partial(keep_profile, payload["profile_into"]) if payload["profile_into"] else None,
-        )
+    train_on_dataset(
+        config,
+        placement,
+        payload["dataset"],
+        reporter,
+        Checkpoints(out),
+        init=payload["init"],
+        keep_profile=functools.partial(keep_profile, out) if payload["profile"] else None,
+    )
 
 
-def keep_profile(uri: str, summary: dict[str, Any], trace: Path) -> None:
+def _nobody(metrics: dict[str, float]) -> None:
+    """Ray Train has no use for metrics: the driver reads everything from the last checkpoint."""
+
+
+def keep_profile(out: Store, summary: dict[str, Any], trace: Path) -> None:
     """Stores a profile, from the worker, in the step's folder; the summary last."""
-    out = open_store(uri)
     out.put(TRACE, trace.read_bytes())
     out.put(PROFILE, json.dumps(summary, indent=2).encode())
 
@@ -162,14 +167,13 @@ def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float
     return log
 
 
-def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
+def _fit(payload: dict, placement: Placement, context: StepContext) -> None:
     import ray.train
 
     from pipelines.worker.process_group import GroupConfig
 
-    filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
-    with Watch(context.show.progress) as board:
+    with Watch(context.show.progress) as board, scratch("ray-train") as folder:
         trainer = _trainer_class()(
             ray_worker,
             train_loop_config={**payload, "board": board},
@@ -178,11 +182,8 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),
             run_config=ray.train.RunConfig(
-                name=RAY_RUN,
-                storage_path=path,
-                storage_filesystem=filesystem,
-                # The best epoch's weights travel inside every checkpoint, so the newest one is enough.
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                # Ray stores nothing: what it wants a folder for stays empty. Checkpoints are the workers' own.
+                storage_path=str(folder),
                 # On one machine a crash is nearly always an error that comes again; nodes of a cluster do get lost.
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
@@ -190,11 +191,9 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
         workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
         context.show.begin(f"starting {workers}")  # until their first step
         try:
-            result = trainer.fit()
+            trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise users_mistake(error) or error from None
-    assert result.checkpoint is not None, "the training ended without a checkpoint"
-    return result.checkpoint
 
 
 def _trainer_class() -> Any:
@@ -208,31 +207,30 @@ def _trainer_class() -> Any:
 
 
 def keep_best(
-    folder: Path, out: Store, run: str, max_side: int | None, *, origin: Mapping[str, str] = MappingProxyType({})
+    last: Found, out: Store, run: str, max_side: int | None, *, origin: Mapping[str, str] = MappingProxyType({})
 ) -> dict:
     """Copies the best epoch's model to `out/model`; returns the training's facts.
 
     The card learns of `max_side`, so that a prediction shrinks an image as the shards did, and of the `origin` of the
-    weights that the training started from. `folder` may be the stored checkpoint itself, whose digests are on record:
-    nothing is written into it.
+    weights that the training started from.
     """
-    described = json.loads((folder / BEST / "model.json").read_text())
+    described = json.loads(last.best[MODEL].read_text())
     described["card"]["max_side"] = max_side
     if origin:
         described["card"]["init"] = {key: origin[key] for key in ("uri", "digest")}
     files = {
-        "weights.safetensors": (folder / BEST / "weights.safetensors").read_bytes(),
-        "model.json": json.dumps(described, indent=2, sort_keys=True).encode(),
+        WEIGHTS: last.best[WEIGHTS].read_bytes(),
+        MODEL: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
     digest = hashlib.sha256()
     for name, data in files.items():
         digest.update(data)
         out.put(f"model/{name}", data)
-    state = read_described((folder / "train.json").read_bytes())
+    state = last.described
     return {
         "digest": digest.hexdigest(),
         "model": f"runs/{run}/train/model",
-        "compile": state.get("compile", "off"),
+        "compile": state["compile"],
         "best_epoch": state["best_epoch"],
         "epochs": state["epoch"],
         "metrics": state["best"],
@@ -251,34 +249,18 @@ def _profiled(out: Store, context: StepContext) -> dict[str, Any]:
     return {"profile": {**json.loads(out.get(PROFILE)), "trace": f"{out.uri}/{TRACE}"}}
 
 
-def find_checkpoint(out: Store) -> dict[str, Any] | None:
-    """The train.json of the checkpoint that Ray Train will resume from; None where it will begin at the beginning.
-
-    Only what Ray's snapshot names counts: a kill in the middle of an upload leaves a folder of which files are missing.
-    """
-    try:
-        newest = json.loads(out.get(SNAPSHOT))["latest_checkpoint_result"]
-        if not newest:
-            return None
-        data = out.get(f"{RAY_RUN}/{newest['checkpoint_dir_name']}/train.json")
-        return read_described(data, remedy=_begin_again(out))
-    except StoreKeyError as error:
-        if out.head(SNAPSHOT) is None:
-            return None
-        raise ResumeError(f"{error}, which {SNAPSHOT} names: {_begin_again(out)}") from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResumeError(
-            f"{out.uri}/{SNAPSHOT} or the checkpoint it names is torn ({error}): {_begin_again(out)}"
-        ) from error
-
-
-def _begin_again(out: Store) -> str:
-    return f"delete {out.uri}/{RAY_RUN} to train from the beginning, or use another --run NAME"
+def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
+    """(the fields of the newest train.json, whether it is in the old format); (None, False) where nothing was saved."""
+    if described := Checkpoints(out).newest_state():
+        return described, False
+    old = find_old_checkpoint(out)
+    return (dict(old.described), True) if old else (None, False)
 
 
 def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:
-    """Says that a training resumes, and refuses one that could not do so exactly, before any worker starts."""
-    described = find_checkpoint(out)
-    if described:
-        check_resumable(described, placement=placement, manifest=manifest)
-        context.show.say(f"training resumes after epoch {described['epoch']}")
+    """Says where a training resumes, and refuses what could not resume exactly, before any worker starts."""
+    with scratch("resume") as folder:
+        resume = find_resume(Checkpoints(out), folder, manifest, say=context.show.say)
+    if resume is not None:
+        resume.placement(placement)
+        context.show.say(resume.told)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
 from data_shards.pixels import Crop
+from medmamba.checkpoint import description
 from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
 from pipelines.placement import Placement
-from pipelines.scratch import scratch
 from pipelines.worker.batch_statistics import BatchStatistics
+from pipelines.worker.checkpoint_writer import CheckpointWriter
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.compile_cache import NOTICE, CompileCache
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
@@ -26,10 +25,10 @@ from pipelines.worker.inference import infer, join
 from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
 from pipelines.worker.profile import StepProfiler
-from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
+from pipelines.worker.resume import Resume
+from pipelines.worker.state import TrainState
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
-
-ENGINE = "engine"
+from pipelines.worker.usage import Usage
 
 
 class Reporter(Protocol):
@@ -41,9 +40,38 @@ class Reporter(Protocol):
     def begin(self, what: str) -> None:
         """Something starts that takes a while and shows no progress of its own."""
 
-    def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
-        """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
-        writes this rank's share of the checkpoint."""
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
+        """Once an epoch, on every rank: its metrics, and the loss of each of its steps."""
+
+
+class Wants(NamedTuple):
+    """What is asked of the training between two steps."""
+
+    checkpoint: bool = False
+    stop: str = ""
+    """Why it ends here, at a checkpoint; empty: it continues."""
+
+
+class Control(Protocol):
+    """Decides between steps, the same on every rank."""
+
+    def wants(self, writer: CheckpointWriter) -> Wants:
+        """Asked once after each step."""
+
+
+class UntilTheEnd:
+    """Checkpoints at the ends of epochs only."""
+
+    def wants(self, writer: CheckpointWriter) -> Wants:
+        """Nothing."""
+        return Wants()
+
+
+class TrainingStopped(Exception):  # noqa: N818  it is asked for
+    """The training has ended before its last epoch, at a checkpoint, because it was asked to."""
 
 
 class TrainingError(ValueError):
@@ -56,33 +84,38 @@ def train_loop(
     data: Dataset,
     engine: Engine,
     report: Reporter,
-    resume: Path | None,
+    checkpoints: Checkpoints,
+    resume: Resume | None,
+    *,
     profiler: StepProfiler | None = None,
+    control: Control | None = None,
 ) -> TrainState:
     """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
 
-    `profiler` looks into a few steps of this rank, and changes nothing.
+    `profiler` looks into a few steps of this rank, and changes nothing. `control` decides when to write checkpoints
+    beside those of each epoch, and may end the training early.
     Raises TrainingError for a loss that is not finite, ResumeError for a checkpoint that cannot be continued exactly.
     """
     train, manifest = config.train, data.manifest
     accumulation = train.accumulation(engine.ranks)
     objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
-    state = TrainState()
+    state, usage, control = TrainState(), Usage(), control or UntilTheEnd()
     compiled = CompileCache(config, placement, manifest) if placement.compile == "on" else None
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
     latest = Latest(engine.device)
-    with scratch("train") as folder, metered(config, engine, resume, profiler) as meter:
-        best = folder / BEST
-        if resume is not None:
-            state = read_state(resume, placement=placement, manifest=data.digest)
-            engine.load(resume / ENGINE)
-            statistics.reload()
-            shutil.copytree(resume / BEST, best)
-
+    if resume is not None:
+        state, usage = resume.state, resume.usage
+        resume.restore(engine, statistics, checkpoints)
+    about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
+    writer = CheckpointWriter(
+        checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
+        warn=report.warn,
+    )  # fmt: skip
+    with metered(config, engine, usage, profiler) as meter, writer:
         while state.epoch < train.epochs and not _is_stale(state, train.patience):
-            losses: list[torch.Tensor] = []
+            losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
             meter.begin_epoch()
             stream = batches(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
@@ -91,9 +124,12 @@ def train_loop(
                 workers=placement.loader_workers, disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
                 next_epoch=state.epoch + 1 < train.epochs,
             )  # fmt: skip
-            steps = len(stream) // accumulation
+            steps = len(losses) + len(stream) // accumulation
+            rate = learning_rate(
+                train.optim, step=max(state.step - 1, 0), steps_per_epoch=steps, epochs=train.epochs
+            )  # of the last step, in case that none of this epoch is left
             engine.model.train()
-            arriving = prefetched(meter.fetched(stream, steps), engine.device)
+            arriving = prefetched(meter.fetched(stream, steps - len(losses)), engine.device)
             for position, (batch, images, labels) in enumerate(arriving):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
@@ -117,6 +153,14 @@ def train_loop(
                     images_per_s=meter.images_per_s_last, wait_share=meter.wait_share_last,
                     left_s=meter.left_s((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
+                wanted = control.wants(writer)
+                if wanted.stop or (wanted.checkpoint and len(losses) < steps):  # the epoch's own follows at once
+                    with meter.writing():
+                        state.losses = torch.stack(losses).tolist()
+                        writer.save(state, meter.usage_now(engine.ranks))
+                if wanted.stop:
+                    writer.finish()
+                    raise TrainingStopped(wanted.stop)
 
             step_losses = torch.stack(losses).tolist()
             for loss_of_step in step_losses:
@@ -124,7 +168,7 @@ def train_loop(
             meter.end_training()
             with meter.validating():
                 found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
-            state.epoch, state.consumed = state.epoch + 1, 0
+            state.epoch, state.consumed, state.losses = state.epoch + 1, 0, []
             metrics = {
                 "epoch": state.epoch,
                 "step": state.step,
@@ -134,28 +178,12 @@ def train_loop(
                 **{f"val_{name}": value for name, value in found.items()},
             }
             if state.is_better(metrics):
-                state.best, state.best_epoch = metrics, state.epoch
-                with meter.writing():
-                    engine.save_model(best, config.model, model_card(config, data))
+                state.best, state.best_epoch, state.best_step = metrics, state.epoch, state.step
             state.history.append(metrics)
-
-            def save(folder: Path) -> None:
-                engine.save(folder / ENGINE)
-                engine.save_model(folder, config.model, model_card(config, data))
-                if engine.rank == 0:
-                    shutil.copytree(best, folder / BEST)
-                    meter.save(folder)
-                # Each rank holds its own share of engine/; Ray puts the shares together.
-                shares = engine.gather(file_digests(folder))
-                digests = {name: digest for share in shares for name, digest in share.items()}
-                if engine.rank == 0:
-                    write_state(
-                        folder, state, seed=train.seed, placement=placement, manifest=data.digest, digests=digests
-                    )
-
             figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
             with meter.writing():
-                report.epoch({**metrics, **figures}, step_losses, save)
+                writer.save(state, meter.usage)
+                report.epoch({**metrics, **figures}, step_losses)
     return state
 
 

@@ -103,8 +103,7 @@ class Asha(ASHAScheduler):
 
 
 class Keeper(_Unkept, tune.Callback):
-    """Writes what Tune sees to the ledger, and begins and ends the trials' runs in MLflow, which the driver has
-    imported."""
+    """Writes what Tune sees to the ledger, and begins the trials' runs in MLflow, which the driver has imported."""
 
     def __init__(self, ledger: Ledger, tracking: Tracking, parent: str, *, trials: int, epochs: int) -> None:
         self.ledger, self._tracking, self._parent = ledger, tracking, parent

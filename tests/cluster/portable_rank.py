@@ -24,9 +24,7 @@ from pipelines.worker.loop import TrainingStopped, Wants
 from pipelines.worker.resume import find_resume
 from pipelines.worker.snapshot import read_tensors
 
-TRAIN = TrainConfig(
-    epochs=20, batch_size=48, micro_batch=8, image_size=64, optim=OptimConfig(lr=1e-4)
-)
+TRAIN = TrainConfig(epochs=20, batch_size=48, micro_batch=8, image_size=64, optim=OptimConfig(lr=1e-4))
 
 
 class StopsAt:

@@ -82,3 +82,36 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(un
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
     trials = [run.data.tags["medmamba.trial"] for run in runs if "medmamba.trial" in run.data.tags]
     assert sorted(trials) == sorted(record["id"] for record in records)
+
+
+def test_a_trial_that_diverged_is_over_and_one_whose_process_was_killed_is_tried_again(uninterrupted, tmp_path):
+    for wrong in ("diverge-2-1", "crash-3-1"):
+        (tmp_path / wrong).touch()
+    first = finish(f"{tmp_path}/sweep", tmp_path)
+    assert {record["number"]: record["state"] for record in first[1:3]} == {2: "diverged", 3: "failed"}
+    assert [record["reason"].partition(" (")[0] for record in first[1:3]] == [
+        "the loss is nan in epoch 1", "a trial was killed or crashed",
+    ]  # fmt: skip
+    for wrong in tmp_path.glob("*-1"):
+        wrong.unlink()
+    second = finish(f"{tmp_path}/sweep", tmp_path)
+    assert second[1] == first[1]
+    assert (second[2]["id"], second[2]["overrides"]) == (first[2]["id"], first[2]["overrides"])
+    assert (second[2]["state"] in ("ended", "stopped"), second[2]["reason"]) == (True, "")
+    assert [record for record in second if record["number"] != 3] == [r for r in first if r["number"] != 3]
+
+
+def test_a_driver_that_lost_its_run_ends_with_that_and_writes_nothing_more(tmp_path):
+    out = open_store(f"{tmp_path}/sweep")
+    process = start(out.uri, tmp_path)
+    deadline = time.monotonic() + 100
+    while epochs_recorded(out) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (tmp_path / "lost").touch()
+    time.sleep(0.1)  # what was being written
+    before = {key: out.get(key) for key in out.list("trials/") if key.endswith(".json")}
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].endswith("LostLeaseError: another driver has taken the run")
+    assert {key: out.get(key) for key in out.list("trials/") if key.endswith(".json")} == before

@@ -254,7 +254,8 @@ def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
     if described := Checkpoints(out).newest_state():
         return described, False
     old = find_old_checkpoint(out)
-    return (dict(old.described), True) if old else (None, False)
+    # The very first ones do not say whether they were compiled or flat: they were neither.
+    return ({"compile": "off", "flat": False, **old.described}, True) if old else (None, False)
 
 
 def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:

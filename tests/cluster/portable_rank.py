@@ -1,9 +1,10 @@
-"""One rank of a training that goes from one world to the next: `portable_rank.py DATASET OUT ZERO_STAGE flat|whole STOP`.
+"""One rank of a training that goes from one world to the next: `portable_rank.py DATASET OUT ZERO_STAGE FORM STOP`.
 
-Resumes from the newest checkpoint in OUT, checks that weights and moments are those that were saved, trains until step
-STOP, where it writes a checkpoint, and prints the losses of its steps as JSON.
+FORM is "flat" or "whole". Resumes from the newest checkpoint in OUT, checks that weights and moments are those that
+were saved, trains until step STOP, where it writes a checkpoint, and prints the losses of its steps as JSON.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -88,13 +89,11 @@ def main() -> None:
     begun = checkpoints.newest_state()
     restored = is_restored(config, placement, checkpoints, data.digest) if begun else True
     done = begun["step"] if begun else 0
-    try:
+    with contextlib.suppress(TrainingStopped):
         train_on_dataset(
             config, placement, (dataset, data.digest), lambda rank: Losses(), checkpoints,
             control=StopsAt(int(stop) - done),
         )  # fmt: skip
-    except TrainingStopped:
-        pass
     state = checkpoints.newest_state()
     print(json.dumps({"restored": restored, "losses": state["losses"][done:] if state else None}))
 

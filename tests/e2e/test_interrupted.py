@@ -14,6 +14,9 @@ import pytest
 from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
+from data_shards.store import open_store
+from pipelines.worker.checkpoints import Checkpoints
+
 pytestmark = pytest.mark.slow  # nine drivers are started and interrupted
 RESUMES = "medmamba: interrupted; run the same command to resume"
 
@@ -29,13 +32,10 @@ def trials(store) -> list:
 
 
 def epochs_saved(step: Path) -> int:
-    """Epochs in the checkpoints of the training, or in the records of all trials together."""
-    records = [json.loads(path.read_bytes()) for path in (step / "trials").glob("*.json")]
-    try:
-        states = [json.loads(path.read_bytes()) for path in (step / "checkpoints").glob("*/train.json")]
-    except FileNotFoundError:  # removed meanwhile, as a newer one is there
-        return 0
-    return sum(len(record["epochs"]) for record in records) + sum(state["epoch"] for state in states)
+    """Epochs in the newest checkpoint of the training, or of all trials together."""
+    trainings = [step, *(step / "trials").glob("*")]
+    states = [Checkpoints(open_store(str(folder))).newest_state() for folder in trainings]
+    return sum(state["epoch"] for state in states if state)
 
 
 def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path, *, group: bool = False) -> None:

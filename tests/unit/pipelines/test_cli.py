@@ -32,8 +32,8 @@ from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.registry import by_alias
-from pipelines.steps.train import SNAPSHOT
 from pipelines.tracking import open_tracking
+from pipelines.worker.old_checkpoint import SNAPSHOT
 from pipelines.workflows import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -291,7 +291,7 @@ def test_a_finished_training_does_not_limit_the_gpus_of_what_follows(capsys, mon
 
 
 @pytest.mark.parametrize("begun_on", [1, 2, 4])
-def test_an_interrupted_training_resumes_on_as_many_workers_as_wrote_its_checkpoint(begun_on, capsys, monkeypatch):
+def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it(begun_on, capsys, monkeypatch):
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 4}')
     sizes = override(recipe("quickstart"), {"train.batch_size": 64})
     finish("store", "r", sizes, workflow="direct", last="train", failing=["train"])

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -127,7 +127,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         payload = {
             "config": override(config.start, {"train.epochs": config.tune.epochs}).model_dump(),
             "trials": config.tune.trials,
-            "out": out.uri,
+            "out": out,
             "placement": placement.for_trial().model_dump(),
             "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
             "init": kept_uri(config.start, context.store),
@@ -192,13 +192,7 @@ def _sweep(
     from pipelines.sweep.seams import Asha, Keeper, Search, run_trials
 
     payload["tracking"].reopen_trials(payload["parent"])
-    first = _recipe_point(config, space, context) if 1 in numbers else []
-
-    def choose(number: int) -> dict[str, Any]:
-        if number == 1 and first:
-            return first[0]
-        return suggest(space, seed=tune.seed, number=number, over=ledger.over())
-
+    search = Search(ledger, numbers, _chooser(config, space, ledger, context))
     keeper = Keeper(ledger, payload["tracking"], payload["parent"], trials=tune.trials, epochs=tune.epochs)
     asha = Asha(tune.epochs, tune.grace_epochs, tune.reduction_factor)
     asha.refill(ledger)
@@ -206,10 +200,25 @@ def _sweep(
     with Watch(context.show.progress) as board:
         context.show.begin(f"starting {len(numbers)} trials, {at_once} at once")  # until the first step of one
         trainable = _trainable({**payload, "board": board}, placement.for_trial())
-        run_trials(trainable, Search(ledger, numbers, choose), asha, keeper, trials=len(numbers), at_once=at_once)
-    if running := [record for record in ledger.records() if record.state == "running"]:
-        raise ValueError(f"the sweep was ended with {len(running)} trials still running; {RESUME}")
+        run_trials(trainable, search, asha, keeper, trials=len(numbers), at_once=at_once)
+    if left := set(ledger.to_do(tune.trials)) - keeper.errors.keys():
+        raise ValueError(f"the sweep was ended with {len(left)} of {tune.trials} trials left; {RESUME}")
     return ledger, keeper.errors
+
+
+def _chooser(
+    config: TuneStepConfig, space: dict[str, Any], ledger: Ledger, context: StepContext
+) -> Callable[[int], dict[str, Any]]:
+    """What returns the overrides of a new trial, by its number."""
+    begun = {record.number for record in ledger.records()}
+    recipe = [] if 1 in begun else _recipe_point(config, space, context)
+
+    def choose(number: int) -> dict[str, Any]:
+        if number == 1 and recipe:
+            return recipe[0]
+        return suggest(space, seed=config.tune.seed, number=number, over=ledger.over())
+
+    return choose
 
 
 def _trainable(payload: dict, placement: Placement) -> Any:

@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-from data_shards.store import open_store
 from pipelines.override import override
 from pipelines.placement import Placement
 from pipelines.sweep.ledger import checkpoint_folder, trial_name
@@ -32,7 +31,7 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
         return RayReporter(send, rank, board=payload["board"], name=name, log=log)
 
     world_of_one(placement.backend)
-    checkpoints = Checkpoints(checkpoint_folder(open_store(payload["out"]), chosen["id"]))
+    checkpoints = Checkpoints(checkpoint_folder(payload["out"], chosen["id"]))
     begun = checkpoints.newest_state()
     # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another is made.
     for epoch, metrics in enumerate(begun["history"] if begun else (), 1):

@@ -4,9 +4,9 @@
 
 Every training has two workers on CPUs. A process is killed (SIGKILL) in a phase of the training; where the command ends
 with an error it is given again, and the weights are compared with those of a training that nobody disturbed. A line for
-each case: the exit codes, seconds from the kill to the next step, steps made again, and whether the weights are equal.
-The phases are seen through tests/cluster/marked/sitecustomize.py; the product knows nothing of it. Exits with 1 where
-weights differ or a training does not end.
+each case: the exit codes, seconds from the kill to the next step, steps made again, whether the weights are equal, and
+whether MLflow has each epoch. Exits with 1 where one of these is wrong or a training does not end. The phases are seen
+through tests/cluster/marked/sitecustomize.py; the product knows nothing of it.
 
 killed: `worker` one rank (the one that writes, where a checkpoint is written), `driver` the command's own process,
 `node` Ray's raylet, `all` every process of the command at once.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -94,13 +94,15 @@ class Outcome:
     """Steps that rank 0 made more than once."""
     is_equal: bool = False
     """Whether the weights are those of the undisturbed training."""
+    is_logged: bool = False
+    """Whether MLflow's run is finished and has each epoch once."""
     told: list[str] = field(default_factory=list)
     """The last line of each command that failed, and what each resumed from."""
 
     @property
     def is_good(self) -> bool:
-        """Whether the training ended with the weights of the undisturbed one."""
-        return bool(self.codes) and self.codes[-1] == 0 and self.is_equal
+        """Whether the training ended as the undisturbed one did."""
+        return self.is_equal and self.is_logged
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,9 @@ class Training:
             kill(family(process.pid))
             raise AssertionError(f"the command did not end within {OUTLASTS_S:g} s: {self.told()[-2000:]}") from None
 
-    def digest(self) -> str:
-        """Of the trained weights, as the last command printed it."""
-        return json.loads(self._out().read_text())["train"]["digest"]
+    def facts(self) -> dict[str, Any]:
+        """What the last command printed of the training, which has ended."""
+        return json.loads(self._out().read_text())["train"]
 
     def told(self) -> str:
         """What the last command printed for the user."""
@@ -212,7 +214,7 @@ def run_undisturbed(folder: Path, place: Place, stage: int, *more: str) -> str:
     training = Training(folder / f"whole-{stage}", place, Case(stage, "nobody", "never"), *more)
     code = training.finish(training.start())
     assert code == 0, training.told()[-3000:]
-    known.write_text(training.digest())
+    known.write_text(training.facts()["digest"])
     return known.read_text()
 
 
@@ -238,8 +240,19 @@ def run_case(folder: Path, place: Place, case: Case, digest: str, *more: str) ->
     outcome.total_s = round(time.time() - began, 1)
     outcome.told += [line for line in training.told().splitlines() if "resumes" in line or "checkpoint" in line]
     _measure(outcome, training.marks(), killed_at)
-    outcome.is_equal = outcome.codes[-1] == 0 and training.digest() == digest
+    if outcome.codes[-1] == 0:
+        facts = training.facts()
+        outcome.is_equal = facts["digest"] == digest
+        outcome.is_logged = _is_logged(place, facts["mlflow_run"])
     return outcome
+
+
+def _is_logged(place: Place, run: str) -> bool:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(place.env.get("MLFLOW_TRACKING_URI", f"sqlite:///{place.store}/mlflow.db"))
+    epochs = [point.step for point in client.get_metric_history(run, "train_loss")]
+    return client.get_run(run).info.status == "FINISHED" and sorted(epochs) == list(range(1, EPOCHS + 1))
 
 
 def _measure(outcome: Outcome, marks: list[Mark], killed_at: float) -> None:
@@ -259,14 +272,15 @@ def shown(outcome: Outcome) -> str:
     """The outcome as a line of the table."""
     seconds = "-" if outcome.next_step_s is None else f"{outcome.next_step_s:.1f}"
     weights = "equal" if outcome.is_equal else "DIFFERENT"
+    logged = "complete" if outcome.is_logged else "INCOMPLETE"
     missed = "" if outcome.was_in_phase else "  (the kill came after the phase)"
     return (
         f"{outcome.stage:>4}  {outcome.who:<7} {outcome.phase:<11} {'/'.join(map(str, outcome.codes)):<8} "
-        f"{seconds:>7} {outcome.steps_again:>6}  {weights}{missed}"
+        f"{seconds:>7} {outcome.steps_again:>6}  {weights:<9}  {logged}{missed}"
     )
 
 
-HEADER = f"{'ZeRO':>4}  {'killed':<7} {'in':<11} {'codes':<8} {'next, s':>7} {'again':>6}  weights"
+HEADER = f"{'ZeRO':>4}  {'killed':<7} {'in':<11} {'codes':<8} {'next, s':>7} {'again':>6}  {'weights':<9}  MLflow"
 
 
 @contextlib.contextmanager
@@ -300,27 +314,16 @@ def on_s3(folder: Path) -> Iterator[Place]:
 PLACES = {"folder": in_folder, "s3": on_s3}
 
 
-@contextlib.contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    """Holds a lock that others on the machine wait for too, where there is one."""
-    with lock.open("a") if lock else contextlib.nullcontext() as file:
-        if file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def run_cases(folder: Path, place: Place, cases: Sequence[Case], lock: Path | None, *more: str) -> Iterator[Outcome]:
+def run_cases(folder: Path, place: Place, cases: Sequence[Case], *more: str) -> Iterator[Outcome]:
     """The outcomes, each as soon as it is there."""
     whole: dict[int, str] = {}
     for case in cases:
-        with alone(lock):
-            if case.stage not in whole:
-                whole[case.stage] = run_undisturbed(folder, place, case.stage, *more)
-        with alone(lock):
-            try:
-                yield run_case(folder, place, case, whole[case.stage], *more)
-            except AssertionError as error:
-                yield Outcome(case.stage, case.who, case.phase, told=[str(error)])
+        if case.stage not in whole:
+            whole[case.stage] = run_undisturbed(folder, place, case.stage, *more)
+        try:
+            yield run_case(folder, place, case, whole[case.stage], *more)
+        except AssertionError as error:
+            yield Outcome(case.stage, case.who, case.phase, told=[str(error)])
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -332,7 +335,6 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument("--store", default="folder", choices=PLACES)
     parser.add_argument("--json", type=Path, help="where to add a line of JSON for each case")
     parser.add_argument("--folder", type=Path, help="where to keep logs and marks; else they are deleted")
-    parser.add_argument("--lock", type=Path, help="a file that is locked during each case, for a shared machine")
     parser.add_argument("more", nargs="*", help="more arguments of the command, after --")
     return parser.parse_args()
 
@@ -349,14 +351,14 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         place = stack.enter_context(PLACES[asked.store](folder))
         print(HEADER, flush=True)
-        for outcome in run_cases(folder, place, cases, asked.lock, *asked.more):
+        for outcome in run_cases(folder, place, cases, *asked.more):
             outcomes.append(outcome)
             print(shown(outcome), *([] if outcome.is_good else outcome.told), sep="\n      ", flush=True)
             if asked.json:
                 with asked.json.open("a") as file:
                     file.write(json.dumps({"store": asked.store, **asdict(outcome)}) + "\n")
     good = sum(outcome.is_good for outcome in outcomes)
-    print(f"{good} of {len(outcomes)} kills ended with the weights of the undisturbed training")
+    print(f"{good} of {len(outcomes)} kills ended as the undisturbed training did")
     return 0 if good == len(outcomes) else 1
 
 

@@ -13,26 +13,14 @@ import training_kills as kills
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kills")
+CASES = [kills.Case(1, "driver", "epoch"), kills.Case(1, "all", "validation"), kills.Case(1, "worker", "checkpoint")]
 
 
-@pytest.fixture(scope="module")
-def place(folder):
-    with kills.in_folder(folder) as opened:
-        yield opened
-
-
-@pytest.mark.parametrize(
-    ("who", "phase"),
-    [("worker", "checkpoint"), ("driver", "epoch"), ("all", "validation")],
-    ids=["worker", "driver", "all"],
-)
-def test_a_training_killed_in_a_phase_ends_with_the_weights_of_an_undisturbed_one(folder, place, who, phase):
-    digest = kills.run_undisturbed(folder, place, stage=1)
-    outcome = kills.run_case(folder, place, kills.Case(1, who, phase), digest)
-    assert outcome.was_in_phase, outcome
-    assert outcome.is_good, outcome
-    # At most the epoch since the last checkpoint that is complete, of four steps, and the one of which this was one.
-    assert outcome.steps_again <= 8, outcome
+def test_a_training_killed_in_three_phases_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    with kills.in_folder(tmp_path) as place:
+        *outcomes, ending = kills.run_chain(tmp_path, place, CASES)
+    for outcome in outcomes:
+        assert outcome.was_in_phase, outcome
+        # At most the epoch that ran, of four steps, and the one whose checkpoint was being written.
+        assert outcome.steps_again <= 8, outcome
+    assert ending.is_good, ending

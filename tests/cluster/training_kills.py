@@ -2,11 +2,12 @@
 
     python tests/cluster/training_kills.py --stages 0 1 2 3 --store s3 --json kills.json
 
-Every training has two workers on CPUs. A process is killed (SIGKILL) in a phase of the training; where the command ends
-with an error it is given again, and the weights are compared with those of a training that nobody disturbed. A line for
-each case: the exit codes, seconds from the kill to the next step, steps made again, whether the weights are equal, and
-whether MLflow has each epoch. Exits with 1 where one of these is wrong or a training does not end. The phases are seen
-through tests/cluster/marked/sitecustomize.py; the product knows nothing of it.
+A training with two workers on CPUs is killed (SIGKILL) in a phase, resumed by the same command, killed in the next
+phase, and so on; in the end its weights are compared with those of a training that nobody disturbed. There is one such
+training for each ZeRO stage: a single kill is a chain of one (`--cases zero1-worker-epoch`). A line for each kill: the
+exit code of the command, seconds from the kill to the next step, and steps made again. Exits with 1 where weights
+differ, MLflow lacks an epoch or has one twice, or a training does not end. The phases are seen through
+tests/cluster/marked/sitecustomize.py; the product knows nothing of it.
 
 killed: `worker` one rank (the one that writes, where a checkpoint is written), `driver` the command's own process,
 `node` Ray's raylet, `all` every process of the command at once.
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,14 @@ if __name__ == "__main__":
 from chain import TINY, command, environment
 from conftest import free_port, service
 
-WHO = ("worker", "driver", "node", "all")
-# Phase -> its mark, and how often the rank has come there before the kill: in the second epoch, but for the first.
+WHO = ("driver", "node", "all", "worker")
+# Phase -> its mark, and how often a rank comes there, since it began, before it is killed: an epoch ends meanwhile.
 PHASES = {
     "start": ("begin", 1),
-    "epoch": ("step-2-3", 1),
+    "epoch": ("third-step", 2),
     "checkpoint": ("writing", 2),
     "validation": ("validating", 2),
 }
-EPOCHS = 3
 OUTLASTS_S = 300.0  # a command that runs longer hangs
 MOST_TRIES = 4
 
@@ -82,27 +82,35 @@ class Outcome:
     stage: int
     who: str
     phase: str
-    codes: list[int] = field(default_factory=list)
-    """Of the command and of each time it was given again."""
+    code: int | None = None
+    """Of the command that was killed; None where it went on by itself."""
     was_in_phase: bool = False
     """Whether the process of the mark had come to no later one when it was killed."""
     next_step_s: float | None = None
     """From the kill to the next step of a new process."""
-    total_s: float = 0.0
-    """From the first command to the end of the last."""
     steps_again: int = 0
-    """Steps that rank 0 made more than once."""
+    """Steps that rank 0 had made before, and made again."""
+    told: str = ""
+    """The last line of the command that was killed."""
+
+
+@dataclass
+class Ending:
+    """How a training ended that was killed."""
+
+    stage: int
+    code: int
     is_equal: bool = False
     """Whether the weights are those of the undisturbed training."""
     is_logged: bool = False
     """Whether MLflow's run is finished and has each epoch once."""
-    told: list[str] = field(default_factory=list)
-    """The last line of each command that failed, and what each resumed from."""
+    told: str = ""
+    """What the last command printed, where it failed."""
 
     @property
     def is_good(self) -> bool:
-        """Whether the training ended as the undisturbed one did."""
-        return self.is_equal and self.is_logged
+        """Whether it ended as the undisturbed one did."""
+        return self.code == 0 and self.is_equal and self.is_logged
 
 
 @dataclass(frozen=True)
@@ -114,36 +122,71 @@ class Mark:
     rank: int
     name: str
 
+    @property
+    def step(self) -> tuple[int, ...]:
+        """(epoch, step of it) where a step was made; else nothing."""
+        return tuple(map(int, self.name.split("-")[1:])) if self.name.startswith("step-") else ()
+
 
 class Training:
-    """One training, seen from outside."""
+    """One training, seen from outside; its command is given again and again."""
 
-    def __init__(self, folder: Path, place: Place, case: Case, *more: str, pause: str = "") -> None:
+    def __init__(self, folder: Path, place: Place, stage: int, epochs: int, *more: str) -> None:
         self._folder, self._marks, self._tries = folder, folder / "marks", 0
+        self._process: subprocess.Popen | None = None
         folder.mkdir(parents=True)
         self._arguments = [
-            "train", *TINY, "--train.epochs", str(EPOCHS), "--run", case.name, "--json", "--store", place.store,
-            "--placement.workers", "2", "--placement.zero-stage", str(case.stage), *more,
+            "train", *TINY, "--train.epochs", str(epochs), "--run", folder.name, "--json", "--store", place.store,
+            "--placement.workers", "2", "--placement.zero-stage", str(stage), *more,
         ]  # fmt: skip
         path = os.pathsep.join([str(HERE / "marked"), str(HERE.parents[1])])
-        marks = {"MEDMAMBA_TEST_MARKS": str(self._marks), "MEDMAMBA_TEST_PAUSE": pause}
-        self._env = environment({**place.env, **marks, "PYTHONPATH": path})
+        self._env = environment({**place.env, "MEDMAMBA_TEST_MARKS": str(self._marks), "PYTHONPATH": path})
 
-    def start(self) -> subprocess.Popen:
-        """Gives the command, for the first time or again."""
+    @property
+    def code(self) -> int | None:
+        """The exit code of the last command; None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a command was given and has not ended."""
+        return self._process is not None and self.code is None
+
+    @property
+    def pid(self) -> int:
+        """The process of the last command."""
+        assert self._process is not None
+        return self._process.pid
+
+    def ensure_running(self) -> None:
+        """Gives the command, for the first time or again, unless it runs."""
+        if self.is_begun:
+            return
         self._tries += 1
         with self._out().open("wb") as out, self._err().open("wb") as err:
-            return subprocess.Popen(
+            self._process = subprocess.Popen(
                 command(*self._arguments), env=self._env, stdout=out, stderr=err, start_new_session=True
             )
 
-    def finish(self, process: subprocess.Popen) -> int:
-        """Its exit code; AssertionError where it hangs."""
+    def finish(self) -> int:
+        """Waits for the end of the last command and returns its exit code; AssertionError where it hangs."""
+        assert self._process is not None
         try:
-            return process.wait(OUTLASTS_S)
+            return self._process.wait(OUTLASTS_S)
         except subprocess.TimeoutExpired:
-            kill(family(process.pid))
+            self.end()
             raise AssertionError(f"the command did not end within {OUTLASTS_S:g} s: {self.told()[-2000:]}") from None
+
+    def end(self) -> None:
+        """Ends everything that still runs of the last command."""
+        if self._process is not None and self.is_begun:
+            kill(family(self.pid))
+            self._process.wait()
+
+    def pause_at(self, mark: str) -> None:
+        """Has processes stay at this mark for a moment, from now on."""
+        self._marks.with_suffix(".pause").write_text(mark)
 
     def facts(self) -> dict[str, Any]:
         """What the last command printed of the training, which has ended."""
@@ -159,14 +202,17 @@ class Training:
         fields = [line.split() for line in lines]
         return [Mark(float(at), int(pid), int(rank), name) for at, pid, rank, name in fields]
 
-    def wait_for(self, name: str, count: int, rank: int, process: subprocess.Popen) -> int:
-        """Waits until a rank has come to a mark so often; returns its process."""
+    def wait_for(self, name: str, count: int, rank: int, since: float) -> int:
+        """Waits until a process that began after `since` has come to a mark so often as this rank; returns it."""
         deadline = time.monotonic() + OUTLASTS_S
         while True:
-            pids = [mark.pid for mark in self.marks() if (mark.name, mark.rank) == (name, rank)]
+            ended = self.code is not None  # asked first: what it did last is seen below
+            marks = self.marks()
+            old = {mark.pid for mark in marks if mark.at <= since}
+            pids = [mark.pid for mark in marks if mark.pid not in old and (mark.name, mark.rank) == (name, rank)]
             if len(pids) >= count:
                 return pids[count - 1]
-            assert process.poll() is None, f"the command ended before {name}: {self.told()[-2000:]}"
+            assert not ended, f"the command ended before {name}: {self.told()[-2000:]}"
             assert time.monotonic() < deadline, f"no {name} within {OUTLASTS_S:g} s: {self.told()[-2000:]}"
             time.sleep(0.01)
 
@@ -206,81 +252,130 @@ def victims(who: str, driver: int, worker: int) -> list[psutil.Process]:
     return everyone if who == "all" else [each for each in everyone if each.name() == "raylet"]
 
 
-def run_undisturbed(folder: Path, place: Place, stage: int, *more: str) -> str:
+def epochs_of(cases: Sequence[Case]) -> int:
+    """Epochs of a training that is killed so often: it comes up to two further between two kills."""
+    return 2 * len(cases) + 1
+
+
+def run_undisturbed(folder: Path, place: Place, stage: int, epochs: int, *more: str) -> str:
     """The digest of a training that nobody disturbs; an earlier call's, where the folder has it."""
-    known = folder / f"whole-{stage}.digest"
-    if known.exists():
-        return known.read_text()
-    training = Training(folder / f"whole-{stage}", place, Case(stage, "nobody", "never"), *more)
-    code = training.finish(training.start())
-    assert code == 0, training.told()[-3000:]
-    known.write_text(training.facts()["digest"])
+    known = folder / f"whole-zero{stage}-{epochs}.digest"
+    if not known.exists():
+        training = Training(folder / f"whole-zero{stage}-{epochs}", place, stage, epochs, *more)
+        training.ensure_running()
+        assert training.finish() == 0, training.told()[-3000:]
+        known.write_text(training.facts()["digest"])
     return known.read_text()
 
 
-def run_case(folder: Path, place: Place, case: Case, digest: str, *more: str) -> Outcome:
-    """Kills once and brings the training to its end."""
+def run_chain(folder: Path, place: Place, cases: Sequence[Case], *more: str) -> Iterator[Outcome | Ending]:
+    """Kills one training in each case, all of one ZeRO stage, and brings it to its end: the outcomes, then the ending.
+
+    AssertionError where it hangs, or ends by itself before it could be killed.
+    """
+    stage, epochs = cases[0].stage, epochs_of(cases)
+    digest = run_undisturbed(folder, place, stage, epochs, *more)
+    training = Training(folder / f"killed-zero{stage}-{epochs}", place, stage, epochs, *more)
+    killed_at = 0.0
+    try:
+        for case in cases:
+            outcome, killed_at = _kill_once(training, case, killed_at)
+            yield outcome
+        code = _bring_to_end(training)
+    finally:
+        training.end()
+    ending = Ending(stage, code, told="" if code == 0 else training.told()[-2000:])
+    if code == 0:
+        facts = training.facts()
+        ending.is_equal = facts["digest"] == digest
+        ending.is_logged = _is_logged(place, facts["mlflow_run"], epochs)
+    yield ending
+
+
+def _kill_once(training: Training, case: Case, since: float) -> tuple[Outcome, float]:
+    """Kills in this phase of what began after `since`, and waits for the next step; also when the kill was."""
     mark, count = PHASES[case.phase]
     rank = 0 if case.phase == "checkpoint" else case.stage % 2  # only rank 0 writes
-    training = Training(folder / case.name, place, case, *more, pause=mark)
-    outcome, began = Outcome(case.stage, case.who, case.phase), time.time()
-    driver = training.start()
-    worker = training.wait_for(mark, count, rank, driver)
-    killed = victims(case.who, driver.pid, worker)
+    if case.phase == "start" and training.is_begun:  # it has begun already
+        training.end()
+        since = time.time()
+    training.pause_at(mark)
+    training.ensure_running()
+    worker = training.wait_for(mark, count, rank, since)
+    killed = victims(case.who, training.pid, worker)
     assert killed, f"there is no {case.who} to kill"
-    kill(killed)
     killed_at = time.time()
-    last = [each for each in training.marks() if each.pid == worker][-1]
-    outcome.was_in_phase = last.name == mark
-    outcome.codes.append(training.finish(driver))
-    while outcome.codes[-1] != 0 and len(outcome.codes) < MOST_TRIES:
-        outcome.told.append(_last_line(training.told()))
-        driver = training.start()
-        outcome.codes.append(training.finish(driver))
-    outcome.total_s = round(time.time() - began, 1)
-    outcome.told += [line for line in training.told().splitlines() if "resumes" in line or "checkpoint" in line]
-    _measure(outcome, training.marks(), killed_at)
-    if outcome.codes[-1] == 0:
-        facts = training.facts()
-        outcome.is_equal = facts["digest"] == digest
-        outcome.is_logged = _is_logged(place, facts["mlflow_run"])
-    return outcome
+    kill(killed)
+    marks = training.marks()
+    last = [each for each in marks if each.pid == worker][-1]
+    outcome = Outcome(case.stage, case.who, case.phase, was_in_phase=last.name == mark)
+    made = [each.step for each in _steps_after(marks, since) if each.rank == 0]
+    outcome.code, outcome.told = _see_next_step(training, killed_at)
+    first = _steps_after(training.marks(), killed_at)[0]
+    outcome.next_step_s = round(first.at - killed_at, 1)
+    outcome.steps_again = sum(step >= first.step for step in made)
+    return outcome, killed_at
 
 
-def _is_logged(place: Place, run: str) -> bool:
+def _see_next_step(training: Training, killed_at: float) -> tuple[int | None, str]:
+    """Waits for a step of a new process; gives the command again, once, where it ended with the kill.
+
+    Returns its exit code and last line, or None where it went on by itself.
+    """
+    code, told, deadline = None, "", time.monotonic() + OUTLASTS_S
+    while not _steps_after(training.marks(), killed_at):
+        assert time.monotonic() < deadline, f"no step within {OUTLASTS_S:g} s: {training.told()[-2000:]}"
+        if training.code is not None:
+            assert code is None, f"the command ended a second time: {training.told()[-2000:]}"
+            code, told = training.code, _last_line(training.told())
+            training.ensure_running()
+        time.sleep(0.02)
+    return code, told
+
+
+def _steps_after(marks: Sequence[Mark], kill_at: float) -> list[Mark]:
+    """The steps of processes that began after a kill."""
+    before = {mark.pid for mark in marks if mark.at <= kill_at}
+    return [mark for mark in marks if mark.pid not in before and mark.step]
+
+
+def _bring_to_end(training: Training) -> int:
+    """The exit code of the last command: 0, or that of the last of some tries."""
+    for _ in range(MOST_TRIES):
+        training.ensure_running()
+        if (code := training.finish()) == 0:
+            break
+    return code
+
+
+def _is_logged(place: Place, run: str, epochs: int) -> bool:
     from mlflow import MlflowClient
 
     client = MlflowClient(place.env.get("MLFLOW_TRACKING_URI", f"sqlite:///{place.store}/mlflow.db"))
-    epochs = [point.step for point in client.get_metric_history(run, "train_loss")]
-    return client.get_run(run).info.status == "FINISHED" and sorted(epochs) == list(range(1, EPOCHS + 1))
-
-
-def _measure(outcome: Outcome, marks: list[Mark], killed_at: float) -> None:
-    before = {mark.pid for mark in marks if mark.at <= killed_at}
-    after = [mark.at for mark in marks if mark.pid not in before and mark.name.startswith("step-")]
-    outcome.next_step_s = round(min(after) - killed_at, 1) if after else None
-    made = [mark.name for mark in marks if mark.rank == 0 and mark.name.startswith("step-")]
-    outcome.steps_again = len(made) - len(set(made))
+    logged = [point.step for point in client.get_metric_history(run, "train_loss")]
+    return client.get_run(run).info.status == "FINISHED" and sorted(logged) == list(range(1, epochs + 1))
 
 
 def _last_line(told: str) -> str:
-    lines = [line for line in told.splitlines() if line.strip()]
+    lines = [line for line in told.splitlines() if line.strip() and not line.startswith("details:")]
     return lines[-1][:300] if lines else ""
 
 
-def shown(outcome: Outcome) -> str:
-    """The outcome as a line of the table."""
-    seconds = "-" if outcome.next_step_s is None else f"{outcome.next_step_s:.1f}"
-    weights = "equal" if outcome.is_equal else "DIFFERENT"
-    logged = "complete" if outcome.is_logged else "INCOMPLETE"
-    missed = "" if outcome.was_in_phase else "  (the kill came after the phase)"
+HEADER = f"{'ZeRO':>4}  {'killed':<7} {'in':<11} {'code':>5} {'next step, s':>12} {'steps again':>11}"
+
+
+def shown(found: Outcome | Ending) -> str:
+    """A line of the table."""
+    if isinstance(found, Ending):
+        weights = "equal" if found.is_equal else "DIFFERENT"
+        logged = "complete" if found.is_logged else "INCOMPLETE"
+        return f"{found.stage:>4}  ended with {found.code}: weights {weights}, MLflow {logged} {found.told}"
+    missed = "" if found.was_in_phase else "  (it had left the phase)"
+    code = "-" if found.code is None else found.code
     return (
-        f"{outcome.stage:>4}  {outcome.who:<7} {outcome.phase:<11} {'/'.join(map(str, outcome.codes)):<8} "
-        f"{seconds:>7} {outcome.steps_again:>6}  {weights:<9}  {logged}{missed}"
+        f"{found.stage:>4}  {found.who:<7} {found.phase:<11} {code:>5} {found.next_step_s:>12.1f} "
+        f"{found.steps_again:>11}{missed}"
     )
-
-
-HEADER = f"{'ZeRO':>4}  {'killed':<7} {'in':<11} {'codes':<8} {'next, s':>7} {'again':>6}  {'weights':<9}  MLflow"
 
 
 @contextlib.contextmanager
@@ -314,52 +409,53 @@ def on_s3(folder: Path) -> Iterator[Place]:
 PLACES = {"folder": in_folder, "s3": on_s3}
 
 
-def run_cases(folder: Path, place: Place, cases: Sequence[Case], *more: str) -> Iterator[Outcome]:
-    """The outcomes, each as soon as it is there."""
-    whole: dict[int, str] = {}
-    for case in cases:
-        if case.stage not in whole:
-            whole[case.stage] = run_undisturbed(folder, place, case.stage, *more)
-        try:
-            yield run_case(folder, place, case, whole[case.stage], *more)
-        except AssertionError as error:
-            yield Outcome(case.stage, case.who, case.phase, told=[str(error)])
-
-
 def _read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4))
     parser.add_argument("--who", nargs="+", default=WHO, choices=WHO)
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
-    parser.add_argument("--cases", nargs="+", metavar="zeroN-WHO-PHASE", help="these instead")
+    parser.add_argument("--cases", nargs="+", metavar="zeroN-WHO-PHASE", default=[], help="these instead")
     parser.add_argument("--store", default="folder", choices=PLACES)
-    parser.add_argument("--json", type=Path, help="where to add a line of JSON for each case")
+    parser.add_argument("--json", type=Path, help="where to add a line of JSON for each kill and each end")
     parser.add_argument("--folder", type=Path, help="where to keep logs and marks; else they are deleted")
     parser.add_argument("more", nargs="*", help="more arguments of the command, after --")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Runs the cases that were asked for; 1 where one of them is not good."""
+    """Runs the chains that were asked for; 1 where one of them does not end well."""
     asked = _read_arguments()
-    cases = [Case(*each) for each in itertools.product(asked.stages, asked.who, asked.phases)]
-    if asked.cases:
-        cases = [each for name in asked.cases for each in EVERY_CASE if each.name == name]
-    outcomes: list[Outcome] = []
+    cases = [case for case in EVERY_CASE if _is_asked(case, asked)]
+    endings: list[Ending] = []
     with contextlib.ExitStack() as stack:
         folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills-")))
         folder.mkdir(parents=True, exist_ok=True)
         place = stack.enter_context(PLACES[asked.store](folder))
         print(HEADER, flush=True)
-        for outcome in run_cases(folder, place, cases, *asked.more):
-            outcomes.append(outcome)
-            print(shown(outcome), *([] if outcome.is_good else outcome.told), sep="\n      ", flush=True)
-            if asked.json:
-                with asked.json.open("a") as file:
-                    file.write(json.dumps({"store": asked.store, **asdict(outcome)}) + "\n")
-    good = sum(outcome.is_good for outcome in outcomes)
-    print(f"{good} of {len(outcomes)} kills ended as the undisturbed training did")
-    return 0 if good == len(outcomes) else 1
+        for stage, chain in itertools.groupby(cases, key=lambda case: case.stage):
+            try:
+                for found in run_chain(folder, place, list(chain), *asked.more):
+                    endings += [found] if isinstance(found, Ending) else []
+                    _tell(found, asked.store, asked.json)
+            except AssertionError as error:
+                endings.append(Ending(stage, -1, told=str(error)))
+                _tell(endings[-1], asked.store, asked.json)
+    good = sum(ending.is_good for ending in endings)
+    print(f"{good} of {len(endings)} killed trainings ended as the undisturbed ones did")
+    return 0 if good == len(endings) else 1
+
+
+def _is_asked(case: Case, asked: argparse.Namespace) -> bool:
+    if asked.cases:
+        return case.name in asked.cases
+    return case.stage in asked.stages and case.who in asked.who and case.phase in asked.phases
+
+
+def _tell(found: Outcome | Ending, store: str, path: Path | None) -> None:
+    print(shown(found), flush=True)
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps({"store": store, **asdict(found)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Marks in a training, for tests that kill it in a phase: Python imports this before anything else.
 
 Where MEDMAMBA_TEST_MARKS names a file, every process that has this folder on its PYTHONPATH appends lines of
-"time pid rank mark" to it when it comes to a phase. At the mark that MEDMAMBA_TEST_PAUSE names it waits half a second,
-so that a kill from outside falls into that phase.
+"time pid rank mark" to it when it comes to a phase. At the mark that the file `<name>.pause` beside it names, it waits
+half a second, so that a kill from outside falls into that phase.
 """
 
 import functools
@@ -13,6 +13,7 @@ import sys
 import time
 
 PAUSE_S = 0.5
+PAUSES = ("begin", "third-step", "writing", "validating")
 MARKS = os.environ.get("MEDMAMBA_TEST_MARKS", "")
 
 
@@ -23,8 +24,16 @@ def mark(*words):
     file = os.open(MARKS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, line.encode())
     os.close(file)
-    if name == os.environ.get("MEDMAMBA_TEST_PAUSE"):
+    if name in PAUSES and name == _read(MARKS + ".pause"):
         time.sleep(PAUSE_S)
+
+
+def _read(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
 
 
 def marked(function, name):
@@ -50,6 +59,8 @@ def change_launch(launch):
 
     def call(self, **values):
         mark("step", values["epoch"], values["step"])
+        if values["step"] == 3:
+            mark("third-step")
         return progress(self, **values)
 
     launch.RayReporter.progress = call

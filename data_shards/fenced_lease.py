@@ -144,15 +144,23 @@ def is_held(store: Store, prefix: str, number: int) -> bool:
 
     It is the last one, was not given back, and was renewed within its time by a process that is not known to be dead.
     """
-    if max(_numbers(store, prefix), default=0) != number:
-        return False
+    last = max(_numbers(store, prefix), default=0)
+    return last == number and _holder(store, prefix, last) is not None
+
+
+def current_holder(store: Store, prefix: str) -> Holder | None:
+    """The process that holds the lease `prefix`, as far as one look can tell; None where nobody does."""
+    return _holder(store, prefix, max(_numbers(store, prefix), default=0))
+
+
+def _holder(store: Store, prefix: str, number: int) -> Holder | None:
     found = _read(store, prefix, number)
     if found is None or found.is_over or found.holder.is_dead:
-        return False
+        return None
     try:
-        return store.age_s(_key(prefix, number)) <= found.ttl_s + WATCH_S
+        return found.holder if store.age_s(_key(prefix, number)) <= found.ttl_s + WATCH_S else None
     except StoreKeyError:  # somebody has taken over meanwhile
-        return False
+        return None
 
 
 @contextlib.contextmanager

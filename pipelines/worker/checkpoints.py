@@ -8,6 +8,7 @@ in them can run code. The newest two are kept, and those of the best epochs that
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class Checkpoints:
             with contextlib.suppress(ResumeError):
                 return self._read(name)
         return None
+
+    def age_s(self) -> float:
+        """Seconds since the newest checkpoint was stored; infinite where there is none."""
+        names = self.names()
+        return self.out.age_s(f"{FOLDER}/{names[-1]}/{STATE}") if names else math.inf
 
     def write(self, step: int, files: Mapping[str, Path], described: Mapping[str, Any]) -> None:
         """Stores the checkpoint of `step`: its `files`, then train.json, which makes it valid; removes older ones.

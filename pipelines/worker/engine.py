@@ -93,6 +93,17 @@ class Engine:
         whole = {kind: self._whole(values) for kind, values in listed.items()}
         write_moments(self._optimizer, self._stage, self._seen_parameters(), whole, step)
 
+    def check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Asserts that the engine trains exactly these weights; every rank calls it.
+
+        DeepSpeed has taken them over when it started; at ZeRO 3 its own way to load them left the initial ones there
+        without a word.
+        """
+        with self._whole_parameters():
+            held = self.model.state_dict()
+            differing = [name for name, value in weights.items() if not value.equal(held[name].cpu())]
+        assert not differing, f"weights that differ from the checkpoint's after loading: {differing[:3]}"
+
     def load_old(self, folder: Path) -> None:
         """Restores what DeepSpeed has saved, in this project's first format, on as many ranks at the same stage."""
         with tensors_only():

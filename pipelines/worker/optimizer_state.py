@@ -46,15 +46,28 @@ def write_moments(
             parts = {name: values[index].to(parameter.device).clone() for name, values in moments.items()}
             optimizer.state[parameter] = {"step": _step_like(parameter, step), **parts}
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     for part in _stepped(optimizer, stage):
         empty = {name: torch.zeros_like(part, requires_grad=False) for name in MOMENTS}
         optimizer.optimizer.state[part] = {"step": _step_like(part, step), **empty}
     _link(optimizer, stage)
     for name, values in moments.items():
         for parameter, value in zip(parameters, values, strict=True):
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+            _set_moment(optimizer, stage, parameter, value, name)
+
+
+def _set_moment(optimizer: Any, stage: int, parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:
+    """Puts this rank's part of a moment where it belongs."""
+    if stage < 3:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+        return
+    # DeepSpeed's own way raises on the last rank where a parameter does not divide into as many parts as there are
+    # ranks: that part is longer than what is left of the value.
+    part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=name)
+    first = part.numel() * optimizer._get_param_partition_rank(parameter)
+    mine = value.flatten()[first : first + part.numel()]
+    part[: mine.numel()].copy_(mine)
 
 
 def _step_like(parameter: torch.Tensor, step: float) -> torch.Tensor:

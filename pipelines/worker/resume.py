@@ -74,6 +74,7 @@ class FromCheckpoint(Resume):
         load_state(model, self._read(WEIGHTS), where=f"checkpoint {self._found.name}")
 
     def restore(self, engine: Engine, statistics: BatchStatistics, checkpoints: Checkpoints) -> None:
+        engine.check_weights(self._read(WEIGHTS))
         try:
             engine.restore(self._read(MOMENTS))
         except ValueError as error:

@@ -37,7 +37,7 @@ class Snapshot:
     def _own_stream(self) -> torch.cuda.StreamContext:
         if self.ready is None:
             return torch.cuda.stream(None)  # type: ignore[arg-type]  # changes nothing
-        stream = torch.cuda.Stream(self.moments[STEP].device)
+        stream = torch.cuda.Stream(next(iter(self.weights.values())).device)
         stream.wait_event(self.ready)
         return torch.cuda.stream(stream)
 

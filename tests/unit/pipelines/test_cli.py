@@ -33,6 +33,7 @@ from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.registry import by_alias
+from pipelines.stops import Paused
 from pipelines.tracking import open_tracking
 from pipelines.worker.old_checkpoint import SNAPSHOT
 from pipelines.workflows import WORKFLOWS

@@ -201,7 +201,7 @@ def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():
 
 
 def test_the_fewest_workers_are_at_most_all_of_them():
-    with pytest.raises(ValueError, match="--placement.workers-min 4: there are at most 2 workers"):
+    with pytest.raises(ValueError, match=r"--placement\.workers-min 4: there are at most 2 workers"):
         placed(workers=2, workers_min=4)
 
 

@@ -45,7 +45,7 @@ DEFAULTS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own takes a Ctrl-C for the end of the sweep
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial that was ended may need so long before the next takes its process
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a driver that is killed forgets the trials begun since; 10 by default
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # nobody reads what Tune saves
 }
 # The same, of a Ray of our own only: a cluster's belongs to whoever started it.
 OWN_DEFAULTS = {

@@ -7,7 +7,7 @@ from data_shards.store import Store
 from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
 from pipelines.leases import run_lease_key
 from pipelines.promotions import abandoned_moves
-from pipelines.steps.tune import trial_name
+from pipelines.sweep.ledger import trial_name
 from pipelines.worker.checkpoints import Checkpoints
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,13 @@ def _load_tensors(load: Any, file: Any, *arguments: Any, **options: Any) -> Any:
         with torch.serialization.safe_globals(harmless):
             return load(file, *arguments, **{**options, "weights_only": True})
     except pickle.UnpicklingError as error:
+        # Of torch's text only the name: the rest explains how to load the file all the same.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named[1]})" if named else ""
         raise ResumeError(
-            f"{Path(str(file)).name} of the checkpoint holds Python objects, which could run code when they are loaded "
-            f"({str(error).splitlines()[0][:200]}): it is not one that this project wrote"
-        ) from error
+            f"{Path(str(file)).name} of the checkpoint holds Python objects{what}, which could run code when they are "
+            "loaded: it is not one that this project wrote; use another --run NAME"
+        ) from None
 
 
 def _begin_again(out: Store) -> str:

@@ -81,13 +81,15 @@ def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_
     store = tmp_path / "store"
     arguments = [*TINY, "--store", str(store), "--json"]
     medmamba("shard", *arguments, cwd=tmp_path)
-    # A driver that was killed between Tune's two first files left this, which Tune would take for a sweep to restore.
+    # An earlier version left this of a sweep that it had just begun.
     stray = store / "runs/quickstart/tune/ray/tuner.pkl"
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b"")
     shards = store / "datasets/phantoms/default/shards"
     shards.rename(shards.with_name("away"))
     failed = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path, code=1)
+    assert "begins again: 0 trials with 0 epochs are lost" in failed.stderr
+    assert not stray.exists()
     assert "2 of 2 trials failed for reasons other than divergence" in failed.stderr
     assert "run the same command to try them again" in failed.stderr
     shards.with_name("away").rename(shards)

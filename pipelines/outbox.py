@@ -19,6 +19,7 @@ from pipelines.tracking import Tracking
 from pipelines.worker.journal import Journal
 
 GRACE_S = 5.0  # what the rest may take where the training has failed
+SETTLE_S = 20.0  # importing MLflow on a busy machine, and the first attempt that shows that it is away
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class Outbox(Journal):
         """Raises what MLflow refused, and PatienceError once it was away for too long."""
         if self._error is not None:
             raise self._error
+
+    def settle(self, within_s: float = SETTLE_S) -> None:
+        """Waits until everything is sent, unless MLflow is away: for a process that may end soon without a word."""
+        until = time.monotonic() + within_s
+        while self._entries and not self._tracking.is_away and self._error is None and time.monotonic() < until:
+            time.sleep(0.02)
 
     def close(self, *, within_s: float | None = None) -> None:
         """Waits until everything is sent, for as long as the tracking is patient, or for `within_s`."""

@@ -13,8 +13,8 @@ from data_shards.outage import PATIENCE_S
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
-# Below the half hour after which workers give up that wait for another one, which may wait for the store.
-LONGEST_PATIENCE_S = 1500.0
+# A worker that waits for longer counts as stalled (monitor.SLOW_S).
+LONGEST_PATIENCE_S = 900.0
 
 
 Device = Literal["cpu", "cuda"]

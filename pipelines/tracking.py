@@ -143,6 +143,11 @@ class Tracking:
                 return found
 
     @property
+    def is_away(self) -> bool:
+        """Whether this process waits for an MLflow that does not answer."""
+        return self._outage.away_s > 0
+
+    @property
     def _outage(self) -> Outage:
         return outage_of(f"MLflow at {self.address}", "the work goes on, and what it logs is kept and sent later")
 

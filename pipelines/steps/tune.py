@@ -17,6 +17,7 @@ from pipelines.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
@@ -24,7 +25,7 @@ from pipelines.sweep.ledger import Ledger, TrialRecord
 from pipelines.sweep.pickled import drop_pickled
 from pipelines.sweep.suggestion import lies_in, misfit, suggest
 from pipelines.sweep.trial import trial
-from pipelines.tracking import TrackingError
+from pipelines.tracking import Tracking, TrackingError
 from pipelines.worker.config import TrainStepConfig
 
 
@@ -137,8 +138,9 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         try:
             ledger, errors = _sweep(config, payload, placement, out, context)
             trials = [_row(record, config) for record in ledger.records()]
-            for row in trials:
+            for row, record in zip(trials, ledger.records(), strict=True):
                 row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
+                complete_run(tracking, row["mlflow_run"], record)
                 tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
             tracking.drop_trials(parent, [row["trial"] for row in trials])
         except BaseException:
@@ -163,6 +165,12 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         "trials": trials,
         "mlflow_run": parent,
     }
+
+
+def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
+    """Logs the epochs of a trial that its process had not sent when it ended, because MLflow was away."""
+    with Outbox(tracking, run_id) as outbox:
+        outbox.resume([each.metrics for each in record.epochs])
 
 
 def search_space(config: TuneStepConfig) -> dict[str, Any]:

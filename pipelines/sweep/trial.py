@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from typing import Any
 
@@ -27,13 +26,16 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
     placement = Placement.model_validate(payload["placement"])
     name = trial_name(chosen["number"], payload["trials"])
     board, tracking = payload["board"], payload["tracking"]
-    send = functools.partial(_report, recorded=chosen["recorded"])
     # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
     outbox = Outbox(
         tracking,
         lambda: tracking.find_trial(payload["parent"], chosen["id"], chosen["overrides"], name=name),
         begin=lambda what: post(board, name, {"begin": what}),
     )
+
+    def send(metrics: dict[str, float]) -> None:
+        outbox.settle()  # where ASHA ends the trial, its process may be gone a moment later
+        _report(metrics, recorded=chosen["recorded"])
 
     def reporter(rank: int) -> RayReporter:
         return RayReporter(send, rank, board=board, name=name)

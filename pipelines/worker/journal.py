@@ -23,5 +23,8 @@ class Journal:
         """What is not known to be recorded, as JSON, for a checkpoint."""
         return []
 
+    def close(self) -> None:
+        """After the last epoch: waits until everything has arrived."""
+
     def check(self) -> None:
         """Between two steps: raises what the record has failed with for good."""

@@ -171,6 +171,8 @@ def train_loop(
                 report.epoch({**metrics, **figures}, step_losses)
         with control.busy("writing the last checkpoint"):
             writer.finish()
+        with control.busy("sending what was logged"):
+            journal.close()
     return state
 
 

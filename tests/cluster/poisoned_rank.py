@@ -19,6 +19,7 @@ from pipelines.placement import Placement
 from pipelines.worker import launch, loop
 from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
+from pipelines.worker.control import Stopped, UntilTheEnd, Wants
 from pipelines.worker.engine import build_engine
 from pipelines.worker.objective import Objective
 
@@ -44,16 +45,15 @@ class Poisoned(Objective):
         return loss * torch.nan if self.is_here and not rest and step in self.steps else loss
 
 
-class StopsAfter:
+class StopsAfter(UntilTheEnd):
     """Ends the training after so many steps."""
 
     def __init__(self, steps: int) -> None:
-        self._left = steps
+        self._steps = steps
 
-    def wants(self, writer: object) -> loop.Wants:
-        """See loop.Control."""
-        self._left -= 1
-        return loop.Wants(stop="" if self._left else "enough")
+    def wants(self, step: int, writer: object) -> Wants:
+        """See UntilTheEnd."""
+        return Wants(stop="enough" if step == self._steps else "")
 
 
 class Kept:
@@ -102,7 +102,7 @@ def main() -> None:
             TrainStepConfig(train=TRAIN), placement, (dataset, data.digest), lambda rank: kept,
             Checkpoints(open_store(out)), control=StopsAfter(int(stop[0])) if stop else None,
         )  # fmt: skip
-    except loop.TrainingStopped:
+    except Stopped:
         pass
     except loop.TrainingError as refusal:
         error = str(refusal)

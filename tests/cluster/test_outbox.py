@@ -15,6 +15,8 @@ from data_shards.outage import Notice, listening
 from data_shards.store import open_store
 from pipelines import tracking as tracking_module
 from pipelines.outbox import Outbox
+from pipelines.steps.tune import complete_run
+from pipelines.sweep.ledger import TrialEpoch, TrialRecord
 from pipelines.tracking import AwayError, PatienceError, Tracking, TrackingError, open_tracking
 
 STEPS = 3  # of an epoch
@@ -139,6 +141,34 @@ def test_half_an_epoch_that_was_sent_is_completed(run, mlflow_server):
     with Outbox(through(mlflow_server, run[0]), run[1]) as outbox:
         log(outbox, 1)
     assert curves(run) == expected(1)
+
+
+def test_a_trial_that_may_be_ended_at_any_moment_waits_until_its_epoch_is_sent(run, mlflow_server):
+    outbox = Outbox(through(mlflow_server, run[0]), run[1])
+    log(outbox, 1)
+    outbox.settle()
+    assert curves(run) == expected(1)  # nothing was closed
+
+
+def test_such_a_trial_does_not_wait_for_a_server_that_is_away_and_the_driver_completes_its_run(
+    run, mlflow_server, heard
+):
+    with absent_server(mlflow_server) as proxy:
+        outbox = Outbox(through(proxy.address, run[0], 5.0), run[1])
+        log(outbox, 1)
+        outbox.settle()
+        proxy.leave()
+        began = time.monotonic()
+        for epoch in (2, 3):
+            log(outbox, epoch)
+            outbox.settle()
+        assert time.monotonic() - began < 10
+    epochs = tuple(TrialEpoch(order=epoch, metrics={**metrics(epoch), "val_loss": 1.0}) for epoch in (1, 2, 3))
+    record = TrialRecord(number=1, id="0123abcd", overrides={}, epochs=epochs, state="stopped")
+    complete_run(through(mlflow_server, run[0]), run[1], record)
+    complete_run(through(mlflow_server, run[0]), run[1], record)
+    assert curves(run)["train_loss"] == expected(3)["train_loss"]
+    assert curves(run)["step_loss"] == expected(1)["step_loss"]
 
 
 def test_a_run_that_was_deleted_is_an_error_of_the_next_call(run, mlflow_server):

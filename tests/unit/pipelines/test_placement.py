@@ -2,8 +2,12 @@
 
 import pytest
 
+from data_shards.outage import PATIENCE_S
+from data_shards.s3_client import SILENCE_S
+from pipelines.monitor import SLOW_S
 from pipelines.placement import Demand, Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig
+from pipelines.worker.process_group import TIMEOUT_S
 
 
 def placed(num_cpus=2.0, num_gpus=0.0, **wishes):
@@ -192,15 +196,13 @@ def test_fewer_workers_leave_the_trials_of_a_sweep_as_they_were():
     assert (many.trials, many.cpus_per_trial) == (one.trials, one.cpus_per_trial) == (4, 4)
 
 
-def test_the_patience_is_that_of_the_user_and_below_what_workers_wait_for_each_other():
-    from data_shards.outage import PATIENCE_S
-    from pipelines.worker.process_group import TIMEOUT_S
-
+def test_the_patience_is_that_of_the_user_and_ends_before_a_worker_that_waits_counts_as_stalled():
     assert placed().patience_s == PATIENCE_S
     assert placed(patience_s=20).for_trial().patience_s == 20
     assert PATIENCE_S >= 600
-    with pytest.raises(ValueError, match="less than or equal to 1500"):
-        PlacementConfig(patience_s=TIMEOUT_S)
+    with pytest.raises(ValueError, match="less than or equal to 900"):
+        PlacementConfig(patience_s=901)
+    assert PATIENCE_S + SILENCE_S <= SLOW_S + 60 * placed().stall_minutes < TIMEOUT_S
 
 
 def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():

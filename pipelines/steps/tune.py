@@ -17,6 +17,7 @@ from pipelines.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
@@ -24,7 +25,7 @@ from pipelines.sweep.ledger import Ledger, TrialRecord
 from pipelines.sweep.pickled import drop_pickled
 from pipelines.sweep.suggestion import lies_in, misfit, suggest
 from pipelines.sweep.trial import trial
-from pipelines.tracking import TrackingError
+from pipelines.tracking import Tracking, TrackingError
 from pipelines.worker.config import TrainStepConfig
 
 
@@ -136,10 +137,8 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         }
         try:
             ledger, errors = _sweep(config, payload, placement, out, context)
-            trials = [_row(record, config) for record in ledger.records()]
-            for row in trials:
-                row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
-                tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
+            runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
+            trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])
         except BaseException:
             # What ended the sweep is what must be told, not that MLflow could not be told of it.
@@ -234,6 +233,16 @@ def _resumed(ledger: Ledger, trials: int) -> str:
     """The line about a sweep that goes on."""
     over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
     return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
+
+
+def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
+    """Ends a trial's run in MLflow; returns its id. It then has every epoch: a trial that ASHA stops, or whose process
+    is killed, may not have sent its last ones."""
+    run_id = tracking.trial_run(parent, record.id)
+    with Outbox(tracking, run_id) as outbox:
+        outbox.resume({"step": 0, **each.metrics, "epoch": epoch} for epoch, each in enumerate(record.epochs, 1))
+    tracking.finish(run_id, "FAILED" if record.reason else "FINISHED")
+    return run_id
 
 
 def _check_reasons(ledger: Ledger, errors: Mapping[int, BaseException]) -> None:

@@ -41,11 +41,13 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
     world_of_one(placement.backend)
     checkpoints = Checkpoints(checkpoint_folder(payload["out"], chosen["id"]))
     begun = checkpoints.newest_state()
-    # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another is made.
-    for epoch, metrics in enumerate(begun["history"] if begun else (), 1):
-        if epoch > chosen["recorded"]:
-            send({**metrics, "epoch": epoch})
     with hear_outages(board, name), outbox:
+        if begun:
+            outbox.resume(begun["history"], begun["unsent"])
+            # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another one
+            # is made.
+            for epoch, metrics in enumerate(begun["history"], 1):
+                send({**metrics, "epoch": epoch})
         train_on_dataset(
             config, placement, payload["dataset"], reporter, checkpoints, journal=outbox, init=payload["init"]
         )

@@ -43,7 +43,7 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
     begun = checkpoints.newest_state()
     with hear_outages(board, name), outbox:
         if begun:
-            outbox.resume(begun["history"], begun["unsent"])
+            outbox.resume(begun["history"], begun.get("unsent", ()))
             # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another one
             # is made.
             for epoch, metrics in enumerate(begun["history"], 1):

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from medmamba.model import MIN_SIDE, SS2D, PatchMerging, build_model, drop_path
+from medmamba.model import MIN_SIDE, SS2D, PatchMerging, build_model, draw_kept
 from medmamba.ops.ss2d_scan import backends, resolve_backend
 
 TINY = MedMambaConfig(dims=(8, 16), depths=(1, 2), num_classes=3)
@@ -129,7 +129,8 @@ def test_drop_path_grows_linearly_over_depth_to_the_configs_value():
 
 def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropped = drop_path(torch.ones(4000, 4, 3), 0.25).flatten(1)
+    images = torch.ones(4000, 4, 3)
+    dropped = (images * draw_kept(images, 0.25)).flatten(1)
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert torch.equal(dropped.amin(1), dropped.amax(1))
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)

@@ -27,6 +27,7 @@ from data_shards.store import Store, StoreError, open_store
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
 from pipelines.beside import beside
+from pipelines.bytecode import keep_bytecode
 from pipelines.class_table import completed
 from pipelines.costs import read_prices
 from pipelines.datasets import datasets
@@ -574,6 +575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_help()
         return DONE if argv else WRONG_USE
     verb = VERBS.get(argv[0])
+    keep_bytecode()
     show_log_visibly()
     logging.raiseExceptions = False  # a library that logs while the process ends would print after the last line
     try:

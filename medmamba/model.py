@@ -213,9 +213,7 @@ def exchanged(parts: list[Part]) -> Iterator[None]:
             delattr(owner, name)
 
 
-def _always_kept(
-    mixed: Callable[..., Tensor], x_BLC: Tensor, size: tuple[int, int], kept_B11: Tensor | None
-) -> Tensor:
+def _always_kept(mixed: Callable[..., Tensor], x_BLC: Tensor, size: tuple[int, int], kept_B11: Tensor | None) -> Tensor:
     """A first block, whose chance is 0, is then the function that the others are."""
     return mixed(x_BLC, size, x_BLC.new_ones((len(x_BLC), 1, 1), dtype=torch.float32) if kept_B11 is None else kept_B11)
 

@@ -189,3 +189,11 @@ def test_a_network_without_classes_is_refused():
 def test_a_config_that_makes_no_network_is_refused_with_the_rule(fields, message):
     with pytest.raises(ValidationError, match=message):
         MedMambaConfig(**fields)
+
+
+@pytest.mark.parametrize("variant", ["T", "nano"])
+def test_the_sizes_of_the_scans_are_those_of_the_network(variant):
+    config = MedMambaConfig(variant=variant, num_classes=2)
+    scans = [module for module in build_model(config).modules() if isinstance(module, SS2D)]
+    found = [(scan.dt_projs_bias.shape[1], scan.dt_projs_weight.shape[2], scan.A_logs.shape[1]) for scan in scans]
+    assert tuple(dict.fromkeys(found)) == config.scan_sizes

@@ -235,12 +235,17 @@ def _resumed(ledger: Ledger, trials: int) -> str:
     return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
 
 
-def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
-    """Ends a trial's run in MLflow; returns its id. It then has every epoch: a trial that ASHA stops, or whose process
-    is killed, may not have sent its last ones."""
-    run_id = tracking.trial_run(parent, record.id)
+def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
+    """Logs the epochs that a trial's run lacks: one that ASHA stops, or whose process is killed, may not have sent its
+    last ones."""
     with Outbox(tracking, run_id) as outbox:
         outbox.resume({"step": 0, **each.metrics, "epoch": epoch} for epoch, each in enumerate(record.epochs, 1))
+
+
+def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
+    """Ends a trial's run in MLflow, with every epoch; returns its id."""
+    run_id = tracking.trial_run(parent, record.id)
+    complete_run(tracking, run_id, record)
     tracking.finish(run_id, "FAILED" if record.reason else "FINISHED")
     return run_id
 

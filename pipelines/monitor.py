@@ -39,6 +39,15 @@ class Orders(NamedTuple):
     stop: str = ""
 
 
+class Limits(NamedTuple):
+    """How long a rank may stand still."""
+
+    stall_s: float
+    """Without a sign of life, or in the middle of a step."""
+    slow_s: float = SLOW_S
+    """How much longer at something that may take long."""
+
+
 class Beat(NamedTuple):
     """A sign of life of one rank. `moves` counts what it gets done, `doing` says what it is at."""
 
@@ -48,7 +57,7 @@ class Beat(NamedTuple):
     moves: int
     doing: str = ""
     slow: bool = False
-    """Whether what it does may take SLOW_S longer than a step."""
+    """Whether what it does may take much longer than a step (`Limits.slow_s`)."""
 
 
 class Loss(NamedTuple):
@@ -147,18 +156,18 @@ class Monitor:
         if self._saved is None or step >= self._saved[0]:
             self._saved = (step, at)
 
-    def stalled(self, limit_s: float) -> str:
+    def stalled(self, limits: Limits) -> str:
         """Names the ranks that hold up the group, and since when; empty while it works.
 
-        A rank that is silent for `limit_s` holds it up. One that gives signs of life and gets nothing done may wait
-        for another, so the group stands still only where all ranks have got nothing done for as long as what they are
-        at may take.
+        A rank that is silent for `limits.stall_s` holds it up. One that gives signs of life and gets nothing done may
+        wait for another, so the group stands still only where all ranks have got nothing done for as long as what they
+        are at may take.
         """
-        now = self.clock()
+        now, limit_s = self.clock(), limits.stall_s
         silent = {rank: now - each.seen for rank, each in self._ranks.items() if now - each.seen >= limit_s}
         if silent:
             return f"{self._named(silent)} gave no sign of life for {max(silent.values()):.0f} s"
-        if not self._ranks or any(now - each.moved < _allowed_s(each, limit_s) for each in self._ranks.values()):
+        if not self._ranks or any(now - each.moved < _allowed_s(each, limits) for each in self._ranks.values()):
             return ""
         quiet = {rank: now - each.seen for rank, each in self._ranks.items() if now - each.seen >= limit_s / 2}
         if quiet:  # the others wait for it
@@ -190,9 +199,11 @@ class Monitor:
         return " and ".join(str(self._members.get(rank, f"rank {rank}")) for rank in sorted(ranks))
 
 
-def _allowed_s(each: _Rank, limit_s: float) -> float:
+def _allowed_s(each: _Rank, limits: Limits) -> float:
     """How long the rank may get nothing done: the limit, or more where its own micro-batches take long."""
-    return limit_s + SLOW_S if each.beat.slow else max(limit_s, min(SLOW_S, TIMES_LONGEST * each.longest_s))
+    if each.beat.slow:
+        return limits.stall_s + limits.slow_s
+    return max(limits.stall_s, min(SLOW_S, TIMES_LONGEST * each.longest_s))
 
 
 def loss_line(loss: Loss, *, gpus: bool) -> str:

@@ -20,7 +20,7 @@ from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
-from pipelines.monitor import RESTARTING
+from pipelines.monitor import RESTARTING, SLOW_S, Limits
 from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
@@ -36,6 +36,7 @@ from pipelines.worker.usage import USAGE, read_usage
 
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"
+PATIENCE_MARGIN_S = 60.0  # a rank that waits for the store says itself that it has waited enough
 SLOW = "medmamba.slow"  # tag of a run that is far below what its network benches at: why
 
 
@@ -131,7 +132,8 @@ def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
         return RayReporter(_nobody, rank, board=board, name="train", judge=judge)
 
     try:
-        with control, hear_outages(board, "train"), outbox:
+        # While the outbox waits for MLflow at the end, nobody expects the rank to get on any more.
+        with hear_outages(board, "train"), outbox, control:
             train_on_dataset(
                 config,
                 placement,
@@ -234,7 +236,8 @@ def _trainer(board: Any, sizes: Sequence[int], placement: Placement) -> Callable
     kind = WatchedTrainer if os.environ.get("RAY_ADDRESS") else LocalTrainer
 
     def make(*arguments: Any, **settings: Any) -> Any:
-        return kind(*arguments, **settings).watched(board, sizes=sizes, stall_s=placement.stall_minutes * 60)
+        limits = Limits(placement.stall_minutes * 60, max(SLOW_S, placement.patience_s + PATIENCE_MARGIN_S))
+        return kind(*arguments, **settings).watched(board, sizes=sizes, limits=limits)
 
     return make
 

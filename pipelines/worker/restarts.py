@@ -26,7 +26,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Traini
 from pipelines.board import post
 from pipelines.faults import causes, comes_again
 from pipelines.group_faults import NoPlaceError, StalledError
-from pipelines.monitor import PREEMPTED, RESIZED, Loss, Member, loss_line
+from pipelines.monitor import PREEMPTED, RESIZED, Limits, Loss, Member, loss_line
 from pipelines.worker.control import Stopped
 
 RESTARTS = 3  # in a row, without a newer checkpoint
@@ -106,8 +106,8 @@ class RestartPolicy(FailurePolicy):
 class GroupWatch(WorkerGroupCallback):
     """Tells the board who works, and ends a group that stands still."""
 
-    def __init__(self, board: Any, stall_s: float) -> None:
-        self._board, self._stall_s = board, stall_s
+    def __init__(self, board: Any, limits: Limits) -> None:
+        self._board, self._limits = board, limits
         self._looked = 0.0
         self._workers: list[Any] = []
 
@@ -125,7 +125,7 @@ class GroupWatch(WorkerGroupCallback):
             return
         self._looked, who = now, ""
         with contextlib.suppress(Exception):
-            who = ray.get(self._board.stalled.remote(self._stall_s), timeout=ANSWER_S)
+            who = ray.get(self._board.stalled.remote(self._limits), timeout=ANSWER_S)
         if who:
             for worker in self._workers:  # they could not leave in order
                 ray.kill(worker.actor)

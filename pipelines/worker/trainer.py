@@ -19,6 +19,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from pipelines.monitor import Limits
 from pipelines.worker.group_size import NODE_ID, GroupSize
 from pipelines.worker.restarts import GroupWatch, RestartPolicy
 
@@ -30,13 +31,13 @@ class WatchedTrainer(DataParallelTrainer):
 
     is_local = False
 
-    def watched(self, board: Any, *, sizes: Sequence[int], stall_s: float) -> WatchedTrainer:
+    def watched(self, board: Any, *, sizes: Sequence[int], limits: Limits) -> WatchedTrainer:
         """This trainer, for a group of one of these `sizes`, which works under the eyes of `board`."""
-        self._board, self._sizes, self._stall_s = board, sizes, stall_s
+        self._board, self._sizes, self._limits = board, sizes, limits
         return self
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [*super()._create_default_callbacks(), GroupWatch(self._board, self._stall_s)]
+        return [*super()._create_default_callbacks(), GroupWatch(self._board, self._limits)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         gpus = bool(self.scaling_config.use_gpu)

@@ -24,7 +24,7 @@ import ray.train
 from ray.cluster_utils import Cluster
 
 from pipelines.board import Watch, post
-from pipelines.monitor import INTERRUPTED, RESTARTING
+from pipelines.monitor import INTERRUPTED, RESTARTING, Limits
 from pipelines.worker.process_group import GroupConfig
 from pipelines.worker.trainer import LocalTrainer, WatchedTrainer
 
@@ -121,7 +121,7 @@ class Training:
                 backend_config=GroupConfig("gloo"),
                 scaling_config=ray.train.ScalingConfig(num_workers=self._sizes[-1], resources_per_worker={"CPU": 1}),
                 run_config=ray.train.RunConfig(storage_path=str(self._folder / "ray")),
-            ).watched(self.board, sizes=self._sizes, stall_s=STALL_S)
+            ).watched(self.board, sizes=self._sizes, limits=Limits(STALL_S))
             try:
                 self.ended = {"result": trainer.fit().return_value}
             except Exception as error:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.monitor import INTERRUPTED, PREEMPTED, RESIZED, SLOW_S, TIME_UP, Beat, Loss, Member, Monitor, loss_line
+from pipelines.monitor import (
+    INTERRUPTED,
+    PREEMPTED,
+    RESIZED,
+    SLOW_S,
+    TIME_UP,
+    Beat,
+    Limits,
+    Loss,
+    Member,
+    Monitor,
+    loss_line,
+)
 
 LIMIT_S = 60.0
+LIMITS = Limits(LIMIT_S)
 
 
 class Clock:
@@ -43,24 +56,24 @@ def both(second: int) -> dict[int, Beat]:
 
 def test_ranks_that_make_steps_do_not_stand_still(monitor, clock):
     work(monitor, clock, 200, both)
-    assert monitor.stalled(LIMIT_S) == ""
+    assert monitor.stalled(LIMITS) == ""
 
 
 def test_a_rank_without_a_sign_of_life_is_named_with_its_node(monitor, clock):
     work(monitor, clock, 10, both)
     work(monitor, clock, 59, lambda second: {0: Beat(100, 20, 99, "training")})
-    assert monitor.stalled(LIMIT_S) == ""
+    assert monitor.stalled(LIMITS) == ""
     work(monitor, clock, 1, lambda second: {0: Beat(100, 20, 99, "training")})
-    assert monitor.stalled(LIMIT_S) == "rank 1 (process 200 on node 10.0.0.2) gave no sign of life for 60 s"
+    assert monitor.stalled(LIMITS) == "rank 1 (process 200 on node 10.0.0.2) gave no sign of life for 60 s"
 
 
 def test_a_rank_that_waits_for_one_that_validates_or_loads_does_not_stand_still(monitor, clock):
     work(monitor, clock, 10, both)
     slow = {0: Beat(100, 20, 99, "validating", True), 1: Beat(200, 20, 99, "training")}
     work(monitor, clock, int(SLOW_S), lambda second: slow)
-    assert monitor.stalled(LIMIT_S) == ""
+    assert monitor.stalled(LIMITS) == ""
     work(monitor, clock, 61, lambda second: slow)
-    assert monitor.stalled(LIMIT_S) == (
+    assert monitor.stalled(LIMITS) == (
         f"rank 0 (process 100 on node 10.0.0.1) made no progress for {SLOW_S + 60:.0f} s (validating)"
     )
 
@@ -68,21 +81,21 @@ def test_a_rank_that_waits_for_one_that_validates_or_loads_does_not_stand_still(
 def test_where_all_wait_for_each_other_the_one_that_is_a_step_behind_is_named(monitor, clock):
     work(monitor, clock, 10, both)
     work(monitor, clock, 61, lambda second: {0: Beat(100, 21, 9, "training"), 1: Beat(200, 20, 9, "training")})
-    assert monitor.stalled(LIMIT_S).startswith("rank 1 (process 200 on node 10.0.0.2) made no progress for 60 s")
+    assert monitor.stalled(LIMITS).startswith("rank 1 (process 200 on node 10.0.0.2) made no progress for 60 s")
 
 
 def test_a_rank_whose_micro_batches_take_long_may_take_a_few_times_as_long(monitor, clock):
     work(monitor, clock, 120, lambda second: {r: Beat(100 * r + 100, second // 40, second // 40) for r in (0, 1)})
     work(monitor, clock, 150, lambda second: {r: Beat(100 * r + 100, 3, 3) for r in (0, 1)})
-    assert monitor.stalled(LIMIT_S) == ""
+    assert monitor.stalled(LIMITS) == ""
 
 
 def test_processes_that_import_their_libraries_have_time_and_then_are_named(monitor, clock):
     clock.now += SLOW_S + LIMIT_S - 1
-    assert monitor.stalled(LIMIT_S) == ""
+    assert monitor.stalled(LIMITS) == ""
     clock.now += 1
-    assert "rank 0" in monitor.stalled(LIMIT_S)
-    assert "rank 1" in monitor.stalled(LIMIT_S)
+    assert "rank 0" in monitor.stalled(LIMITS)
+    assert "rank 1" in monitor.stalled(LIMITS)
 
 
 def test_a_rank_that_has_ended_is_waited_for_no_more(monitor, clock):
@@ -90,7 +103,7 @@ def test_a_rank_that_has_ended_is_waited_for_no_more(monitor, clock):
     monitor.done(1)
     monitor.beat(1, Beat(200, 20, 10))
     work(monitor, clock, 100, lambda second: {0: Beat(100, 20 + second, second)})
-    assert monitor.stalled(LIMIT_S) == ""
+    assert monitor.stalled(LIMITS) == ""
 
 
 def test_the_loss_is_what_came_after_the_newest_checkpoint_of_all_workers(monitor, clock):

@@ -64,6 +64,13 @@ class MedMambaConfig(BaseModel):
         """Number of blocks of each stage."""
         return self.depths or VARIANTS[self.variant][1]
 
+    @property
+    def scan_sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """(channels, rank of dt, states) of the scans of each stage; none where no branch scans."""
+        if self.branches == "conv":
+            return ()
+        return tuple((dim, -(-dim // 2 // 16), self.d_state) for dim in self.resolved_dims)
+
     def last_side(self, image_size: int) -> int:
         """Side of the last stage's maps: every stage after the first halves it and drops an odd rest; may be 0."""
         return image_size // PATCH >> (len(self.resolved_dims) - 1)

@@ -11,7 +11,11 @@ operator that works in pixel order.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
@@ -69,6 +73,10 @@ class MedMamba(nn.Module):
         for layer in self.layers:
             x_BLC = layer(x_BLC, size)
             size = size[0] // 2, size[1] // 2
+        return self.scores(x_BLC)
+
+    def scores(self, x_BLC: Tensor) -> Tensor:
+        """(B,L,C) of the last stage -> (B, num_classes)."""
         return self.head(x_BLC.mean(1))
 
 
@@ -131,11 +139,17 @@ class SSConvSSM(nn.Module):
 
     def forward(self, x_BLC: Tensor, size: tuple[int, int]) -> Tensor:
         """(B,HW,C) -> (B,HW,C)."""
+        drops = self.training and self.drop_path > 0 and self.self_attention is not None
+        return self.mixed(x_BLC, size, draw_kept(x_BLC, self.drop_path) if drops else None)
+
+    def mixed(self, x_BLC: Tensor, size: tuple[int, int], kept_B11: Tensor | None) -> Tensor:
+        """`forward` but for chance: what the scan's branch counts for each image (None: 1) comes from outside."""
         left, right = x_BLC.chunk(2, dim=-1)
         if self.conv33conv33conv11 is not None:
             left = _as_rows(self.conv33conv33conv11(_as_maps(left, size)))
         if self.self_attention is not None and self.ln_1 is not None:
-            right = drop_path(self.self_attention(self.ln_1(right), size), self.drop_path if self.training else 0.0)
+            right = self.self_attention(self.ln_1(right), size)
+            right = right if kept_B11 is None else right * kept_B11.to(right.dtype)
         # The shuffle with two groups: channel j of left and of right become the neighbours 2j, 2j+1.
         return torch.stack((left, right), dim=-1).flatten(-2) + x_BLC
 
@@ -163,12 +177,45 @@ def _conv_branch(half: int) -> nn.Sequential:
     )
 
 
-def drop_path(x_BLC: Tensor, chance: float) -> Tensor:
-    """x with each sample zeroed with the given chance, and the others scaled up by 1/(1 - chance)."""
-    if chance == 0.0:
-        return x_BLC
-    keep_B11 = x_BLC.new_empty((len(x_BLC), 1, 1)).bernoulli_(1 - chance)
-    return x_BLC * keep_B11.div_(1 - chance)
+def draw_kept(x_BLC: Tensor, chance: float) -> Tensor:
+    """What each image's branch counts for, (B, 1, 1) float32: 0 with the given chance, else 1/(1 - chance)."""
+    kept_B11 = torch.empty((len(x_BLC), 1, 1), device=x_BLC.device).bernoulli_(1 - chance)
+    return kept_B11.div_(1 - chance)
+
+
+Part = tuple[nn.Module, str, Callable[..., Any]]
+
+
+def compiled_parts(model: MedMamba, compiler: Callable[..., Any]) -> list[Part]:
+    """What `compiler` makes of stem, blocks, merging and head: (owner, method, compiled) for `exchanged`.
+
+    Blocks of one stage are the same function of other weights, so torch compiles one of them for all: T has ten in
+    four stages. That is why a block draws its drop-path, of which the chances differ, outside of `mixed`.
+    """
+    parts: list[Part] = [(model, "scores", compiler(model.scores))]
+    for module in model.modules():
+        if isinstance(module, SSConvSSM):
+            parts.append((module, "mixed", functools.partial(_always_kept, compiler(module.mixed))))
+        elif isinstance(module, PatchEmbed | PatchMerging):
+            parts.append((module, "forward", compiler(module.forward)))
+    return parts
+
+
+@contextlib.contextmanager
+def exchanged(parts: list[Part]) -> Iterator[None]:
+    """Inside the block the owners' methods are the parts."""
+    for owner, name, part in parts:
+        setattr(owner, name, part)
+    try:
+        yield
+    finally:
+        for owner, name, _ in parts:
+            delattr(owner, name)
+
+
+def _always_kept(mixed: Callable[..., Tensor], x_BLC: Tensor, size: tuple[int, int], kept_B11: Tensor | None) -> Tensor:
+    """A first block, whose chance is 0, is then the function that the others are."""
+    return mixed(x_BLC, size, x_BLC.new_ones((len(x_BLC), 1, 1), dtype=torch.float32) if kept_B11 is None else kept_B11)
 
 
 class SS2D(nn.Module):

@@ -26,9 +26,11 @@ from data_shards.catalog import card
 from data_shards.disk import require_temporary_folder
 from data_shards.outage import PATIENCE_S, listening
 from data_shards.store import Store, StoreError, open_store
+from medmamba.config import MedMambaConfig
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
 from pipelines.beside import beside
+from pipelines.bytecode import keep_bytecode
 from pipelines.class_table import completed
 from pipelines.costs import read_prices
 from pipelines.datasets import datasets
@@ -383,7 +385,7 @@ def _place(
     beside(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
     address = os.environ.get("RAY_ADDRESS")
     terminal.begin(f"connecting to the Ray at {address}" if address else "starting Ray on this machine")
-    choice = ray_session.begin_choice(work.placement)
+    choice = ray_session.begin_choice(work.placement, *_scans(work, states))
     ray_session.connect(lost=functools.partial(_end_without_ray, terminal))
     terminal.ready()
     demand = RunDemand(work.values, states, store, work.run)
@@ -393,6 +395,17 @@ def _place(
     terminal.say(f"placement: {placement.summary}")
     demand.check(placement)
     return placement
+
+
+def _scans(work: Resolved, states: Sequence[StepState]) -> tuple[Sequence[tuple[int, int, int]], list[str]]:
+    """Sizes of the scans that the steps still to do will run, and their types."""
+    to_do, values = {state.name for state in states if state.state != "done"}, work.values
+    trained = "bfloat16" if values.train.precision == "bfloat16" else "float32"
+    dtypes = {trained} if to_do & {"tune", "train"} else set()
+    if "evaluate" in to_do:
+        dtypes.add("float32")
+    sizes = values.model.scan_sizes if isinstance(values.model, MedMambaConfig) else ()
+    return sizes, sorted(dtypes, key=lambda dtype: dtype != trained)
 
 
 def _end_without_ray(terminal: Terminal, server: str) -> None:
@@ -590,6 +603,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_help()
         return DONE if argv else WRONG_USE
     verb = VERBS.get(argv[0])
+    keep_bytecode()
     show_log_visibly()
     logging.raiseExceptions = False  # a library that logs while the process ends would print after the last line
     try:

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +109,18 @@ def prepare() -> None:
         _own_token()
 
 
-def begin_choice(config: PlacementConfig) -> ScanChoice | None:
-    """Begins to find the scan backend of the embedded Ray that `connect` will start; None where there will be none."""
+def begin_choice(
+    config: PlacementConfig, sizes: Sequence[tuple[int, int, int]] = (), dtypes: Sequence[str] = ()
+) -> ScanChoice | None:
+    """Begins to find the scan backend of the embedded Ray that `connect` will start; None where there will be none.
+
+    `sizes` and `dtypes` are of the scans that will run; see ScanChoice.
+    """
     if os.environ.get("RAY_ADDRESS"):
         return None
     prepare()
     device = config.device if config.device != "auto" else ("cuda" if this_machine().gpus else "cpu")
-    return ScanChoice(config.scan, device)
+    return ScanChoice(config.scan, device, sizes, dtypes)
 
 
 def _bind_to_loopback() -> None:

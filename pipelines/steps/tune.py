@@ -137,11 +137,8 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         }
         try:
             ledger, errors = _sweep(config, payload, placement, out, context)
-            trials = [_row(record, config) for record in ledger.records()]
-            for row, record in zip(trials, ledger.records(), strict=True):
-                row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
-                complete_run(tracking, row["mlflow_run"], record)
-                tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
+            runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
+            trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])
         except BaseException:
             # What ended the sweep is what must be told, not that MLflow could not be told of it.
@@ -165,12 +162,6 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         "trials": trials,
         "mlflow_run": parent,
     }
-
-
-def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
-    """Logs the epochs of a trial that its process had not sent when it ended, because MLflow was away."""
-    with Outbox(tracking, run_id) as outbox:
-        outbox.resume([each.metrics for each in record.epochs])
 
 
 def search_space(config: TuneStepConfig) -> dict[str, Any]:
@@ -242,6 +233,21 @@ def _resumed(ledger: Ledger, trials: int) -> str:
     """The line about a sweep that goes on."""
     over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
     return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
+
+
+def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
+    """Logs the epochs that a trial's run lacks: one that ASHA stops, or whose process is killed, may not have sent its
+    last ones."""
+    with Outbox(tracking, run_id) as outbox:
+        outbox.resume({"step": 0, **each.metrics, "epoch": epoch} for epoch, each in enumerate(record.epochs, 1))
+
+
+def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
+    """Ends a trial's run in MLflow, with every epoch; returns its id."""
+    run_id = tracking.trial_run(parent, record.id)
+    complete_run(tracking, run_id, record)
+    tracking.finish(run_id, "FAILED" if record.reason else "FINISHED")
+    return run_id
 
 
 def _check_reasons(ledger: Ledger, errors: Mapping[int, BaseException]) -> None:

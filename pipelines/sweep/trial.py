@@ -43,14 +43,32 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
     world_of_one(placement.backend)
     checkpoints = Checkpoints(checkpoint_folder(payload["out"], chosen["id"]))
     begun = checkpoints.newest_state()
-    # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another is made.
-    for epoch, metrics in enumerate(begun["history"] if begun else (), 1):
-        if epoch > chosen["recorded"]:
-            send({**metrics, "epoch": epoch})
-    with hear_outages(board, name), outbox:
+    control = _control(placement)
+    with control, hear_outages(board, name), outbox:
+        if begun:
+            outbox.resume(begun["history"], begun.get("unsent", ()))
+            # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another one
+            # is made.
+            for epoch, metrics in enumerate(begun["history"], 1):
+                send({**metrics, "epoch": epoch})
         train_on_dataset(
-            config, placement, payload["dataset"], reporter, checkpoints, journal=outbox, init=payload["init"]
+            config,
+            placement,
+            payload["dataset"],
+            reporter,
+            checkpoints,
+            journal=outbox,
+            init=payload["init"],
+            control=control,
         )
+
+
+def _control(placement: Placement) -> Any:
+    """What tells a trial when to write a checkpoint. Nobody asks it for anything else, so it needs no board."""
+    from pipelines.worker.control import Control, OwnFlags
+
+    every_s = placement.checkpoint_minutes * 60
+    return Control(0, OwnFlags(), checkpoint_s=every_s, checkpoint_steps=placement.checkpoint_steps)
 
 
 def _report(metrics: dict[str, float], *, recorded: int) -> None:

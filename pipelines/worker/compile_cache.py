@@ -54,7 +54,8 @@ class CompileCache:
     def __init__(self, config: TrainStepConfig, placement: Placement, manifest: Manifest) -> None:
         train = config.train.model_dump(include=_COMPILED_IN)
         data = (manifest.task, manifest.channels)
-        decides = (config.model.model_dump(), train, data, placement.scan, torch.__version__, torch.version.git_version)
+        model = config.model.model_dump(exclude={"drop_path"})  # drawn outside of what is compiled
+        decides = (model, train, data, placement.scan, torch.__version__, torch.version.git_version)
         name = torch.cuda.get_device_name() if placement.device == "cuda" else "cpu"
         key = hashlib.sha256(repr((*decides, name)).encode()).hexdigest()[:32]
         self._remembered = False

@@ -17,6 +17,8 @@ def import_deepspeed(device: str) -> Any:
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its own passes for torch.compile, which are not used here: each engine would import torch's compiler for them.
+    deepspeed.runtime.engine.is_deepcompile_supported = lambda: False
     if device == "cpu":  # else it would build a shared-memory collective with ninja and g++
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from medmamba.model import MedMamba, compiled_parts, exchanged
 from medmamba.optim import build_optimizer, parameter_groups
 from medmamba.precision import set_precision
 from pipelines.placement import Placement
 from pipelines.worker.capture import Captured
 from pipelines.worker.config import TrainConfig
 from pipelines.worker.deepspeed_import import import_deepspeed
-from pipelines.worker.flat import FlatParameters, clip_gradients
+from pipelines.worker.flat import FlatParameters, clip_gradients, copy_gradients
 from pipelines.worker.objective import Objective, autocast
 from pipelines.worker.old_checkpoint import tensors_only
 from pipelines.worker.optimizer_state import read_moments, write_moments
@@ -248,25 +250,37 @@ class FlatEngine(Engine):
     def _gradients(self, objective: Objective):
         """What computes the loss of a micro-batch and leaves its gradients in the flat ones."""
         parameters, views = self._flat.parameters_of_network, self._flat.gradient_views
-
-        def network(images_B3HW: torch.Tensor) -> torch.Tensor:
-            with autocast(self.config, self.device):
-                return self.model(images_B3HW)
-
-        def loss_of(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-            return objective.loss(network, images, labels, draws)
-
-        if self._compiles:
-            loss_of = torch.compile(loss_of, dynamic=False, options=_compile_options(self.config))
+        loss_of = self._compiled_loss(objective) if self._compiles else self._loss(objective)
 
         def run(images: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
                 loss = loss_of(images, labels, draws)
                 found = torch.autograd.grad(loss, parameters)
-            torch._foreach_copy_(views, found)
+            copy_gradients(views, found)
             return loss.detach()
 
         return self._captured(run, state=list(self.model.buffers()))
+
+    def _loss(self, objective: Objective) -> Callable[..., torch.Tensor]:
+        def network(images_B3HW: torch.Tensor) -> torch.Tensor:
+            with autocast(self.config, self.device):
+                return self.model(images_B3HW)
+
+        return functools.partial(objective.loss, network)
+
+    def _compiled_loss(self, objective: Objective) -> Callable[..., torch.Tensor]:
+        """`_loss`, compiled: MedMamba in parts, of which many are the same; another network as a whole."""
+        compiler = functools.partial(torch.compile, dynamic=False, options=_compile_options(self.config))
+        if not isinstance(self.model, MedMamba):
+            return compiler(self._loss(objective))
+        parts, loss = compiled_parts(self.model, compiler), self._loss(objective.compiled(compiler))
+
+        def loss_of(*inputs: torch.Tensor) -> torch.Tensor:
+            # torch compiles a method anew for each kind of block, and after eight kinds runs it as it is.
+            with torch._dynamo.config.patch(recompile_limit=max(8, len(parts))), exchanged(parts):
+                return loss(*inputs)
+
+        return loss_of
 
     @torch.no_grad()
     def _logits(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -317,6 +331,8 @@ def _deepspeed_config(config: TrainConfig, placement: Placement) -> dict[str, An
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # It waits for the device before and after every step.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

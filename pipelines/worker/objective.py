@@ -1,12 +1,14 @@
 """One micro-batch as it is stored -> its loss: all that a training step computes before the gradients.
 
-It is tensors alone, so that torch can compile it as one function and a CUDA graph can hold it.
+It is tensors alone, so that torch can compile it and a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +45,19 @@ class Objective:
         draws_Bn: torch.Tensor,
     ) -> torch.Tensor:
         """The mean loss of a micro-batch: uint8 images, multi-hot labels and `draws`, all on the network's device."""
-        images_BCHW = augment_drawn(to_float(images_BHWC), draws_Bn, self.train.augment)
-        logits_BC = network(normalise(images_BCHW))
+        return self._judged(network(self._prepared(images_BHWC, draws_Bn)), labels_BC)
+
+    def compiled(self, compiler: Callable[..., Any]) -> Objective:
+        """The same, with what comes before and after the network compiled by `compiler`."""
+        other: Any = copy.copy(self)
+        other._prepared, other._judged = compiler(self._prepared), compiler(self._judged)
+        return other
+
+    def _prepared(self, images_BHWC: torch.Tensor, draws_Bn: torch.Tensor) -> torch.Tensor:
+        """What the network sees: (B, 3, H, W)."""
+        return normalise(augment_drawn(to_float(images_BHWC), draws_Bn, self.train.augment))
+
+    def _judged(self, logits_BC: torch.Tensor, labels_BC: torch.Tensor) -> torch.Tensor:
         return classification_loss(
             logits_BC, labels_BC, self.task, weights=self.weights, label_smoothing=self.train.label_smoothing
         )

@@ -16,6 +16,6 @@ RANK = Path(__file__).parent / "control_rank.py"
 def test_three_ranks_get_the_same_answers_at_the_same_steps(lag):
     found = run_ranks(RANK, 3, str(lag))
     assert found["same"], found
-    assert found["checkpoints"] == [10, 20, 30]
+    assert found["checkpoints"][:3] == [10, 20, 30]
     assert found["stop"] == [37 + lag, PREEMPTED], "rank 2 was told at step 37"
     assert found["wait_us"] < 5000

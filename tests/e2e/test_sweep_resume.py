@@ -20,7 +20,19 @@ from mlflow import MlflowClient
 from data_shards.store import Store, open_store
 
 pytestmark = pytest.mark.slow  # about ten drivers
-SWEEP = ["tune", *TINY, "--tune.trials", "4", "--tune.epochs", "6", "--placement.trials", "1", "--json"]
+SWEEP = [
+    "tune",
+    *TINY,
+    "--tune.trials",
+    "4",
+    "--tune.epochs",
+    "6",
+    "--placement.trials",
+    "1",
+    "--json",
+    "--placement.checkpoint-steps",
+    "2",
+]  # in the middle of epochs too
 KILLS = [(1, signal.SIGKILL), (4, signal.SIGINT), (7, signal.SIGKILL), (9, signal.SIGTERM)]
 """After so many epochs of all trials together, this signal."""
 STEP = "runs/quickstart/tune"

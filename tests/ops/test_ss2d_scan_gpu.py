@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import SSConvSSM, build_model
-from medmamba.ops.ss2d_scan import backends, cuda_gpu, mamba_ssm_gpu, resolve_backend, scan
+from medmamba.ops.ss2d_scan import backends, build_ahead, cuda_gpu, mamba_ssm_gpu, resolve_backend, scan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -196,3 +196,17 @@ def test_compiled_training_keeps_the_map_once_and_as_the_operator_reads_it():
 def test_auto_takes_it():
     assert backends("cuda")["cuda"] is None
     assert resolve_backend("auto", "cuda") == "cuda"
+
+
+def test_what_was_built_ahead_is_found_by_the_network(tmp_path, monkeypatch):
+    if reason := backends("cuda")["cuda"]:
+        pytest.skip(f"backend cuda: {reason}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = MedMambaConfig(dims=(40, 80), depths=(1, 1), num_classes=2)  # widths that no other test builds
+    build_ahead("cuda", config.scan_sizes, torch.bfloat16)
+    built = set(tmp_path.rglob("*.cubin"))
+    model = build_model(config, scan="cuda", device="cuda").train()
+    with torch.autocast("cuda", torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32, device="cuda")).sum().backward()
+    assert len(built) == 2
+    assert set(tmp_path.rglob("*.cubin")) == built

@@ -4,8 +4,9 @@
 
 Its definition is reference.py. A backend is a module beside it with two functions: `scan` of the signature above, and
 `unusable(device_type)`, which says why it cannot run on such a device here (None: it can). One that is compiled on
-first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a backend is taken. A
-module may be imported only when it is asked for, so it may import what is not installed everywhere.
+first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a backend is taken;
+one that builds for each size of a network has `build_ahead(sizes, dtype)`. A module may be imported only when it is
+asked for, so it may import what is not installed everywhere.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from medmamba.ops.build_cache import BuildError
@@ -91,6 +93,12 @@ def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
     if reason := _unusable(name, device_type) or _unbuilt(name, device_type):
         raise ValueError(f"scan backend {name!r} cannot run on {device_type}: {reason}; choose auto or another")
     return name
+
+
+def build_ahead(name: str, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
+    """Builds what a resolved backend would build on first use for scans of these (channels, rank, states)."""
+    if build := getattr(_module(name), "build_ahead", None):
+        build(sizes, dtype)
 
 
 def _check(tensors: tuple[Tensor, ...]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,14 @@ def prepare(device_type: str) -> None:
     if device_type == "cuda":
         device = torch.device(device_type, torch.cuda.current_device())
         _plan(1, 14, 14, 96, 3, 16, torch.float32).kernels(device, vectors=True)
+
+
+def build_ahead(sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
+    """Builds the kernels of scans of these (channels, rank, states), which are then found in the cache; at once."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    plans = [_plan(1, 14, 14, width, rank, states + -states % _QUADS, dtype) for width, rank, states in sizes]
+    with ThreadPoolExecutor() as pool:  # NVRTC works outside of Python's lock
+        list(pool.map(lambda plan: plan.kernels(device, vectors=True), plans))
 
 
 def scan(

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from medmamba.model import MIN_SIDE, SS2D, PatchMerging, build_model, drop_path
+from medmamba.model import MIN_SIDE, SS2D, PatchMerging, build_model, draw_kept
 from medmamba.ops.ss2d_scan import backends, resolve_backend
 
 TINY = MedMambaConfig(dims=(8, 16), depths=(1, 2), num_classes=3)
@@ -129,7 +129,8 @@ def test_drop_path_grows_linearly_over_depth_to_the_configs_value():
 
 def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropped = drop_path(torch.ones(4000, 4, 3), 0.25).flatten(1)
+    images = torch.ones(4000, 4, 3)
+    dropped = (images * draw_kept(images, 0.25)).flatten(1)
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert torch.equal(dropped.amin(1), dropped.amax(1))
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)
@@ -188,3 +189,11 @@ def test_a_network_without_classes_is_refused():
 def test_a_config_that_makes_no_network_is_refused_with_the_rule(fields, message):
     with pytest.raises(ValidationError, match=message):
         MedMambaConfig(**fields)
+
+
+@pytest.mark.parametrize("variant", ["T", "nano"])
+def test_the_sizes_of_the_scans_are_those_of_the_network(variant):
+    config = MedMambaConfig(variant=variant, num_classes=2)
+    scans = [module for module in build_model(config).modules() if isinstance(module, SS2D)]
+    found = [(scan.dt_projs_bias.shape[1], scan.dt_projs_weight.shape[2], scan.A_logs.shape[1]) for scan in scans]
+    assert tuple(dict.fromkeys(found)) == config.scan_sizes

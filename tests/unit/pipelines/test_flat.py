@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medmamba.optim import OptimConfig, build_optimizer, parameter_groups
-from pipelines.worker.flat import ALIGNED, FlatParameters, clip_gradients
+from pipelines.worker.flat import ALIGNED, FlatParameters, clip_gradients, copy_gradients
 
 
 def network() -> nn.Module:
@@ -115,3 +115,11 @@ def test_only_gradients_longer_than_the_norm_are_clipped(size, scale):
     clip_gradients(parameters, size)
     norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in parameters))
     assert norm == pytest.approx(min(size, scale * math.sqrt(8)), rel=1e-5)
+
+
+def test_gradients_that_lie_otherwise_in_memory_are_copied_too():
+    """Those of convolutions come with the channels last; torch then copies every tensor of a list alone."""
+    found = [torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last), torch.randn(5), torch.randn(2, 3)]
+    views = [torch.zeros(each.shape) for each in found]
+    copy_gradients(views, found)
+    assert all(map(torch.equal, views, found))

@@ -203,3 +203,22 @@ def test_the_patience_is_that_of_the_user_and_ends_before_a_worker_that_waits_co
     with pytest.raises(ValueError, match="less than or equal to 900"):
         PlacementConfig(patience_s=901)
     assert PATIENCE_S + SILENCE_S <= SLOW_S + 60 * placed().stall_minutes < TIMEOUT_S
+
+
+def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():
+    wishes = {"workers": 3, "workers_min": 1, "cpus_per_worker": 2}
+    placement = placed(num_cpus=2, **wishes)
+    assert (placement.workers, placement.workers_min) == (3, 1)
+    with pytest.raises(ValueError, match="CPUs, but this Ray has 2"):
+        placed(num_cpus=2, workers=3, cpus_per_worker=2)
+
+
+def test_the_fewest_workers_are_at_most_all_of_them():
+    with pytest.raises(ValueError, match=r"--placement\.workers-min 4: there are at most 2 workers"):
+        placed(workers=2, workers_min=4)
+
+
+def test_only_numbers_of_workers_that_share_a_batch_evenly_are_taken():
+    train = TrainConfig(batch_size=96, micro_batch=8)
+    assert train.sizes(1, 12) == [1, 2, 3, 4, 6, 12]
+    assert train.sizes(4, 8) == [4, 6]

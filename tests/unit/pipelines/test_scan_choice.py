@@ -38,3 +38,7 @@ def test_a_ctrl_c_leaves_no_traceback_of_it(capfd):
     choice._process.send_signal(signal.SIGINT)
     assert choice.result() is None
     assert capfd.readouterr().err == ""
+
+
+def test_a_choice_is_told_before_anything_is_built_ahead():
+    assert ScanChoice("reference", "cpu", [(96, 3, 16)], ["float32", "bfloat16"]).result() == "reference"

@@ -8,9 +8,19 @@ from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
 from pipelines.override import override
 from pipelines.recipes import recipe
-from pipelines.steps.tune import SearchSpace, TuneConfig, TuneStepConfig, _check_reasons, _row, _winner, search_space
+from pipelines.steps.tune import (
+    SearchSpace,
+    TuneConfig,
+    TuneStepConfig,
+    _check_reasons,
+    _end_run,
+    _row,
+    _winner,
+    search_space,
+)
 from pipelines.sweep.ledger import Ledger, TrialEpoch, TrialRecord
 from pipelines.sweep.suggestion import suggest
+from pipelines.tracking import open_tracking
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 
 EPOCHS = 3
@@ -101,3 +111,20 @@ def test_the_overrides_of_the_winner_are_what_the_training_takes():
     row = _winner([_row(record("one", [(0.9, 0.1)]), CONFIG)])
     changed = override(recipe("quickstart"), row["overrides"])
     assert (changed.train.optim.lr, changed.train.batch_size) == (0.004, 16)
+
+
+def test_the_run_of_a_trial_that_was_stopped_before_it_had_sent_its_epochs_gets_them_from_the_record(tmp_path):
+    tracking = open_tracking(open_store(str(tmp_path)))
+    parent = tracking.client.create_run(tracking.experiment_id).info.run_id
+    kept = record("stopped", [(0.5, 1.0), (0.6, 0.9), (0.7, 0.8)], state="stopped")
+    epochs = [{"train_loss": 2.0 - n, "step": 4.0 * n, **each.metrics} for n, each in enumerate(kept.epochs, 1)]
+    kept = kept.model_copy(
+        update={"epochs": tuple(TrialEpoch(order=n, metrics=each) for n, each in enumerate(epochs, 1))}
+    )
+    run_id = tracking.trial_run(parent, kept.id, name="trial 1/8")
+    tracking.log_epoch(run_id, {**epochs[0], "epoch": 1}, [1.5, 1.4, 1.3, 1.2])
+    assert _end_run(tracking, parent, kept) == run_id
+    seen = [(point.step, point.value) for point in tracking.client.get_metric_history(run_id, "train_loss")]
+    assert sorted(seen) == [(1, 1.0), (2, 0.0), (3, -1.0)]
+    assert len(tracking.client.get_metric_history(run_id, "step_loss")) == 4
+    assert tracking.client.get_run(run_id).info.status == "FINISHED"

@@ -211,3 +211,23 @@ def test_a_full_disk_ends_the_training_with_its_place_and_it_resumes(tmp_path):
         medmamba(*arguments, cwd=tmp_path)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_sweep_of_which_mlflow_is_killed_logs_every_epoch_of_every_trial_once(mlflow, tmp_path):
+    arguments = ["tune", *TINY, "--tune.epochs", "6", "--run", "night", "--store", str(tmp_path / "store"), "--json"]
+    training = Training(arguments, env={"MLFLOW_TRACKING_URI": mlflow.address}, folder=tmp_path)
+    training.wait_for(": epoch 1  loss")
+    mlflow.kill()
+    time.sleep(SECONDS)
+    mlflow.start()
+    assert training.end() == 0, training.terminal
+    client = MlflowClient(mlflow.address)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    trials = [run for run in runs if "medmamba.trial" in run.data.tags]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(trials) == 2
+    for run in trials:
+        epochs = [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")]
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert len(epochs) >= 1
+    assert max(len(client.get_metric_history(run.info.run_id, "train_loss")) for run in trials) == 6

@@ -56,14 +56,14 @@ from data_shards.scan import (
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
-from data_shards.store import Store, StoreKeyError, open_store
+from data_shards.store import Store, StoreKeyError
 
 LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
 _log = logging.getLogger(__name__)
 
-Task = tuple[DataConfig, ShardPlan, str]
-ScanTask = tuple[DataConfig, int, list[Row], list[str], str]
+Task = tuple[DataConfig, ShardPlan, Store]
+ScanTask = tuple[DataConfig, int, list[Row], list[str], Store]
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
@@ -162,7 +162,7 @@ def _write(
     found = {plan.name: find_shard(plan, config, out, image_set=image_set) for plan in plans}
     # A shard that lacks images is made again: they may have been mended since.
     parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
-    tasks = [(config, plan, out.uri) for plan in plans if plan.name not in parts]
+    tasks = [(config, plan, out) for plan in plans if plan.name not in parts]
     run.progress(len(parts), len(plans), "shards")
     for part in run.run_tasks(write_one, tasks):
         parts[part.name] = _Part(part)
@@ -184,14 +184,14 @@ def _write(
 
 def scan_one(task: ScanTask) -> tuple[int, Fingerprints]:
     """Looks at the images of some rows; the task's number and their fingerprints. Runs in any process."""
-    config, start, rows, ids, uri = task
-    return start, scan_chunk(_source(config), rows, ids, max_side=config.max_side, out=open_store(uri))
+    config, start, rows, ids, out = task
+    return start, scan_chunk(_source(config), rows, ids, max_side=config.max_side, out=out)
 
 
 def write_one(task: Task) -> ShardPart:
-    """Writes one shard; opens the image set and the store itself, so that it can run in any process."""
-    config, plan, uri = task
-    return write_shard(plan, _source(config), config, open_store(uri))
+    """Writes one shard; opens the image set itself, so that it can run in any process."""
+    config, plan, out = task
+    return write_shard(plan, _source(config), config, out)
 
 
 def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
@@ -253,7 +253,7 @@ def _look(scan: Scan, rows: Sequence[Row], config: DataConfig, out: Store, *, ru
     tasks: list[ScanTask] = []
     for start, end in chunks(len(missing)):
         among = missing[start:end].tolist()
-        tasks.append((config, start, [rows[i] for i in among], [scan.ids[i] for i in among], out.uri))
+        tasks.append((config, start, [rows[i] for i in among], [scan.ids[i] for i in among], out))
     done = len(rows) - len(missing)
     run.progress(done, len(rows), "images")
     for start, part in run.run_tasks(scan_one, tasks):

@@ -30,11 +30,13 @@ class LostLeaseError(LeaseError):
 
 
 def is_lost(check: Callable[[], None]) -> bool:
-    """Whether `check` of a lease finds that another process has taken it."""
+    """Whether `check` of a lease finds that another process has taken it; not where the store cannot be asked."""
     try:
         check()
     except LostLeaseError:
         return True
+    except StoreError:
+        return False
     return False
 
 
@@ -112,7 +114,7 @@ class FencedLease:
 
     def _keep(self) -> None:
         """Renews until the lease is given back, or another process has taken it."""
-        wait_s = self._claim.ttl_s / 5
+        wait_s, is_told = self._claim.ttl_s / 5, False
         while not self._ended.wait(wait_s):
             wait_s = self._claim.ttl_s / 5
             try:
@@ -120,10 +122,15 @@ class FencedLease:
                     store = self._store._impatient()
                     if max(_numbers(store, self._prefix), default=0) == self.number:
                         self._write(store)
+                        is_told = False
                         continue
                     self._lose()
             except StoreError as error:
-                _log.warning("%s could not be renewed: %s", self._what, error)
+                if not is_told and _now() > self._good_until:  # once for each time that it runs out
+                    is_told = True
+                    _log.warning(
+                        "the lease of %s could not be renewed, and another process may take it: %s", self._what, error
+                    )
                 wait_s = self._claim.ttl_s / 45  # before anybody who waits has watched it for WATCH_S
                 continue
             if self._on_lost is not None and not self._ended.is_set():
@@ -144,15 +151,23 @@ def is_held(store: Store, prefix: str, number: int) -> bool:
 
     It is the last one, was not given back, and was renewed within its time by a process that is not known to be dead.
     """
-    if max(_numbers(store, prefix), default=0) != number:
-        return False
+    last = max(_numbers(store, prefix), default=0)
+    return last == number and _holder(store, prefix, last) is not None
+
+
+def current_holder(store: Store, prefix: str) -> Holder | None:
+    """The process that holds the lease `prefix`, as far as one look can tell; None where nobody does."""
+    return _holder(store, prefix, max(_numbers(store, prefix), default=0))
+
+
+def _holder(store: Store, prefix: str, number: int) -> Holder | None:
     found = _read(store, prefix, number)
     if found is None or found.is_over or found.holder.is_dead:
-        return False
+        return None
     try:
-        return store.age_s(_key(prefix, number)) <= found.ttl_s + WATCH_S
+        return found.holder if store.age_s(_key(prefix, number)) <= found.ttl_s + WATCH_S else None
     except StoreKeyError:  # somebody has taken over meanwhile
-        return False
+        return None
 
 
 @contextlib.contextmanager

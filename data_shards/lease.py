@@ -23,17 +23,21 @@ class LeaseError(StoreError):
 class Lease:
     """A held lease; ask `check` before a write that must not happen twice."""
 
-    def __init__(self, store: Store, key: str, owner: str, *, ttl_s: float):
-        self._store, self._key, self._owner, self._ttl_s = store, key, owner, ttl_s
+    def __init__(self, store: Store, key: str, owner: str, *, ttl_s: float, settle_s: float):
+        self._store, self._key, self._owner, self._ttl_s, self._settle_s = store, key, owner, ttl_s, settle_s
         self._token = secrets.token_hex(16)
         self._renewed = time.monotonic()
         self._lost = ""
         self._ended = threading.Event()
 
     def check(self) -> None:
-        """Raises LeaseError if it is no longer certain that nobody else works here."""
-        if not self._lost and time.monotonic() - self._renewed > self._ttl_s:
-            self._lost = f"it could not be renewed for {self._ttl_s:g} s"
+        """Raises LeaseError if it is no longer certain that nobody else works here.
+
+        A lease that could not be renewed in time, because the store was away or this process paused, is still ours
+        where nobody has written it since: that is asked of the store, which is waited for.
+        """
+        if not self._lost and time.monotonic() - self._renewed > self._ttl_s and not self._is_taken_back():
+            self._lost = f"it could not be renewed for {self._ttl_s:g} s, and another driver has taken it"
         if self._lost:
             raise LeaseError(
                 f"the lease {self._key} of {self._store.uri} was lost ({self._lost}), so another driver may be at "
@@ -45,6 +49,13 @@ class Lease:
         content = {"owner": self._owner, "ttl_s": self._ttl_s, "token": self._token}
         store.put(self._key, json.dumps(content, indent=1).encode())
         self._renewed = began
+
+    def _is_taken_back(self) -> bool:
+        if not self._is_ours(self._store):
+            return False
+        self._write(self._store)
+        time.sleep(self._settle_s)  # another driver may have found it over at this moment
+        return self._is_ours(self._store)
 
     def _is_ours(self, store: Store) -> bool:
         found = _read(store, self._key)
@@ -60,7 +71,7 @@ class Lease:
                     return
                 self._write(store)
             except StoreError as error:  # `check` knows how long it has been
-                _log.warning("the lease %s could not be renewed: %s", self._key, error)
+                _log.info("the lease %s could not be renewed: %s", self._key, error)
 
     def _give_back(self) -> None:
         store = self._store._impatient()
@@ -81,8 +92,9 @@ def lease(
     What it cannot do, because nothing in such a store happens at once for two: two drivers that start within a moment
     of each other both write the object, wait `settle_s` and look whose write stayed. If the write of one is under way
     for longer than that, both go on, until the next renewal of one of them (`ttl_s` / 3) finds the other's. A driver
-    that was stopped for longer than `ttl_s` finds out only at its next `check`. So `check` before each write that must
-    not happen twice, and write nothing under such a lease that two drivers would not write alike.
+    that was stopped, or without the store, for longer than `ttl_s` finds out only at its next `check`. So `check`
+    before each write that must not happen twice, and write nothing under such a lease that two drivers would not write
+    alike.
 
     Args:
         store: Where the dataset lies.
@@ -95,7 +107,7 @@ def lease(
     Raises:
         LeaseError: another driver holds it.
     """
-    held = Lease(store, key, owner, ttl_s=ttl_s)
+    held = Lease(store, key, owner, ttl_s=ttl_s, settle_s=settle_s)
     _take(held, settle_s=settle_s, until=time.monotonic() + wait_s)
     keeper = threading.Thread(target=held._keep, name=f"lease {key}", daemon=True)
     keeper.start()

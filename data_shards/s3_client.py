@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data_shards.s3_errors import Trouble, trouble_of
+from data_shards.outage import Outage, outage_of
+from data_shards.s3_errors import DamagedError, Trouble, trouble_of
 
-PATIENCE_S = 120.0  # no attempt begins later than this after its operation began
 SILENCE_S = 20.0  # an attempt ends when the server has been silent for so long
+LONGEST_PAUSE_S = 5.0  # between two attempts, unless the server asks to slow down
 # Keys that are wrong do not get better, but two workers may look while a file of keys is being rewritten.
 PATIENCE_OF = {Trouble.EXPIRED: 20.0, Trouble.REFUSED: 0.5}
 
@@ -71,12 +72,17 @@ class Pace:
 
 
 class Tries:
-    """The attempts of one operation: with which client, when the next one, and when to stop."""
+    """The attempts of one operation: with which client, when the next one, and when to stop.
 
-    def __init__(self, bucket: str, *, until: float, silence_s: float):
+    No attempt begins later than `until`, nor once the server has been away for `patience_s`, whichever operation found
+    that out: so a store that is gone for good is waited for once, not by each operation after the other.
+    """
+
+    def __init__(self, bucket: str, *, until: float, patience_s: float, silence_s: float):
         self.count = 0  # attempts that failed
         self.unsure = False  # whether one of them may have been carried out all the same
-        self._until, self._silence_s = until, silence_s
+        self._until, self._patience_s, self._silence_s = until, patience_s, silence_s
+        self._outage = store_outage(bucket)
         self._began: dict[Trouble, float] = {}
         self._pace = _pace(os.getpid(), bucket)
         self._connection = connect(silence_s)
@@ -86,13 +92,21 @@ class Tries:
         self._pace.wait()
         return self._connection.client
 
+    def answered(self) -> None:
+        """An attempt was answered, if only with a refusal: the server is there."""
+        self._outage.answered()
+
     def failed(self, error: Exception) -> None:
         """Waits until the next attempt; raises the error where none would help, or time is over."""
         trouble = trouble_of(error)
         if trouble is Trouble.FINAL:
+            self.answered()
             raise error
-        now, wait_s = time.monotonic(), random.random() * min(5.0, 0.05 * 2**self.count)
+        now, wait_s = time.monotonic(), random.random() * min(LONGEST_PAUSE_S, 0.05 * 2**self.count)
         self.count += 1
+        away_s = 0.0
+        if trouble is Trouble.BROKEN and not isinstance(error, DamagedError):
+            away_s = self._outage.failed(self._patience_s)
         self.unsure |= trouble is Trouble.BROKEN
         if trouble is Trouble.SLOW_DOWN:
             self._pace.slower()
@@ -105,9 +119,15 @@ class Tries:
                 del self._began[trouble]
             elif now + wait_s > began + PATIENCE_OF[trouble]:
                 raise error
-        if now + wait_s > self._until:
+        if now + wait_s > self._until or away_s > self._patience_s:
             raise error
         time.sleep(wait_s)
+
+
+def store_outage(bucket: str) -> Outage:
+    """Whether the server of a bucket is away, as this process sees it."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return outage_of(f"the store s3://{bucket}" + (f" at {endpoint}" if endpoint else ""))
 
 
 # Per process (a forked one must not share sockets) and environment (tests change keys).

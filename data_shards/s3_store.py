@@ -14,12 +14,14 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_shards.s3_client import PATIENCE_S, SILENCE_S, Tries, connect
+from data_shards.outage import PATIENCE_S, span
+from data_shards.s3_client import LONGEST_PAUSE_S, SILENCE_S, Tries, connect, store_outage
 from data_shards.s3_errors import DamagedError, ReplacedError, code_of, explain, failures
 from data_shards.s3_read import Reading
 from data_shards.s3_upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
-from data_shards.store import Store, StoreError, StoreKeyError, checked_key, tell_unconditional
+from data_shards.store import Store, StoreAwayError, StoreError, StoreKeyError, checked_key, tell_unconditional
 
+RESUME = "run the same command to resume"
 _WINDOW_BYTES = 16 << 20
 _EXISTS = ("PreconditionFailed", "412")
 _MARKERS = {  # how the next page is asked for: argument -> where the last page tells it
@@ -34,10 +36,11 @@ _heeds: dict[tuple[str, str], bool] = {}
 class S3Store(Store):
     """Objects below a prefix of an S3 bucket.
 
-    Time: no attempt begins later than `patience_s` (120 s) after its operation began, and one ends when the server has
-    been silent for `silence_s` (20 s). So a server that is dead, or fails each time, is told after 140 s at the latest,
-    expired keys after 20 s, wrong ones at once. An object of more than 64 MiB is written in parts, and `fetch` reads in
-    windows of 16 MiB: each of them is an operation of its own.
+    Time: no attempt begins later than `patience_s` (15 minutes) after its operation began, or after the server went
+    away (see `outage`, which also reports that it is waited for), and one ends when the server has been silent for
+    `silence_s` (20 s). So a server that is gone for good is an error after `patience_s` + `silence_s`, for all
+    operations together; expired keys are one after 20 s, wrong ones at once. An object of more than 64 MiB is written
+    in parts, and `fetch` reads in windows of 16 MiB: each of them is an operation of its own.
 
     Content: every body is compared with its announced length, and a whole object with its ETag, which is its MD5
     unless the bucket encrypts with keys of KMS or of the customer. A range alone and a listing have no checksum in S3:
@@ -53,7 +56,7 @@ class S3Store(Store):
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._root = f"{prefix}/" if prefix else ""
-        self._patience_s, self._silence_s = patience_s, silence_s
+        self.patience_s, self._silence_s = patience_s, silence_s
         self._until = float("inf")  # of all operations together
 
     @property
@@ -164,6 +167,7 @@ class S3Store(Store):
         while True:
             try:
                 answer = tries.client().put_object(Body=body, ContentMD5=checksum, **place, **condition)
+                tries.answered()
                 tag = comparable_etag(answer)
                 if etag_of(body, like=tag) == tag or self._read(Reading(place)) == body:
                     return True
@@ -173,6 +177,7 @@ class S3Store(Store):
                 raise DamagedError(f"the server stored other bytes than were sent (its ETag is {tag})")
             except failures() as error:
                 if if_absent and code_of(error) in _EXISTS:
+                    tries.answered()
                     # An attempt whose answer was lost may have written it: then these are our bytes.
                     return tries.unsure and self.holds(key, body)
                 if condition and code_of(error) == "NotImplemented":
@@ -208,6 +213,7 @@ class S3Store(Store):
         while True:
             try:
                 parts.complete(tries.client(), **condition)
+                tries.answered()
                 return True
             except failures() as error:
                 is_there, is_lost = code_of(error) in _EXISTS, code_of(error) in ("NoSuchUpload", "404")
@@ -284,13 +290,15 @@ class S3Store(Store):
         tries = self._tries()
         while True:
             try:
-                return call(tries.client())
+                found = call(tries.client())
+                tries.answered()
+                return found
             except failures() as error:
                 tries.failed(error)
 
     def _tries(self) -> Tries:
-        until = min(time.monotonic() + self._patience_s, self._until)
-        return Tries(self.bucket, until=until, silence_s=self._silence_s)
+        until = min(time.monotonic() + self.patience_s, self._until)
+        return Tries(self.bucket, until=until, patience_s=self.patience_s, silence_s=self._silence_s)
 
     @property
     def _heeds(self) -> bool | None:
@@ -311,7 +319,7 @@ class S3Store(Store):
                 self.delete(key)
 
     def _impatient(self) -> Store:
-        impatient = S3Store(self.bucket, self.prefix, patience_s=4, silence_s=4)
+        impatient = S3Store(self.bucket, self.prefix, patience_s=self.patience_s, silence_s=4)
         impatient._until = time.monotonic() + 4
         return impatient
 
@@ -326,6 +334,10 @@ class S3Store(Store):
             if key is not None and code_of(error) in ("NoSuchKey", "404"):
                 raise StoreKeyError(f"{self.uri} has no object {key}") from error
             reason = explain(error, bucket=self.bucket, uri=self.uri)
+            away_s = store_outage(self.bucket).away_s
+            if self._until == float("inf") and 0 < self.patience_s - LONGEST_PAUSE_S <= away_s:
+                reason += f"; the wait of {span(self.patience_s)} (--placement.patience-s) is over; {RESUME}"
+                raise StoreAwayError(f"{self.uri}: {doing}: {reason}") from error
             raise StoreError(f"{self.uri}: {doing}: {reason}") from error
 
 

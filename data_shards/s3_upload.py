@@ -50,6 +50,7 @@ class Parts:
         while True:
             try:
                 answer = tries.client().upload_part(**self._upload, PartNumber=number, Body=part, ContentMD5=checksum)
+                tries.answered()
                 found = comparable_etag(answer)
                 # Twice the same for the same bytes: then it is the server's own idea of an ETag.
                 if found in ("", md5.hexdigest(), seen):

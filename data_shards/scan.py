@@ -149,7 +149,7 @@ def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], F
     """What tries of this conversion left, and those of the same dataset under another name: id -> place, and prints."""
     root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
     if root and "/" not in rest:
-        out = open_store(f"{root}/datasets/{dataset}")
+        out = open_store(f"{root}/datasets/{dataset}", patience_s=out.patience_s)
         keys = [key for key in out.list() if key.count("/") == 2 and key.partition("/")[2].startswith(FOLDER)]
     else:
         keys = list(out.list(FOLDER))
@@ -287,7 +287,7 @@ def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
     root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
     if not root or "/" in rest:
         return  # a place of its own, in no store of ours
-    datasets = open_store(f"{root}/datasets")
+    datasets = open_store(f"{root}/datasets", patience_s=out.patience_s)
     keys = set(datasets.list())
     for key in sorted(keys):
         name = key.removesuffix(f"/{FINGERPRINTS}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from data_shards.disk import DiskFullError, full_disk, says_full, size_text
+from data_shards.outage import PATIENCE_S
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -38,6 +39,10 @@ class StoreFullError(StoreError, DiskFullError):
     """The disk of a local store is full."""
 
 
+class StoreAwayError(StoreError):
+    """The store's server was away for longer than it is waited for."""
+
+
 class StoreKeyError(StoreError, KeyError):
     """No object of this key in the store."""
 
@@ -45,10 +50,15 @@ class StoreKeyError(StoreError, KeyError):
 
 
 class Store(ABC):
-    """A place that holds objects by key. `uri` is an absolute folder or `s3://bucket/prefix`."""
+    """A place that holds objects by key. `uri` is an absolute folder or `s3://bucket/prefix`.
+
+    `patience_s` is how long a store on a server is waited for while it is away; whatever is made from a store (`at`, a
+    copy in another process) has the patience of the store.
+    """
 
     uri: str
     is_local: bool
+    patience_s: float = PATIENCE_S
 
     @property
     @abstractmethod
@@ -124,7 +134,7 @@ class Store(ABC):
 
     def at(self, *parts: str) -> Store:
         """The part of this store below `parts`."""
-        return open_store("/".join([self.uri, *(checked_key(part) for part in parts)]))
+        return open_store("/".join([self.uri, *(checked_key(part) for part in parts)]), patience_s=self.patience_s)
 
     def check(self) -> None:
         """Writes, reads and deletes a probe object; StoreError within 15 s, naming what is wrong."""
@@ -147,7 +157,7 @@ class Store(ABC):
         return self
 
     def __reduce__(self):
-        return open_store, (self.uri,)
+        return _reopened, (self.uri, self.patience_s)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
@@ -159,8 +169,11 @@ class Store(ABC):
         return hash(self.uri)
 
 
-def open_store(uri: str) -> Store:
-    """The store at a folder ('./x', '/x', 'file:///x') or at 's3://bucket/prefix'. Touches neither disk nor network."""
+def open_store(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
+    """The store at a folder ('./x', '/x', 'file:///x') or at 's3://bucket/prefix'. Touches neither disk nor network.
+
+    `patience_s` is how long each read and write waits for a server that is away (see `Store`).
+    """
     uri = str(uri)
     if uri.startswith("s3://"):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -168,7 +181,7 @@ def open_store(uri: str) -> Store:
             raise StoreError(f"{uri!r} names no bucket: write s3://bucket/prefix")
         from data_shards.s3_store import S3Store
 
-        return S3Store(bucket, "/".join(part for part in prefix.split("/") if part))
+        return S3Store(bucket, "/".join(part for part in prefix.split("/") if part), patience_s=patience_s)
     if uri.startswith("file://"):
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or not parts.path:
@@ -177,6 +190,10 @@ def open_store(uri: str) -> Store:
     if not uri or "://" in uri:
         raise StoreError(f"{uri!r} is no store: give a folder or s3://bucket/prefix")
     return FileStore(Path(os.path.abspath(os.path.expanduser(uri))))
+
+
+def _reopened(uri: str, patience_s: float) -> Store:
+    return open_store(uri, patience_s=patience_s)
 
 
 def checked_key(key: str) -> str:

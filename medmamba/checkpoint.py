@@ -17,13 +17,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
-from medmamba.config import MOST_CLASSES, VARIANTS, ConvNetConfig, MedMambaConfig, ModelConfig
+from medmamba.config import MODEL, MOST_CLASSES, VARIANTS, WEIGHTS, ConvNetConfig, MedMambaConfig, ModelConfig
 from medmamba.model import build_model
 
-WEIGHTS, MODEL = "weights.safetensors", "model.json"
 _FORMAT = 1
 # Keys below which training scripts keep a state dict, and what torch's wrappers put into the names of its tensors.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "network", "module")
@@ -122,8 +121,18 @@ def model_files(
     state: Mapping[str, Tensor], config: MedMambaConfig | ConvNetConfig, card: Mapping[str, Any]
 ) -> tuple[bytes, bytes]:
     """The bytes of weights.safetensors and model.json; the same values give the same bytes."""
+    return save(_portable(state)), description(config, card)
+
+
+def description(config: MedMambaConfig | ConvNetConfig, card: Mapping[str, Any]) -> bytes:
+    """The bytes of model.json."""
     text = json.dumps({"format": _FORMAT, "config": config.model_dump(mode="json"), "card": card}, indent=2)
-    return save(_portable(state)), text.encode() + b"\n"
+    return text.encode() + b"\n"
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the file weights.safetensors, the bytes of `model_files`, without holding Python's lock meanwhile."""
+    save_file(_portable(state), path)
 
 
 def model_digest(weights: bytes, described: bytes) -> str:

@@ -13,6 +13,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nano": ((24, 48, 96, 192), (1, 1, 1, 1)),
 }
 
+WEIGHTS, MODEL = "weights.safetensors", "model.json"  # the files of a model (medmamba.checkpoint)
 PATCH = 4  # pixels of an image's side that become one position of the first stage
 # Far beyond what any machine trains. A model.json may come from anybody, and decides how much memory is taken.
 MOST_STAGES, MOST_CLASSES = 8, 1 << 16

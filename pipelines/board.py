@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
+
+from data_shards.outage import listening
+from pipelines.monitor import Monitor
 
 POLL_S = 0.5
 LOOK_S = 10.0  # the longest that one look waits; the last one, when the work is over, waits less
 LAST_LOOK_S = 3.0
 
 
-class Board:
-    """Keeps what was posted since the last look. Runs as a Ray actor."""
+class Board(Monitor):
+    """Keeps what was posted since the last look, and who works. Runs as a Ray actor."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._posts: list[tuple[str, dict]] = []
 
     def post(self, name: str, values: dict) -> None:
@@ -32,6 +37,11 @@ def post(board: Any, name: str, values: dict) -> None:
     """Posts to a board, from a worker. Never fails: a training does not end because nobody sees how far it is."""
     with contextlib.suppress(Exception):
         board.post.remote(name, values)
+
+
+def hear_outages(board: Any, name: str) -> contextlib.AbstractContextManager[None]:
+    """Posts what this process finds out about services that are away, while the block lasts."""
+    return listening(lambda notice: post(board, name, {"outage": asdict(notice)}))
 
 
 class Watch:

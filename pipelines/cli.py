@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 
 from data_shards.catalog import card
 from data_shards.disk import require_temporary_folder
+from data_shards.outage import PATIENCE_S, listening
 from data_shards.store import Store, StoreError, open_store
 from medmamba.config import MedMambaConfig
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
@@ -46,6 +48,7 @@ from pipelines.ray_session import RaySessionError
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.scratch import remove_left_behind
 from pipelines.steps.shard import check_images
+from pipelines.stops import Paused
 from pipelines.summary import print_plan, print_profile, print_summary
 from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
 from pipelines.work_log import own_messages, work_log
@@ -56,6 +59,7 @@ DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
 # within seconds, also where Ray is gone.
 SIGNALS_WITHIN_S, ENDING_S = 1.0, 20.0
 DEFAULT_STORE = "./medmamba-store"
+_BEGAN = time.monotonic()
 WORKFLOW_FILE = "workflow.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -133,6 +137,10 @@ class StepWork(Work[Values, Where]):
 @dataclass(frozen=True)
 class TrainWork(StepWork[Values, Where], ProfiledWork[Values, Where]):
     """Bring the training, and whatever it needs, to done."""
+
+    max_minutes: float = 0.0
+    """End at a checkpoint after so many minutes, counted from the start of the command, with exit code 0; the same
+    command resumes. 0: train to the end."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ def _initial_weights(work: Resolved) -> InitialWeights | None:
 
 
 def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: InitialWeights | None) -> int:
-    store = _open(work.store)
+    store = _open(work.store, patience_s=work.placement.patience_s)
     if work.dry_run:
         return _dry_run(work, workflow, plan(), store, init=init)
     require_temporary_folder()
@@ -242,7 +250,7 @@ def _work(work: Resolved, workflow: str, plan: Callable[[], list[Step]], init: I
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
-            with own_messages(terminal.say):
+            with own_messages(terminal.say), listening(terminal.outage):
                 states = _brought(work, workflow, plan, store, terminal=terminal, init=init)
         except (WorkflowError, RaySessionError) as error:
             if isinstance(error, RaySessionError):
@@ -343,12 +351,20 @@ def _open_context(
         raise
     if not opened.done():
         terminal.begin("opening MLflow")
-    tracking = opened.result()
+    tracking = replace(opened.result(), patience_s=work.placement.patience_s)
     tracking.close_killed(store.at("runs", work.run))
     terminal.ready()
     kept = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(kept, indent=2, sort_keys=True).encode())
-    return StepContext(store, work.run, placement, tracking, terminal, check, profile=_is_profiled(work))
+    return StepContext(
+        store, work.run, placement, tracking, terminal, check, profile=_is_profiled(work), until=_until(work)
+    )
+
+
+def _until(work: Resolved) -> float:
+    """When the command's time is up, on the monotonic clock; 0: never."""
+    minutes = work.max_minutes if isinstance(work, TrainWork) else 0.0
+    return _BEGAN + 60 * minutes if minutes > 0 else 0.0
 
 
 def _preload(to_do: Collection[str], after: Future[Any]) -> None:
@@ -604,6 +620,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _nobody_reads()
     except HelpShown:
         return _flushed(DONE)
+    except Paused as paused:
+        return _tell(paused, DONE)
     except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train a Ctrl-C
         return _tell(INTERRUPTED, FAILED)
     except Exception as error:  # the last boundary: the traceback is kept, the user gets a line
@@ -700,9 +718,9 @@ def _kept_workflow(work: Resolved) -> str:
     return kept["workflow"] if kept else ""
 
 
-def _open(uri: str) -> Store:
+def _open(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
     try:
-        store = open_store(uri)
+        store = open_store(uri, patience_s=patience_s)
     except StoreError as error:  # nothing was reached for yet: the address itself cannot be meant
         raise UsageError(f"--store: {error}") from None
     store.reach()  # once it has answered, a step waits for it with more patience

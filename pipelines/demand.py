@@ -12,11 +12,12 @@ from pipelines.flow.runner import step_folder
 from pipelines.override import override
 from pipelines.placement import Demand, Placement
 from pipelines.recipes import Recipe
-from pipelines.steps.train import find_checkpoint
+from pipelines.steps.train import begun_training
 from pipelines.worker.config import TrainConfig
-from pipelines.worker.state import check_resumable
+from pipelines.worker.old_checkpoint import check_placement
 
-OF_CHECKPOINT = ("ranks", "zero_stage", "compile", "flat")
+OF_CHECKPOINT = ("zero_stage", "compile")
+OF_OLD_CHECKPOINT = (*OF_CHECKPOINT, "ranks", "flat")
 
 
 class RunDemand:
@@ -27,14 +28,18 @@ class RunDemand:
         train = by_name.get("train")
         self._trainings = _possible_trainings(recipe, by_name) if train and train.state != "done" else []
         begun = train is not None and train.state in ("interrupted", "failed")
-        self._checkpoint: dict[str, Any] | None = find_checkpoint(step_folder(store, run, "train")) if begun else None
+        self._checkpoint: dict[str, Any] | None = None
+        self._is_old = False  # such a checkpoint resumes on the ranks and the stage that wrote it, and nowhere else
+        if begun:
+            self._checkpoint, self._is_old = begun_training(step_folder(store, run, "train"))
 
     def for_placement(self) -> Demand:
         """What `auto` has to know to choose a number of workers that the run can finish on."""
         if not self._trainings:
             return Demand()
         sizes = [training.batch_size for training in self._trainings]
-        kept = {name: value for name, value in (self._checkpoint or {}).items() if name in OF_CHECKPOINT}
+        names = OF_OLD_CHECKPOINT if self._is_old else OF_CHECKPOINT
+        kept = {name: value for name, value in (self._checkpoint or {}).items() if name in names}
         name = "batch size" if len(sizes) == 1 else "batch sizes"
         return Demand(
             micro_batches=math.gcd(*(training.accumulation(1) for training in self._trainings)),
@@ -49,8 +54,10 @@ class RunDemand:
         """
         for training in self._trainings:
             training.accumulation(placement.workers)
-        if self._checkpoint:
-            check_resumable(self._checkpoint, placement=placement, manifest=self._checkpoint["manifest"])
+            if placement.workers_min:
+                training.accumulation(placement.workers_min)
+        if self._checkpoint and self._is_old:
+            check_placement(self._checkpoint, placement)
 
 
 def _possible_trainings(recipe: Recipe, states: Mapping[str, StepState]) -> list[TrainConfig]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data_shards.disk import full_disk, is_full, says_full, temporary_folder
+from pipelines.group_faults import RESUME, GroupFault
 
-RESUME = "run the same command to resume"
 ON_THE_TERMINAL = "run the same command to see why: reasons that may name files are shown on the terminal only"
 # What Ray says, only in its texts, of a process or a machine that was lost.
 _NO_MEMORY = ("low on memory", "OutOfMemoryError: Task was killed", "killed by the memory monitor")
@@ -51,6 +51,9 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
     if mistake is not None:
         return str(mistake)
     chain = list(causes(error))
+    fault = next((each for each in chain if isinstance(each, GroupFault)), None)
+    if fault is not None:
+        return str(fault)
     text = "\n".join(f"{type(each).__name__}: {each}" for each in chain)
     if any(says_full(each) for each in chain):
         return f"{_disk_line(chain, places)}, then {RESUME}"
@@ -74,6 +77,15 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
     return (
         f"unexpected {type(_innermost(error)).__name__}: {_first_line(error)}; if it comes again, report it as a defect"
     )
+
+
+def comes_again(error: BaseException) -> bool:
+    """Whether the same work would end in the same way: a user's mistake, or a GPU or a disk that is full."""
+    if users_mistake(error) is not None:
+        return True
+    chain = list(causes(error))
+    text = "\n".join(f"{type(each).__name__}: {each}" for each in chain)
+    return any(says_full(each) for each in chain) or any(sign in text for sign in (*_GPU_FULL, *_NO_COMPILER))
 
 
 def lost_ray(server: str) -> str:

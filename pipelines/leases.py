@@ -34,7 +34,7 @@ def driver_lease(store: Store, run: str, *, wait_s: float, say: Callable[[str], 
     """
     with fenced_lease(
         store,
-        f"leases/runs/{run}",
+        run_lease_key(run),
         what=f"run {run!r}",
         remedy="wait until it has finished (--wait-s SECONDS waits longer) or end that process, then run the same "
         "command again; `medmamba status` shows how far it is; another run needs another name (--run NAME)",
@@ -48,6 +48,11 @@ def driver_lease(store: Store, run: str, *, wait_s: float, say: Callable[[str], 
             if held.is_lost:
                 held.check()
             raise
+
+
+def run_lease_key(run: str) -> str:
+    """Where the lease of a run is in the store."""
+    return f"leases/runs/{run}"
 
 
 def _interrupt_main() -> None:

@@ -9,8 +9,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_shards.outage import PATIENCE_S
+
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
+# A worker that waits for longer counts as stalled (monitor.SLOW_S).
+LONGEST_PATIENCE_S = 900.0
 
 
 Device = Literal["cpu", "cuda"]
@@ -32,14 +36,14 @@ class Demand:
     0: any number of workers will do."""
     batches: str = ""
     """The batch sizes that this follows from, as the user wrote them."""
-    ranks: int = 0
-    """Workers that wrote the checkpoint from which a training resumes; 0: there is none."""
     zero_stage: int = 0
-    """The ZeRO stage of that checkpoint."""
-    compile: Literal["on", "off"] = "off"
-    """Whether that training was compiled."""
-    flat: bool = False
-    """Whether that checkpoint holds flat parameters."""
+    """The ZeRO stage of the checkpoint from which a training resumes."""
+    compile: Literal["on", "off", ""] = ""
+    """Whether that training was compiled; empty: there is no checkpoint."""
+    ranks: int = 0
+    """Workers that wrote a checkpoint that only as many can resume (an old format); 0: any number can."""
+    flat: bool | None = None
+    """Whether such a checkpoint holds flat parameters; None: it does not matter."""
 
 
 NO_DEMAND = Demand()
@@ -53,6 +57,9 @@ class PlacementConfig(BaseModel):
     workers: int = Field(0, ge=0)
     """Training workers. 0: one per GPU, fewer where the batches of the recipe cannot be shared evenly among so many, or
     one with all CPUs where there is no GPU."""
+    workers_min: int = Field(0, ge=0)
+    """With how many workers a training goes on where nodes are lost, until there are nodes for all again; it takes only
+    numbers among which a step's micro-batches can be shared evenly. 0: it waits for nodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
@@ -74,6 +81,17 @@ class PlacementConfig(BaseModel):
     """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
     workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
     that do not fit are decoded in each epoch."""
+    checkpoint_minutes: float = Field(5, ge=0)
+    """A training writes a checkpoint at least so often, and so loses at most so much work. 0: only at the ends of
+    epochs."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """Steps after which a checkpoint is written. 0: by time alone."""
+    stall_minutes: float = Field(3, gt=0)
+    """A training worker that gives no sign of life for so long is ended, and the workers start again, once. Compiling,
+    validation and waiting for data may take 15 minutes more."""
+    patience_s: float = Field(PATIENCE_S, ge=1, le=LONGEST_PATIENCE_S)
+    """Seconds that every step waits for a store on S3 or for MLflow while they are away, before it ends. A training
+    continues without MLflow, and what it logs is sent later."""
     prices: str = ""
     """TOML file with the price of an hour of each kind of GPU in US dollars ("NVIDIA H200" = 4.0). A training then
     ends with what it has cost."""
@@ -97,7 +115,12 @@ class Placement(BaseModel):
     """auto: on where the training is long enough to pay, which a worker decides."""
     flat: bool = False
     """Whether the parameters of an optimizer group are one tensor to DeepSpeed."""
+    patience_s: float = PATIENCE_S
     prices: str = ""
+    workers_min: int = 0
+    checkpoint_minutes: float = 5
+    checkpoint_steps: int = 0
+    stall_minutes: float = 3
 
     @property
     def cache_bytes(self) -> int:
@@ -162,8 +185,14 @@ def resolve(
             "--placement.device cuda: this Ray has no GPU; start it on a machine with one, or leave the device on auto"
         )
     workers = config.workers or _auto_workers(config, nodes, device, demand, say=say)
-    cpus = _cpus_per_worker(config, nodes, workers, device)
-    if fault := _fault(nodes, workers, cpus, device):
+    if config.workers_min > workers:
+        raise ValueError(
+            f"--placement.workers-min {config.workers_min}: there are at most {workers} workers; lower it, or raise "
+            "--placement.workers"
+        )
+    needed = config.workers_min or workers  # the others may come later
+    cpus = _cpus_per_worker(config, nodes, needed, device)
+    if fault := _fault(nodes, needed, cpus, device):
         raise ValueError(fault)
     stage = int(config.zero_stage) if config.zero_stage != "auto" else demand.zero_stage
     if stage == 3 and config.compile == "on":
@@ -175,7 +204,7 @@ def resolve(
     compiled: Literal["auto", "on", "off"] = "auto" if captured else "off"
     if config.compile != "auto":
         compiled = config.compile
-    elif demand.ranks:
+    elif demand.compile:
         compiled = demand.compile
     trials, cpus_per_trial = _trials(config, nodes, device)
     return Placement(
@@ -189,8 +218,13 @@ def resolve(
         nodes=len(nodes),
         cache_gib=config.cache_gib,
         compile=compiled,
-        flat=demand.flat if demand.ranks else captured,
+        flat=captured if demand.flat is None else demand.flat,
+        patience_s=config.patience_s,
         prices=config.prices,
+        workers_min=config.workers_min,
+        checkpoint_minutes=config.checkpoint_minutes,
+        checkpoint_steps=config.checkpoint_steps,
+        stall_minutes=config.stall_minutes,
     )
 
 

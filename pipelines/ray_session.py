@@ -32,6 +32,7 @@ JOIN_WAIT_S = 300.0
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # ray.train.report waits for this poll: 2 s an epoch by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a node that will be taken away may be gone within seconds
     "RAY_worker_niceness": "0",  # workers at nice 15 starve beside anything else on a shared machine
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it every task prints a warning
     "RAY_DEDUP_LOGS": "0",
@@ -44,7 +45,7 @@ DEFAULTS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own takes a Ctrl-C for the end of the sweep
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial that was ended may need so long before the next takes its process
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a driver that is killed forgets the trials begun since; 10 by default
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # nobody reads what Tune saves
 }
 # The same, of a Ray of our own only: a cluster's belongs to whoever started it.
 OWN_DEFAULTS = {

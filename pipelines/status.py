@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from data_shards.fenced_lease import current_holder
 from data_shards.store import Store
 from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
+from pipelines.leases import run_lease_key
 from pipelines.promotions import abandoned_moves
-from pipelines.steps.tune import trial_name
+from pipelines.sweep.ledger import trial_name
+from pipelines.worker.checkpoints import Checkpoints
 
 
 def read_status(store: Store, run: str = "") -> list[dict]:
@@ -16,6 +19,7 @@ def read_status(store: Store, run: str = "") -> list[dict]:
         if len(parts) == 4 and parts[3] in (CONFIG, RECORD, FAILURE):
             begun.setdefault((parts[1], parts[2]), set()).add(parts[3])
     rows, abandoned = [], abandoned_moves(store)
+    held = {name: current_holder(store, run_lease_key(name)) for name, _ in begun}
     for (name, step), files in begun.items():
         out = store.at("runs", name, step)
         record = read_record(out) if RECORD in files else None
@@ -24,10 +28,12 @@ def read_status(store: Store, run: str = "") -> list[dict]:
             {
                 "run": name,
                 "step": step,
-                "state": "done" if record else "failed" if failure else "interrupted",
+                "state": "done" if record else "failed" if failure else "running" if held[name] else "interrupted",
                 "finished": record.finished if record else None,
                 "seconds": record.seconds if record else None,
-                "told": failure.reason if failure else _told(record) or abandoned.get(f"runs/{name}/{step}", ""),
+                "told": failure.reason
+                if failure
+                else _told(record) or abandoned.get(f"runs/{name}/{step}", "") or _progress(out),
             }
         )
     return sorted(rows, key=lambda row: (row["run"], row["finished"] or "9"))
@@ -36,6 +42,16 @@ def read_status(store: Store, run: str = "") -> list[dict]:
 def winner_name(facts: dict) -> str:
     """The trial that won a sweep as users read it: "trial 3/8"; its id in records of before trials had numbers."""
     return trial_name(facts.get("winner_number", 0), len(facts["trials"]), facts["winner_trial"])
+
+
+def _progress(out: Store) -> str:
+    """How far an unfinished training is stored; empty for other steps, and where it has not stored anything."""
+    state = Checkpoints(out).newest_state()
+    if state is None:
+        return ""
+    into = f" and {len(state['losses'])} steps" if state["losses"] else ""
+    minutes = Checkpoints(out).age_s() / 60
+    return f"checkpoint after {state['epoch']} epochs{into}, {minutes:.0f} min ago"
 
 
 def _told(record: Record | None) -> str:

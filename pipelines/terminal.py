@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from data_shards.outage import Notice
 from pipelines.work_log import WorkLog
 
 PLAIN_EVERY_S = 10.0
@@ -58,6 +59,8 @@ class Terminal:
         self._began: dict[str, tuple[float, int]] = {}
         self._said: dict[str, float] = {}
         self._waiting: tuple[str, float] | None = None
+        self._away: set[str] = set()
+        self._back: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """One line."""
@@ -103,6 +106,9 @@ class Terminal:
 
     def progress(self, name: str, values: dict[str, Any]) -> None:
         """Shows how far `name` (a step or a trial) is: {"done", "total", "unit"}, or what the loop reports."""
+        if "outage" in values:
+            self.outage(Notice(**values["outage"]))
+            return
         self.ready()
         if "begin" in values:
             self.begin(values["begin"])
@@ -121,6 +127,18 @@ class Terminal:
             if "loss" in values:
                 text += f"  loss {values['loss']:.3f}"
             self._bar(name, done, total, text, values.get("left_s"))
+
+    def outage(self, notice: Notice) -> None:
+        """A service is away, or back: said once, however many processes notice it."""
+        is_over, who = notice.over_after_s > 0, notice.who
+        if is_over and (who in self._away or notice.sent):
+            self._away.discard(who)
+            self._back[who] = notice.since + notice.over_after_s
+        elif not is_over and who not in self._away and notice.since > self._back.get(who, 0.0):
+            self._away.add(who)
+        else:
+            return
+        self.say(str(notice))
 
     def close(self) -> None:
         """Ends the live display."""

@@ -12,21 +12,23 @@ import hashlib
 import http.client
 import json
 import logging
+import math
 import os
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data_shards.disk import full_disk, is_full, says_full
 from data_shards.fenced_lease import is_lost
+from data_shards.outage import Outage, outage_of, span
 from data_shards.store import Store, StoreKeyError
-from pipelines.faults import kept_reason
+from pipelines.faults import RESUME, kept_reason
 from pipelines.flow.record import CONFIG
 from pipelines.interrupt import is_interrupted
 from pipelines.provenance import git_commit
@@ -44,6 +46,9 @@ SETTINGS = {
 }
 ONE_HOST_SCHEMES = ("sqlite", "file", "")
 LOST = ("Max retries exceeded", "timed out", "Connection refused", "RemoteDisconnected")  # said of a server gone
+# Said of one that is there, or of a SQLite file, and cannot do it at this moment.
+BUSY = ("database is locked", "TEMPORARILY_UNAVAILABLE", "failed with error code 5", "Connection reset", "deadlock")
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0  # between two attempts
 REASON = "medmamba.failure"  # tag of a run that failed: why
 TAG_CHARACTERS = 500
 PARAM_CHARACTERS = 6000  # the most that MLflow keeps of one parameter
@@ -52,18 +57,34 @@ RECENT_S = 60.0  # if what it belongs to was begun less than this ago
 BATCH_METRICS = 1000  # points in one call, MLflow's limit
 BATCH_ENTRIES = 100  # parameters or tags in one call
 Made = TypeVar("Made")
+# Addresses at which this process has begun a run: from then on a server that is away is waited for.
+_reached: set[str] = set()
 
 
 class TrackingError(ValueError):
     """MLflow cannot do what was asked: says which address, what is wrong and what to do."""
 
 
+class AwayError(TrackingError):
+    """MLflow does not answer, or cannot do it at this moment: another attempt may succeed."""
+
+
+class PatienceError(TrackingError):
+    """MLflow was away for longer than it is waited for."""
+
+
 @dataclass(frozen=True)
 class Tracking:
-    """One experiment of one MLflow. Picklable; usable in the driver and in every worker."""
+    """One experiment of one MLflow. Picklable; usable in the driver and in every worker.
+
+    What is logged (metrics, parameters, tags, the end of a run) waits for an MLflow that is away, for up to
+    `patience_s`, and says so (`data_shards.outage`); so does the begin of a run once this process has begun one.
+    Everything else raises AwayError within 15 s.
+    """
 
     uri: str = field(repr=False)  # it may hold a password
     experiment_id: str
+    patience_s: float = 0.0
 
     @property
     def client(self) -> Any:
@@ -80,9 +101,62 @@ class Tracking:
         """The uri without a password, for records and people."""
         return public_address(self.uri)
 
+    @property
+    def impatient(self) -> Tracking:
+        """The same, without waiting for an MLflow that is away."""
+        return replace(self, patience_s=0.0)
+
     def errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """Turns what MLflow raises inside the block into a TrackingError."""
         return _errors(self.uri, doing)
+
+    def patiently(self, do: Callable[[], Made], *, kept: Callable[[], str] = lambda: "") -> Made:
+        """What `do` returns; called again after growing pauses while MLflow is away.
+
+        An attempt of which the answer was lost may have been carried out, so `do` must be something to be done twice.
+        `kept` says, once MLflow is back, what was kept meanwhile and is sent now.
+
+        Raises:
+            AwayError: `patience_s` is 0 and MLflow is away.
+            PatienceError: it was away for longer than `patience_s`.
+            TrackingError: it refuses.
+        """
+        if not self.patience_s:
+            return do()
+        outage, pause_s = self._outage, FIRST_PAUSE_S
+        while True:
+            try:
+                found = do()
+            except AwayError as error:
+                away_s = outage.failed(self.patience_s)
+                if away_s + pause_s > self.patience_s:
+                    raise PatienceError(self._gone(away_s)) from error
+                time.sleep(pause_s)
+                pause_s = min(LONGEST_PAUSE_S, 1.5 * pause_s)
+            except PatienceError:
+                raise
+            except TrackingError:
+                outage.answered()
+                raise
+            else:
+                outage.answered(kept())
+                return found
+
+    @property
+    def is_away(self) -> bool:
+        """Whether this process waits for an MLflow that does not answer."""
+        return self._outage.away_s > 0
+
+    @property
+    def _outage(self) -> Outage:
+        return outage_of(f"MLflow at {self.address}", "the work goes on, and what it logs is kept and sent later")
+
+    def _gone(self, away_s: float) -> str:
+        began = time.strftime("%H:%M:%S", time.localtime(time.time() - away_s))
+        return (
+            f"MLflow at {self.address} has not answered since {began}, and the wait of {span(self.patience_s)} "
+            f"(--placement.patience-s) is over: start it, then {RESUME}"
+        )
 
     def step_run(
         self,
@@ -128,7 +202,8 @@ class Tracking:
         `name` is what users read, by default made from the id.
         """
         identity = {**_parent(parent_id), "medmamba.trial": trial_id}
-        run_id = self._begin(self._find(identity), name or f"trial {trial_id}", identity)
+        # Looked for before each attempt: one of which the answer was lost may have made it.
+        run_id = self.patiently(lambda: self._begin(self._find(identity), name or f"trial {trial_id}", identity))
         self.log_params(run_id, params or {})
         return run_id
 
@@ -140,68 +215,113 @@ class Tracking:
 
         `check` raises LostLeaseError where another driver has taken the run over: its state is that driver's then.
         """
-        run_id = self.step_run(out, run=run, step=step, **details)
+        begin = functools.partial(self.step_run, out, run=run, step=step, **details)
+        run_id = self.patiently(begin) if self.uri in _reached else begin()
+        _reached.add(self.uri)
         try:
             yield run_id
         except BaseException as error:
             if is_lost(check):
                 raise
-            # What broke the step is what must be told, not that MLflow could not be told of it.
+            # What broke the step is what must be told, and at once, not that MLflow could not be told of it.
+            quick = self.impatient
             with contextlib.suppress(TrackingError):
                 has_failed = isinstance(error, Exception) and not is_interrupted()
                 if has_failed:
                     places = [out.uri] if out.is_local else []
                     reason = kept_reason(error, step=step, places=places)
-                    self.set_tags(run_id, {REASON: reason[:TAG_CHARACTERS]})
-                self.finish(run_id, "FAILED" if has_failed else "KILLED")
+                    quick.set_tags(run_id, {REASON: reason[:TAG_CHARACTERS]})
+                quick.finish(run_id, "FAILED" if has_failed else "KILLED")
             raise
         self.finish(run_id)
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        """Adds one point to each metric's curve; one call, whatever their number."""
-        from mlflow.entities import Metric
+    def log_metrics(
+        self, run_id: str, metrics: Mapping[str, float], *, step: int = 0, at_ms: int | None = None
+    ) -> None:
+        """Adds one point to each metric's curve; one call, whatever their number.
 
-        now_ms = int(time.time() * 1000)
-        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
-        with self.errors("cannot log metrics"):
-            self.client.log_batch(run_id, metrics=points)
-
-    def log_epoch(self, run_id: str, metrics: Mapping[str, float], step_losses: Sequence[float]) -> None:
-        """One epoch of a training: `metrics` over epochs, and the loss of each of its optimiser steps over steps.
-
-        `metrics` holds "epoch" (1 for the first) and "step" (optimiser steps made so far).
+        A point that is sent again with the same `at_ms` (milliseconds since 1970; default: now) is one point.
         """
-        from mlflow.entities import Metric
+        self._log_points(run_id, [(name, float(value), step) for name, value in metrics.items()], at_ms or _now_ms())
 
-        epoch, last = int(metrics["epoch"]), int(metrics["step"])
-        self.log_metrics(run_id, {k: v for k, v in metrics.items() if k not in ("epoch", "step")}, step=epoch)
-        now_ms, before = int(time.time() * 1000), last - len(step_losses)
-        points = [Metric("step_loss", loss, now_ms, before + i) for i, loss in enumerate(step_losses, 1)]
-        with self.errors("cannot log metrics"):
-            for first in range(0, len(points), BATCH_METRICS):
-                self.client.log_batch(run_id, metrics=points[first : first + BATCH_METRICS])
+    def log_epoch(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        step_losses: Sequence[float],
+        *,
+        at_ms: int | None = None,
+        after_step: int = 0,
+    ) -> None:
+        """One epoch of a training: the loss of each of its optimiser steps over steps, then `metrics` over epochs.
+
+        `metrics` holds "epoch" (1 for the first) and "step" (optimiser steps made so far). Losses up to `after_step`
+        are left out, and those that are not finite: such a step was skipped. For `at_ms` see `log_metrics`.
+        """
+        at_ms, first = at_ms or _now_ms(), int(metrics["step"]) - len(step_losses) + 1
+        losses = [("step_loss", float(loss), step) for step, loss in enumerate(step_losses, first)]
+        points = [point for point in losses if point[2] > after_step and math.isfinite(point[1])]
+        for begin in range(0, len(points), BATCH_METRICS):
+            self._log_points(run_id, points[begin : begin + BATCH_METRICS], at_ms)
+        values = {name: value for name, value in metrics.items() if name not in ("epoch", "step")}
+        self.log_metrics(run_id, values, step=int(metrics["epoch"]), at_ms=at_ms)
+
+    def read_steps(self, run_id: str, name: str) -> list[int]:
+        """The steps at which the run has points of a metric."""
+
+        def read() -> list[int]:
+            with self.errors("cannot read metrics"):
+                return [point.step for point in self.client.get_metric_history(run_id, name)]
+
+        return self.patiently(read)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Logs nested mappings as dotted keys. Saying the same again is no error, saying another value is."""
-        from mlflow.entities import Param
+        flat = [(key, str(value)[:PARAM_CHARACTERS]) for key, value in dotted(params).items()]
 
-        flat = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in dotted(params).items()]
-        with self.errors("cannot log parameters"):
-            for first in range(0, len(flat), BATCH_ENTRIES):
-                self.client.log_batch(run_id, params=flat[first : first + BATCH_ENTRIES])
+        def log() -> None:
+            from mlflow.entities import Param
+
+            with self.errors("cannot log parameters"):
+                for first in range(0, len(flat), BATCH_ENTRIES):
+                    entries = [Param(key, value) for key, value in flat[first : first + BATCH_ENTRIES]]
+                    self.client.log_batch(run_id, params=entries)
+
+        self.patiently(log)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Sets or replaces tags of a run."""
-        from mlflow.entities import RunTag
 
-        with self.errors("cannot set tags"):
-            self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        def log() -> None:
+            from mlflow.entities import RunTag
+
+            with self.errors("cannot set tags"):
+                self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+        self.patiently(log)
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """Ends a run as FINISHED, FAILED or KILLED."""
         assert status in ("FINISHED", "FAILED", "KILLED"), status
-        with self.errors("cannot end the run"):
-            self.client.set_terminated(run_id, status)
+
+        def end() -> None:
+            with self.errors("cannot end the run"):
+                self.client.set_terminated(run_id, status)
+
+        self.patiently(end)
+
+    def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int]], at_ms: int) -> None:
+        """Points (name, value, step) of one moment, in one call."""
+
+        def log() -> None:
+            from mlflow.entities import Metric
+
+            with self.errors("cannot log metrics"):
+                entries = [Metric(name, value, at_ms, step) for name, value, step in points]
+                self.client.log_batch(run_id, metrics=entries)
+
+        if points:
+            self.patiently(log)
 
     def close_run(self, run_id: str) -> None:
         """Ends a run as KILLED if it is still RUNNING; one that MLflow does not know is no error."""
@@ -230,10 +350,14 @@ class Tracking:
 
     def reopen_trials(self, parent_id: str) -> None:
         """Says RUNNING of the trials that an interruption ended, before the sweep resumes them."""
-        with self.errors("cannot begin the trials again"):
-            where = f"{_where(_parent(parent_id))} and attributes.status = 'KILLED'"
-            for each in self.client.search_runs([self.experiment_id], where, max_results=1000):
-                self.client.update_run(each.info.run_id, status="RUNNING")
+
+        def reopen() -> None:
+            with self.errors("cannot begin the trials again"):
+                where = f"{_where(_parent(parent_id))} and attributes.status = 'KILLED'"
+                for each in self.client.search_runs([self.experiment_id], where, max_results=1000):
+                    self.client.update_run(each.info.run_id, status="RUNNING")
+
+        self.patiently(reopen)
 
     def close_trials(self, parent_id: str, status: str = "KILLED") -> int:
         """Ends the trials of a sweep that are still RUNNING (their process died); returns how many."""
@@ -260,10 +384,16 @@ class Tracking:
 
     def drop_trials(self, parent_id: str, kept: Collection[str]) -> None:
         """Deletes the trials of a sweep that are not in `kept`: a killed driver forgot them, others replaced them."""
-        with self.errors("cannot remove trials"):
-            for trial in self.client.search_runs([self.experiment_id], _where(_parent(parent_id)), max_results=1000):
-                if trial.data.tags.get("medmamba.trial") not in kept:
-                    self.client.delete_run(trial.info.run_id)
+
+        def drop() -> None:
+            with self.errors("cannot remove trials"):
+                for trial in self.client.search_runs(
+                    [self.experiment_id], _where(_parent(parent_id)), max_results=1000
+                ):
+                    if trial.data.tags.get("medmamba.trial") not in kept:
+                        self.client.delete_run(trial.info.run_id)
+
+        self.patiently(drop)
 
     def _begin(self, found: str | None, name: str, tags: Mapping[str, str]) -> str:
         with self.errors("cannot begin a run"):
@@ -466,6 +596,10 @@ def _identity(out: Store) -> str:
         return ""
 
 
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
 def _is_below(uri: str, folder: Store) -> bool:
     return uri.startswith(f"{folder.uri}/")
 
@@ -490,11 +624,12 @@ def _errors(uri: str, doing: str) -> Iterator[None]:
         told = " ".join(str(error).split()).replace(uri, public_address(uri))
         if urlsplit(uri).scheme == "sqlite" and (says_full(error) or is_full(_sqlite_path(uri))):
             raise TrackingError(
-                f"{full_disk(_sqlite_path(uri), 'the runs that MLflow keeps')}, or use another store"
+                f"{full_disk(_sqlite_path(uri), 'the runs that MLflow keeps')}, then {RESUME}"
             ) from error
         if any(sign in told for sign in LOST):
-            raise TrackingError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error
-        raise TrackingError(f"MLflow at {public_address(uri)}: {doing}: {told[:400]}{_remedy(uri, told)}") from error
+            raise AwayError(_unreachable(uri, told.rpartition("Caused by ")[2][:200])) from error
+        kind = AwayError if any(sign in told for sign in BUSY) else TrackingError
+        raise kind(f"MLflow at {public_address(uri)}: {doing}: {told[:400]}{_remedy(uri, told)}") from error
 
 
 def _sqlite_path(uri: str) -> str:

@@ -17,7 +17,8 @@ class StepContext:
 
     `placement` says how the work is spread, None where no step is; `tracking` is the MLflow seam; `show` tells the
     person at the terminal; `check` raises where this driver does not hold the run any more; `profile`
-    asks for a profile of whatever can be profiled.
+    asks for a profile of whatever can be profiled; `until` is when the command's time is up, on the monotonic clock (0:
+    never).
     """
 
     store: Store
@@ -27,6 +28,7 @@ class StepContext:
     show: Any
     check: Callable[[], None] = lambda: None
     profile: bool = False
+    until: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.manifest import Dataset, open_dataset
-from data_shards.store import Store, open_store
-from pipelines.board import Watch, post
+from data_shards.store import Store
+from pipelines.board import Watch, hear_outages, post
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
@@ -49,12 +49,12 @@ def run(
     Returns metrics, the interval of the AUC, the baselines (chance, logistic regression on pixels, on width and
     height), why one of them is absent, and where things are stored.
     """
-    uri = context.store.at(shard["data"]).uri
+    dataset = context.store.at(shard["data"])
     params = config.model_dump()
     with context.tracking.running(out, run=context.run, step="evaluate", check=context.check, params=params) as run_id:
-        data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
-        model = (context.store.at(train["model"]).uri, train["digest"])
-        labels, logits = _infer(config, placement, uri, model, data, context)
+        data = open_dataset(dataset, digest=shard["digest"])
+        model = (context.store.at(train["model"]), train["digest"])
+        labels, logits = _infer(config, placement, dataset, model, data, context)
         scores = _scores(logits, data.manifest.task)
         table = _parquet(data, scores)
         out.put(PREDICTIONS, table)
@@ -91,23 +91,23 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     placement = Placement.model_validate(payload["placement"])
     torch.set_num_threads(placement.threads)
     set_precision("float32")  # a metric must not depend on the device it is measured on
-    with scratch("model") as folder:
-        uri, digest = payload["model"]
-        _fetch(open_store(uri), folder)
+    with hear_outages(payload["board"], "evaluate"), scratch("model") as folder:
+        stored, digest = payload["model"]
+        _fetch(stored, folder)
         model, _, card = load_model(folder, scan=placement.scan, device=placement.device, digest=digest)
-    return infer(
-        model,
-        open_dataset(open_store(payload["dataset"]), digest=payload["digest"]),
-        "test",
-        micro_batch=payload["micro_batch"],
-        image_size=card["image_size"],
-        rank=rank,
-        ranks=placement.workers,
-        device=torch.device(placement.device),
-        workers=placement.loader_workers,
-        disk_bytes=placement.cache_bytes,
-        progress=_poster(payload["board"], rank),
-    )
+        return infer(
+            model,
+            open_dataset(payload["dataset"], digest=payload["digest"]),
+            "test",
+            micro_batch=payload["micro_batch"],
+            image_size=card["image_size"],
+            rank=rank,
+            ranks=placement.workers,
+            device=torch.device(placement.device),
+            workers=placement.loader_workers,
+            disk_bytes=placement.cache_bytes,
+            progress=_poster(payload["board"], rank),
+        )
 
 
 def _poster(board: Any, rank: int) -> Callable[[int], None]:
@@ -125,8 +125,8 @@ def _poster(board: Any, rank: int) -> Callable[[int], None]:
 def _infer(
     config: EvaluateConfig,
     placement: Placement,
-    dataset: str,
-    model: tuple[str, str],
+    dataset: Store,
+    model: tuple[Store, str],
     data: Dataset,
     context: StepContext,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -138,6 +138,9 @@ def _infer(
     done: dict[int, int] = {}
 
     def show(name: str, values: dict) -> None:
+        if "outage" in values:
+            context.show.progress(name, values)
+            return
         done[values["rank"]] = values["images"]
         context.show.progress(name, {"done": sum(done.values()), "total": total, "unit": "images"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -79,8 +80,10 @@ def run(
                     out, run=context.run, step="register", check=context.check, params=config.model_dump()
                 ) as run_id:
                     held.note(mlflow_run=run_id)
-                    version = _version(context, out, name, held, train=train, run_id=run_id, tags=tags)
-                    _drop_later(context, name, version, identity)
+                    # Whatever of it was done before MLflow went away is found again.
+                    find = functools.partial(_version, context, out, name, held)
+                    version = tracking.patiently(functools.partial(find, train=train, run_id=run_id, tags=tags))
+                    tracking.patiently(functools.partial(_drop_later, context, name, version, identity))
                     tested = {f"test_{key}": value for key, value in evaluate["metrics"].items()}
                     tracking.log_metrics(run_id, tested)
             except LostLeaseError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -13,25 +12,31 @@ from types import MappingProxyType
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import Store, StoreKeyError, arrow_filesystem, open_store
+from data_shards.store import Store
+from medmamba.config import MODEL, WEIGHTS
 from pipelines import ray_internals
-from pipelines.board import Watch
+from pipelines.board import Watch, hear_outages, post
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.monitor import RESTARTING
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
-from pipelines.tracking import Tracking
+from pipelines.scratch import scratch
+from pipelines.stops import Stops
+from pipelines.worker.checkpoints import Checkpoints, Found
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.state import BEST, ResumeError, check_resumable, read_described
-from pipelines.worker.usage import read_usage
+from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
+from pipelines.worker.old_checkpoint import find_old_checkpoint
+from pipelines.worker.resume import find_resume
+from pipelines.worker.stop_flag import wants_to_stop
+from pipelines.worker.usage import USAGE, read_usage
 
-RAY_RUN = "ray"
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"
 SLOW = "medmamba.slow"  # tag of a run that is far below what its network benches at: why
-SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are whole
 
 
 def run(
@@ -58,21 +63,27 @@ def run(
         origin = begin_from(resolved, shard, context)
         context.tracking.log_params(run_id, {"init": origin})
         prices = read_prices(placement.prices)
-        _check_resume(out, placement, shard["digest"], context)
+        worked_hours = _check_resume(out, placement, shard["digest"], context)
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
-            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "dataset": (context.store.at(shard["data"]), shard["digest"]),
             "init": kept_uri(resolved, context.store),
             "run_id": run_id,
             "tracking": context.tracking,
-            "profile_into": out.uri if context.profile else "",
+            "out": out,
+            "profile": context.profile,
         }
         out.delete(PROFILE)  # of an earlier process, which was interrupted
-        checkpoint = _fit(payload, placement, out, context)
-        with checkpoint.as_directory() as folder:
-            facts = keep_best(Path(folder), out, context.run, shard["max_side"], origin=origin)
-            usage = read_usage(Path(folder))
+        # A checkpoint in the old format resumes on as many workers as wrote it.
+        least = placement.workers if begun_training(out)[1] else placement.workers_min or placement.workers
+        sizes = resolved.train.sizes(least, placement.workers)
+        _fit(payload, placement, sizes, worked_hours, context)
+        with scratch("result") as folder:
+            last = Checkpoints(out).newest(folder, say=context.show.say)
+            assert last is not None, "the training ended without a checkpoint"
+            facts = keep_best(last, out, context.run, shard["max_side"], origin=origin)
+            usage = read_usage(last.files[USAGE])
         costs = cost_facts(usage, prices)
         context.tracking.log_metrics(run_id, costs, step=facts["epochs"])
         context.show.say(cost_line(usage, facts["epochs"], prices))
@@ -91,86 +102,102 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
         )
 
 
-def ray_worker(payload: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker."""
+def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker; returns why and where it stopped, nothing where it came to its end.
+
+    Raises Stopped where the group stops in order to begin again.
+    """
     import ray.train
     import torch
 
     from pipelines.worker.launch import RayReporter, train_on_dataset
     from pipelines.worker.speed_check import speed_check
 
-    checkpoint = ray.train.get_checkpoint()
+    place = ray.train.get_context()
+    rank, ranks = place.get_world_rank(), place.get_world_size()
+    out, board = payload["out"], payload["board"]
     config = TrainStepConfig.model_validate(payload["config"])
-    placement = Placement.model_validate(payload["placement"])
+    # A group may have fewer workers than the driver's placement.
+    placement = Placement.model_validate({**payload["placement"], "workers": ranks})
+    control = ray_control(rank, ranks, placement, board)
+
+    outbox = Outbox(payload["tracking"], payload["run_id"], begin=lambda what: post(board, "train", {"begin": what}))
 
     def reporter(rank: int) -> RayReporter:
         if rank > 0:
-            return RayReporter(ray.train.report, rank)
-        log = log_new_epochs(payload["tracking"], payload["run_id"])
+            return RayReporter(_nobody, rank)
         gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
-        judge = tagging(speed_check(config, placement, gpu), payload["tracking"], payload["run_id"])
-        return RayReporter(ray.train.report, rank, board=payload["board"], name="train", log=log, judge=judge)
+        judge = tagging(speed_check(config, placement, gpu), outbox)
+        return RayReporter(_nobody, rank, board=board, name="train", judge=judge)
 
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        train_on_dataset(
-            config,
-            placement,
-            payload["dataset"],
-            reporter,
-            resume=Path(folder) if folder else None,
-            init=payload["init"],
-            keep_profile=functools.partial(keep_profile, payload["profile_into"]) if payload["profile_into"] else None,
-        )
+    try:
+        with control, hear_outages(board, "train"), outbox:
+            train_on_dataset(
+                config,
+                placement,
+                payload["dataset"],
+                reporter,
+                Checkpoints(out),
+                journal=outbox,
+                init=payload["init"],
+                keep_profile=functools.partial(keep_profile, out) if payload["profile"] else None,
+                control=control,
+            )
+    except Stopped as stopped:
+        if stopped.reason in RESTARTING:
+            raise
+        return {"reason": stopped.reason, "step": stopped.step}
+    return {}
 
 
-def keep_profile(uri: str, summary: dict[str, Any], trace: Path) -> None:
+def ray_control(rank: int, ranks: int, placement: Placement, board: Any) -> Control:
+    """What tells this rank of Ray Train when to write a checkpoint, and when to stop."""
+    ahead = 4 if placement.device == "cuda" else 1  # steps by which the host is ahead of its GPU
+    return Control(
+        rank,
+        SharedFlags(lag=ahead) if ranks > 1 else OwnFlags(),
+        board=board,
+        checkpoint_s=placement.checkpoint_minutes * 60,
+        checkpoint_steps=placement.checkpoint_steps,
+        flag=wants_to_stop,
+    )
+
+
+def _nobody(metrics: dict[str, float]) -> None:
+    """Ray Train has no use for metrics: the driver reads everything from the last checkpoint."""
+
+
+def keep_profile(out: Store, summary: dict[str, Any], trace: Path) -> None:
     """Stores a profile, from the worker, in the step's folder; the summary last."""
-    out = open_store(uri)
     out.put(TRACE, trace.read_bytes())
     out.put(PROFILE, json.dumps(summary, indent=2).encode())
 
 
-def tagging(
-    check: Callable[[dict[str, float]], str], tracking: Tracking, run_id: str
-) -> Callable[[dict[str, float]], str]:
+def tagging(check: Callable[[dict[str, float]], str], outbox: Outbox) -> Callable[[dict[str, float]], str]:
     """A speed check of which a warning becomes a tag of the run too."""
 
     def judge(metrics: dict[str, float]) -> str:
         warning = check(metrics)
         if warning:
-            tracking.set_tags(run_id, {SLOW: warning})
+            outbox.tags({SLOW: warning})
         return warning
 
     return judge
 
 
-def log_new_epochs(tracking: Tracking, run_id: str) -> Callable[[dict[str, float], list[float]], None]:
-    """`tracking.log_epoch` of a run, for the epochs that the run does not have yet.
+def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours: float, context: StepContext) -> None:
+    """Trains with as many workers as the largest of `sizes`, or with fewer where nodes are lost.
 
-    An epoch that was logged but whose checkpoint was lost with a killed driver is trained again, to the same numbers.
+    Raises SystemExit where the training stopped at a checkpoint because this process was told to end.
     """
-
-    @functools.cache  # asked at the end of an epoch: the first step need not wait until MLflow is imported
-    def last_logged() -> int:
-        with tracking.errors("cannot read metrics"):
-            return max((point.step for point in tracking.client.get_metric_history(run_id, "train_loss")), default=0)
-
-    def log(metrics: dict[str, float], step_losses: list[float]) -> None:
-        if metrics["epoch"] > last_logged():
-            tracking.log_epoch(run_id, metrics, step_losses)
-
-    return log
-
-
-def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
     import ray.train
 
     from pipelines.worker.process_group import GroupConfig
 
-    filesystem, path = arrow_filesystem(out)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
-    with Watch(context.show.progress) as board:
-        trainer = _trainer_class()(
+    with Watch(context.show.progress) as board, scratch("ray-train") as folder:
+        board.count_from.remote(worked_hours)
+        trainer = _trainer(board, sizes, placement)(
             ray_worker,
             train_loop_config={**payload, "board": board},
             backend_config=GroupConfig(placement.backend),
@@ -178,61 +205,65 @@ def _fit(payload: dict, placement: Placement, out: Store, context: StepContext):
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),
             run_config=ray.train.RunConfig(
-                name=RAY_RUN,
-                storage_path=path,
-                storage_filesystem=filesystem,
-                # The best epoch's weights travel inside every checkpoint, so the newest one is enough.
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-                # On one machine a crash is nearly always an error that comes again; nodes of a cluster do get lost.
+                # Ray stores nothing: what it wants a folder for stays empty. Checkpoints are the workers' own.
+                storage_path=str(folder),
+                # Of a Ray whose policies cannot be replaced. On one machine a crash is nearly always an error that
+                # comes again.
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
         )
         workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
         context.show.begin(f"starting {workers}")  # until their first step
+        stops = Stops(board, context.show.say, until=context.until)
         try:
-            result = trainer.fit()
+            with stops.heeded():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise users_mistake(error) or error from None
-    assert result.checkpoint is not None, "the training ended without a checkpoint"
-    return result.checkpoint
+    stops.raise_if_ended(result.return_value)
 
 
-def _trainer_class() -> Any:
-    if os.environ.get("RAY_ADDRESS") or not ray_internals.are_known():
+def _trainer(board: Any, sizes: Sequence[int], placement: Placement) -> Callable[..., Any]:
+    """What makes Ray's trainer, with our policies where Ray is one that they were tried with."""
+    if not ray_internals.are_known():
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         return DataParallelTrainer
-    from pipelines.worker.trainer import LocalTrainer
+    from pipelines.worker.trainer import LocalTrainer, WatchedTrainer
 
-    return LocalTrainer
+    kind = WatchedTrainer if os.environ.get("RAY_ADDRESS") else LocalTrainer
+
+    def make(*arguments: Any, **settings: Any) -> Any:
+        return kind(*arguments, **settings).watched(board, sizes=sizes, stall_s=placement.stall_minutes * 60)
+
+    return make
 
 
 def keep_best(
-    folder: Path, out: Store, run: str, max_side: int | None, *, origin: Mapping[str, str] = MappingProxyType({})
+    last: Found, out: Store, run: str, max_side: int | None, *, origin: Mapping[str, str] = MappingProxyType({})
 ) -> dict:
     """Copies the best epoch's model to `out/model`; returns the training's facts.
 
     The card learns of `max_side`, so that a prediction shrinks an image as the shards did, and of the `origin` of the
-    weights that the training started from. `folder` may be the stored checkpoint itself, whose digests are on record:
-    nothing is written into it.
+    weights that the training started from.
     """
-    described = json.loads((folder / BEST / "model.json").read_text())
+    described = json.loads(last.best[MODEL].read_text())
     described["card"]["max_side"] = max_side
     if origin:
         described["card"]["init"] = {key: origin[key] for key in ("uri", "digest")}
     files = {
-        "weights.safetensors": (folder / BEST / "weights.safetensors").read_bytes(),
-        "model.json": json.dumps(described, indent=2, sort_keys=True).encode(),
+        WEIGHTS: last.best[WEIGHTS].read_bytes(),
+        MODEL: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
     digest = hashlib.sha256()
     for name, data in files.items():
         digest.update(data)
         out.put(f"model/{name}", data)
-    state = read_described((folder / "train.json").read_bytes())
+    state = last.described
     return {
         "digest": digest.hexdigest(),
         "model": f"runs/{run}/train/model",
-        "compile": state.get("compile", "off"),
+        "compile": state["compile"],
         "best_epoch": state["best_epoch"],
         "epochs": state["epoch"],
         "metrics": state["best"],
@@ -251,34 +282,22 @@ def _profiled(out: Store, context: StepContext) -> dict[str, Any]:
     return {"profile": {**json.loads(out.get(PROFILE)), "trace": f"{out.uri}/{TRACE}"}}
 
 
-def find_checkpoint(out: Store) -> dict[str, Any] | None:
-    """The train.json of the checkpoint that Ray Train will resume from; None where it will begin at the beginning.
-
-    Only what Ray's snapshot names counts: a kill in the middle of an upload leaves a folder of which files are missing.
-    """
-    try:
-        newest = json.loads(out.get(SNAPSHOT))["latest_checkpoint_result"]
-        if not newest:
-            return None
-        data = out.get(f"{RAY_RUN}/{newest['checkpoint_dir_name']}/train.json")
-        return read_described(data, remedy=_begin_again(out))
-    except StoreKeyError as error:
-        if out.head(SNAPSHOT) is None:
-            return None
-        raise ResumeError(f"{error}, which {SNAPSHOT} names: {_begin_again(out)}") from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResumeError(
-            f"{out.uri}/{SNAPSHOT} or the checkpoint it names is torn ({error}): {_begin_again(out)}"
-        ) from error
+def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
+    """(the fields of the newest train.json, whether it is in the old format); (None, False) where nothing was saved."""
+    if described := Checkpoints(out).newest_state():
+        return described, False
+    old = find_old_checkpoint(out)
+    # The very first ones do not say whether they were compiled or flat: they were neither.
+    return ({"compile": "off", "flat": False, **old.described}, True) if old else (None, False)
 
 
-def _begin_again(out: Store) -> str:
-    return f"delete {out.uri}/{RAY_RUN} to train from the beginning, or use another --run NAME"
-
-
-def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> None:
-    """Says that a training resumes, and refuses one that could not do so exactly, before any worker starts."""
-    described = find_checkpoint(out)
-    if described:
-        check_resumable(described, placement=placement, manifest=manifest)
-        context.show.say(f"training resumes after epoch {described['epoch']}")
+def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> float:
+    """Says where a training resumes, and refuses what could not resume exactly, before any worker starts; returns the
+    hours that its workers have worked so far."""
+    with scratch("resume") as folder:
+        resume = find_resume(Checkpoints(out), folder, manifest, say=context.show.say)
+        if resume is None:
+            return 0.0
+        resume.placement(placement)
+        context.show.say(resume.told)
+        return resume.usage.gpu_hours or resume.usage.wall_s * resume.described["ranks"] / 3600

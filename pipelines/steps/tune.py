@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
-import io
 import json
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_shards.fenced_lease import is_lost
-from data_shards.store import Store, arrow_filesystem
+from data_shards.store import Store
 from pipelines.board import Watch
-from pipelines.faults import RESUME, fault_line
+from pipelines.faults import RESUME
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
+from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
+from pipelines.sweep.ledger import Ledger, TrialRecord
+from pipelines.sweep.pickled import drop_pickled
+from pipelines.sweep.suggestion import lies_in, misfit, suggest
+from pipelines.sweep.trial import trial
 from pipelines.tracking import Tracking, TrackingError
 from pipelines.worker.config import TrainStepConfig
-
-RAY_RUN = "ray"
 
 
 class SearchSpace(BaseModel):
@@ -129,30 +126,32 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
         tracking.log_params(parent, {"init": begin_from(config.start, shard, context)})
         payload = {
-            "config": config.model_dump(),
+            "config": override(config.start, {"train.epochs": config.tune.epochs}).model_dump(),
+            "trials": config.tune.trials,
+            "out": out,
             "placement": placement.for_trial().model_dump(),
-            "dataset": (context.store.at(shard["data"]).uri, shard["digest"]),
+            "dataset": (context.store.at(shard["data"]), shard["digest"]),
             "init": kept_uri(config.start, context.store),
             "parent": parent,
             "tracking": tracking,
         }
         try:
-            results = _fit(config, payload, placement, out, context)
-            trials = [_row(result, config) for result in results]
-            for row in trials:
-                row["mlflow_run"] = tracking.trial_run(parent, row["trial"])
-                tracking.finish(row["mlflow_run"], "FAILED" if row["error"] else "FINISHED")
+            ledger, errors = _sweep(config, payload, placement, out, context)
+            runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
+            trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])
         except BaseException:
             # What ended the sweep is what must be told, not that MLflow could not be told of it.
+            quick = tracking.impatient
             with contextlib.suppress(TrackingError):
                 if not is_lost(context.check):  # else they are the trials of the driver that took over
-                    tracking.finish(parent, "KILLED")  # first: a trial that begins its run now ends it, see find_trial
-                    tracking.close_trials(parent)
+                    quick.finish(parent, "KILLED")  # first: a trial that begins its run now ends it, see find_trial
+                    quick.close_trials(parent)
             raise
-        _check_reasons(results)
+        _check_reasons(ledger, errors)
         winner = _winner(trials)
         tracking.log_metrics(parent, winner["metrics"], step=winner["epochs"])
+        ledger.delete_checkpoints()
     overrides = winner["overrides"]
     digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()
     return {
@@ -165,212 +164,101 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     }
 
 
-@dataclass
-class BestEpoch:
-    """Validation figures of a trial's best epoch so far, by which trials are compared, whatever came after it."""
-
-    auc: float = -1.0
-    loss: float = math.inf
-
-    def after(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """The figures once an epoch of these `metrics` (val_auc, val_loss) has ended."""
-        # A higher AUC; with equal AUC a lower loss.
-        if (metrics["val_auc"], -metrics["val_loss"]) > (self.auc, -self.loss):
-            self.auc, self.loss = metrics["val_auc"], metrics["val_loss"]
-        return {"best_auc": self.auc, "best_loss": self.loss}
-
-
-def trial(sampled: dict[str, Any], payload: dict[str, Any]) -> None:
-    """What Ray Tune runs for each trial, in the trial's own process: a world of one under the same engine."""
-    import ray.tune
-
-    from pipelines.worker.launch import RayReporter, train_on_dataset, world_of_one
-
-    step = TuneStepConfig.model_validate(payload["config"])
-    config = override(step.start, {**sampled, "train.epochs": step.tune.epochs})
-    trial_id = ray.tune.get_context().get_trial_id()
-    name = trial_name(_number(ray.tune.get_context().get_trial_dir(), trial_id), step.tune.trials, trial_id)
-    best = BestEpoch()
-    gc.collect()  # the actor may have run a trial before, whose engine refers to itself
-
-    def send(metrics: dict, *, checkpoint: Any) -> None:
-        ray.tune.report({**metrics, **best.after(metrics)}, checkpoint=checkpoint)
-
-    def reporter(rank: int) -> RayReporter:
-        # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
-        run_id = functools.cache(
-            lambda: payload["tracking"].find_trial(payload["parent"], trial_id, sampled, name=name)
-        )
-        log = functools.partial(_log_trial, payload["tracking"], run_id)
-        return RayReporter(send, rank, board=payload["board"], name=name, log=log)
-
-    checkpoint = ray.tune.get_checkpoint()
-    placement = Placement.model_validate(payload["placement"])
-    world_of_one(placement.backend)
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        if folder:
-            best.after(json.loads((Path(folder) / "train.json").read_text())["best"])
-        train_on_dataset(
-            config,
-            placement,
-            payload["dataset"],
-            reporter,
-            resume=Path(folder) if folder else None,
-            init=payload["init"],
-        )
-
-
-def _log_trial(
-    tracking: Tracking, run_id: Callable[[], str], metrics: dict[str, float], step_losses: list[float]
-) -> None:
-    tracking.log_epoch(run_id(), metrics, step_losses)
-
-
-def begin_runs(tracking: Tracking, parent: str, num_trials: int) -> Any:
-    """What Tune calls in the driver before a trial begins: makes its run in MLflow, which the driver has imported."""
-    from ray import tune
-
-    class Runs(tune.Callback):
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            name = trial_name(_number(trial.path, trial.trial_id), num_trials, trial.trial_id)
-            with contextlib.suppress(TrackingError):  # then the trial makes it, and fails where it cannot
-                tracking.trial_run(parent, trial.trial_id, trial.config, name=name)
-
-        # Tune copies its callbacks, and keeps them in the store. The address of MLflow may hold a password, and a
-        # sweep that is restored does without: its trials make their runs themselves.
-        def __deepcopy__(self, memo: dict) -> Runs:
-            return self
-
-        def __reduce__(self) -> tuple:
-            return tune.Callback, ()
-
-    return Runs()
-
-
-def trial_name(number: int, trials: int, trial_id: str) -> str:
-    """What users read: "trial 3/8"; its id where Ray does not say which one it is."""
-    return f"trial {number}/{trials}" if number else f"trial {trial_id}"
-
-
-def _number(path: str, trial_id: str) -> int:
-    """Which of the sweep's trials, counted from 1, writes to this folder; 0 where its name does not say.
-
-    Tune names the folder once, `trial_<id>_<number>_<values>_<time>`, and keeps it when a sweep is restored.
-    """
-    found = re.match(rf".*_{re.escape(trial_id)}_(\d+)(_|$)", Path(path).name)
-    return int(found.group(1)) if found else 0
-
-
 def search_space(config: TuneStepConfig) -> dict[str, Any]:
-    """Dotted key of the recipe -> the distribution Ray Tune draws it from."""
-    from ray import tune
+    """Dotted key of the recipe -> the distribution that Optuna draws it from."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     space = config.tune.space
     drawn: dict[str, Any] = {
-        key: tune.uniform(*bounds) if key == "model.drop_path" else tune.loguniform(*bounds)
+        key: FloatDistribution(bounds[0], bounds[1], log=key != "model.drop_path")
         for key, bounds in space.bounds(config.start).items()
     }
-    return drawn | ({"train.batch_size": tune.choice(list(space.batch_size))} if space.batch_size else {})
+    return drawn | ({"train.batch_size": CategoricalDistribution(space.batch_size)} if space.batch_size else {})
 
 
-def _fit(config: TuneStepConfig, payload: dict, placement: Placement, out: Store, context: StepContext):
-    import optuna
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
+def _sweep(
+    config: TuneStepConfig, payload: dict, placement: Placement, out: Store, context: StepContext
+) -> tuple[Ledger, dict[int, BaseException]]:
+    """Runs what is left of the sweep; returns its ledger, and the errors of the trials that failed now."""
+    tune, space = config.tune, search_space(config)
+    ledger = Ledger(out, check=context.check)
+    ledger.read(functools.partial(misfit, space=space, trials=tune.trials, epochs=tune.epochs), context.show.say)
+    drop_pickled(out, ledger, context.show.say)
+    numbers = ledger.to_do(tune.trials)
+    if ledger.records():
+        context.show.say(_resumed(ledger, tune.trials))
+    if not numbers:
+        return ledger, {}
+    from pipelines.sweep.seams import Asha, Keeper, Search, run_trials
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    filesystem, path = arrow_filesystem(out)
-    for_trial = placement.for_trial()
-    resources = {"CPU": for_trial.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
+    payload["tracking"].reopen_trials(payload["parent"])
+    search = Search(ledger, numbers, _chooser(config, space, ledger, context))
+    keeper = Keeper(ledger, payload["tracking"], payload["parent"], trials=tune.trials, epochs=tune.epochs)
+    asha = Asha(tune.epochs, tune.grace_epochs, tune.reduction_factor)
+    asha.refill(ledger)
+    at_once = min(placement.trials, len(numbers))
     with Watch(context.show.progress) as board:
-        trainable = tune.with_resources(functools.partial(trial, payload={**payload, "board": board}), resources)
-        if _restorable(out):
-            context.show.say("the sweep resumes where it was interrupted")
-            payload["tracking"].reopen_trials(payload["parent"])
-            tuner = tune.Tuner.restore(
-                f"{path}/{RAY_RUN}",
-                trainable,
-                storage_filesystem=filesystem,
-                resume_unfinished=True,
-                # Under their own ids: a restarted trial would get a new one, which Optuna does not know (KeyError).
-                resume_errored=True,
-            )
-        else:
-            for key in list(out.list(f"{RAY_RUN}/")):
-                out.delete(key)
-            space = search_space(config)
-            tuner = tune.Tuner(
-                trainable,
-                param_space=space,
-                tune_config=tune.TuneConfig(
-                    metric="val_auc",
-                    mode="max",
-                    num_samples=config.tune.trials,
-                    max_concurrent_trials=placement.trials,
-                    reuse_actors=True,  # a process needs 6 s to import torch and DeepSpeed
-                    search_alg=OptunaSearch(
-                        seed=config.tune.seed, points_to_evaluate=_recipe_point(config, space, context)
-                    ),
-                    # Tune's own training_iteration starts again after a restore; the loop's epoch does not.
-                    scheduler=ASHAScheduler(
-                        time_attr="epoch",
-                        max_t=config.tune.epochs,
-                        grace_period=min(config.tune.grace_epochs, config.tune.epochs),
-                        reduction_factor=config.tune.reduction_factor,
-                    ),
-                ),
-                run_config=tune.RunConfig(
-                    name=RAY_RUN,
-                    storage_path=path,
-                    storage_filesystem=filesystem,
-                    verbose=0,
-                    callbacks=[begin_runs(payload["tracking"], payload["parent"], config.tune.trials)],
-                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                ),
-            )
-        at_once = min(placement.trials, config.tune.trials)
-        context.show.begin(f"starting {config.tune.trials} trials, {at_once} at once")  # until the first step of one
-        # Tune draws its own tables on standard output, which holds our results.
-        with contextlib.redirect_stdout(io.StringIO()):
-            results = tuner.fit()
-    _check_ended(results, config)
-    return results
+        context.show.begin(f"starting {len(numbers)} trials, {at_once} at once")  # until the first step of one
+        trainable = _trainable({**payload, "board": board}, placement.for_trial())
+        run_trials(trainable, search, asha, keeper, trials=len(numbers), at_once=at_once)
+    if left := set(ledger.to_do(tune.trials)) - keeper.errors.keys():
+        raise ValueError(f"the sweep was ended with {len(left)} of {tune.trials} trials left; {RESUME}")
+    return ledger, keeper.errors
 
 
-def _restorable(out: Store) -> bool:
-    """Whether Tune can go on from what lies in `out`; a state that a kill left half-written is removed.
+def _chooser(
+    config: TuneStepConfig, space: dict[str, Any], ledger: Ledger, context: StepContext
+) -> Callable[[int], dict[str, Any]]:
+    """What returns the overrides of a new trial, by its number."""
+    begun = {record.number for record in ledger.records()}
+    recipe = [] if 1 in begun else _recipe_point(config, space, context)
 
-    `Tuner.can_restore` looks for tuner.pkl alone, which is there before the first state is.
-    """
-    for key in sorted(out.list(f"{RAY_RUN}/experiment_state-"), reverse=True):
-        try:
-            if json.loads(out.get(key))["trial_data"]:
-                return out.head(f"{RAY_RUN}/tuner.pkl") is not None
-        except json.JSONDecodeError:
-            out.delete(key)
-    return False
+    def choose(number: int) -> dict[str, Any]:
+        if number == 1 and recipe:
+            return recipe[0]
+        return suggest(space, seed=config.tune.seed, number=number, over=ledger.over())
 
-
-def _check_ended(results: Any, config: TuneStepConfig) -> None:
-    ended = results.num_terminated + results.num_errors
-    if ended < config.tune.trials:
-        raise ValueError(f"the sweep was ended after {ended} of {config.tune.trials} trials; {RESUME}")
+    return choose
 
 
-def _check_reasons(results: Any) -> None:
+def _trainable(payload: dict, placement: Placement) -> Any:
+    """What Tune runs for each trial, with the resources of one."""
+    from ray import tune
+
+    resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
+    return tune.with_resources(functools.partial(trial, payload=payload), resources)
+
+
+def _resumed(ledger: Ledger, trials: int) -> str:
+    """The line about a sweep that goes on."""
+    over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
+    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
+
+
+def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
+    """Logs the epochs that a trial's run lacks: one that ASHA stops, or whose process is killed, may not have sent its
+    last ones."""
+    with Outbox(tracking, run_id) as outbox:
+        outbox.resume({"step": 0, **each.metrics, "epoch": epoch} for epoch, each in enumerate(record.epochs, 1))
+
+
+def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
+    """Ends a trial's run in MLflow, with every epoch; returns its id."""
+    run_id = tracking.trial_run(parent, record.id)
+    complete_run(tracking, run_id, record)
+    tracking.finish(run_id, "FAILED" if record.reason else "FINISHED")
+    return run_id
+
+
+def _check_reasons(ledger: Ledger, errors: Mapping[int, BaseException]) -> None:
     """Raises ValueError where a trial failed for another reason than its hyperparameters: that may pass."""
-    if not results.errors:
-        return
-    from pipelines.worker.loop import TrainingError
-
-    reasons = [error for error in results.errors if not isinstance(getattr(error, "cause", error), TrainingError)]
-    if reasons:
-        line = fault_line(reasons[0], step="tune").removesuffix(f": {RESUME}").removesuffix(f", then {RESUME}")
+    failed = [record for record in ledger.records() if record.state == "failed"]
+    if failed:
+        line = failed[0].reason.removesuffix(f": {RESUME}").removesuffix(f", then {RESUME}")
         raise ValueError(
-            f"{len(reasons)} of {len(results)} trials failed for reasons other than divergence "
+            f"{len(failed)} of {len(ledger.records())} trials failed for reasons other than divergence "
             f"({line}); fix the cause and run the same command to try them again"
-        ) from reasons[0]
+        ) from errors.get(failed[0].number)
 
 
 def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepContext) -> list[dict[str, Any]]:
@@ -381,39 +269,24 @@ def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepCo
     own = flatten(config.start.model_dump())
     point = {key: own[key] for key in space}
     for key, value in point.items():
-        distribution = space[key]
-        inside = (
-            value in distribution.categories
-            if hasattr(distribution, "categories")
-            else distribution.lower <= value <= distribution.upper
-        )
-        if not inside:
+        if not lies_in(space[key], value):
             context.show.say(f"the recipe is no trial of its sweep: its {key} {value:g} lies outside tune.space")
             return []
     return [point]
 
 
-def _row(result: Any, config: TuneStepConfig) -> dict:
-    metrics = result.metrics or {}
-    kept = {
-        key: metrics[key] for key in ("val_auc", "val_loss", "val_accuracy", "best_auc", "best_loss") if key in metrics
-    }
-    trial_id = _trial_id(result)
+def _row(record: TrialRecord, config: TuneStepConfig) -> dict:
+    shown = {key: record.last[key] for key in ("val_auc", "val_loss", "val_accuracy") if key in record.last}
+    best = {f"best_{name}": record.best[f"val_{name}"] for name in ("auc", "loss") if record.best}
     return {
-        "trial": trial_id,
-        "number": _number(result.path, trial_id),
-        "overrides": dict(result.config),
-        "epochs": int(metrics.get("epoch", 0)),
-        "metrics": kept,
-        "stopped_early": int(metrics.get("epoch", 0)) < config.tune.epochs,
-        "error": fault_line(result.error, step="tune") if result.error else None,
+        "trial": record.id,
+        "number": record.number,
+        "overrides": dict(record.overrides),
+        "epochs": len(record.epochs),
+        "metrics": shown | best,
+        "stopped_early": len(record.epochs) < config.tune.epochs,
+        "error": record.reason or None,
     }
-
-
-def _trial_id(result: Any) -> str:
-    """The id of a result's trial; of one that reported nothing it is read from its folder `trial_<id>_<number>_...`."""
-    found = re.match(r"trial_([0-9a-f]+(?:_\d{5})?)_\d+_", Path(result.path).name)
-    return (result.metrics or {}).get("trial_id") or (found.group(1) if found else Path(result.path).name)
 
 
 def _winner(trials: list[dict]) -> dict:

@@ -8,6 +8,8 @@ by the module's own momentum once. So the number of ranks changes nothing but ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -51,18 +53,24 @@ class BatchStatistics:
         self._count += 1
 
     @torch.no_grad()
-    def update(self) -> torch.Tensor:
-        """After the step's last micro-batch: returns the step's mean loss (a scalar tensor on the device)."""
+    def update(self, skipped: torch.Tensor | None = None) -> torch.Tensor:
+        """After the step's last micro-batch: returns the step's mean loss (a scalar tensor on the device).
+
+        `skipped` is 1 on the device where the step was not made: then the running statistics stay, and the loss is nan.
+        None: it was made.
+        """
         world = 1
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sum)
             world = dist.get_world_size()
         mean = self._sum / (self._count * world)
-        self._running += self._rate * (mean[:-1] - self._running)
+        moved = self._running + self._rate * (mean[:-1] - self._running)
+        self._running = moved if skipped is None else torch.where(skipped > 0, self._running, moved)
         self._buffers.copy_(self._running)
         self._sum.zero_()
         self._count = 0
-        return mean[-1].clone()  # the losses of an epoch are kept, and a view would keep all the statistics
+        # A tensor of its own: the losses of an epoch are kept, and a view would keep all the statistics.
+        return mean[-1].clone() if skipped is None else torch.where(skipped > 0, math.nan, mean[-1])
 
 
 def _as_one(buffers: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

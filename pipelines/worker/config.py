@@ -79,6 +79,11 @@ class TrainConfig(BaseModel):
             )
         return self.batch_size // (self.micro_batch * workers)
 
+    def sizes(self, least: int, most: int) -> list[int]:
+        """The numbers of workers from `least` to `most` among which a step's micro-batches can be shared evenly."""
+        micro_batches = self.accumulation(1)
+        return [workers for workers in range(least, most + 1) if micro_batches % workers == 0]
+
 
 class TrainStepConfig(BaseModel):
     """Identity of a training: `model.*` and `train.*` of a recipe. A sweep's winner overrides these keys."""

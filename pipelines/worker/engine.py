@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from medmamba.checkpoint import save_model
-from medmamba.config import ConvNetConfig, MedMambaConfig
 from medmamba.model import MedMamba, compiled_parts, exchanged
 from medmamba.optim import build_optimizer, parameter_groups
 from medmamba.precision import set_precision
@@ -24,6 +22,10 @@ from pipelines.worker.config import TrainConfig
 from pipelines.worker.deepspeed_import import import_deepspeed
 from pipelines.worker.flat import FlatParameters, clip_gradients, copy_gradients
 from pipelines.worker.objective import Objective, autocast
+from pipelines.worker.old_checkpoint import tensors_only
+from pipelines.worker.optimizer_state import read_moments, write_moments
+from pipelines.worker.snapshot import Snapshot, listed_moments, named_moments
+from pipelines.worker.step_guard import StepGuard
 
 TAG = "engine"
 
@@ -42,12 +44,14 @@ class Engine:
         deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
+        self.guard = StepGuard(self.device)
         self._compiles = placement.compile == "on"
         if self._compiles:
             # A process that trains several trials would keep each one's code and network, and after eight of them run
             # the function uncompiled; what is compiled again comes from the cache on disk.
             torch._dynamo.reset()
         self.model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
+        self._shapes = self._trainable_shapes()  # at ZeRO 3 DeepSpeed leaves the parameters empty between their uses
         self._start(deepspeed)
 
     def set_learning_rate(self, value: float) -> None:
@@ -65,27 +69,51 @@ class Engine:
         """
         loss = objective.loss(self._forward, images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
-        self._engine.step()
+        self._watch()
+        self._step()
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Logits (B, num_classes), under the precision of the recipe; overwritten by the next call."""
         return self._forward(images_B3HW)
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its share of weights and optimizer state; for resuming only."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def snapshot(self) -> Snapshot | None:
+        """On rank 0 a copy of weights and optimizer state as they are now, without waiting for the device; else None.
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote on the same number of ranks and the same ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
-
-    def save_model(self, folder: Path, config: MedMambaConfig | ConvNetConfig, card: dict) -> None:
-        """Rank 0 writes weights.safetensors and model.json; every rank calls it (ZeRO-3 collects its shards)."""
+        Every rank calls it, at the same step, after at least one: at ZeRO 1 to 3 the parts are collected.
+        """
+        moments, step = read_moments(self._optimizer, self._stage, self._seen_parameters())
         with self._whole_parameters():
-            if self.rank == 0:
-                save_model(folder, self.model, config, card=card)
+            if self.rank > 0:
+                return None
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        parts = {kind: self._parts(values) for kind, values in moments.items()}
+        named = named_moments(list(self._shapes), parts, step)
+        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        return Snapshot(weights, named, ready)
+
+    def restore(self, moments: Mapping[str, torch.Tensor]) -> None:
+        """Continues with the optimizer state of a snapshot; the weights must have been in the model from the start."""
+        listed, step = listed_moments(moments, self._shapes)
+        whole = {kind: self._whole(values) for kind, values in listed.items()}
+        write_moments(self._optimizer, self._stage, self._seen_parameters(), whole, step)
+
+    def check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Asserts that the engine trains exactly these weights; every rank calls it.
+
+        DeepSpeed has taken them over when it started; at ZeRO 3 its own way to load them left the initial ones there
+        without a word.
+        """
+        with self._whole_parameters():
+            held = self.model.state_dict()
+            differing = [name for name, value in weights.items() if not value.equal(held[name].cpu())]
+        assert not differing, f"weights that differ from the checkpoint's after loading: {differing[:3]}"
+
+    def load_old(self, folder: Path) -> None:
+        """Restores what DeepSpeed has saved, in this project's first format, on as many ranks at the same stage."""
+        with tensors_only():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on every rank."""
@@ -94,6 +122,35 @@ class Engine:
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values
+
+    def _watch(self) -> None:
+        """Once the gradients are averaged: finds out whether they are finite (see step_guard)."""
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self.guard.watch(self._optimizer, self._seen_parameters())
+
+    def _step(self) -> None:
+        self._engine.step()
+        if self._stage > 0:
+            self.guard.note(skipped=self._optimizer.overflow)
+
+    def _trainable_shapes(self) -> dict[str, torch.Size]:
+        return {name: each.shape for name, each in self.model.named_parameters() if each.requires_grad}
+
+    @property
+    def _stage(self) -> int:
+        return self.placement.zero_stage
+
+    def _seen_parameters(self) -> list[nn.Parameter]:
+        """The parameters that DeepSpeed steps."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors like the parameters that DeepSpeed sees as tensors like the network's own, named by `_shapes`."""
+        return list(values)
+
+    def _whole(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The opposite of `_parts`."""
+        return list(values)
 
     def _start(self, deepspeed: Any) -> None:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -146,24 +203,37 @@ class FlatEngine(Engine):
             self._flat.gradients = self._gradients(objective)
         loss = self._engine(images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
+        self._watch()
         if self._clips and self._engine.is_gradient_accumulation_boundary():
             # DeepSpeed's own clipping at stage 0 waits for the device twice.
             clip_gradients(self._flat.flats, self.config.optim.clip_norm)
-        self._engine.step()
+        self._step()
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """See Engine."""
         return self._infer(images_B3HW)
 
-    def load(self, folder: Path) -> None:
+    def load_old(self, folder: Path) -> None:
         """See Engine."""
-        super().load(folder)
+        super().load_old(folder)
         self._flat.point()
+
+    def _seen_parameters(self) -> list[nn.Parameter]:
+        return list(self._flat.flats)
+
+    def _parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._flat.split(values)
+
+    def _whole(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._flat.joined(values)
 
     def _start(self, deepspeed: Any) -> None:
         optim = self.config.optim
         self._flat = FlatParameters(self.model, parameter_groups(self.model, optim))
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        ordered = [names[parameter] for parameter in self._flat.parameters_of_network]
+        self._shapes = {name: self._shapes[name] for name in ordered}
         self._clips = optim.clip_norm > 0 and self.placement.zero_stage == 0
         settings = _deepspeed_config(self.config, self.placement)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(

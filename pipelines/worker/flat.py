@@ -51,6 +51,24 @@ class FlatParameters(nn.Module):
         loss = self.gradients(*inputs)
         return _Delivered.apply(loss, self._gradients, *self.flats)
 
+    @torch.no_grad()
+    def split(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of the shape of the flat parameters, cut into views of the shape of the network's own, in the order
+        of `parameters_of_network`."""
+        return [
+            view
+            for flat, parameters in zip(flats, self._groups, strict=True)
+            for view in _views(flat.detach(), parameters)
+        ]
+
+    @torch.no_grad()
+    def joined(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The opposite of `split`, on the device of the flat parameters."""
+        flats = [torch.zeros_like(flat, requires_grad=False) for flat in self.flats]
+        for view, part in zip(self.split(flats), parts, strict=True):
+            view.copy_(part)
+        return flats
+
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the flat parameters: the network's buffers and what is frozen."""
         return {name: each.detach().clone() for name, each in self._rest.items()}

@@ -9,38 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.manifest import open_dataset
-from data_shards.store import open_store
+from data_shards.store import Store
 from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
 from pipelines.board import post
 from pipelines.initial_weights import read_kept
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.compile_cache import decide_compile
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.engine import build_engine
+from pipelines.worker.control import UntilTheEnd
+from pipelines.worker.engine import Engine, build_engine
+from pipelines.worker.journal import Journal
 from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
-from pipelines.worker.state import TrainState, as_written
+from pipelines.worker.resume import Resume, find_resume
+from pipelines.worker.state import TrainState
 
 PROGRESS_EVERY_S = 0.5
 
 
 class RayReporter:
-    """Hands the loop's reports to Ray (Train or Tune: both take metrics and a checkpoint folder) and to MLflow."""
+    """Hands the loop's reports to the driver's terminal and to whoever decides about a trial."""
 
     def __init__(
         self,
-        send: Callable[..., None],
+        send: Callable[[dict[str, float]], None],
         rank: int,
         board: Any = None,
         name: str = "",
-        log: Any = None,
         judge: Callable[[dict[str, float]], str] = lambda metrics: "",
     ) -> None:
         """`judge` returns a warning about an epoch's metrics, or nothing; it is shown to the user."""
-        self._send, self._rank, self._board, self._name, self._log = send, rank, board, name, log
+        self._send, self._rank, self._board, self._name = send, rank, board, name
         self._judge, self._last = judge, 0.0
 
     def progress(self, **values: Any) -> None:
@@ -61,15 +64,9 @@ class RayReporter:
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {"warning": text})
 
-    def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
-        """Every rank: uploads this rank's share of the checkpoint, then hands on the metrics."""
-        from ray.train import Checkpoint
-
-        with scratch("checkpoint") as folder:
-            save(folder)
-            if self._rank == 0 and self._log is not None:
-                self._log(metrics, step_losses)
-            self._send(metrics, checkpoint=Checkpoint.from_directory(folder))
+    def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
+        """Every rank hands on the metrics; rank 0 posts them."""
+        self._send(metrics)
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
             if warning := self._judge(metrics):
@@ -79,38 +76,57 @@ class RayReporter:
 def train_on_dataset(
     config: TrainStepConfig,
     placement: Placement,
-    dataset: tuple[str, str],
+    dataset: tuple[Store | str, str],
     reporter: Callable[[int], Any],
-    resume: Path | None,
+    checkpoints: Checkpoints,
     *,
+    journal: Journal | None = None,
     init: str = "",
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
+    control: UntilTheEnd | None = None,
 ) -> TrainState:
     """Builds the model and the engine on this rank and runs the loop; returns the final state.
 
-    `dataset` is the folder of a dataset and the digest its manifest must have; `init` the folder of the weights that
+    It resumes from the newest of `checkpoints`. `dataset` is the folder of a dataset in a store, or its uri, and the
+    digest its manifest must have; `journal` is kept by rank 0; `init` is the folder of the weights that
     `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and hands it the summary and
     the trace (see profile.StepProfiler).
     """
     import torch
 
-    data = open_dataset(open_store(dataset[0]), digest=dataset[1])
+    data = open_dataset(dataset[0], digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
-    if resume is not None:  # a trial's is known only here; it may be of another version of this code
-        placement = as_written(placement, resume)
-    placement, hindrance = decide_compile(placement, config, data)
-    model = build_model(config.model, scan=placement.scan, device=placement.device)
-    if init and resume is None:
-        state, card = read_kept(init, config.train.init)
-        start_from(model, state, choose_head(card, data.manifest.classes, data.manifest.task), where=init)
-    freeze(model, config.train.freeze)
-    engine = build_engine(model, config.train, placement)
-    profiler = StepProfiler(engine.device, keep_profile) if keep_profile and engine.rank == 0 else None
-    report = reporter(engine.rank)
-    if hindrance:
-        report.warn(hindrance)
-    return train_loop(config, placement, data, engine, report, resume, profiler)
+    notices: list[str] = []
+    with scratch("resume") as folder:
+        resume = find_resume(checkpoints, folder, data.digest, say=notices.append)
+        if resume is not None:
+            placement = resume.placement(placement)
+        placement, hindrance = decide_compile(placement, config, data)
+        model = build_model(config.model, scan=placement.scan, device=placement.device)
+        if resume is not None:
+            resume.load_weights(model)
+        elif init:
+            state, card = read_kept(init, config.train.init)
+            start_from(model, state, choose_head(card, data.manifest.classes, data.manifest.task), where=init)
+        freeze(model, config.train.freeze)
+        engine = build_engine(model, config.train, placement)
+        _check_agreement(engine, resume)
+        profiler = StepProfiler(engine.device, keep_profile) if keep_profile and engine.rank == 0 else None
+        report = reporter(engine.rank)
+        for notice in [*notices, *([hindrance] if hindrance else [])]:
+            report.warn(notice)
+        return train_loop(
+            config, placement, data, engine, report, checkpoints, resume, profiler=profiler, control=control,
+            journal=journal if engine.rank == 0 else None,
+        )  # fmt: skip
+
+
+def _check_agreement(engine: Engine, resume: Resume | None) -> None:
+    """Raises RuntimeError where the ranks would resume at different steps: one was written while they looked."""
+    steps = engine.gather(resume.state.step if resume else 0)
+    if len(set(steps)) > 1:
+        raise RuntimeError(f"the ranks found checkpoints of steps {steps}: they must resume from the same one")
 
 
 def world_of_one(backend: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,23 +11,28 @@ import torch
 from data_shards.loader import batches
 from data_shards.manifest import Dataset
 from data_shards.pixels import Crop
+from medmamba.checkpoint import description
 from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
 from pipelines.placement import Placement
-from pipelines.scratch import scratch
 from pipelines.worker.batch_statistics import BatchStatistics
+from pipelines.worker.checkpoint_writer import CheckpointWriter
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.compile_cache import NOTICE, CompileCache
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.control import Stopped, UntilTheEnd
 from pipelines.worker.engine import Engine
 from pipelines.worker.inference import infer, join
+from pipelines.worker.journal import Journal
 from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
 from pipelines.worker.profile import StepProfiler
-from pipelines.worker.state import BEST, TrainState, file_digests, read_state, write_state
+from pipelines.worker.resume import Resume
+from pipelines.worker.state import TrainState
+from pipelines.worker.step_guard import TrainingError, watch_steps
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
-
-ENGINE = "engine"
+from pipelines.worker.usage import Usage
 
 
 class Reporter(Protocol):
@@ -41,13 +44,11 @@ class Reporter(Protocol):
     def begin(self, what: str) -> None:
         """Something starts that takes a while and shows no progress of its own."""
 
-    def epoch(self, metrics: dict[str, float], step_losses: list[float], save: Callable[[Path], None]) -> None:
-        """Once an epoch, on every rank: its metrics, the loss of each of its steps, and `save(folder)`, which
-        writes this rank's share of the checkpoint."""
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
 
-
-class TrainingError(ValueError):
-    """The numbers went wrong: going on would waste the machine."""
+    def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
+        """Once an epoch, on every rank: its metrics, and the loss of each of its steps."""
 
 
 def train_loop(
@@ -56,33 +57,42 @@ def train_loop(
     data: Dataset,
     engine: Engine,
     report: Reporter,
-    resume: Path | None,
+    checkpoints: Checkpoints,
+    resume: Resume | None,
+    *,
     profiler: StepProfiler | None = None,
+    control: UntilTheEnd | None = None,
+    journal: Journal | None = None,
 ) -> TrainState:
     """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
 
-    `profiler` looks into a few steps of this rank, and changes nothing.
-    Raises TrainingError for a loss that is not finite, ResumeError for a checkpoint that cannot be continued exactly.
+    `profiler` looks into a few steps of this rank, and changes nothing. `control` decides when to write checkpoints
+    beside those of each epoch, and may end the training early. `journal` records the epochs.
+    Raises TrainingError for numbers that are not finite again and again, ResumeError for a checkpoint that cannot be
+    continued exactly.
     """
     train, manifest = config.train, data.manifest
     accumulation = train.accumulation(engine.ranks)
     objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
-    state = TrainState()
+    state, usage, control, journal = TrainState(), Usage(), control or UntilTheEnd(), journal or Journal()
     compiled = CompileCache(config, placement, manifest) if placement.compile == "on" else None
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
     latest = Latest(engine.device)
-    with scratch("train") as folder, metered(config, engine, resume, profiler) as meter:
-        best = folder / BEST
-        if resume is not None:
-            state = read_state(resume, placement=placement, manifest=data.digest)
-            engine.load(resume / ENGINE)
-            statistics.reload()
-            shutil.copytree(resume / BEST, best)
-
+    if resume is not None:
+        state, usage = resume.state, resume.usage
+        resume.restore(engine, statistics, checkpoints)
+        journal.resume(state.history, state.unsent)
+    about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
+    writer = CheckpointWriter(
+        checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
+        warn=report.warn, stored=control.saved, patience_s=placement.patience_s,
+    )  # fmt: skip
+    control.begin(state.step)
+    with metered(config, engine, usage, profiler) as meter, writer:
         while state.epoch < train.epochs and not _is_stale(state, train.patience):
-            losses: list[torch.Tensor] = []
+            losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
             meter.begin_epoch()
             stream = batches(
                 data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
@@ -91,10 +101,15 @@ def train_loop(
                 workers=placement.loader_workers, disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
                 next_epoch=state.epoch + 1 < train.epochs,
             )  # fmt: skip
-            steps = len(stream) // accumulation
+            steps = len(losses) + len(stream) // accumulation
+            rate = learning_rate(
+                train.optim, step=max(state.step - 1, 0), steps_per_epoch=steps, epochs=train.epochs
+            )  # of the last step, in case that none of this epoch is left
+            keys = data.index("train").key[stream.order]
+            watched = watch_steps(engine.guard, state, keys, train.batch_size, checkpoints.names, report.warn)
             engine.model.train()
-            arriving = prefetched(meter.fetched(stream, steps), engine.device)
-            for position, (batch, images, labels) in enumerate(arriving):
+            arriving = prefetched(meter.fetched(stream, steps - len(losses)), engine.device)
+            for position, (batch, images, labels) in enumerate(control.fetched(arriving)):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
@@ -105,67 +120,78 @@ def train_loop(
                 statistics.collect(loss)
                 if nth < accumulation - 1:
                     continue
-                losses.append(statistics.update())
+                losses.append(statistics.update(engine.guard.skipped))
                 state.step, state.consumed = state.step + 1, batch.consumed
                 if compiled is not None:
                     compiled.remember()
+                watched.step(state.step)
+                journal.check()
                 latest.put(losses[-1])
-                _check_finite(latest.value, state, rate)
                 meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
                 report.progress(
                     epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
                     images_per_s=meter.images_per_s_last, wait_share=meter.wait_share_last,
                     left_s=meter.left_s((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
+                wanted = control.wants(state.step, writer)
+                if wanted.stop or (wanted.checkpoint and len(losses) < steps):  # the epoch's own follows at once
+                    with meter.writing():
+                        state.losses, state.unsent = torch.stack(losses).tolist(), journal.unsent()
+                        writer.save(state, meter.usage_now(engine.ranks))
+                if wanted.stop:
+                    with control.busy("writing a checkpoint"):
+                        writer.finish()
+                        engine.gather(None)  # a rank that ends first would end the others
+                    raise Stopped(wanted.stop, state.step)
 
             step_losses = torch.stack(losses).tolist()
-            for loss_of_step in step_losses:
-                _check_finite(loss_of_step, state, rate)
+            made = watched.made(step_losses)
             meter.end_training()
-            with meter.validating():
-                found = validate(engine, data, "val", config, objective.weights, placement.loader_workers)
-            state.epoch, state.consumed = state.epoch + 1, 0
+            with meter.validating(), control.busy("validating"):
+                forward = control.counted(engine.infer)
+                found = validate(engine, data, "val", config, objective.weights, placement.loader_workers, forward)
+            state.epoch, state.consumed, state.losses = state.epoch + 1, 0, []
             metrics = {
                 "epoch": state.epoch,
                 "step": state.step,
-                "train_loss": sum(step_losses) / len(step_losses),
+                "train_loss": sum(made) / len(made),
                 "learning_rate": rate,
                 "images_per_s": meter.images_per_s,
+                **({"skipped_steps": len(step_losses) - len(made)} if len(made) < len(step_losses) else {}),
                 **{f"val_{name}": value for name, value in found.items()},
             }
             if state.is_better(metrics):
-                state.best, state.best_epoch = metrics, state.epoch
-                with meter.writing():
-                    engine.save_model(best, config.model, model_card(config, data))
+                state.best, state.best_epoch, state.best_step = metrics, state.epoch, state.step
             state.history.append(metrics)
-
-            def save(folder: Path) -> None:
-                engine.save(folder / ENGINE)
-                engine.save_model(folder, config.model, model_card(config, data))
-                if engine.rank == 0:
-                    shutil.copytree(best, folder / BEST)
-                    meter.save(folder)
-                # Each rank holds its own share of engine/; Ray puts the shares together.
-                shares = engine.gather(file_digests(folder))
-                digests = {name: digest for share in shares for name, digest in share.items()}
-                if engine.rank == 0:
-                    write_state(
-                        folder, state, seed=train.seed, placement=placement, manifest=data.digest, digests=digests
-                    )
-
             figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
-            with meter.writing():
-                report.epoch({**metrics, **figures}, step_losses, save)
+            with meter.writing(), control.busy("writing a checkpoint"):
+                journal.epoch({**metrics, **figures}, step_losses)
+                state.unsent = journal.unsent()
+                writer.save(state, meter.usage)
+                report.epoch({**metrics, **figures}, step_losses)
+        with control.busy("writing the last checkpoint"):
+            writer.finish()
+        with control.busy("sending what was logged"):
+            journal.close()
     return state
 
 
 def validate(
-    engine: Engine, data: Dataset, split: str, config: TrainStepConfig, weights: torch.Tensor | None, workers: int
+    engine: Engine,
+    data: Dataset,
+    split: str,
+    config: TrainStepConfig,
+    weights: torch.Tensor | None,
+    workers: int,
+    forward: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
-    """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all."""
+    """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all.
+
+    `forward` is the engine's `infer`.
+    """
     engine.model.eval()
     part = infer(
-        engine.infer, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
+        forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
         rank=engine.rank, ranks=engine.ranks, device=engine.device, workers=workers,
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))
@@ -204,11 +230,3 @@ def _seed(seed: int, step: int, micro_batch: int) -> None:
     """Seeds what drop-path draws from."""
     # Far apart for neighbours: torch's generators mix the bits of their seed.
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + micro_batch)
-
-
-def _check_finite(loss: float, state: TrainState, rate: float) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the training loss is {loss} at step {state.step} of epoch {state.epoch + 1} (learning rate {rate:g}): "
-            f"it must stay finite; lower train.optim.lr, set train.optim.clip_norm, or use precision float32"
-        )

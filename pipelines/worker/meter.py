@@ -10,14 +10,13 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine import Engine
 from pipelines.worker.gpu_monitor import GpuMonitor
 from pipelines.worker.peak import peak_images_per_s
-from pipelines.worker.usage import Usage, read_usage, write_usage
+from pipelines.worker.usage import Usage
 
 LAST_STEPS = 20  # the fewest steps that the speed "of the last steps" is taken over, once there are so many
 Batch = TypeVar("Batch")
@@ -176,9 +175,13 @@ class Meter:
         self.usage = self._before.plus(self._own)
         return _over_ranks([part.figures for part in parts])
 
-    def save(self, folder: Path) -> None:
-        """Writes what was used so far into a checkpoint."""
-        write_usage(folder, self.usage)
+    def usage_now(self, ranks: int) -> Usage:
+        """What was used up to now, in the middle of an epoch, if all ranks used what this one did."""
+        held_s = self._clock() - self._began_s
+        now: dict[str, Any] = {"images": self._own.images + self._steps * self._images, "wall_s": held_s}
+        if self._gpu:
+            now |= {"gpu_s": {self._gpu.name: held_s * ranks}, "energy_j": self._gpu.energy_j() * ranks}
+        return self._before.plus(self._own.model_copy(update=now))
 
     @property
     def images_per_s(self) -> float:
@@ -232,13 +235,12 @@ class Meter:
 
 
 @contextlib.contextmanager
-def metered(config: TrainStepConfig, engine: Engine, resume: Path | None, profiler: Any = None) -> Iterator[Meter]:
-    """The meter of a training for the length of the block; `resume` is the checkpoint it goes on from."""
+def metered(config: TrainStepConfig, engine: Engine, before: Usage, profiler: Any = None) -> Iterator[Meter]:
+    """The meter of a training for the length of the block; `before` is what earlier processes have used."""
     train, gpu, peak = config.train, None, None
     if engine.device.type == "cuda":
         gpu = GpuMonitor(engine.device)
         peak = peak_images_per_s(config.model, train.image_size, gpu.name, train.precision)
-    before = read_usage(resume) if resume else Usage()
     try:
         yield Meter(
             train.batch_size,

@@ -17,11 +17,13 @@ import ray.util
 from ray.train.backend import Backend, BackendConfig
 
 from pipelines.worker.network import bind_collectives, listen_on
+from pipelines.worker.stop_flag import catch_end
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 TIMEOUT_S = 1800  # of a collective
+JOIN_S = 300  # until all workers have found each other
 END_S = 30  # a group that does not end within this time ends with its processes
 
 _meeting: dist.Store | None = None  # rank 0's; it serves the others for as long as the process runs
@@ -47,14 +49,14 @@ class Group(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Brings the workers together; raises what torch raises where they cannot reach each other."""
         assert isinstance(backend_config, GroupConfig)
-        worker_group.execute(_bind)
+        ray.get(worker_group.execute_async(_bind), timeout=JOIN_S)
         address, port = worker_group.execute_single(0, _open_meeting, len(worker_group))
         ranks, kind = len(worker_group), backend_config.backend
         joined = [
             worker_group.execute_single_async(rank, _join, rank, ranks, (address, port), backend=kind)
             for rank in range(ranks)
         ]
-        ray.get(joined)
+        ray.get(joined, timeout=JOIN_S)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Ends the group on every worker."""
@@ -65,6 +67,7 @@ def _bind() -> None:
     import torch.distributed  # noqa: F401  on all ranks at once, before rank 0 alone opens the store
 
     bind_collectives(ray.util.get_node_ip_address())
+    catch_end()
 
 
 def _open_meeting(ranks: int) -> tuple[str, int]:

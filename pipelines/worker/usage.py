@@ -60,19 +60,20 @@ class Usage(BaseModel):
         return Usage(**{name: mine[name] + theirs[name] for name in mine if name != "gpu_s"}, gpu_s=gpus)
 
 
-def write_usage(folder: Path, usage: Usage) -> None:
-    """Writes usage.json into a checkpoint."""
-    (folder / USAGE).write_text(usage.model_dump_json(indent=2))
+def usage_bytes(usage: Usage) -> bytes:
+    """The usage.json of a checkpoint."""
+    return usage.model_dump_json(indent=2).encode()
 
 
-def read_usage(folder: Path) -> Usage:
-    """The usage in a checkpoint; nothing where it was written before there was one. Raises ResumeError on damage."""
-    if not (folder / USAGE).is_file():
+def read_usage(path: Path) -> Usage:
+    """The usage in a usage.json; nothing where the checkpoint was written before there was one. Raises ResumeError on
+    damage."""
+    if not path.is_file():
         return Usage()
     try:
-        return Usage.model_validate_json((folder / USAGE).read_bytes())
+        return Usage.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ResumeError(
-            f"{USAGE} of the checkpoint cannot be used ({explained(error)}): delete the folder `ray` of this step to "
-            "train again, or use another --run NAME"
+            f"{USAGE} of the checkpoint cannot be used ({explained(error)}): delete the folders `checkpoints` and "
+            "`ray` of this step to train again, or use another --run NAME"
         ) from error

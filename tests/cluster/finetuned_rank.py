@@ -20,6 +20,7 @@ from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.initial_weights import find_weights, kept_uri
 from pipelines.placement import Placement
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset
 
@@ -31,20 +32,26 @@ TRAIN = TrainConfig(epochs=2, batch_size=16, micro_batch=16, image_size=32, opti
 
 
 class Saver:
-    """A reporter that keeps every loss, and each epoch's checkpoint below a folder."""
+    """A reporter that keeps every loss; the checkpoints of its training are below a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.losses = folder, []
 
+    @property
+    def models(self) -> list[Path]:
+        """The folders of the checkpoints, oldest first; each holds a model."""
+        return sorted((self.folder / "checkpoints").iterdir())
+
+    def warn(self, text: str) -> None:
+        """Nothing is wrong here."""
+        raise AssertionError(text)
+
     def progress(self, **values: object) -> None:
         """Nobody looks."""
 
-    def epoch(self, metrics: dict, step_losses: list[float], save) -> None:
-        """Saves below `folder`/epoch."""
+    def epoch(self, metrics: dict, step_losses: list[float]) -> None:
+        """Keeps the losses of an epoch."""
         self.losses += step_losses
-        share = self.folder / str(metrics["epoch"])
-        share.mkdir(parents=True)
-        save(share)
 
 
 class Trainings:
@@ -62,13 +69,15 @@ class Trainings:
         digest = self.keep(init) if init is not None else ""
         config = TrainStepConfig(model=MedMambaConfig(), train=TRAIN.model_copy(update={"init": digest, **changes}))
         uri = kept_uri(config, self.store)
+        saver = Saver(self.folder / name)
         if resume is not None:
             shutil.rmtree(self.store.uri)  # a checkpoint holds all that it needs
-        saver = Saver(self.folder / name)
+            shutil.copytree(resume, saver.folder / "checkpoints" / resume.name)
         data = (self.dataset, open_dataset(self.dataset).digest)
-        # The checkpoint decides, as for a trial that another version of this code has begun.
+        # One kind resumes what the other has written.
         placement = self.placement.model_copy(update={"flat": self.placement.flat != (resume is not None)})
-        train_on_dataset(config, placement, data, lambda rank: saver, resume, init=uri)
+        checkpoints = Checkpoints(open_store(str(saver.folder)))
+        train_on_dataset(config, placement, data, lambda rank: saver, checkpoints, init=uri)
         return saver
 
     def keep(self, init: Path) -> str:
@@ -94,23 +103,23 @@ def largest_change(before: Path, after: Path, start: str) -> float:
 def main() -> None:
     dataset, folder, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     trainings = Trainings(dataset, folder, stage, flat=sys.argv[4:] == ["flat"])
-    base = trainings.train("base", epochs=6).folder / "6"
+    base = trainings.train("base", epochs=6).models[-1]
     export_upstream(load_model(base)[0], folder / "base.pth")
     slow = TRAIN.optim.model_copy(update={"layer_decay": 0.5})
     tuned = trainings.train("tuned", base, freeze=FREEZE, optim=slow)
     probe = trainings.train("probe", base, freeze=("patch_embed.*", "layers.*"))
     nearly_still = TRAIN.optim.model_copy(update={"layer_decay": 1e-6})
-    slow_layers = trainings.train("slow layers", base, optim=nearly_still).folder / "2"
+    slow_layers = trainings.train("slow layers", base, optim=nearly_still).models[-1]
     seen = {
         "slow layers": {part: largest_change(base, slow_layers, part) for part in ("layers.3.", "head.")},
-        "probe moved": moved(base, probe.folder / "2"),
+        "probe moved": moved(base, probe.models[-1]),
         "scratch": trainings.train("scratch", seed=1).losses,
         "tuned": tuned.losses,
-        "tuned moved": moved(base, tuned.folder / "2"),
+        "tuned moved": moved(base, tuned.models[-1]),
         "upstream": trainings.train("upstream", folder / "base.pth").losses,
     }
-    trainings.train("resumed", base, tuned.folder / "1", freeze=FREEZE, optim=slow)
-    seen["resumed moved"] = moved(tuned.folder / "2", folder / "resumed/2")
+    resumed = trainings.train("resumed", base, tuned.models[0], freeze=FREEZE, optim=slow)
+    seen["resumed moved"] = moved(tuned.models[-1], resumed.models[-1])
     print(json.dumps(seen))
 
 

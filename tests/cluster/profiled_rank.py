@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.manifest import open_dataset
+from data_shards.store import open_store
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset
-from pipelines.worker.usage import read_usage
+from pipelines.worker.usage import USAGE, read_usage
 
 
 class Kept:
@@ -33,14 +35,10 @@ class Kept:
         """After each step."""
         self.speeds.append((values["images_per_s"], values["wait_share"], values["left_s"]))
 
-    def epoch(self, metrics: dict, step_losses: list[float], save: Any) -> None:
+    def epoch(self, metrics: dict, step_losses: list[float]) -> None:
         """After each epoch."""
         self.losses += step_losses
         self.epochs.append(metrics)
-        with scratch("test") as folder:
-            save(folder)
-            self.weights = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-            self.usage = read_usage(folder).model_dump()
 
 
 def main() -> None:
@@ -56,9 +54,16 @@ def main() -> None:
     )
     placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
     data = (dataset, open_dataset(dataset).digest)
-    state = train_on_dataset(
-        TrainStepConfig(train=train), placement, data, lambda rank: kept, None, keep_profile=keep if folder else None
-    )
+    with scratch("test") as store:
+        checkpoints = Checkpoints(open_store(str(store)))
+        state = train_on_dataset(
+            TrainStepConfig(train=train), placement, data, lambda rank: kept, checkpoints,
+            keep_profile=keep if folder else None,
+        )  # fmt: skip
+        last = checkpoints.newest(store)
+        assert last is not None
+        kept.weights = hashlib.sha256(last.files["weights.safetensors"].read_bytes()).hexdigest()
+        kept.usage = read_usage(last.files[USAGE]).model_dump()
     print(json.dumps({**vars(kept), "history": state.history}))
 
 

@@ -24,5 +24,6 @@ def run_ranks(script: Path, ranks: int, *arguments: str) -> list:
         command = [sys.executable, str(script), *arguments]
         workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     printed = [worker.communicate(timeout=300) for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), printed[0][1][-3000:]
+    failed = [told[-3000:] for worker, (_, told) in zip(workers, printed, strict=True) if worker.returncode]
+    assert not failed, "\n".join(failed)
     return json.loads(printed[0][0].splitlines()[-1])

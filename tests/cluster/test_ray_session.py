@@ -70,32 +70,6 @@ def test_a_password_never_reaches_a_runtime_environment(monkeypatch):
     assert "s3cret" not in str(told.value)
 
 
-def test_a_trial_that_diverged_is_a_result_and_one_that_failed_otherwise_is_told(tmp_path):
-    lines = """
-from ray import tune
-from pipelines.steps.tune import _check_reasons
-from pipelines.worker.loop import TrainingError
-
-def fails_with(kind):
-    def trial(config):
-        if config["x"]:
-            raise kind("the reason")
-        tune.report({"val_auc": 0.5})
-    run = tune.RunConfig(storage_path=os.getcwd(), name=kind.__name__, verbose=0)
-    return tune.Tuner(trial, param_space={"x": tune.grid_search([0, 1])}, run_config=run).fit()
-
-with contextlib.redirect_stdout(sys.stderr):
-    diverged, failed = fails_with(TrainingError), fails_with(OSError)
-_check_reasons(diverged)
-try:
-    _check_reasons(failed)
-except ValueError as error:
-    print(error)
-"""
-    (told,) = outcome(2, lines, tmp_path).splitlines()
-    assert "1 of 2 trials failed for reasons other than divergence (unexpected OSError: the reason" in told
-
-
 LIVES = """
 import os, signal, time
 from pipelines import ray_session

@@ -11,43 +11,42 @@ from pathlib import Path
 import torch
 
 from data_shards.manifest import open_dataset
+from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
+from pipelines.worker.checkpoints import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset, world_of_one
 
 
 class Kept:
-    """A reporter that keeps what it is told, and has each checkpoint written."""
+    """A reporter that keeps what it is told."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.losses: list[float] = []
         self.metrics: list[dict] = []
-        self._folder = folder
 
     def progress(self, **values: object) -> None:
         """Nobody looks."""
 
-    def epoch(self, metrics: dict, step_losses: list[float], save) -> None:
+    def epoch(self, metrics: dict, step_losses: list[float]) -> None:
         """Keeps an epoch."""
-        folder = self._folder / str(len(self.metrics))
-        folder.mkdir(parents=True)
-        save(folder)
         self.losses += step_losses
         self.metrics.append({key: value for key, value in metrics.items() if key.startswith(("train_", "val_"))})
 
 
 def trial(dataset: str, lr: float, folder: Path) -> Kept:
     """Trains a network of its own with this learning rate."""
-    kept = Kept(folder)
+    kept = Kept()
     config = TrainStepConfig(
         model=MedMambaConfig(variant="nano", drop_path=0.2),
         train=TrainConfig(epochs=2, batch_size=16, micro_batch=8, image_size=32, optim=OptimConfig(lr=lr)),
     )
     placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1)
     world_of_one(placement.backend)
-    train_on_dataset(config, placement, (dataset, open_dataset(dataset).digest), lambda rank: kept, None)
+    checkpoints = Checkpoints(open_store(str(folder)))
+    train_on_dataset(config, placement, (dataset, open_dataset(dataset).digest), lambda rank: kept, checkpoints)
     return kept
 
 

@@ -14,6 +14,9 @@ import pytest
 from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
+from data_shards.store import open_store
+from pipelines.worker.checkpoints import Checkpoints
+
 pytestmark = pytest.mark.slow  # nine drivers are started and interrupted
 RESUMES = "medmamba: interrupted; run the same command to resume"
 
@@ -29,12 +32,10 @@ def trials(store) -> list:
 
 
 def epochs_saved(step: Path) -> int:
-    """Epochs in the whole checkpoints of the training, or of all trials together."""
-    states = [*(step / "ray").glob("checkpoint_*/train.json"), *(step / "ray").glob("*/checkpoint_*/train.json")]
-    try:
-        return sum(json.loads(path.read_text())["epoch"] for path in states)
-    except (json.JSONDecodeError, FileNotFoundError):
-        return 0
+    """Epochs in the newest checkpoint of the training, or of all trials together."""
+    trainings = [step, *(step / "trials").glob("*")]
+    states = [Checkpoints(open_store(str(folder))).newest_state() for folder in trainings]
+    return sum(state["epoch"] for state in states if state)
 
 
 def interrupt(arguments: list[str], sent: signal.Signals, step: Path, cwd: Path, *, group: bool = False) -> None:
@@ -80,13 +81,15 @@ def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_
     store = tmp_path / "store"
     arguments = [*TINY, "--store", str(store), "--json"]
     medmamba("shard", *arguments, cwd=tmp_path)
-    # A driver that was killed between Tune's two first files left this, which Tune would take for a sweep to restore.
+    # An earlier version left this of a sweep that it had just begun.
     stray = store / "runs/quickstart/tune/ray/tuner.pkl"
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b"")
     shards = store / "datasets/phantoms/default/shards"
     shards.rename(shards.with_name("away"))
     failed = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path, code=1)
+    assert "begins again: 0 trials with 0 epochs are lost" in failed.stderr
+    assert not stray.exists()
     assert "2 of 2 trials failed for reasons other than divergence" in failed.stderr
     assert "run the same command to try them again" in failed.stderr
     shards.with_name("away").rename(shards)

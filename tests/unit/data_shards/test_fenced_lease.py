@@ -10,12 +10,13 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from absent_server import absent_server
 from fault_proxy import Schedule, fault_proxy
 
-from data_shards.fenced_lease import Claim, fenced_lease
+from data_shards.fenced_lease import Claim, LostLeaseError, fenced_lease, is_lost
 from data_shards.holder import Holder, this_process
 from data_shards.lease import LeaseError
-from data_shards.store import open_store
+from data_shards.store import StoreError, open_store
 
 ELSEWHERE = Holder("another-host", 7, "another boot pid:[1]", 12345)
 HOLD = """
@@ -303,3 +304,28 @@ def test_lost_answers_and_refusals_of_the_store_make_no_second_holder(open_serve
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     assert most == [1] * 4
+
+
+def test_an_outage_longer_than_the_lease_does_not_lose_it_and_is_said_once(s3_server, s3, monkeypatch, caplog):
+    with absent_server(s3_server.endpoint) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.address)
+        with lease(open_store(s3, patience_s=60), ttl_s=6) as held:
+            server.leave()
+            time.sleep(9)
+            threading.Timer(2, server.come_back).start()
+            held.check()  # waits for the store
+            held.check(for_s=1)
+    told = [record.message for record in caplog.records if record.name == "data_shards.fenced_lease"]
+    assert len(told) == 1
+    assert told[0].startswith("the lease of run 'x' could not be renewed, and another process may take it: ")
+
+
+def test_a_lease_that_cannot_be_looked_at_does_not_count_as_lost():
+    def unreachable() -> None:
+        raise StoreError("the store is away")
+
+    def taken() -> None:
+        raise LostLeaseError("another has it")
+
+    assert not is_lost(unreachable)
+    assert is_lost(taken)

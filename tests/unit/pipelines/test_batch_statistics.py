@@ -69,6 +69,19 @@ def test_the_running_statistics_are_those_computed_by_hand(seeds, steps):
     assert loss == pytest.approx(sum(seeds) / len(seeds))
 
 
+def test_a_step_that_was_skipped_leaves_the_running_statistics_as_they_were():
+    model = network().train()
+    statistics = BatchStatistics(model, CPU)
+    statistics.collect(model(micro_batch(1)).sum())
+    statistics.update(torch.tensor(0.0))
+    kept = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    statistics.collect((model(micro_batch(2) * torch.nan)).sum())
+    assert torch.isnan(statistics.update(torch.tensor(1.0)))
+    assert all(torch.equal(value, kept[name]) for name, value in model.named_buffers() if "running" in name)
+    statistics.collect(model(micro_batch(1)).sum())
+    assert torch.isfinite(statistics.update(torch.tensor(0.0)))
+
+
 def test_one_micro_batch_a_step_is_what_torch_does():
     model = network().train()
     for _ in range(3):

@@ -22,9 +22,10 @@ import medmamba.bench
 from data_shards.catalog import card
 from data_shards.store import open_store
 from medmamba.bench import COMPARED, Case, Row
+from pipelines import cli as pipelines_cli
 from pipelines import terminal
 from pipelines.bench import _speed_table
-from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, _forced, _parse, main
+from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, TrainWork, _forced, _parse, main
 from pipelines.flow import run_steps
 from pipelines.flow.record import read_record
 from pipelines.leases import driver_lease
@@ -32,8 +33,9 @@ from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.registry import by_alias
-from pipelines.steps.train import SNAPSHOT
+from pipelines.stops import Paused
 from pipelines.tracking import open_tracking
+from pipelines.worker.old_checkpoint import SNAPSHOT
 from pipelines.workflows import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -291,7 +293,7 @@ def test_a_finished_training_does_not_limit_the_gpus_of_what_follows(capsys, mon
 
 
 @pytest.mark.parametrize("begun_on", [1, 2, 4])
-def test_an_interrupted_training_resumes_on_as_many_workers_as_wrote_its_checkpoint(begun_on, capsys, monkeypatch):
+def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it(begun_on, capsys, monkeypatch):
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 4}')
     sizes = override(recipe("quickstart"), {"train.batch_size": 64})
     finish("store", "r", sizes, workflow="direct", last="train", failing=["train"])
@@ -784,3 +786,19 @@ def test_status_and_a_dry_run_say_failed_with_the_reason_of_a_step_that_refused(
     assert (row["state"], row["told"]) == ("failed", "stopped by the test")
     assert main(["run", "--run", "half", "--store", "store", "--dry-run"]) == 0
     assert "failed: stopped by the test" in capsys.readouterr().out
+
+
+def test_a_time_limit_counts_from_the_start_of_the_command_and_only_for_a_training():
+    began = pipelines_cli._BEGAN
+    work = _parse(TrainWork, "train", [*DRY, "--max-minutes", "2"], "")
+    assert pipelines_cli._until(work) == began + 120
+    assert pipelines_cli._until(_parse(TrainWork, "train", [*DRY], "")) == 0
+    assert pipelines_cli._until(_parse(PromoteWork, "promote", [*DRY], "")) == 0
+
+
+def test_a_training_whose_time_is_up_ends_with_0_and_says_how_it_resumes(capsys, monkeypatch):
+    def ends(argv):
+        raise Paused("the time of --max-minutes is up")
+
+    monkeypatch.setitem(VERBS, "train", ends)
+    assert told(capsys, "train", code=0) == "medmamba: the time of --max-minutes is up"

@@ -7,7 +7,7 @@ from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.worker.meter import LAST_STEPS, Meter, _over_ranks
 from pipelines.worker.peak import peak_images_per_s
 from pipelines.worker.state import ResumeError
-from pipelines.worker.usage import USAGE, Usage, read_usage, write_usage
+from pipelines.worker.usage import USAGE, Usage, read_usage, usage_bytes
 
 
 class Clock:
@@ -147,8 +147,8 @@ def test_a_resumed_training_adds_to_what_was_used_before(clock, tmp_path):
     meter = Meter(8, gpu=Card(), clock=clock)
     train(meter, clock, 10, look_every=5)
     meter.epoch()
-    meter.save(tmp_path)
-    resumed = Meter(8, gpu=Card(), before=read_usage(tmp_path), clock=clock)
+    (tmp_path / USAGE).write_bytes(usage_bytes(meter.usage))
+    resumed = Meter(8, gpu=Card(), before=read_usage(tmp_path / USAGE), clock=clock)
     train(resumed, clock, 10, look_every=5)
     resumed.epoch()
     assert (resumed.usage.epochs, resumed.usage.images) == (2, 160)
@@ -189,13 +189,24 @@ def test_a_rank_whose_gpu_says_nothing_does_not_lower_the_mean():
 
 def test_usage_is_kept_with_the_checkpoint_and_an_old_checkpoint_has_none(tmp_path):
     usage = Usage(images=5, wall_s=2.5, gpu_s={"a": 1.5}, energy_j=3)
-    assert read_usage(tmp_path) == Usage()
-    write_usage(tmp_path, usage)
-    assert read_usage(tmp_path) == usage
+    assert read_usage(tmp_path / USAGE) == Usage()
+    (tmp_path / USAGE).write_bytes(usage_bytes(usage))
+    assert read_usage(tmp_path / USAGE) == usage
     assert usage.plus(Usage(images=1, gpu_s={"a": 1, "b": 2})).gpu_s == {"a": 2.5, "b": 2}
     (tmp_path / USAGE).write_text('{"images": "many"}')
     with pytest.raises(ResumeError, match=r"usage\.json of the checkpoint cannot be used.*images.*another --run"):
-        read_usage(tmp_path)
+        read_usage(tmp_path / USAGE)
+
+
+def test_the_usage_in_the_middle_of_an_epoch_counts_its_steps(clock):
+    meter = Meter(8, gpu=Card(), before=Usage(images=100, gpu_s={"NVIDIA H200": 7.0}), clock=clock)
+    meter.begin_epoch()
+    for _ in meter.fetched(range(4), 4):
+        clock.now_s += 0.5
+        meter.step(looked=True)
+    now = meter.usage_now(2)
+    assert (now.images, now.wall_s) == (100 + 4 * 8, pytest.approx(2.0))
+    assert now.gpu_s == {"NVIDIA H200": pytest.approx(7.0 + 2 * 2.0)}
 
 
 def test_the_peak_is_known_for_a_few_gpus_and_for_medmamba_only():

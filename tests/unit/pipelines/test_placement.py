@@ -2,8 +2,12 @@
 
 import pytest
 
+from data_shards.outage import PATIENCE_S
+from data_shards.s3_client import SILENCE_S
+from pipelines.monitor import SLOW_S
 from pipelines.placement import Demand, Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig
+from pipelines.worker.process_group import TIMEOUT_S
 
 
 def placed(num_cpus=2.0, num_gpus=0.0, **wishes):
@@ -190,3 +194,31 @@ def test_fewer_workers_leave_the_trials_of_a_sweep_as_they_were():
     one = resolve(PlacementConfig(cpus_per_worker=4), [Node(16, 4)], Demand(1))
     assert (many.workers, one.workers) == (4, 1)
     assert (many.trials, many.cpus_per_trial) == (one.trials, one.cpus_per_trial) == (4, 4)
+
+
+def test_the_patience_is_that_of_the_user_and_ends_before_a_worker_that_waits_counts_as_stalled():
+    assert placed().patience_s == PATIENCE_S
+    assert placed(patience_s=20).for_trial().patience_s == 20
+    assert PATIENCE_S >= 600
+    with pytest.raises(ValueError, match="less than or equal to 900"):
+        PlacementConfig(patience_s=901)
+    assert PATIENCE_S + SILENCE_S <= SLOW_S + 60 * placed().stall_minutes < TIMEOUT_S
+
+
+def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():
+    wishes = {"workers": 3, "workers_min": 1, "cpus_per_worker": 2}
+    placement = placed(num_cpus=2, **wishes)
+    assert (placement.workers, placement.workers_min) == (3, 1)
+    with pytest.raises(ValueError, match="CPUs, but this Ray has 2"):
+        placed(num_cpus=2, workers=3, cpus_per_worker=2)
+
+
+def test_the_fewest_workers_are_at_most_all_of_them():
+    with pytest.raises(ValueError, match=r"--placement\.workers-min 4: there are at most 2 workers"):
+        placed(workers=2, workers_min=4)
+
+
+def test_only_numbers_of_workers_that_share_a_batch_evenly_are_taken():
+    train = TrainConfig(batch_size=96, micro_batch=8)
+    assert train.sizes(1, 12) == [1, 2, 3, 4, 6, 12]
+    assert train.sizes(4, 8) == [4, 6]

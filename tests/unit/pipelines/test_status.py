@@ -10,9 +10,13 @@ from finished_run import finish
 from data_shards.fenced_lease import TTL_S, Claim
 from data_shards.holder import Holder
 from data_shards.store import open_store
+from pipelines.leases import driver_lease
+from pipelines.placement import Placement
 from pipelines.promotions import Promotion
 from pipelines.recipes import Recipe
 from pipelines.status import read_status, winner_name
+from pipelines.worker.checkpoints import FILES, Checkpoints
+from pipelines.worker.state import TrainState, describe
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,20 @@ def test_a_step_without_a_record_and_a_reason_was_interrupted(store, tmp_path):
     other = open_store(str(tmp_path))
     other.put("runs/r/train/config.json", store.get("runs/half/train/config.json"))
     assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", "")]
+
+
+def test_a_step_of_a_run_that_a_process_holds_is_running_with_its_newest_checkpoint(store, tmp_path):
+    other = open_store(str(tmp_path))
+    other.put("runs/r/train/config.json", store.get("runs/half/train/config.json"))
+    state = TrainState(epoch=2, step=25, losses=[0.5] * 5)
+    placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+    described = describe(state, seed=0, placement=placement, manifest="m")
+    (tmp_path / "file").write_bytes(b"x")
+    Checkpoints(other.at("runs/r/train")).write(25, dict.fromkeys(FILES, tmp_path / "file"), described)
+    told = "checkpoint after 2 epochs and 5 steps, 0 min ago"
+    with driver_lease(other, "r", wait_s=0, say=print):
+        assert [(row["state"], row["told"]) for row in read_status(other)] == [("running", told)]
+    assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", told)]
 
 
 def test_a_promotion_whose_process_ended_elsewhere_is_interrupted_once_its_lease_is_over(store, tmp_path):

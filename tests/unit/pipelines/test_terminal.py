@@ -2,9 +2,11 @@
 
 import logging
 import re
+from dataclasses import asdict, replace
 
 import pytest
 
+from data_shards.outage import Notice
 from pipelines import terminal
 from pipelines.terminal import Terminal, console, duration, show_log_visibly, table
 
@@ -239,3 +241,29 @@ def test_a_start_that_is_followed_by_a_failure_never_took_anything(capsys, clock
     shown.step("train", "failed")
     shown.progress("evaluate", {"done": 1, "total": 2, "unit": "images"})
     assert "took" not in capsys.readouterr().err
+
+
+def test_an_outage_is_said_once_however_many_processes_notice_it(capsys):
+    shown = Terminal()
+    away = Notice("MLflow at http://m", since=1000.0, patience_s=900.0, meanwhile="the work goes on")
+    back = replace(away, over_after_s=60.0)
+    shown.outage(away)
+    shown.progress("train", {"outage": asdict(replace(away, since=1003.0))})
+    shown.progress("train", {"outage": asdict(back)})
+    shown.outage(back)
+    shown.outage(replace(away, since=1055.0))  # of a process that found it out late
+    said = lines(capsys)
+    assert len(said) == 2
+    assert said[0].endswith(": the work goes on, for at most 15 minutes")
+    assert said[1] == "MLflow at http://m answers again after 1 minute"
+    shown.outage(replace(away, since=2000.0))
+    assert len(lines(capsys)) == 1
+
+
+def test_what_was_kept_is_said_although_another_process_found_the_service_back_before(capsys):
+    shown = Terminal()
+    away = Notice("MLflow at http://m", since=1000.0, patience_s=900.0)
+    shown.outage(away)
+    shown.outage(replace(away, over_after_s=60.0))
+    shown.outage(replace(away, over_after_s=61.0, sent="what was logged of 3 epochs is being sent"))
+    assert lines(capsys)[-1].endswith("after 1:01 minutes: what was logged of 3 epochs is being sent")

@@ -12,16 +12,17 @@ from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.bench_reference import BenchSpeed
 from pipelines.board import Board
 from pipelines.flow import StepContext
+from pipelines.outbox import Outbox
 from pipelines.placement import Placement
-from pipelines.steps.train import SNAPSHOT, check_batches, find_checkpoint, keep_best, log_new_epochs, tagging
+from pipelines.steps.train import check_batches, keep_best, tagging
 from pipelines.tracking import open_tracking
+from pipelines.worker.checkpoints import Found
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.launch import RayReporter
 from pipelines.worker.speed_check import SpeedCheck
-from pipelines.worker.state import ResumeError, TrainState, file_digests, read_state, write_state
+from pipelines.worker.state import TrainState, describe
 
 ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
-FIRST, SECOND = "checkpoint_2026-01-01_00-00-00.000001", "checkpoint_2026-01-01_00-00-09.000001"
 
 
 @pytest.fixture
@@ -29,64 +30,27 @@ def out(tmp_path):
     return open_store(str(tmp_path / "store")).at("runs/r/train")
 
 
-def snapshot(newest: str | None) -> bytes:
-    return json.dumps({"latest_checkpoint_result": newest and {"checkpoint_dir_name": newest, "metrics": {}}}).encode()
-
-
-def test_the_checkpoint_stays_as_it_was_when_its_best_model_is_kept(tmp_path, out):
-    folder = tmp_path / "checkpoint"
-    (folder / "best").mkdir(parents=True)
-    (folder / "best/weights.safetensors").write_bytes(b"weights")
-    (folder / "best/model.json").write_text('{"card": {"classes": ["a", "b"]}}')
+def test_the_best_model_is_copied_with_what_a_prediction_needs_and_the_checkpoint_stays(tmp_path, out):
+    best = {"weights.safetensors": tmp_path / "weights", "model.json": tmp_path / "model"}
+    best["weights.safetensors"].write_bytes(b"weights")
+    best["model.json"].write_text('{"card": {"classes": ["a", "b"]}}')
     state = TrainState(epoch=2, best_epoch=1, best={"val_auc": 0.9, "val_loss": 0.3})
-    write_state(folder, state, seed=0, placement=ALONE, manifest="m", digests=file_digests(folder))
-    facts = keep_best(folder, out, "r", max_side=128)
+    found = Found("step-0000000008", describe(state, seed=0, placement=ALONE, manifest="m"), {}, best)
+    facts = keep_best(found, out, "r", max_side=128)
     assert json.loads(out.get("model/model.json"))["card"] == {"classes": ["a", "b"], "max_side": 128}
     assert (out.get("model/weights.safetensors"), facts["best_epoch"], facts["epochs"]) == (b"weights", 1, 2)
     assert facts["compile"] == ALONE.compile
-    # Had it failed after this, the same command must be able to resume.
-    assert read_state(folder, placement=ALONE, manifest="m").epoch == 2
-    assert keep_best(folder, out, "r", max_side=128) == facts
-
-
-def test_without_a_snapshot_a_training_begins_at_the_beginning_whatever_an_upload_left(out):
-    assert find_checkpoint(out) is None
-    out.put(f"ray/{FIRST}/train.json", b"")
-    assert find_checkpoint(out) is None
-    out.put(SNAPSHOT, snapshot(None))
-    assert find_checkpoint(out) is None
-
-
-def test_a_checkpoint_that_was_being_uploaded_at_the_kill_is_not_looked_at(out):
-    out.put(f"ray/{FIRST}/train.json", b'{"epoch": 1}')
-    out.put(f"ray/{SECOND}/train.json", b"")
-    out.put(SNAPSHOT, snapshot(FIRST))
-    assert find_checkpoint(out) == {"epoch": 1}
-
-
-@pytest.mark.parametrize(
-    ("kept", "state"),
-    [(snapshot(FIRST)[:20], b"{}"), (b"", b"{}"), (snapshot(FIRST), b""), (snapshot(FIRST), None), (b"{}", b"{}")],
-    ids=["torn snapshot", "empty snapshot", "torn train.json", "no train.json", "another snapshot"],
-)
-def test_what_is_torn_is_told_with_what_to_delete(out, kept, state):
-    out.put(SNAPSHOT, kept)
-    if state is not None:
-        out.put(f"ray/{FIRST}/train.json", state)
-    with pytest.raises(ResumeError, match=f"delete {out.uri}/ray to train from the beginning, or use another --run"):
-        find_checkpoint(out)
+    assert keep_best(found, out, "r", max_side=128) == facts
 
 
 def test_an_epoch_trained_again_after_a_kill_is_not_logged_twice(tmp_path):
     store = open_store(str(tmp_path))
     tracking = open_tracking(store)
     run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
-    log = log_new_epochs(tracking, run_id)
-    for epoch in (1, 2):
-        log({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
-    log = log_new_epochs(tracking, run_id)  # epoch 2 was logged, but the kill came before its checkpoint
-    for epoch in (2, 3):
-        log({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
+    for epochs in ((1, 2), (2, 3)):  # epoch 2 was logged, but the kill came before its checkpoint
+        with Outbox(tracking, run_id) as outbox:
+            for epoch in epochs:
+                outbox.epoch({"epoch": epoch, "step": 2 * epoch, "train_loss": 1 / epoch}, [0.5, 0.4])
     history = {name: tracking.client.get_metric_history(run_id, name) for name in ("train_loss", "step_loss")}
     assert [point.step for point in history["train_loss"]] == [1, 2, 3]
     assert [point.step for point in history["step_loss"]] == [1, 2, 3, 4, 5, 6]
@@ -97,12 +61,14 @@ def test_a_training_that_is_far_below_the_bench_is_tagged_and_shown_once(tmp_pat
     tracking = open_tracking(store)
     run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
     bench = BenchSpeed("NVIDIA H200", "T", 224, "bfloat16", 128, 3000.0)
-    judge = tagging(SpeedCheck(bench, ALONE, 128), tracking, run_id)
+    outbox = Outbox(tracking, run_id)
+    judge = tagging(SpeedCheck(bench, ALONE, 128), outbox)
     handle = SimpleNamespace(post=SimpleNamespace(remote=board.post))  # as an actor's, without a Ray
-    reporter = RayReporter(lambda metrics, checkpoint: sent.append(metrics), 0, handle, "train", judge=judge)
+    reporter = RayReporter(sent.append, 0, handle, "train", judge=judge)
     for epoch in (1, 2):
-        reporter.epoch({"epoch": epoch, "step": 90 * epoch, "images_per_s_last": 700.0}, [], lambda folder: None)
+        reporter.epoch({"epoch": epoch, "step": 90 * epoch, "images_per_s_last": 700.0}, [])
     assert [values.get("finished_epoch", "warning") for _, values in board.take()] == [1, "warning", 2]
+    outbox.close()
     tag = tracking.client.get_run(run_id).data.tags["medmamba.slow"]
     assert tag.startswith("slow: 700 images/s, but T at 224 px benches at 3,000 on this GPU: ")
     assert len(sent) == 2

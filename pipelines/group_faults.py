@@ -1,0 +1,38 @@
+"""What ends a group of training workers that is nobody's mistake: each says what happened and what to do."""
+
+from __future__ import annotations
+
+RESUME = "run the same command to resume"
+
+
+class GroupFault(RuntimeError):  # noqa: N818  (it has kinds, which are errors)
+    """A group of workers that does not come to be, or does not get on. Its text is for the user."""
+
+
+class StalledError(GroupFault):
+    """A rank stands still."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__(who)
+        self.who = who
+
+    def __str__(self) -> str:
+        return (
+            f"{self.who}, and the training stood still: the process may be stopped, its machine overloaded or its GPU "
+            f"broken; look at that node, then {RESUME}"
+        )
+
+
+class NoPlaceError(GroupFault):
+    """The nodes have no room for the least number of workers."""
+
+    def __init__(self, workers: int, wait_s: float, nodes: str) -> None:
+        super().__init__(workers, wait_s, nodes)
+        self.workers, self.wait_s, self.nodes = workers, wait_s, nodes
+
+    def __str__(self) -> str:
+        return (
+            f"for {self.wait_s / 60:.0f} min there was no room for {self.workers} training "
+            f"worker{'s' if self.workers > 1 else ''} on the nodes of this Ray ({self.nodes}): add nodes, or let the "
+            f"training go on with fewer (--placement.workers-min), then {RESUME}"
+        )

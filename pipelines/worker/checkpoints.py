@@ -1,0 +1,178 @@
+"""The checkpoints of one training in the store: `checkpoints/step-0000000123/`, valid once its train.json is there.
+
+A folder holds weights.safetensors and model.json for whoever uses the model, moments.safetensors and usage.json to
+resume, and train.json: where the training stands and the digests of the other files, under a digest of its own. Nothing
+in them can run code. The newest two are kept, and those of the best epochs that they name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.store import Store, StoreKeyError
+from medmamba.config import MODEL, WEIGHTS
+from pipelines.worker.state import FIELDS, ResumeError, described_bytes, file_digest, read_described
+from pipelines.worker.usage import USAGE
+
+FOLDER = "checkpoints"
+STATE, MOMENTS = "train.json", "moments.safetensors"
+FILES = (WEIGHTS, MODEL, MOMENTS, USAGE)
+OF_MODEL = (WEIGHTS, MODEL)
+KEPT = 2
+_NAME = re.compile(rf"{FOLDER}/(step-\d{{10}})/(.+)")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint: its files have the digests on record."""
+
+    name: str
+    described: Mapping[str, Any]
+    """The fields of its train.json."""
+    files: Mapping[str, Path]
+    best: Mapping[str, Path]
+    """The files of the best epoch's model; empty where no epoch has ended yet."""
+
+
+class Checkpoints:
+    """The checkpoints of the training that has the folder `out` of the store."""
+
+    def __init__(self, out: Store) -> None:
+        self.out = out
+        self._digests: dict[str, dict[str, str]] = {}  # of stored files, by checkpoint, as far as they are known here
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({self.out!r})"
+
+    def names(self) -> list[str]:
+        """Names of the committed checkpoints, oldest first."""
+        return [name for name, files in sorted(self._folders().items()) if STATE in files]
+
+    def newest(self, folder: Path, *, say: Callable[[str], None] = lambda text: None) -> Found | None:
+        """The newest complete checkpoint, its files fetched into `folder` where the store is not local; None where the
+        training has not written any.
+
+        One that is damaged is passed over, and `say` gets a line about it. ResumeError where all of them are.
+        """
+        names = self.names()
+        for name in reversed(names):
+            try:
+                return self._fetch(name, folder)
+            except ResumeError as error:
+                say(f"checkpoint {name} is damaged ({error}); trying the one before it")
+        if names:
+            raise ResumeError(
+                f"all {len(names)} checkpoints in {self.out.uri}/{FOLDER} are damaged: delete that folder to train "
+                "from the beginning, or use another --run NAME"
+            )
+        return None
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """The fields of the newest train.json that can be read; the other files of its checkpoint may be damaged."""
+        for name in reversed(self.names()):
+            with contextlib.suppress(ResumeError):
+                return self._read(name)
+        return None
+
+    def age_s(self) -> float:
+        """Seconds since the newest checkpoint was stored; infinite where there is none."""
+        names = self.names()
+        return self.out.age_s(f"{FOLDER}/{names[-1]}/{STATE}") if names else math.inf
+
+    def write(self, step: int, files: Mapping[str, Path], described: Mapping[str, Any]) -> None:
+        """Stores the checkpoint of `step`: its `files`, then train.json, which makes it valid; removes older ones.
+
+        `described` are the fields of train.json except digests. Its `best_step` names the checkpoint of the best epoch,
+        which is this one or stored already. Raises StoreError.
+        """
+        assert set(files) == set(FILES), f"a checkpoint consists of {FILES}"
+        name, best = name_of(step), name_of(described["best_step"])
+        self._remove([other for other in self._folders() if other > name])  # passed over because they are damaged
+        self.out.delete(f"{FOLDER}/{name}/{STATE}")  # also of a damaged one
+        digests = {file: file_digest(path) for file, path in files.items()}
+        for file, path in files.items():
+            self.out.put(f"{FOLDER}/{name}/{file}", path)
+        of_best = digests if best == name else self._digests.get(best, {})
+        self._digests[name] = digests
+        digests_of_best = {file: of_best[file] for file in OF_MODEL} if described["best_epoch"] else {}
+        data = described_bytes({**described, "digests": digests, "best_digests": digests_of_best})
+        self.out.put(f"{FOLDER}/{name}/{STATE}", data)
+        self._prune()
+
+    def keep_model(self, step: int, files: Mapping[str, Path]) -> None:
+        """Stores a model without what a resume needs, for later checkpoints to name as their best."""
+        for file in OF_MODEL:
+            self.out.put(f"{FOLDER}/{name_of(step)}/{file}", files[file])
+        self._digests[name_of(step)] = {file: file_digest(files[file]) for file in OF_MODEL}
+
+    def delete_all(self) -> None:
+        """Removes every checkpoint."""
+        self._remove(self._folders())
+
+    def _folders(self) -> dict[str, list[str]]:
+        """Name of a checkpoint -> its files, of all that have any."""
+        folders: dict[str, list[str]] = {}
+        for key in self.out.list(f"{FOLDER}/"):
+            if found := _NAME.fullmatch(key):
+                folders.setdefault(found[1], []).append(found[2])
+        return folders
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            described = read_described(self.out.get(f"{FOLDER}/{name}/{STATE}"))
+        except StoreKeyError as error:
+            raise ResumeError(f"{STATE} is missing") from error
+        missing = FIELDS - described.keys()
+        if missing or set(described["digests"]) != set(FILES):
+            what = ", ".join(sorted(missing)) or "the digests of all its files"
+            raise ResumeError(f"{STATE} does not have {what}")
+        return described
+
+    def _fetch(self, name: str, folder: Path) -> Found:
+        described = self._read(name)
+        files = {file: self._file(name, file, digest, folder) for file, digest in described["digests"].items()}
+        best = name_of(described["best_step"])
+        of_best = {file: self._file(best, file, digest, folder) for file, digest in described["best_digests"].items()}
+        self._digests[name] = described["digests"]
+        self._digests.setdefault(best, described["best_digests"])
+        return Found(name, described, files, of_best)
+
+    def _file(self, name: str, file: str, digest: str, folder: Path) -> Path:
+        """The local file of an object that has this digest; ResumeError where there is none."""
+        key = f"{FOLDER}/{name}/{file}"
+        local = self.out.path(key)
+        path = local or folder / name / file
+        try:
+            if local is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.out.fetch(key, path)
+            found = file_digest(path)
+        except (StoreKeyError, FileNotFoundError) as error:
+            raise ResumeError(f"{file} of {name} is missing") from error
+        if found != digest:
+            raise ResumeError(f"{file} of {name} has the digest {found[:12]}, not {digest[:12]} as recorded")
+        return path
+
+    def _prune(self) -> None:
+        kept = set(self.names()[-KEPT:])
+        for name in tuple(kept):
+            with contextlib.suppress(ResumeError):
+                kept.add(name_of(self._read(name)["best_step"]))
+        self._remove([name for name in self._folders() if name not in kept])
+
+    def _remove(self, names: Sequence[str] | Mapping[str, Any]) -> None:
+        folders = self._folders() if names else {}
+        for name in names:
+            for file in sorted(folders.get(name, ()), key=lambda file: file != STATE):  # the commit mark first
+                self.out.delete(f"{FOLDER}/{name}/{file}")
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint after so many optimizer steps."""
+    return f"step-{step:010d}"

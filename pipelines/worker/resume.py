@@ -1,0 +1,137 @@
+"""What a training resumes from: the newest complete checkpoint, or one in this project's first format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medmamba.config import WEIGHTS
+from pipelines.placement import Placement
+from pipelines.worker.checkpoints import MOMENTS, OF_MODEL, Checkpoints, Found
+from pipelines.worker.old_checkpoint import BEST, ENGINE, OldCheckpoint, check_placement, find_old_checkpoint
+from pipelines.worker.state import ResumeError, TrainState, check_same_data, state_of
+from pipelines.worker.usage import USAGE, Usage, read_usage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipelines.worker.batch_statistics import BatchStatistics
+    from pipelines.worker.engine import Engine
+
+
+class Resume(ABC):
+    """A point at which a training was saved."""
+
+    described: Mapping[str, Any]
+
+    @property
+    def state(self) -> TrainState:
+        """Where the training stood."""
+        return state_of(self.described)
+
+    @property
+    @abstractmethod
+    def usage(self) -> Usage:
+        """What it had used."""
+
+    @property
+    def told(self) -> str:
+        """Where it resumes, for the user."""
+        state = self.state
+        into = f" and {len(state.losses)} steps of epoch {state.epoch + 1}" if state.losses else ""
+        return f"training resumes after epoch {state.epoch}{into}"
+
+    def placement(self, placement: Placement) -> Placement:
+        """The placement with what a resumed training keeps where nobody has named it: whether it was compiled."""
+        if placement.compile != "auto":
+            return placement
+        return placement.model_copy(update={"compile": self.described.get("compile", "off")})
+
+    @abstractmethod
+    def load_weights(self, model: nn.Module) -> None:
+        """Before DeepSpeed sees the model, which divides the weights among ranks."""
+
+    @abstractmethod
+    def restore(self, engine: Engine, statistics: BatchStatistics, checkpoints: Checkpoints) -> None:
+        """The rest, once the engine is there."""
+
+
+class FromCheckpoint(Resume):
+    """Any number of ranks, any ZeRO stage."""
+
+    def __init__(self, found: Found) -> None:
+        self.described, self._found = found.described, found
+
+    @property
+    def usage(self) -> Usage:
+        return read_usage(self._found.files[USAGE])
+
+    def load_weights(self, model: nn.Module) -> None:
+        from medmamba.checkpoint import load_state  # with torch, which the driver does without
+
+        load_state(model, self._read(WEIGHTS), where=f"checkpoint {self._found.name}")
+
+    def restore(self, engine: Engine, statistics: BatchStatistics, checkpoints: Checkpoints) -> None:
+        engine.check_weights(self._read(WEIGHTS))
+        try:
+            engine.restore(self._read(MOMENTS))
+        except ValueError as error:
+            raise ResumeError(f"checkpoint {self._found.name}: {error}") from error
+
+    def _read(self, file: str) -> dict[str, Any]:
+        from pipelines.worker.snapshot import read_tensors
+
+        try:
+            return read_tensors(self._found.files[file])
+        except ValueError as error:
+            raise ResumeError(f"checkpoint {self._found.name}: {error}") from error
+
+
+class FromOldCheckpoint(Resume):
+    """The ranks and the ZeRO stage that wrote it."""
+
+    def __init__(self, old: OldCheckpoint, folder: Path) -> None:
+        self.described, self._folder = old.described, folder
+
+    @property
+    def usage(self) -> Usage:
+        return read_usage(self._folder / USAGE)
+
+    def placement(self, placement: Placement) -> Placement:
+        check_placement(self.described, placement)
+        return super().placement(placement).model_copy(update={"flat": self.described.get("flat", False)})
+
+    def load_weights(self, model: nn.Module) -> None:
+        pass  # DeepSpeed's own files hold them
+
+    def restore(self, engine: Engine, statistics: BatchStatistics, checkpoints: Checkpoints) -> None:
+        engine.load_old(self._folder / ENGINE)
+        statistics.reload()
+        if engine.rank == 0:
+            checkpoints.keep_model(self.state.best_step, {file: self._folder / BEST / file for file in OF_MODEL})
+
+
+def find_resume(
+    checkpoints: Checkpoints,
+    folder: Path,
+    manifest: str,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Resume | None:
+    """Where the training resumes, with its files fetched into `folder`; None: it begins.
+
+    Damaged checkpoints are passed over, and `say` gets a line about each. Raises ResumeError where none is usable, or
+    the data are others.
+    """
+    found = checkpoints.newest(folder, say=say)
+    old = None if found else find_old_checkpoint(checkpoints.out)
+    if found:
+        check_same_data(found.described, manifest)
+        return FromCheckpoint(found)
+    if old:
+        check_same_data(old.described, manifest)
+        old.fetch(checkpoints.out, folder)
+        return FromOldCheckpoint(old, folder)
+    return None

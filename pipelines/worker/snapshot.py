@@ -1,0 +1,71 @@
+"""What a training knows at one step, as tensors by name: the same whatever the ranks and the ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medmamba.checkpoint import write_weights
+from pipelines.worker.optimizer_state import MOMENTS
+
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies that the training no longer touches."""
+
+    weights: Mapping[str, Tensor]
+    """Parameters and BatchNorm's buffers by the network's names."""
+    moments: Mapping[str, Tensor]
+    """`exp_avg.<name>` and `exp_avg_sq.<name>` of every trainable parameter, and the optimizer's `step`."""
+    ready: torch.cuda.Event | None = None
+    """When the copies are made; None on a CPU."""
+
+    def write(self, weights: Path, moments: Path) -> None:
+        """Writes both parts as safetensors; may be called in a thread beside the training."""
+        with self._own_stream():
+            write_weights(weights, self.weights)
+            save_file({name: value.cpu().contiguous() for name, value in self.moments.items()}, moments)
+
+    def _own_stream(self) -> torch.cuda.StreamContext:
+        if self.ready is None:
+            return torch.cuda.stream(None)  # type: ignore[arg-type]  # changes nothing
+        stream = torch.cuda.Stream(next(iter(self.weights.values())).device)
+        stream.wait_event(self.ready)
+        return torch.cuda.stream(stream)
+
+
+def named_moments(names: Sequence[str], moments: Mapping[str, Sequence[Tensor]], step: Tensor) -> dict[str, Tensor]:
+    """Moments of parameters of these names as `Snapshot.moments`."""
+    named = {f"{kind}.{name}": value for kind in MOMENTS for name, value in zip(names, moments[kind], strict=True)}
+    return {**named, STEP: step}
+
+
+def listed_moments(
+    named: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> tuple[dict[str, list[Tensor]], float]:
+    """The opposite of `named_moments`, in the order of `shapes` (name of a parameter -> its shape).
+
+    Raises ValueError where these are not exactly the moments of such parameters.
+    """
+    expected = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in shapes.items()} | {STEP: torch.Size()}
+    found = {name: value.shape for name, value in named.items()}
+    if found != expected:
+        differing = sorted({name for name, _ in found.items() ^ expected.items()})
+        raise ValueError(f"the moments are those of another network: {', '.join(differing[:3])}")
+    return {kind: [named[f"{kind}.{name}"] for name in shapes] for kind in MOMENTS}, float(named[STEP])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from error

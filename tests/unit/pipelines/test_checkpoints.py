@@ -1,0 +1,152 @@
+"""Checkpoints in the store: complete or not there, the newest usable one is found, older ones go."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_shards.store import Store, open_store
+from pipelines.placement import Placement
+from pipelines.worker.checkpoints import FILES, FOLDER, Checkpoints
+from pipelines.worker.state import ResumeError, TrainState, describe, described_bytes
+
+PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def out(request, tmp_path) -> Store:
+    uri = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3")
+    return open_store(uri).at("runs/r/train")
+
+
+@pytest.fixture
+def checkpoints(out) -> Checkpoints:
+    return Checkpoints(out)
+
+
+def written(checkpoints: Checkpoints, folder: Path, step: int, *, best: int | None = None) -> None:
+    """Writes the checkpoint of a step at the end of an epoch; `best` is the step of the best one, by default this."""
+    files = {name: folder / name for name in FILES}
+    for name, path in files.items():
+        path.write_bytes(f"{name} of step {step}".encode())
+    state = TrainState(epoch=step, step=step, best_epoch=1, best_step=step if best is None else best)
+    checkpoints.write(step, files, describe(state, seed=0, placement=PLACEMENT, manifest="m" * 64))
+
+
+def read(files) -> dict[str, bytes]:
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def test_a_training_that_has_written_nothing_begins(checkpoints, tmp_path):
+    assert checkpoints.newest(tmp_path) is None
+    assert checkpoints.newest_state() is None
+
+
+def test_the_newest_checkpoint_is_found_with_its_files_and_the_best_model(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    written(checkpoints, tmp_path, 2, best=1)
+    found = Checkpoints(out).newest(tmp_path / "fetched")
+    assert (found.name, found.described["step"]) == ("step-0000000002", 2)
+    assert read(found.files) == {name: f"{name} of step 2".encode() for name in FILES}
+    assert read(found.best) == {name: f"{name} of step 1".encode() for name in ("weights.safetensors", "model.json")}
+    assert Checkpoints(out).newest_state() == found.described
+
+
+def test_the_newest_two_and_the_best_ones_they_name_are_kept(checkpoints, tmp_path):
+    for step, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5), (7, 5)]:
+        written(checkpoints, tmp_path, step, best=best)
+    assert checkpoints.names() == ["step-0000000005", "step-0000000006", "step-0000000007"]
+    written(checkpoints, tmp_path, 8, best=8)
+    assert checkpoints.names() == ["step-0000000005", "step-0000000007", "step-0000000008"]
+
+
+def test_a_process_that_resumes_still_knows_the_best_model(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    resumed = Checkpoints(out)
+    resumed.newest(tmp_path / "fetched")
+    written(resumed, tmp_path, 2, best=1)
+    assert read(resumed.newest(tmp_path / "again").best)["model.json"] == b"model.json of step 1"
+
+
+@pytest.mark.parametrize("file", [*FILES, "train.json"])
+@pytest.mark.parametrize("harm", ["flipped bit", "torn", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_aloud(checkpoints, tmp_path, out, file, harm):
+    written(checkpoints, tmp_path, 1)
+    written(checkpoints, tmp_path, 2, best=1)
+    key = f"{FOLDER}/step-0000000002/{file}"
+    data = out.get(key)
+    if harm == "missing":
+        out.delete(key)
+    else:
+        out.put(key, bytes([data[0] ^ 1]) + data[1:] if harm == "flipped bit" else data[: len(data) // 2])
+    lines: list[str] = []
+    found = Checkpoints(out).newest(tmp_path / "fetched", say=lines.append)
+    assert found.name == "step-0000000001"
+    if (harm, file) == ("missing", "train.json"):
+        assert lines == [], "it was never complete"
+    else:
+        (line,) = lines
+        assert line.startswith(f"checkpoint step-0000000002 is damaged ({file} ")
+        assert line.endswith("trying the one before it")
+
+
+def test_a_damaged_best_model_is_noticed_too(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    written(checkpoints, tmp_path, 2, best=2)
+    written(checkpoints, tmp_path, 3, best=2)
+    out.put(f"{FOLDER}/step-0000000002/weights.safetensors", b"other")
+    with pytest.raises(ResumeError, match=r"all 2 checkpoints in .*/checkpoints are damaged: delete that .*--run"):
+        Checkpoints(out).newest(tmp_path / "fetched")
+
+
+def test_what_was_passed_over_does_not_come_back(checkpoints, tmp_path, out):
+    for step in (1, 2, 4):
+        written(checkpoints, tmp_path, step)
+    out.put(f"{FOLDER}/step-0000000004/moments.safetensors", b"damaged")
+    resumed = Checkpoints(out)
+    assert resumed.newest(tmp_path / "fetched").name == "step-0000000002"
+    written(resumed, tmp_path, 3)
+    assert Checkpoints(out).names() == ["step-0000000002", "step-0000000003"]
+
+
+def test_a_damaged_checkpoint_that_is_written_again_is_whole(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    written(checkpoints, tmp_path, 2)
+    out.put(f"{FOLDER}/step-0000000002/weights.safetensors", b"damaged")
+    written(checkpoints, tmp_path, 2)
+    assert Checkpoints(out).newest(tmp_path / "fetched").name == "step-0000000002"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"digests": {"../../model.json": "0" * 64}}, {"digests": {}}, {"best_digests": {"../x": "0" * 64}},
+        {"best_step": -5}, {"best_step": "0000000001/../../../x"}, {"compile": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hostile_train_json_opens_nothing(checkpoints, tmp_path, out, changes):
+    written(checkpoints, tmp_path, 1)
+    described = {**checkpoints.newest_state(), **changes}
+    del described["digest"]
+    out.put(f"{FOLDER}/step-0000000001/train.json", described_bytes(described))
+    with pytest.raises(ResumeError, match="all 1 checkpoints"):
+        Checkpoints(out).newest(tmp_path / "fetched")
+
+
+def test_a_train_json_without_a_field_is_damaged(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    described = checkpoints.newest_state()
+    for name in ("ranks", "digest"):
+        del described[name]
+    out.put(f"{FOLDER}/step-0000000001/train.json", json.dumps(described).encode())
+    lines: list[str] = []
+    with pytest.raises(ResumeError):
+        Checkpoints(out).newest(tmp_path, say=lines.append)
+    assert "does not have digest, ranks" in lines[0]
+
+
+def test_all_checkpoints_can_be_deleted(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    checkpoints.delete_all()
+    assert list(out.list(FOLDER)) == []

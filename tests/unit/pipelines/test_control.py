@@ -1,0 +1,105 @@
+"""What a training is told between two steps: the same on all ranks at the same step."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from pipelines.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Orders
+from pipelines.worker.control import BITS, CHECKPOINT, NOTHING, Control, OwnFlags, Stopped, UntilTheEnd, Wants
+
+
+class Idle:
+    is_busy = False
+
+
+class Busy:
+    is_busy = True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def asked(control: Control, steps: range, writer=Idle) -> list[int]:
+    """The steps after which a checkpoint is wanted."""
+    return [step for step in steps if control.wants(step, writer()).checkpoint]
+
+
+def test_a_checkpoint_is_due_after_so_many_steps():
+    assert asked(Control(0, OwnFlags(), checkpoint_steps=4), range(1, 14)) == [4, 8, 12]
+
+
+def test_a_checkpoint_is_due_after_so_many_seconds():
+    clock, found = Clock(), []
+    control = Control(0, OwnFlags(), checkpoint_s=10, clock=clock)
+    for step in range(1, 30):
+        clock.now += 1
+        found += asked(control, range(step, step + 1))
+    assert found == [10, 20]
+
+
+def test_nothing_is_due_where_nothing_was_set():
+    assert asked(Control(0, OwnFlags()), range(1, 50)) == []
+    assert UntilTheEnd().wants(1, Idle()) == NOTHING
+
+
+def test_no_checkpoint_is_begun_while_one_is_still_on_its_way():
+    control = Control(0, OwnFlags(), checkpoint_steps=2)
+    assert asked(control, range(1, 9), Busy) == []
+    assert asked(control, range(9, 10)) == [9]
+
+
+def test_only_rank_0_has_a_clock():
+    assert asked(Control(1, OwnFlags(), checkpoint_steps=1), range(1, 9)) == []
+
+
+def test_orders_from_outside_become_wants():
+    control = Control(1, OwnFlags())
+    control._obey(Orders(1, ""))
+    assert control.wants(1, Idle()) == Wants(checkpoint=True)
+    control._obey(Orders(1, ""))
+    assert control.wants(2, Idle()) == NOTHING
+    control._obey(Orders(1, PREEMPTED))
+    assert control.wants(3, Idle()) == Wants(checkpoint=True, stop=PREEMPTED)
+
+
+@pytest.mark.parametrize("first", [INTERRUPTED, TIME_UP])
+def test_an_end_of_the_run_counts_before_a_restart(first):
+    control = Control(0, OwnFlags())
+    for stop in (RESIZED, PREEMPTED, first):
+        control._obey(Orders(0, stop))
+    assert control.wants(1, Idle()).stop == first
+
+
+def test_every_reason_to_stop_has_a_flag_of_its_own():
+    assert len({CHECKPOINT, *BITS.values()}) == 1 + len(STOPS)
+
+
+def test_waiting_for_data_and_validation_show_in_what_a_rank_is_at():
+    control = Control(0, OwnFlags())
+    seen = [(control._doing, control._slow) for _ in control.fetched([1])]
+    control.wants(1, Idle())
+
+    def items():
+        seen.append((control._doing, control._slow))
+        yield 1
+
+    for _ in control.fetched(items()):
+        seen.append((control._doing, control._slow))
+    with control.busy("validating"):
+        before = control._moves
+        control.counted(len)("abc")
+        seen.append((control._doing, control._moves - before))
+    assert seen == [
+        ("starting", True), ("waiting for data", True), ("training", False), ("validating", 1),
+    ]  # fmt: skip
+
+
+def test_a_stop_can_travel_between_processes():
+    again = pickle.loads(pickle.dumps(Stopped(RESIZED, 12)))
+    assert (again.reason, again.step) == (RESIZED, 12)

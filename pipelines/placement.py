@@ -156,7 +156,7 @@ class Placement(BaseModel):
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
         return self.model_copy(
             update={
-                # Trials are short, and each drop-path that they try would be compiled anew.
+                # Trials are short, compiled code takes 10 s to load, and each batch size is compiled anew.
                 "compile": "off" if self.compile == "auto" else self.compile,
                 "workers": 1,
                 "zero_stage": 0,

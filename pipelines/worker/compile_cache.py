@@ -18,7 +18,7 @@ from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
 
 # Multiply-accumulates of a training (forward, all images) from which compiling pays. On one H200 a MedMamba-T that is
-# compiled makes 7.5e12 a second, and 4.7e12 where it is not; compiled code from the cache takes 6 s to load.
+# compiled makes 7.5e12 a second, and 4.7e12 where it is not; compiled code from the cache takes about 10 s to load.
 PAYS_FROM_MACS = 5e13
 # What of a training's recipe is part of its compiled code.
 _COMPILED_IN = {"micro_batch", "image_size", "precision", "augment", "class_weights", "label_smoothing", "freeze"}

@@ -2,7 +2,8 @@
 
 Each trial computes its figures from what it tries; its checkpoint is the list of the epochs that it has made. MLflow
 keeps its runs in the current folder. Prints the ledger as JSON. Files in the current folder make something go wrong:
-`lost`: another driver has taken the run; `crash-3-2`, `diverge-3-2`: trial 3 does so in epoch 2.
+`lost`: another driver has taken the run; `crash-3-2`, `diverge-3-2`: trial 3 does so in epoch 2. Where there is
+`waits-for-two-nodes`, trials do that.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def figures(overrides: dict[str, float], epoch: int) -> dict[str, float]:
     return {"epoch": epoch, "val_auc": auc, "val_loss": 1 - auc, "val_accuracy": auc / 2}
 
 
+def nodes(out: Store) -> int:
+    """How many nodes trials have begun on."""
+    return len({out.get(key) for key in out.list("trials/") if key.endswith("/node")})
+
+
 def cheap_trial(chosen: dict, out: Store, epochs: int, epoch_s: float, wrong: Path) -> None:
     """What Tune runs for each trial."""
     import ray
@@ -44,6 +50,9 @@ def cheap_trial(chosen: dict, out: Store, epochs: int, epoch_s: float, wrong: Pa
     made = json.loads(kept.get("made")) if kept.head("made") else []
     done = len(made)
     kept.put("node", ray.get_runtime_context().get_node_id().encode())
+    until = time.monotonic() + 120
+    while (wrong / "waits-for-two-nodes").exists() and nodes(out) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
     for epoch in range(1, epochs + 1):
         metrics = figures(chosen["overrides"], epoch)
         if epoch > done:

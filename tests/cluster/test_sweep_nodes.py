@@ -51,6 +51,7 @@ def test_trials_on_another_node_need_not_see_the_folder_that_tune_has(tmp_path, 
         pytest.skip("a folder can be hidden from a process by root alone")
     hidden = tmp_path / "scratch"
     hidden.mkdir()
+    (tmp_path / "waits-for-two-nodes").touch()  # else one process may run all trials before another has started
     env = {**AUTH, **s3_server.env, "PYTHONPATH": str(SWEEP.parents[2]), "RAY_TMPDIR": "/tmp"}
     with ray_cluster(env, log=tmp_path / "head.log", resources=("--num-cpus=1",)) as head:
         env = {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

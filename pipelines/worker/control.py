@@ -175,6 +175,8 @@ class Control(UntilTheEnd):
         self._over.set()
         if self._board is not None:
             with contextlib.suppress(Exception):
+                # The last beat is up to a second old: the steps since would not count as lost.
+                self._board.beat.remote(self._rank, self._sign())
                 self._board.done.remote(self._rank)
         if kind is None or kind is Stopped:
             # All ranks end at the same step; after an error others may never start theirs.
@@ -260,8 +262,10 @@ class Control(UntilTheEnd):
             return Orders()
         import ray
 
-        beat = Beat(os.getpid(), self._step, self._moves, self._doing, self._slow)
-        return ray.get(self._board.beat.remote(self._rank, beat), timeout=10 * BEAT_S)
+        return ray.get(self._board.beat.remote(self._rank, self._sign()), timeout=10 * BEAT_S)
+
+    def _sign(self) -> Beat:
+        return Beat(os.getpid(), self._step, self._moves, self._doing, self._slow)
 
     def _obey(self, orders: Orders) -> None:
         if orders.checkpoints > self._asked:

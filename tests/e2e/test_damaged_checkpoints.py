@@ -40,12 +40,13 @@ def delete(path) -> None:
 def test_the_checkpoint_before_a_damaged_one_is_taken_and_named(training, file, damage):
     training.restore()
     before, newest = sorted((training.train / "checkpoints").glob("*/train.json"))
+    epoch = epoch_of(before)
     damage(newest.with_name(file))
     done = training.resume()
     # Without the file that makes it valid it is an upload that a kill cut off, of which nothing was lost.
     is_told = f"checkpoint {newest.parent.name} is damaged" in done.stderr
     assert is_told == (not (file == STATE and damage is delete)), done.stderr
-    assert f"training resumes after epoch {epoch_of(before)}" in done.stderr
+    assert f"training resumes after epoch {epoch}" in done.stderr
     assert training.is_equal(done)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
-from pipelines.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Orders
+from pipelines.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Beat, Member, Monitor, Orders
 from pipelines.worker.control import BITS, CHECKPOINT, NOTHING, Control, OwnFlags, Stopped, UntilTheEnd, Wants
 
 
@@ -23,6 +25,16 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Board:
+    """A monitor in this process, called as the board's actor is."""
+
+    def __init__(self) -> None:
+        self.monitor = Monitor()
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self.monitor, name))
 
 
 def asked(control: Control, steps: range, writer=Idle) -> list[int]:
@@ -103,3 +115,21 @@ def test_waiting_for_data_and_validation_show_in_what_a_rank_is_at():
 def test_a_stop_can_travel_between_processes():
     again = pickle.loads(pickle.dumps(Stopped(RESIZED, 12)))
     assert (again.reason, again.step) == (RESIZED, 12)
+
+
+def lose_the_others(board: Board) -> None:
+    """Six steps of a rank whose last beat was before them."""
+    with Control(0, OwnFlags(), board=board) as control:
+        control.begin(6)
+        board.beat.remote(0, Beat(os.getpid(), 6, 0))
+        for step in range(7, 13):
+            control.wants(step, Idle())
+        raise RuntimeError("the other rank is gone")
+
+
+def test_a_rank_that_ends_with_an_error_tells_how_far_it_had_come():
+    board = Board()
+    board.monitor.begin_group([Member(0, "node", os.getpid())])
+    with pytest.raises(RuntimeError):
+        lose_the_others(board)
+    assert board.monitor.loss().steps == 6

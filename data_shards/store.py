@@ -16,14 +16,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from data_shards.disk import DiskFullError, full_disk, says_full, size_text
 from data_shards.outage import PATIENCE_S
-
-if TYPE_CHECKING:
-    import pyarrow.fs
 
 # Files of an unfinished write; no key may begin a path component with it.
 _UNFINISHED = ".tmp-"
@@ -334,27 +330,3 @@ def tell_unconditional(store: Store) -> None:
         "registered model apart, which is less safe: do not start two at once, or use a server with conditional writes",
         store.uri,
     )
-
-
-def arrow_filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem, str]:
-    """pyarrow's file system and the path of the store in it, at the store's own endpoint.
-
-    It holds no keys: Ray pickles it, also into the store. Whoever unpickles it finds the keys in its own AWS
-    variables and files (AWS_PROFILE too), as boto3 does.
-    """
-    import pyarrow.fs
-
-    from data_shards.s3_store import S3Store
-
-    if not isinstance(store, S3Store):
-        return pyarrow.fs.LocalFileSystem(), store.uri
-    import boto3
-
-    meta = store.client.meta
-    endpoint, region = urlsplit(meta.endpoint_url), boto3.session.Session().region_name or meta.region_name
-    options: dict[str, Any] = {"connect_timeout": 3, "request_timeout": 20, "region": region}
-    if not (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
-        options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
-    if options["region"] in (None, "aws-global"):
-        options["region"] = "us-east-1"
-    return pyarrow.fs.S3FileSystem(**options), f"{store.bucket}/{store.prefix}".rstrip("/")

@@ -47,7 +47,10 @@ class Resume(ABC):
         """The placement with what a resumed training keeps where nobody has named it: whether it was compiled."""
         if placement.compile != "auto":
             return placement
-        return placement.model_copy(update={"compile": self.described.get("compile", "off")})
+        was_compiled = self.described.get("compile", "off")
+        # Compiled code cannot follow ZeRO 3, and on a CPU nothing is compiled unless that is asked for.
+        can = placement.device == "cuda" and placement.zero_stage < 3
+        return placement.model_copy(update={"compile": was_compiled if can else "off"})
 
     @abstractmethod
     def load_weights(self, model: nn.Module) -> None:

@@ -44,6 +44,10 @@ class TrainState:
     unsent: list[dict[str, Any]] = field(default_factory=list)
     """What the training's journal has not recorded yet."""
 
+    def is_stale(self, patience: int) -> bool:
+        """Whether `patience` epochs have passed without a better one; 0: never."""
+        return patience > 0 and self.epoch - self.best_epoch >= patience
+
     def is_better(self, metrics: dict[str, float]) -> bool:
         """Higher validation AUC; equal AUC: lower validation loss."""
         if not self.best:

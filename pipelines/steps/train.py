@@ -31,7 +31,7 @@ from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
 from pipelines.worker.old_checkpoint import find_old_checkpoint
 from pipelines.worker.resume import find_resume
-from pipelines.worker.state import ResumeError, state_of
+from pipelines.worker.state import ResumeError, state_of, training_digest
 from pipelines.worker.stop_flag import wants_to_stop
 from pipelines.worker.usage import USAGE, read_usage
 
@@ -60,12 +60,12 @@ def run(
     # What is refused is FAILED in MLflow too.
     with context.tracking.running(out, run=context.run, step="train", check=context.check, params=params) as run_id:
         resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
-        resolved.with_classes(len(shard["counts"]["train"]))
+        complete = resolved.with_classes(len(shard["counts"]["train"]))
         check_batches([resolved.train.batch_size], shard, context)
         origin = begin_from(resolved, shard, context)
         context.tracking.log_params(run_id, {"init": origin})
         prices = read_prices(placement.prices)
-        worked_hours = _check_resume(out, placement, shard["digest"], context)
+        worked_hours = _check_resume(out, placement, (shard["digest"], training_digest(complete)), context)
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
@@ -306,11 +306,12 @@ def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
     return ({"compile": "off", "flat": False, **old.described}, True) if old else (None, False)
 
 
-def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> float:
+def _check_resume(out: Store, placement: Placement, of: tuple[str, str], context: StepContext) -> float:
     """Says where a training resumes, and refuses what could not resume exactly, before any worker starts; returns the
     hours that its workers have worked so far."""
+    manifest, training = of
     with scratch("resume") as folder:
-        resume = find_resume(Checkpoints(out), folder, manifest, say=context.show.say)
+        resume = find_resume(Checkpoints(out), folder, manifest, training=training, say=context.show.say)
         if resume is None:
             return 0.0
         resume.placement(placement)

@@ -187,6 +187,9 @@ class Checkpoints:
         for name in names:
             for file in sorted(folders.get(name, ()), key=lambda file: file != STATE):  # the commit mark first
                 self.out.delete(f"{FOLDER}/{name}/{file}")
+            if (place := self.out.path(f"{FOLDER}/{name}")) is not None:
+                with contextlib.suppress(OSError):  # a local store would keep an empty folder
+                    place.rmdir()
 
 
 def name_of(step: int) -> str:

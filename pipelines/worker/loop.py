@@ -30,7 +30,7 @@ from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
 from pipelines.worker.profile import StepProfiler
 from pipelines.worker.resume import Resume
-from pipelines.worker.state import TrainState
+from pipelines.worker.state import TrainState, training_digest
 from pipelines.worker.step_guard import TrainingError, watch_steps
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 from pipelines.worker.usage import Usage
@@ -85,7 +85,7 @@ def train_loop(
         state, usage = resume.state, resume.usage
         resume.restore(engine, statistics, checkpoints)
         journal.resume(state.history, state.unsent)
-    about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
+    about = {"seed": train.seed, "placement": placement, "manifest": data.digest, "training": training_digest(config)}
     writer = CheckpointWriter(
         checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
         warn=report.warn, stored=control.saved, patience_s=placement.patience_s,

@@ -8,6 +8,7 @@ import pytest
 from data_shards.store import Store, open_store
 from pipelines.placement import Placement
 from pipelines.worker.checkpoints import FILES, FOLDER, Checkpoints
+from pipelines.worker.resume import find_resume
 from pipelines.worker.state import ResumeError, TrainState, describe, described_bytes
 
 PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
@@ -172,7 +173,21 @@ def test_a_train_json_without_a_field_is_damaged(checkpoints, tmp_path, out):
     assert "does not have digest, ranks" in lines[0]
 
 
+def test_a_checkpoint_of_another_training_or_of_other_data_is_refused(checkpoints, tmp_path, out):
+    files = {name: tmp_path / name for name in FILES}
+    for name, path in files.items():
+        path.write_bytes(name.encode())
+    about = describe(TrainState(step=5), seed=0, placement=PLACEMENT, manifest="m" * 64, training="t" * 64)
+    checkpoints.write(5, files, about)
+    assert find_resume(checkpoints, tmp_path, "m" * 64, training="t" * 64).state.step == 5
+    with pytest.raises(ResumeError, match=r"step-0000000005 in .*/checkpoints is of another training"):
+        find_resume(checkpoints, tmp_path, "m" * 64, training="u" * 64)
+    with pytest.raises(ResumeError, match="trained on manifest m{12}, this run has n{12}"):
+        find_resume(checkpoints, tmp_path, "n" * 64, training="t" * 64)
+
+
 def test_all_checkpoints_can_be_deleted(checkpoints, tmp_path, out):
     written(checkpoints, tmp_path, 1)
     checkpoints.delete_all()
     assert list(out.list(FOLDER)) == []
+    assert not out.is_local or list((out.folder / FOLDER).iterdir()) == [], "a local store keeps empty folders"

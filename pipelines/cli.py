@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -364,6 +365,8 @@ def _open_context(
 def _until(work: Resolved) -> float:
     """When the command's time is up, on the monotonic clock; 0: never."""
     minutes = work.max_minutes if isinstance(work, TrainWork) else 0.0
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"--max-minutes {minutes:g}: give minutes above 0, or 0 to train to the end")
     return _BEGAN + 60 * minutes if minutes > 0 else 0.0
 
 

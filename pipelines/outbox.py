@@ -51,7 +51,7 @@ class Outbox(Journal):
         self._tracking, self._find, self._begin = tracking, run_id, begin
         self._entries: deque[Entry] = deque()
         self._changed = threading.Condition()
-        self._is_ending = False
+        self._is_ending = self._is_resumed = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -76,8 +76,12 @@ class Outbox(Journal):
     def resume(self, history: Iterable[Mapping[str, float]], unsent: Iterable[Mapping[str, Any]] = ()) -> None:
         """Before the first epoch of a training that resumes: logs what is missing of the epochs before.
 
-        `history` holds the metrics of every finished epoch, `unsent` what `unsent` returned for the checkpoint.
+        `history` holds the metrics of every finished epoch, `unsent` what `unsent` returned for the checkpoint. Only
+        the first call counts: a trial calls it before the loop does.
         """
+        if self._is_resumed:
+            return
+        self._is_resumed = True
         kept = [Entry(**entry) for entry in unsent]
         epochs = {int(entry.metrics["epoch"]) for entry in kept if entry.metrics}
         past = [Entry(_now_ms(), metrics=dict(each), is_history=True) for each in history]

@@ -204,7 +204,7 @@ def resolve(
     compiled: Literal["auto", "on", "off"] = "auto" if captured else "off"
     if config.compile != "auto":
         compiled = config.compile
-    elif demand.compile:
+    elif demand.compile and captured:
         compiled = demand.compile
     trials, cpus_per_trial = _trials(config, nodes, device)
     return Placement(

@@ -79,10 +79,12 @@ class Stops:
             if self._signal:
                 self._interrupt()
                 return
-            if self._until and time.monotonic() >= self._until and not self._told:
-                self._told = True
-                self._say("the time is up: the training ends at its next checkpoint")
-                self._ask(TIME_UP)
+            if self._until and time.monotonic() >= self._until:
+                if not self._told:
+                    self._told = True
+                    self._say("the time is up: the training ends at its next checkpoint")
+                self._ask(TIME_UP)  # again and again: the board may have been restarted, and forgets what was asked
+                time.sleep(ASK_EVERY_S)
 
     def _interrupt(self) -> None:
         """Asks for a checkpoint, and ends this process where none comes of it."""
@@ -90,7 +92,7 @@ class Stops:
         is_told = False
         while not self._over:
             # Nothing is trained yet, or Ray has got the signal too.
-            if not self._ask(INTERRUPTED):
+            if self._ask(INTERRUPTED) is False:
                 break
             if not is_told:
                 self._say("interrupted: writing a checkpoint; interrupt again to end at once")
@@ -102,10 +104,13 @@ class Stops:
         if not self._over:
             os.kill(os.getpid(), self._signal)
 
-    def _ask(self, stop: str) -> bool:
-        """Whether a group trains, and so will write a checkpoint."""
+    def _ask(self, stop: str) -> bool | None:
+        """Whether a group trains, and so will write a checkpoint; None where the board did not answer in time."""
         import ray
 
-        with contextlib.suppress(Exception):
+        try:
             return ray.get(self._board.ask.remote(stop), timeout=ANSWER_S)
-        return False
+        except ray.exceptions.GetTimeoutError:
+            return None
+        except Exception:  # Ray is gone
+            return False

@@ -17,7 +17,7 @@ from medmamba.config import MODEL, WEIGHTS
 from pipelines import ray_internals
 from pipelines.board import Watch, hear_outages, post
 from pipelines.costs import cost_facts, cost_line, read_prices
-from pipelines.faults import users_mistake
+from pipelines.faults import RESUME, users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.monitor import RESTARTING, SLOW_S, Limits
@@ -27,10 +27,11 @@ from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.stops import Stops
 from pipelines.worker.checkpoints import Checkpoints, Found
-from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
 from pipelines.worker.old_checkpoint import find_old_checkpoint
 from pipelines.worker.resume import find_resume
+from pipelines.worker.state import ResumeError, state_of, training_digest
 from pipelines.worker.stop_flag import wants_to_stop
 from pipelines.worker.usage import USAGE, read_usage
 
@@ -59,12 +60,12 @@ def run(
     # What is refused is FAILED in MLflow too.
     with context.tracking.running(out, run=context.run, step="train", check=context.check, params=params) as run_id:
         resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
-        resolved.with_classes(len(shard["counts"]["train"]))
+        complete = resolved.with_classes(len(shard["counts"]["train"]))
         check_batches([resolved.train.batch_size], shard, context)
         origin = begin_from(resolved, shard, context)
         context.tracking.log_params(run_id, {"init": origin})
         prices = read_prices(placement.prices)
-        worked_hours = _check_resume(out, placement, shard["digest"], context)
+        worked_hours = _check_resume(out, placement, (shard["digest"], training_digest(complete)), context)
         payload = {
             "config": resolved.model_dump(),
             "placement": placement.model_dump(),
@@ -83,6 +84,7 @@ def run(
         with scratch("result") as folder:
             last = Checkpoints(out).newest(folder, say=context.show.say)
             assert last is not None, "the training ended without a checkpoint"
+            check_ended(last.described, resolved.train)
             facts = keep_best(last, out, context.run, shard["max_side"], origin=origin)
             usage = read_usage(last.files[USAGE])
         costs = cost_facts(usage, prices)
@@ -90,6 +92,16 @@ def run(
         context.show.say(cost_line(usage, facts["epochs"], prices))
     measured = {"usage": {**costs, "gpus": {**usage.gpu_s}}, **_profiled(out, context)}
     return {**facts, **measured, "mlflow_run": run_id, "resolved": resolved.model_dump(mode="json")}
+
+
+def check_ended(described: Mapping[str, Any], train: TrainConfig) -> None:
+    """Raises ResumeError where the newest usable checkpoint is not that of the training's end."""
+    state = state_of(described)
+    if state.epoch < train.epochs and not state.is_stale(train.patience):
+        raise ResumeError(
+            f"the last checkpoint of the training is damaged, and the newest usable one is of epoch {state.epoch} of "
+            f"{train.epochs}: {RESUME}"
+        )
 
 
 def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> None:
@@ -294,11 +306,12 @@ def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
     return ({"compile": "off", "flat": False, **old.described}, True) if old else (None, False)
 
 
-def _check_resume(out: Store, placement: Placement, manifest: str, context: StepContext) -> float:
+def _check_resume(out: Store, placement: Placement, of: tuple[str, str], context: StepContext) -> float:
     """Says where a training resumes, and refuses what could not resume exactly, before any worker starts; returns the
     hours that its workers have worked so far."""
+    manifest, training = of
     with scratch("resume") as folder:
-        resume = find_resume(Checkpoints(out), folder, manifest, say=context.show.say)
+        resume = find_resume(Checkpoints(out), folder, manifest, training=training, say=context.show.say)
         if resume is None:
             return 0.0
         resume.placement(placement)

@@ -37,6 +37,8 @@ class TrialEpoch(BaseModel):
     def _comparable(self) -> TrialEpoch:
         if missing := {"val_auc", "val_loss"} - self.metrics.keys():
             raise ValueError(f"an epoch without {', '.join(sorted(missing))}")
+        if not 0 <= self.metrics["val_auc"] <= 1:
+            raise ValueError(f"val_auc {self.metrics['val_auc']:g} is not from 0 to 1")
         return self
 
 
@@ -58,6 +60,15 @@ class TrialRecord(BaseModel):
     well. failed: for another reason, so it is tried again when the sweep resumes."""
     reason: str = ""
     """Why it diverged or failed."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrialRecord:
+        orders = [epoch.order for epoch in self.epochs]
+        if orders != sorted(set(orders)):
+            raise ValueError("its epochs are not in the order in which they were reported")
+        if self.state in ("ended", "stopped") and not self.epochs:
+            raise ValueError(f"it is {self.state}, but has no epoch")
+        return self
 
     @property
     def is_over(self) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from data_shards.disk import DiskFullError
 from data_shards.outage import PATIENCE_S
 from data_shards.store import StoreAwayError, StoreError
@@ -60,6 +62,9 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._writes = self._is_over = False
         self._error: BaseException | None = None
+        on_gpu = engine.device.type == "cuda"
+        # One for all checkpoints: torch hands out the same 32 again and again.
+        self._stream = torch.cuda.Stream(engine.device) if on_gpu else None
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
     def __enter__(self) -> CheckpointWriter:
@@ -87,7 +92,7 @@ class CheckpointWriter:
         Of checkpoints that wait because the store is slow only the newest is stored, and those of best epochs.
         Raises what kept an earlier one from being stored.
         """
-        self._raise()
+        self.check()
         snapshot = self._engine.snapshot()
         if snapshot is None:
             return
@@ -101,9 +106,10 @@ class CheckpointWriter:
         """Waits until everything is stored; raises what kept it from being."""
         with self._changed:
             self._changed.wait_for(lambda: not self.is_busy or self._error is not None)
-        self._raise()
+        self.check()
 
-    def _raise(self) -> None:
+    def check(self) -> None:
+        """Raises what kept a checkpoint from being stored: a full disk, a store that stayed away."""
         if self._error is not None:
             raise self._error
 
@@ -128,7 +134,7 @@ class CheckpointWriter:
     def _store(self, job: _Job) -> None:
         with scratch("checkpoint") as folder:
             files = {name: folder / name for name in (WEIGHTS, MODEL, MOMENTS, USAGE)}
-            job.snapshot.write(files[WEIGHTS], files[MOMENTS])
+            job.snapshot.write(files[WEIGHTS], files[MOMENTS], self._stream)
             files[MODEL].write_bytes(self._model_json)
             files[USAGE].write_bytes(usage_bytes(job.usage))
             described = describe(job.state, **self._about)

@@ -2,7 +2,7 @@
 
 A folder holds weights.safetensors and model.json for whoever uses the model, moments.safetensors and usage.json to
 resume, and train.json: where the training stands and the digests of the other files, under a digest of its own. Nothing
-in them can run code. The newest two are kept, and those of the best epochs that they name.
+in them can run code. The newest two are kept, those of the best epochs that they name, and one from before each best.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ FOLDER = "checkpoints"
 STATE, MOMENTS = "train.json", "moments.safetensors"
 FILES = (WEIGHTS, MODEL, MOMENTS, USAGE)
 OF_MODEL = (WEIGHTS, MODEL)
+OF_STEP = (*OF_MODEL, MOMENTS)
 KEPT = 2
 _NAME = re.compile(rf"{FOLDER}/(step-\d{{10}})/(.+)")
 
@@ -45,7 +46,8 @@ class Checkpoints:
 
     def __init__(self, out: Store) -> None:
         self.out = out
-        self._digests: dict[str, dict[str, str]] = {}  # of stored files, by checkpoint, as far as they are known here
+        # Digests of stored files, by checkpoint, as far as they were written or compared here.
+        self._digests: dict[str, dict[str, str]] = {}
 
     def __repr__(self) -> str:
         return f"Checkpoints({self.out!r})"
@@ -94,10 +96,14 @@ class Checkpoints:
         assert set(files) == set(FILES), f"a checkpoint consists of {FILES}"
         name, best = name_of(step), name_of(described["best_step"])
         self._remove([other for other in self._folders() if other > name])  # passed over because they are damaged
-        self.out.delete(f"{FOLDER}/{name}/{STATE}")  # also of a damaged one
         digests = {file: file_digest(path) for file, path in files.items()}
-        for file, path in files.items():
-            self.out.put(f"{FOLDER}/{name}/{file}", path)
+        stored = self._digests.get(name, {})
+        if all(stored.get(file) == digests[file] for file in OF_STEP):
+            digests = stored  # the same step once more, after its validation: only train.json changes, in one write
+        else:
+            self.out.delete(f"{FOLDER}/{name}/{STATE}")  # also of a damaged one
+            for file, path in files.items():
+                self.out.put(f"{FOLDER}/{name}/{file}", path)
         of_best = digests if best == name else self._digests.get(best, {})
         self._digests[name] = digests
         digests_of_best = {file: of_best[file] for file in OF_MODEL} if described["best_epoch"] else {}
@@ -160,17 +166,30 @@ class Checkpoints:
         return path
 
     def _prune(self) -> None:
-        kept = set(self.names()[-KEPT:])
-        for name in tuple(kept):
-            with contextlib.suppress(ResumeError):
-                kept.add(name_of(self._read(name)["best_step"]))
+        names = self.names()
+        newest = names[-KEPT:]
+        best = self._best_of(newest)
+        # Every later checkpoint needs the best model: should that be damaged, one from before it is left.
+        before = {name for each in best for name in [other for other in names if other < each][-1:]}
+        kept = {*newest, *best, *before, *self._best_of(before)}
         self._remove([name for name in self._folders() if name not in kept])
+
+    def _best_of(self, names: Collection[str]) -> set[str]:
+        """The checkpoints of the best epochs that these name."""
+        found = set()
+        for name in names:
+            with contextlib.suppress(ResumeError):
+                found.add(name_of(self._read(name)["best_step"]))
+        return found
 
     def _remove(self, names: Sequence[str] | Mapping[str, Any]) -> None:
         folders = self._folders() if names else {}
         for name in names:
             for file in sorted(folders.get(name, ()), key=lambda file: file != STATE):  # the commit mark first
                 self.out.delete(f"{FOLDER}/{name}/{file}")
+            if (place := self.out.path(f"{FOLDER}/{name}")) is not None:
+                with contextlib.suppress(OSError):  # a local store would keep an empty folder
+                    place.rmdir()
 
 
 def name_of(step: int) -> str:

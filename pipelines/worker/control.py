@@ -205,6 +205,7 @@ class Control(UntilTheEnd):
 
     def saved(self, step: int) -> None:
         """See UntilTheEnd."""
+        self._due_since = self._clock()  # the checkpoint of an epoch counts too
         if self._board is not None:
             with contextlib.suppress(Exception):
                 self._board.saved.remote(step)

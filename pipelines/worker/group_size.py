@@ -108,14 +108,14 @@ class GroupSize(ScalingPolicy):
         since = self._waiting_since = now if self._waiting_since is None else self._waiting_since
         # A fixed group waits in Ray's own queue, as long as it could be placed at all.
         enough = possible if len(self._sizes) == 1 else free
-        if enough == self._sizes[-1] or (enough and (enough == possible or now - since > SETTLE_S)):
-            return self._take(enough, there)
         if now - since > PLACE_WAIT_S:
             raise NoPlaceError(self._sizes[0], PLACE_WAIT_S, _described(there))
-        if now - since > SETTLE_S and not self._told:
+        if now - since > SETTLE_S and not self._told and not free:
             self._told = True
             minutes = f"{PLACE_WAIT_S / 60:.0f} min"
             self._say(f"no room for {self._sizes[0]} training workers now; waiting up to {minutes} for nodes")
+        if enough == self._sizes[-1] or (enough and (enough == possible or now - since > SETTLE_S)):
+            return self._take(enough, there)
         time.sleep(NOOP_S)
         return NoopDecision()
 

@@ -26,7 +26,7 @@ from pipelines.worker.loop import train_loop
 from pipelines.worker.network import LOOPBACK, bind_collectives
 from pipelines.worker.profile import StepProfiler
 from pipelines.worker.resume import Resume, find_resume
-from pipelines.worker.state import TrainState
+from pipelines.worker.state import TrainState, training_digest
 
 PROGRESS_EVERY_S = 0.5
 
@@ -99,7 +99,7 @@ def train_on_dataset(
     config = config.with_classes(len(data.manifest.classes))
     notices: list[str] = []
     with scratch("resume") as folder:
-        resume = find_resume(checkpoints, folder, data.digest, say=notices.append)
+        resume = find_resume(checkpoints, folder, data.digest, training=training_digest(config), say=notices.append)
         if resume is not None:
             placement = resume.placement(placement)
         placement, hindrance = decide_compile(placement, config, data)

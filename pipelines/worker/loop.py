@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from pipelines.worker.meter import metered
 from pipelines.worker.objective import Objective
 from pipelines.worker.profile import StepProfiler
 from pipelines.worker.resume import Resume
-from pipelines.worker.state import TrainState
+from pipelines.worker.state import TrainState, training_digest
 from pipelines.worker.step_guard import TrainingError, watch_steps
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 from pipelines.worker.usage import Usage
@@ -84,14 +85,21 @@ def train_loop(
         state, usage = resume.state, resume.usage
         resume.restore(engine, statistics, checkpoints)
         journal.resume(state.history, state.unsent)
-    about = {"seed": train.seed, "placement": placement, "manifest": data.digest}
+    about = {"seed": train.seed, "placement": placement, "manifest": data.digest, "training": training_digest(config)}
     writer = CheckpointWriter(
         checkpoints, engine, model_json=description(config.model, model_card(config, data)), about=about,
         warn=report.warn, stored=control.saved, patience_s=placement.patience_s,
     )  # fmt: skip
     control.begin(state.step)
     with metered(config, engine, usage, profiler) as meter, writer:
-        while state.epoch < train.epochs and not _is_stale(state, train.patience):
+
+        def keep(losses: list[torch.Tensor]) -> None:
+            """Writes a checkpoint of the step that was just made; `losses` are those of the epoch."""
+            with meter.writing():
+                state.losses, state.unsent = torch.stack(losses).tolist(), journal.unsent()
+                writer.save(state, meter.usage_now(engine.ranks))
+
+        while state.epoch < train.epochs and not state.is_stale(train.patience):
             losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
             meter.begin_epoch()
             stream = batches(
@@ -125,7 +133,8 @@ def train_loop(
                 if compiled is not None:
                     compiled.remember()
                 watched.step(state.step)
-                journal.check()
+                writer.check()
+                _check_journal(journal, functools.partial(keep, losses), engine)
                 latest.put(losses[-1])
                 meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
                 report.progress(
@@ -134,10 +143,8 @@ def train_loop(
                     left_s=meter.left_s((train.epochs - state.epoch) * steps - len(losses)),
                 )  # fmt: skip
                 wanted = control.wants(state.step, writer)
-                if wanted.stop or (wanted.checkpoint and len(losses) < steps):  # the epoch's own follows at once
-                    with meter.writing():
-                        state.losses, state.unsent = torch.stack(losses).tolist(), journal.unsent()
-                        writer.save(state, meter.usage_now(engine.ranks))
+                if wanted.checkpoint or wanted.stop:
+                    keep(losses)
                 if wanted.stop:
                     with control.busy("writing a checkpoint"):
                         writer.finish()
@@ -222,8 +229,14 @@ def _class_weights(config: TrainStepConfig, data: Dataset, device: torch.device)
     return torch.as_tensor(class_weights([per_class[name] for name in data.manifest.classes]), device=device)
 
 
-def _is_stale(state: TrainState, patience: int) -> bool:
-    return patience > 0 and state.epoch - state.best_epoch >= patience
+def _check_journal(journal: Journal, keep: Callable[[], None], engine: Engine) -> None:
+    """Raises what the journal has failed with for good, after a checkpoint where this rank can write one alone."""
+    try:
+        journal.check()
+    except Exception:
+        if engine.ranks == 1 or engine.placement.zero_stage == 0:
+            keep()
+        raise
 
 
 def _seed(seed: int, step: int, micro_batch: int) -> None:

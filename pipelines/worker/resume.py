@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from medmamba.config import WEIGHTS
 from pipelines.placement import Placement
-from pipelines.worker.checkpoints import MOMENTS, OF_MODEL, Checkpoints, Found
+from pipelines.worker.checkpoints import FOLDER, MOMENTS, OF_MODEL, Checkpoints, Found
 from pipelines.worker.old_checkpoint import BEST, ENGINE, OldCheckpoint, check_placement, find_old_checkpoint
 from pipelines.worker.state import ResumeError, TrainState, check_same_data, state_of
 from pipelines.worker.usage import USAGE, Usage, read_usage
@@ -47,7 +47,10 @@ class Resume(ABC):
         """The placement with what a resumed training keeps where nobody has named it: whether it was compiled."""
         if placement.compile != "auto":
             return placement
-        return placement.model_copy(update={"compile": self.described.get("compile", "off")})
+        was_compiled = self.described.get("compile", "off")
+        # Compiled code cannot follow ZeRO 3, and on a CPU nothing is compiled unless that is asked for.
+        can = placement.device == "cuda" and placement.zero_stage < 3
+        return placement.model_copy(update={"compile": was_compiled if can else "off"})
 
     @abstractmethod
     def load_weights(self, model: nn.Module) -> None:
@@ -118,17 +121,23 @@ def find_resume(
     folder: Path,
     manifest: str,
     *,
+    training: str,
     say: Callable[[str], None] = lambda text: None,
 ) -> Resume | None:
     """Where the training resumes, with its files fetched into `folder`; None: it begins.
 
     Damaged checkpoints are passed over, and `say` gets a line about each. Raises ResumeError where none is usable, or
-    the data are others.
+    where the newest is of other data or of another training than `training` (a `training_digest`).
     """
     found = checkpoints.newest(folder, say=say)
     old = None if found else find_old_checkpoint(checkpoints.out)
     if found:
         check_same_data(found.described, manifest)
+        if found.described["training"] != training:
+            raise ResumeError(
+                f"checkpoint {found.name} in {checkpoints.out.uri}/{FOLDER} is of another training: its configuration "
+                "is not that of this run; delete that folder to train from the beginning, or put its own back"
+            )
         return FromCheckpoint(found)
     if old:
         check_same_data(old.described, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +29,16 @@ class Snapshot:
     ready: torch.cuda.Event | None = None
     """When the copies are made; None on a CPU."""
 
-    def write(self, weights: Path, moments: Path) -> None:
-        """Writes both parts as safetensors; may be called in a thread beside the training."""
-        with self._own_stream():
+    def write(self, weights: Path, moments: Path, stream: torch.cuda.Stream | None = None) -> None:
+        """Writes both parts as safetensors; may be called in a thread beside the training, with a `stream` of its own
+        where the copies are on a GPU."""
+        with self._copied_on(stream):
             write_weights(weights, self.weights)
             save_file({name: value.cpu().contiguous() for name, value in self.moments.items()}, moments)
 
-    def _own_stream(self) -> torch.cuda.StreamContext:
-        if self.ready is None:
-            return torch.cuda.stream(None)  # type: ignore[arg-type]  # changes nothing
-        stream = torch.cuda.Stream(next(iter(self.weights.values())).device)
+    def _copied_on(self, stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+        if self.ready is None or stream is None:
+            return contextlib.nullcontext()
         stream.wait_event(self.ready)
         return torch.cuda.stream(stream)
 

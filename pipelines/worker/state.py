@@ -44,6 +44,10 @@ class TrainState:
     unsent: list[dict[str, Any]] = field(default_factory=list)
     """What the training's journal has not recorded yet."""
 
+    def is_stale(self, patience: int) -> bool:
+        """Whether `patience` epochs have passed without a better one; 0: never."""
+        return patience > 0 and self.epoch - self.best_epoch >= patience
+
     def is_better(self, metrics: dict[str, float]) -> bool:
         """Higher validation AUC; equal AUC: lower validation loss."""
         if not self.best:
@@ -60,6 +64,7 @@ class _Described(BaseModel):
     consumed: _Whole = 0
     step: _Whole = 0
     losses: list[float] = []
+    unsent: list[dict[str, Any]] = []
     best_epoch: _Whole = 0
     best_step: _Whole = 0
     best: dict[str, float] = {}
@@ -69,13 +74,22 @@ class _Described(BaseModel):
     compile: Literal["on", "off"] = "off"
     flat: bool = False
     manifest: str = ""
+    training: str = ""
+    """`training_digest` of what was trained."""
     digests: dict[Annotated[str, AfterValidator(checked_key)], Sha256] = {}
     best_digests: dict[Literal["weights.safetensors", "model.json"], Sha256] = {}
     digest: Sha256 = ""
     """Of all the rest. Checkpoints from before there was one have none."""
 
 
-def describe(state: TrainState, *, seed: int, placement: Placement, manifest: str) -> dict[str, Any]:
+def training_digest(config: BaseModel) -> str:
+    """What a training is known by: sha256 of its configuration (model and train of a recipe)."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def describe(
+    state: TrainState, *, seed: int, placement: Placement, manifest: str, training: str = ""
+) -> dict[str, Any]:
     """The fields of train.json, except digests. `placement` is for people: a resume may have another one."""
     return {
         **asdict(state),
@@ -84,6 +98,7 @@ def describe(state: TrainState, *, seed: int, placement: Placement, manifest: st
         "zero_stage": placement.zero_stage,
         "compile": placement.compile,
         "manifest": manifest,
+        "training": training,
     }
 
 
@@ -92,7 +107,7 @@ def described_bytes(described: Mapping[str, Any]) -> bytes:
     return json.dumps({**described, "digest": _digest_of(described)}, indent=2, sort_keys=True).encode()
 
 
-FIELDS = frozenset(_Described.model_fields) - {"flat"}  # of a train.json that this version writes
+FIELDS = frozenset(_Described.model_fields) - {"flat", "unsent"}  # of a train.json that this version writes
 
 
 def read_described(data: bytes, *, remedy: str = "") -> dict[str, Any]:

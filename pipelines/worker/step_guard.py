@@ -10,6 +10,7 @@ host a few steps late. At stages 1 to 3 DeepSpeed reads the norm anyway, and ski
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from data_shards.store import StoreError
 from pipelines.worker.state import TrainState
 
 IN_A_ROW = 5  # steps that are skipped one after the other end the training,
@@ -132,8 +134,9 @@ class WatchedEpoch:
 
     def _refusal(self, which: str, last: int) -> str:
         return (
-            f"{which} had gradients that are not finite and were skipped; at most {IN_A_ROW - 1} in a row, and "
-            f"{SHARE:.0%} of an epoch, may be. {self._describe(last)}. {_REMEDY.capitalize()}; or look at these samples"
+            f"{which} had gradients that are not finite and were skipped; at most {IN_A_ROW - 1} in a row and "
+            f"{SHARE:.0%} of an epoch are allowed. {self._describe(last)}. {_REMEDY.capitalize()}; or look at these "
+            "samples"
         )
 
 
@@ -160,7 +163,9 @@ def watch_steps(
     def describe(step: int) -> str:
         begin = (step - before - 1) * batch_size
         names = name_samples(keys[begin : begin + batch_size].tolist())
-        stored = list(checkpoints())[-1:]
+        stored: list[str] = []
+        with contextlib.suppress(StoreError):  # the store may be away, which is not what ended the training
+            stored = list(checkpoints())[-1:]
         last = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint yet"
         return f"Step {step} took the samples {names}; {last}"
 

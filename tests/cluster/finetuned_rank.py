@@ -74,10 +74,8 @@ class Trainings:
             shutil.rmtree(self.store.uri)  # a checkpoint holds all that it needs
             shutil.copytree(resume, saver.folder / "checkpoints" / resume.name)
         data = (self.dataset, open_dataset(self.dataset).digest)
-        # One kind resumes what the other has written.
-        placement = self.placement.model_copy(update={"flat": self.placement.flat != (resume is not None)})
         checkpoints = Checkpoints(open_store(str(saver.folder)))
-        train_on_dataset(config, placement, data, lambda rank: saver, checkpoints, init=uri)
+        train_on_dataset(config, self.placement, data, lambda rank: saver, checkpoints, init=uri)
         return saver
 
     def keep(self, init: Path) -> str:

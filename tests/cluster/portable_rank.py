@@ -23,6 +23,7 @@ from pipelines.worker.engine import build_engine
 from pipelines.worker.launch import train_on_dataset
 from pipelines.worker.resume import find_resume
 from pipelines.worker.snapshot import read_tensors
+from pipelines.worker.state import training_digest
 
 TRAIN = TrainConfig(epochs=20, batch_size=48, micro_batch=8, image_size=64, optim=OptimConfig(lr=1e-4))
 
@@ -60,7 +61,7 @@ class Losses:
 def is_restored(config: TrainStepConfig, placement: Placement, checkpoints: Checkpoints, manifest: str) -> bool:
     """Whether an engine that resumed holds exactly the weights and moments of the newest checkpoint."""
     with TemporaryDirectory() as folder:
-        resume = find_resume(checkpoints, Path(folder), manifest)
+        resume = find_resume(checkpoints, Path(folder), manifest, training=training_digest(config))
         found = checkpoints.newest(Path(folder))
         assert resume is not None
         assert found is not None

@@ -35,7 +35,9 @@ def alone(dataset):
     return functools.cache(lambda zero_stage: losses(dataset, ranks=1, zero_stage=zero_stage, micro_batch=8))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2], ids=lambda stage: f"zero-{stage}")
+@pytest.mark.parametrize(
+    "zero_stage", [0, 1, pytest.param(2, marks=pytest.mark.slow)], ids=lambda stage: f"zero-{stage}"
+)
 def test_two_workers_have_the_loss_curve_of_one(dataset, alone, zero_stage):
     together = losses(dataset, ranks=2, zero_stage=zero_stage, micro_batch=8)
     assert len(together) == STEPS

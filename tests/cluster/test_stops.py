@@ -83,6 +83,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert found["took_s"] < 6
 
 
+@pytest.mark.slow
 def test_a_training_that_writes_no_checkpoint_ends_all_the_same(tmp_path):
     found = ended("silent", tmp_path)
     assert found["said"][1] == "no checkpoint within 2 s: what came after the last one is lost"

@@ -84,6 +84,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(un
     assert sorted(trials) == sorted(record["id"] for record in records)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverged_is_over_and_one_whose_process_was_killed_is_tried_again(uninterrupted, tmp_path):
     for wrong in ("diverge-2-1", "crash-3-1"):
         (tmp_path / wrong).touch()

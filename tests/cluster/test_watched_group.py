@@ -38,6 +38,7 @@ def test_a_users_mistake_is_not_tried_again(tmp_path):
     assert found["groups"] == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_end_stops_all_of_them_at_a_checkpoint(tmp_path):
     found = seen("told", tmp_path)
     assert found["ended"]["result"] == {"reason": "interrupted", "step": int((tmp_path / "saved").read_text())}

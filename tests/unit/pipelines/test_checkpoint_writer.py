@@ -48,7 +48,8 @@ def engine(rank: int = 0) -> SimpleNamespace:
         asked.append(rank)
         return Snapshot({"w": weight.clone()}, {"step": torch.tensor(0.0)}) if rank == 0 else None
 
-    return SimpleNamespace(rank=rank, snapshot=snapshot, weight=weight, asked=asked)
+    device = torch.device("cpu")
+    return SimpleNamespace(rank=rank, snapshot=snapshot, weight=weight, asked=asked, device=device)
 
 
 def writer(store, of, warn=None, patience_s=60.0) -> CheckpointWriter:
@@ -90,7 +91,7 @@ def test_of_those_that_wait_the_newest_is_stored_and_the_best_one_that_it_names(
         for step, best in [(2, 0), (3, 3), (4, 3), (5, 3)]:
             written.save(state(step, best), Usage())
         store.opened.set()
-    assert Checkpoints(store).names() == ["step-0000000003", "step-0000000005"]
+    assert Checkpoints(store).names() == ["step-0000000001", "step-0000000003", "step-0000000005"]
 
 
 def test_other_ranks_take_part_and_write_nothing(store):
@@ -119,7 +120,7 @@ def test_a_store_that_stays_away_ends_the_training_with_its_error(store):
     with pytest.raises(StoreError, match="the store is away"), written:
         written.save(state(1), Usage())
     with pytest.raises(StoreError, match="the store is away"):
-        written.save(state(2), Usage())
+        written.check()
 
 
 def test_a_training_that_fails_is_not_kept_by_its_checkpoint(store):

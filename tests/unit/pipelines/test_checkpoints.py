@@ -8,6 +8,7 @@ import pytest
 from data_shards.store import Store, open_store
 from pipelines.placement import Placement
 from pipelines.worker.checkpoints import FILES, FOLDER, Checkpoints
+from pipelines.worker.resume import find_resume
 from pipelines.worker.state import ResumeError, TrainState, describe, described_bytes
 
 PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
@@ -52,12 +53,12 @@ def test_the_newest_checkpoint_is_found_with_its_files_and_the_best_model(checkp
     assert Checkpoints(out).newest_state() == found.described
 
 
-def test_the_newest_two_and_the_best_ones_they_name_are_kept(checkpoints, tmp_path):
+def test_the_newest_two_the_best_ones_they_name_and_one_from_before_each_best_are_kept(checkpoints, tmp_path):
     for step, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5), (7, 5)]:
         written(checkpoints, tmp_path, step, best=best)
-    assert checkpoints.names() == ["step-0000000005", "step-0000000006", "step-0000000007"]
+    assert [int(name[-2:]) for name in checkpoints.names()] == [2, 4, 5, 6, 7]
     written(checkpoints, tmp_path, 8, best=8)
-    assert checkpoints.names() == ["step-0000000005", "step-0000000007", "step-0000000008"]
+    assert [int(name[-2:]) for name in checkpoints.names()] == [2, 4, 5, 7, 8]
 
 
 def test_a_process_that_resumes_still_knows_the_best_model(checkpoints, tmp_path, out):
@@ -90,13 +91,37 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(checkpoints, tmp_path, out, f
         assert line.endswith("trying the one before it")
 
 
-def test_a_damaged_best_model_is_noticed_too(checkpoints, tmp_path, out):
-    written(checkpoints, tmp_path, 1)
-    written(checkpoints, tmp_path, 2, best=2)
-    written(checkpoints, tmp_path, 3, best=2)
+def test_a_damaged_best_model_leaves_the_checkpoint_from_before_it(checkpoints, tmp_path, out):
+    for step, best in [(1, 1), (2, 2), (3, 2), (4, 2)]:
+        written(checkpoints, tmp_path, step, best=best)
     out.put(f"{FOLDER}/step-0000000002/weights.safetensors", b"other")
+    lines: list[str] = []
+    assert Checkpoints(out).newest(tmp_path / "fetched", say=lines.append).name == "step-0000000001"
+    assert len(lines) == 3
+    assert all("weights.safetensors of step-0000000002" in line for line in lines)
+
+
+def test_where_all_are_damaged_it_is_said_what_to_delete(checkpoints, tmp_path, out):
+    for step in (1, 2):
+        written(checkpoints, tmp_path, step)
+        out.put(f"{FOLDER}/step-000000000{step}/moments.safetensors", b"other")
     with pytest.raises(ResumeError, match=r"all 2 checkpoints in .*/checkpoints are damaged: delete that .*--run"):
         Checkpoints(out).newest(tmp_path / "fetched")
+
+
+def test_the_same_step_after_its_validation_never_stops_being_there(checkpoints, tmp_path, out):
+    files = {name: tmp_path / name for name in FILES}
+    for name, path in files.items():
+        path.write_bytes(name.encode())
+    state = TrainState(epoch=0, step=5, losses=[0.5] * 5)
+    checkpoints.write(5, files, describe(state, seed=0, placement=PLACEMENT, manifest="m" * 64))
+    tags = {name: out.tag(f"{FOLDER}/step-0000000005/{name}") for name in FILES}
+    files["usage.json"].write_bytes(b"a second later")
+    after = TrainState(epoch=1, step=5, best_epoch=1, best_step=5)
+    checkpoints.write(5, files, describe(after, seed=0, placement=PLACEMENT, manifest="m" * 64))
+    assert {name: out.tag(f"{FOLDER}/step-0000000005/{name}") for name in FILES} == tags
+    found = Checkpoints(out).newest(tmp_path / "fetched")
+    assert (found.described["epoch"], set(found.best)) == (1, {"weights.safetensors", "model.json"})
 
 
 def test_what_was_passed_over_does_not_come_back(checkpoints, tmp_path, out):
@@ -106,14 +131,16 @@ def test_what_was_passed_over_does_not_come_back(checkpoints, tmp_path, out):
     resumed = Checkpoints(out)
     assert resumed.newest(tmp_path / "fetched").name == "step-0000000002"
     written(resumed, tmp_path, 3)
-    assert Checkpoints(out).names() == ["step-0000000002", "step-0000000003"]
+    assert Checkpoints(out).names() == ["step-0000000001", "step-0000000002", "step-0000000003"]
 
 
 def test_a_damaged_checkpoint_that_is_written_again_is_whole(checkpoints, tmp_path, out):
     written(checkpoints, tmp_path, 1)
     written(checkpoints, tmp_path, 2)
     out.put(f"{FOLDER}/step-0000000002/weights.safetensors", b"damaged")
-    written(checkpoints, tmp_path, 2)
+    resumed = Checkpoints(out)
+    assert resumed.newest(tmp_path / "before").name == "step-0000000001"
+    written(resumed, tmp_path, 2)
     assert Checkpoints(out).newest(tmp_path / "fetched").name == "step-0000000002"
 
 
@@ -146,7 +173,21 @@ def test_a_train_json_without_a_field_is_damaged(checkpoints, tmp_path, out):
     assert "does not have digest, ranks" in lines[0]
 
 
+def test_a_checkpoint_of_another_training_or_of_other_data_is_refused(checkpoints, tmp_path, out):
+    files = {name: tmp_path / name for name in FILES}
+    for name, path in files.items():
+        path.write_bytes(name.encode())
+    about = describe(TrainState(step=5), seed=0, placement=PLACEMENT, manifest="m" * 64, training="t" * 64)
+    checkpoints.write(5, files, about)
+    assert find_resume(checkpoints, tmp_path, "m" * 64, training="t" * 64).state.step == 5
+    with pytest.raises(ResumeError, match=r"step-0000000005 in .*/checkpoints is of another training"):
+        find_resume(checkpoints, tmp_path, "m" * 64, training="u" * 64)
+    with pytest.raises(ResumeError, match="trained on manifest m{12}, this run has n{12}"):
+        find_resume(checkpoints, tmp_path, "n" * 64, training="t" * 64)
+
+
 def test_all_checkpoints_can_be_deleted(checkpoints, tmp_path, out):
     written(checkpoints, tmp_path, 1)
     checkpoints.delete_all()
     assert list(out.list(FOLDER)) == []
+    assert not out.is_local or list((out.folder / FOLDER).iterdir()) == [], "a local store keeps empty folders"

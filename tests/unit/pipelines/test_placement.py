@@ -213,6 +213,13 @@ def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():
         placed(num_cpus=2, workers=3, cpus_per_worker=2)
 
 
+def test_a_compiled_training_is_not_compiled_where_it_moves_to_zero_3_or_a_cpu():
+    compiled = Demand(4, compile="on")
+    assert resolve(PlacementConfig(), [Node(8, 1)], compiled).compile == "on"
+    assert resolve(PlacementConfig(zero_stage="3"), [Node(8, 1)], compiled).compile == "off"
+    assert resolve(PlacementConfig(), [Node(8)], compiled).compile == "off"
+
+
 def test_the_fewest_workers_are_at_most_all_of_them():
     with pytest.raises(ValueError, match=r"--placement\.workers-min 4: there are at most 2 workers"):
         placed(workers=2, workers_min=4)

@@ -36,7 +36,7 @@ def edited(described: dict, **changes: object) -> bytes:
 
 def test_a_state_is_read_as_it_was_written(described):
     assert state_of(read_described(json.dumps(described).encode())) == STATE
-    assert set(described) == FIELDS | {"seed"}
+    assert set(described) == FIELDS | {"seed", "unsent"}
     assert (described["seed"], described["ranks"]) == (5, 1)
 
 

@@ -14,13 +14,13 @@ from pipelines.board import Board
 from pipelines.flow import StepContext
 from pipelines.outbox import Outbox
 from pipelines.placement import Placement
-from pipelines.steps.train import check_batches, keep_best, tagging
+from pipelines.steps.train import check_batches, check_ended, keep_best, tagging
 from pipelines.tracking import open_tracking
 from pipelines.worker.checkpoints import Found
-from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import RayReporter
 from pipelines.worker.speed_check import SpeedCheck
-from pipelines.worker.state import TrainState, describe
+from pipelines.worker.state import ResumeError, TrainState, describe
 
 ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
 
@@ -41,6 +41,20 @@ def test_the_best_model_is_copied_with_what_a_prediction_needs_and_the_checkpoin
     assert (out.get("model/weights.safetensors"), facts["best_epoch"], facts["epochs"]) == (b"weights", 1, 2)
     assert facts["compile"] == ALONE.compile
     assert keep_best(found, out, "r", max_side=128) == facts
+
+
+@pytest.mark.parametrize(
+    ("epoch", "best_epoch", "patience", "has_ended"),
+    [(5, 1, 0, True), (4, 4, 0, False), (4, 2, 2, True), (4, 3, 2, False)],
+)
+def test_a_training_whose_last_checkpoint_is_damaged_has_not_ended(epoch, best_epoch, patience, has_ended):
+    described = describe(TrainState(epoch=epoch, best_epoch=best_epoch), seed=0, placement=ALONE, manifest="m")
+    train = TrainConfig(epochs=5, patience=patience)
+    if has_ended:
+        check_ended(described, train)
+        return
+    with pytest.raises(ResumeError, match=r"of epoch 4 of 5: run the same command to resume"):
+        check_ended(described, train)
 
 
 def test_an_epoch_trained_again_after_a_kill_is_not_logged_twice(tmp_path):

@@ -7,7 +7,7 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## images in, a promoted model out, on this machine
 	$(BIN)/medmamba quickstart
 
-test: .venv/installed  ## the tests, ten to fifteen minutes on two cores
+test: .venv/installed  ## the tests, about twenty minutes on two cores
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: .venv/installed  ## the long matrix

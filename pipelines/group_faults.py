@@ -6,11 +6,11 @@ RESUME = "run the same command to resume"
 
 
 class GroupFault(RuntimeError):  # noqa: N818  (it has kinds, which are errors)
-    """A group of workers that does not come to be, or does not get on. Its text is for the user."""
+    """A group of workers does not start, or makes no progress. Its text is for the user."""
 
 
 class StalledError(GroupFault):
-    """A rank stands still."""
+    """A rank has stalled."""
 
     def __init__(self, who: str) -> None:
         super().__init__(who)
@@ -18,7 +18,7 @@ class StalledError(GroupFault):
 
     def __str__(self) -> str:
         return (
-            f"{self.who}, and the training stood still: the process may be stopped, its machine overloaded or its GPU "
+            f"{self.who}, and the training stalled: the process may be stopped, its machine overloaded or its GPU "
             f"broken; look at that node, then {RESUME}"
         )
 
@@ -34,5 +34,5 @@ class NoPlaceError(GroupFault):
         return (
             f"for {self.wait_s / 60:.0f} min there was no room for {self.workers} training "
             f"worker{'s' if self.workers > 1 else ''} on the nodes of this Ray ({self.nodes}): add nodes, or let the "
-            f"training go on with fewer (--placement.workers-min), then {RESUME}"
+            f"training continue with fewer (--placement.workers-min), then {RESUME}"
         )

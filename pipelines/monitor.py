@@ -1,6 +1,6 @@
 """Who works on a training and how far each rank is: what ranks, Ray's controller and the driver know together.
 
-It tells a rank that stands still from one that is busy, counts what a lost rank costs, and hands on what the ranks are
+It distinguishes a stalled rank from a busy one, counts what a lost rank costs, and hands on what the ranks are
 asked for (a checkpoint, an end). It knows no Ray.
 """
 
@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 
 class Orders(NamedTuple):
-    """What a rank is asked for: the number of checkpoints asked for so far, and why it shall stop, if it shall."""
+    """What a rank is asked for: the number of checkpoints asked for so far, and why it must stop, if it must."""
 
     checkpoints: int = 0
     stop: str = ""
@@ -115,7 +115,7 @@ class Monitor:
         self._orders = Orders(0, self._orders.stop if self._orders.stop not in RESTARTING else "")
 
     def beat(self, rank: int, beat: Beat) -> Orders:
-        """Takes a rank's sign of life; returns what it is asked for. One of an earlier group is told nothing."""
+        """Takes a rank's sign of life; returns what it is asked for. One of an earlier group gets no orders."""
         member = self._members.get(rank)
         if member is not None and member.pid != beat.pid:
             return Orders()
@@ -160,7 +160,7 @@ class Monitor:
         """Names the ranks that hold up the group, and since when; empty while it works.
 
         A rank that is silent for `limits.stall_s` holds it up. One that gives signs of life and gets nothing done may
-        wait for another, so the group stands still only where all ranks have got nothing done for as long as what they
+        wait for another, so the group has stalled only where all ranks have got nothing done for as long as what they
         are at may take.
         """
         now, limit_s = self.clock(), limits.stall_s

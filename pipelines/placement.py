@@ -58,8 +58,8 @@ class PlacementConfig(BaseModel):
     """Training workers. 0: one per GPU, fewer where the batches of the recipe cannot be shared evenly among so many, or
     one with all CPUs where there is no GPU."""
     workers_min: int = Field(0, ge=0)
-    """With how many workers a training goes on where nodes are lost, until there are nodes for all again; it takes only
-    numbers among which a step's micro-batches can be shared evenly. 0: it waits for nodes."""
+    """With how few workers a training continues where nodes are lost, until there are nodes for all again; only numbers
+    that share a step's micro-batches evenly are taken. 0: it waits for nodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
@@ -156,7 +156,7 @@ class Placement(BaseModel):
         """The placement inside one trial of a sweep: a world of one that shares the CPUs with the other trials."""
         return self.model_copy(
             update={
-                # Trials are short, compiled code takes 10 s to load, and each batch size is compiled anew.
+                # Trials are short, compiled code takes 10 s to load, and each batch size is compiled again.
                 "compile": "off" if self.compile == "auto" else self.compile,
                 "workers": 1,
                 "zero_stage": 0,

@@ -1,8 +1,8 @@
 """Which backend of the scan runs on this machine, found out by a process of its own while Ray starts.
 
 Importing torch and building or loading a backend takes 2 to 5 s; and on a GPU it takes memory, which the driver must
-not hold. Once it has told the backend, the process goes on to build what the network to be trained needs of it, 1 s for
-each stage, while workers start. This file runs as that process.
+not hold. Once it has named the backend, the process builds what the network to be trained needs of it, 1 s for each
+stage, while workers start. This file runs as that process.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Tracking:
 
     @property
     def _outage(self) -> Outage:
-        return outage_of(f"MLflow at {self.address}", "the work goes on, and what it logs is kept and sent later")
+        return outage_of(f"MLflow at {self.address}", "work continues, and what it logs is kept and sent later")
 
     def _gone(self, away_s: float) -> str:
         began = time.strftime("%H:%M:%S", time.localtime(time.time() - away_s))

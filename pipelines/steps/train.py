@@ -144,7 +144,7 @@ def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
         return RayReporter(_nobody, rank, board=board, name="train", judge=judge)
 
     try:
-        # While the outbox waits for MLflow at the end, nobody expects the rank to get on any more.
+        # While the outbox waits for MLflow at the end, nobody expects progress of the rank any more.
         with hear_outages(board, "train"), outbox, control:
             train_on_dataset(
                 config,
@@ -315,5 +315,5 @@ def _check_resume(out: Store, placement: Placement, of: tuple[str, str], context
         if resume is None:
             return 0.0
         resume.placement(placement)
-        context.show.say(resume.told)
+        context.show.say(resume.summary)
         return resume.usage.gpu_hours or resume.usage.wall_s * resume.described["ranks"] / 3600

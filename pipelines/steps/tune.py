@@ -230,7 +230,7 @@ def _trainable(payload: dict, placement: Placement) -> Any:
 
 
 def _resumed(ledger: Ledger, trials: int) -> str:
-    """The line about a sweep that goes on."""
+    """The line about a sweep that resumes."""
     over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
     return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
 
@@ -270,7 +270,7 @@ def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepCo
     point = {key: own[key] for key in space}
     for key, value in point.items():
         if not lies_in(space[key], value):
-            context.show.say(f"the recipe is no trial of its sweep: its {key} {value:g} lies outside tune.space")
+            context.show.say(f"the recipe is not a trial of its sweep: its {key} {value:g} is outside tune.space")
             return []
     return [point]
 

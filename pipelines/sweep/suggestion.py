@@ -46,4 +46,4 @@ def misfit(record: TrialRecord, space: Mapping[str, Any], *, trials: int, epochs
     if record.overrides.keys() != space.keys():
         return "its overrides are not the fields that are searched"
     outside = [key for key, value in record.overrides.items() if not lies_in(space[key], value)]
-    return f"its {outside[0]} lies outside tune.space" if outside else ""
+    return f"its {outside[0]} is outside tune.space" if outside else ""

@@ -34,7 +34,7 @@ class _Job:
 
 
 class CheckpointWriter:
-    """Stores the checkpoints of one training, in order, while it goes on. A context manager; on ranks other than 0 it
+    """Stores the checkpoints of one training, in order, while it continues. A context manager; on ranks other than 0 it
     only takes part in the collectives.
 
     Args:

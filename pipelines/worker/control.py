@@ -1,4 +1,4 @@
-"""What a training asks once a step: is a checkpoint due, shall it stop? The same answer on all ranks at the same step.
+"""What a training asks once a step: is a checkpoint due, must it stop? The same answer on all ranks at the same step.
 
 Each rank has flags of its own. Their union travels in a reduction of eight bytes that is started at one step and read
 at a later one, when it has long arrived: no rank waits for it. A thread tells the board each second how far the rank
@@ -27,11 +27,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Wants:
-    """What a training shall do after the step it has made."""
+    """What a training must do after the step it has made."""
 
     checkpoint: bool = False
     stop: str = ""
-    """Why it shall stop, once a checkpoint of this step is written; empty: it goes on."""
+    """Why it must stop, once a checkpoint of this step is written; empty: it continues."""
 
 
 NOTHING = Wants()
@@ -63,7 +63,7 @@ class UntilTheEnd:
         """Where the training begins: after how many steps, 0 or those of a checkpoint."""
 
     def wants(self, step: int, writer: Writer) -> Wants:
-        """What all ranks shall do now that they have made this step, counted from the beginning of the training."""
+        """What all ranks must do now that they have made this step, counted from the beginning of the training."""
         return NOTHING
 
     def saved(self, step: int) -> None:

@@ -276,7 +276,7 @@ class FlatEngine(Engine):
         parts, loss = compiled_parts(self.model, compiler), self._loss(objective.compiled(compiler))
 
         def loss_of(*inputs: torch.Tensor) -> torch.Tensor:
-            # torch compiles a method anew for each kind of block, and after eight kinds runs it as it is.
+            # torch compiles a method again for each kind of block, and after eight kinds runs it as it is.
             with torch._dynamo.config.patch(recompile_limit=max(8, len(parts))), exchanged(parts):
                 return loss(*inputs)
 

@@ -104,7 +104,7 @@ class RestartPolicy(FailurePolicy):
 
 
 class GroupWatch(WorkerGroupCallback):
-    """Tells the board who works, and ends a group that stands still."""
+    """Tells the board who works, and ends a group that has stalled."""
 
     def __init__(self, board: Any, limits: Limits) -> None:
         self._board, self._limits = board, limits
@@ -119,7 +119,7 @@ class GroupWatch(WorkerGroupCallback):
             ray.get(self._board.begin_group.remote(members), timeout=ANSWER_S)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Raises StalledError, once the processes of the group are told to end, where a rank stands still."""
+        """Raises StalledError, once the processes of the group are told to end, where a rank has stalled."""
         now = time.monotonic()
         if now - self._looked < LOOK_S or worker_group_status.errors or worker_group_status.finished:
             return

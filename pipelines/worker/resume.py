@@ -37,7 +37,7 @@ class Resume(ABC):
         """What it had used."""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Where it resumes, for the user."""
         state = self.state
         into = f" and {len(state.losses)} steps of epoch {state.epoch + 1}" if state.losses else ""

@@ -70,7 +70,7 @@ class LocalTrainer(WatchedTrainer):
 
 class _WorkerGroup(WorkerGroup):
     def _start(self) -> None:
-        """Gives back what was taken where the group does not come to work; Ray keeps its places, for ever."""
+        """Gives back what was taken where the group does not start to work; Ray never gives its places back."""
         try:
             super()._start()
         except BaseException:

@@ -97,7 +97,7 @@ def test_nothing_waits_while_the_server_is_away_and_everything_arrives_once_and_
     assert run[0].client.get_run(run[1]).data.tags["note"] == "kept too"
     away, back = [str(notice) for notice in heard if proxy.address in notice.who]
     assert away.startswith(f"MLflow at {proxy.address} has not answered since ")
-    assert away.endswith("the work goes on, and what it logs is kept and sent later, for at most 1 minute")
+    assert away.endswith("work continues, and what it logs is kept and sent later, for at most 1 minute")
     assert "answers again after" in back
     assert back.endswith("what was logged of 3 epochs is being sent")
 

@@ -55,7 +55,7 @@ def epochs_recorded(out: Store) -> int:
 
 
 def plain(records: list[dict]) -> list[dict]:
-    """The records without the ids, which are drawn anew for each sweep."""
+    """The records without the ids, which are drawn again for each sweep."""
     return [{name: value for name, value in record.items() if name != "id"} for record in records]
 
 

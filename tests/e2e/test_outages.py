@@ -137,6 +137,7 @@ def test_mlflow_killed_amid_a_training_gets_every_metric_once(mlflow, tmp_path, 
     assert len(steps) % epochs == 0
 
 
+@pytest.mark.slow
 def test_mlflow_gone_for_good_ends_the_training_in_time_and_a_resumed_one_sends_what_was_kept(mlflow, tmp_path):
     arguments = [*train(), "--store", str(tmp_path / "store")]
     env = {"MLFLOW_TRACKING_URI": mlflow.address}
@@ -154,7 +155,7 @@ def test_mlflow_gone_for_good_ends_the_training_in_time_and_a_resumed_one_sends_
     assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "is silent"])
+@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["refuses", "is silent"])
 @pytest.mark.parametrize(("epochs", "away_s"), [(EPOCHS, SECONDS), LONG])
 def test_a_store_that_is_away_at_a_checkpoint_is_waited_for(s3_away, mlflow, tmp_path, epochs, away_s, silent):
     server, store, env = s3_away
@@ -169,6 +170,7 @@ def test_a_store_that_is_away_at_a_checkpoint_is_waited_for(s3_away, mlflow, tmp
     assert curve(mlflow.address, "train_loss") == list(range(1, epochs + 1))
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_for_good_ends_the_training_in_time_and_it_resumes(s3_away, mlflow, tmp_path):
     server, store, env = s3_away
     env = {**env, "MLFLOW_TRACKING_URI": mlflow.address}
@@ -187,6 +189,7 @@ def test_a_store_that_is_gone_for_good_ends_the_training_in_time_and_it_resumes(
     assert curve(mlflow.address, "train_loss") == list(range(1, EPOCHS + 1))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_training_with_its_place_and_it_resumes(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -213,6 +216,7 @@ def test_a_full_disk_ends_the_training_with_its_place_and_it_resumes(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_mlflow_is_killed_logs_every_epoch_of_every_trial_once(mlflow, tmp_path):
     arguments = ["tune", *TINY, "--tune.epochs", "6", "--run", "night", "--store", str(tmp_path / "store"), "--json"]
     training = Training(arguments, env={"MLFLOW_TRACKING_URI": mlflow.address}, folder=tmp_path)

@@ -68,7 +68,7 @@ def test_a_store_that_is_gone_for_good_is_waited_for_once_and_not_by_each_operat
     for _ in range(4):
         with pytest.raises(StoreAwayError, match=r"the wait of 7 s \(--placement.patience-s\) is over; run the same"):
             store.get("key")
-    assert 2 <= time.monotonic() - began < 14, "each operation waited anew"
+    assert 2 <= time.monotonic() - began < 14, "each operation waited again"
     assert [notice.over_after_s for notice in heard] == [0.0]
 
 
@@ -80,7 +80,7 @@ def test_a_server_that_was_away_long_ago_is_waited_for_again(server, s3, monkeyp
         began = time.monotonic()
         with pytest.raises(StoreError):
             store.head("key")
-        assert time.monotonic() - began > 1
+        assert time.monotonic() - began > 0.5
         time.sleep(1)
 
 

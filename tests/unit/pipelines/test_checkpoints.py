@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_training_or_of_other_data_is_refused(checkpoint
     assert find_resume(checkpoints, tmp_path, "m" * 64, training="t" * 64).state.step == 5
     with pytest.raises(ResumeError, match=r"step-0000000005 in .*/checkpoints is of another training"):
         find_resume(checkpoints, tmp_path, "m" * 64, training="u" * 64)
-    with pytest.raises(ResumeError, match="trained on manifest m{12}, this run has n{12}"):
+    with pytest.raises(ResumeError, match=r"trained on manifest m{12}, this run has n{12}"):
         find_resume(checkpoints, tmp_path, "n" * 64, training="t" * 64)
 
 

@@ -1,4 +1,4 @@
-"""What the board knows of the ranks: who stands still, what a loss costs, what is asked of them."""
+"""What the board knows of the ranks: who has stalled, what a loss costs, what is asked of them."""
 
 from __future__ import annotations
 

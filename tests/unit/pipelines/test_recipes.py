@@ -89,7 +89,7 @@ def test_a_recipe_lies_in_its_own_search_space(name, capsys):
 def test_a_recipe_outside_its_search_space_is_told(capsys):
     config = override(recipe("quickstart"), {"train.optim.lr": 0.1})
     assert recipe_point({step.name: step.config for step in WORKFLOWS["release"](config)}["tune"]) == []
-    assert "train.optim.lr 0.1 lies outside tune.space" in capsys.readouterr().err
+    assert "train.optim.lr 0.1 is outside tune.space" in capsys.readouterr().err
 
 
 def recipe_point(config: TuneStepConfig) -> list[dict]:

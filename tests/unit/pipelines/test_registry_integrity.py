@@ -206,7 +206,8 @@ def test_an_evaluation_refuses_weights_that_are_not_those_of_the_training(releas
     store, train = release[0], registered.facts(release[0], "evaluated", auc=0.9)["train"]
     store.put(f"{train['model']}/{name}", store.get(f"{train['model']}/{name}") + b" ")
     placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
-    payload = {"placement": placement.model_dump(), "model": (store.at(train["model"]).uri, train["digest"])}
+    model = (store.at(train["model"]), train["digest"])
+    payload = {"placement": placement.model_dump(), "model": model, "board": None}
     with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is on record"):
         evaluate_rank(payload, 0)
 

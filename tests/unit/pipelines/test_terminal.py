@@ -245,7 +245,7 @@ def test_a_start_that_is_followed_by_a_failure_never_took_anything(capsys, clock
 
 def test_an_outage_is_said_once_however_many_processes_notice_it(capsys):
     shown = Terminal()
-    away = Notice("MLflow at http://m", since=1000.0, patience_s=900.0, meanwhile="the work goes on")
+    away = Notice("MLflow at http://m", since=1000.0, patience_s=900.0, meanwhile="work continues")
     back = replace(away, over_after_s=60.0)
     shown.outage(away)
     shown.progress("train", {"outage": asdict(replace(away, since=1003.0))})
@@ -254,7 +254,7 @@ def test_an_outage_is_said_once_however_many_processes_notice_it(capsys):
     shown.outage(replace(away, since=1055.0))  # of a process that found it out late
     said = lines(capsys)
     assert len(said) == 2
-    assert said[0].endswith(": the work goes on, for at most 15 minutes")
+    assert said[0].endswith(": work continues, for at most 15 minutes")
     assert said[1] == "MLflow at http://m answers again after 1 minute"
     shown.outage(replace(away, since=2000.0))
     assert len(lines(capsys)) == 1

@@ -18,7 +18,7 @@ STEPS = 6  # of each world
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Store:
     out = open_store(str(tmp_path_factory.mktemp("data")))
-    convert(DataConfig(phantoms=PhantomConfig(num_patients=400, images_per_patient=4, side=64)), out)
+    convert(DataConfig(phantoms=PhantomConfig(num_patients=400, images_per_patient=6, side=64)), out)
     return out
 
 
@@ -51,9 +51,10 @@ WORLDS = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_training_moves_through_many_worlds(name, dataset, tmp_path):
-    moved = losses(dataset, tmp_path / "moved", WORLDS[name])
-    whole = losses(dataset, tmp_path / "whole", [(1, "0", "whole")] * len(WORLDS[name]))
-    for first in range(0, len(moved), STEPS):
-        stage = WORLDS[name][first // STEPS][1]
-        bound = 1e-5 if first == 0 and stage != "3" else 5e-3
-        assert moved[first : first + STEPS] == pytest.approx(whole[first : first + STEPS], rel=bound), first
+    worlds = WORLDS[name]
+    moved = losses(dataset, tmp_path / "moved", worlds)
+    whole = losses(dataset, tmp_path / "whole", [worlds[0]] * len(worlds))
+    assert moved[:STEPS] == whole[:STEPS]
+    assert moved[: 2 * STEPS] == pytest.approx(whole[: 2 * STEPS], rel=1e-5)
+    # Other ranks and stages add up in another order, which a network that learns amplifies.
+    assert moved == pytest.approx(whole, rel=5e-3)

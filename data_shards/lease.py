@@ -31,7 +31,7 @@ class Lease:
         self._ended = threading.Event()
 
     def check(self) -> None:
-        """Raises LeaseError if it is no longer certain that nobody else works here.
+        """Raises LeaseError once another process may be working here.
 
         A lease that could not be renewed in time, because the store was away or this process paused, is still ours
         where nobody has written it since: that is asked of the store, which is waited for.

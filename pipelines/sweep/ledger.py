@@ -140,7 +140,7 @@ class Ledger:
 
     def add_epoch(self, number: int, metrics: Mapping[str, float], state: State) -> None:
         """A finished epoch of a trial, and the state the trial is in after it: one write, so that a driver that is
-        killed has decided both or neither. An epoch that is known already is no news."""
+        killed has decided both or neither. An epoch that is known already changes nothing."""
         record = self._records[number]
         if metrics["epoch"] <= len(record.epochs):
             return

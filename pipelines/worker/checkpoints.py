@@ -99,7 +99,7 @@ class Checkpoints:
         digests = {file: file_digest(path) for file, path in files.items()}
         stored = self._digests.get(name, {})
         if all(stored.get(file) == digests[file] for file in OF_STEP):
-            digests = stored  # the same step once more, after its validation: only train.json changes, in one write
+            digests = stored  # the same step after its validation: only train.json changes, in one write
         else:
             self.out.delete(f"{FOLDER}/{name}/{STATE}")  # also of a damaged one
             for file, path in files.items():
@@ -138,6 +138,8 @@ class Checkpoints:
         if missing or set(described["digests"]) != set(FILES):
             what = ", ".join(sorted(missing)) or "the digests of all its files"
             raise ResumeError(f"{STATE} does not have {what}")
+        if name_of(described["step"]) != name:
+            raise ResumeError(f"{STATE} is that of step {described['step']}")
         return described
 
     def _fetch(self, name: str, folder: Path) -> Found:
@@ -161,6 +163,8 @@ class Checkpoints:
             found = file_digest(path)
         except (StoreKeyError, FileNotFoundError) as error:
             raise ResumeError(f"{file} of {name} is missing") from error
+        except OSError as error:  # a folder in its place, a disk that cannot read it
+            raise ResumeError(f"{file} of {name} cannot be read ({error.strerror})") from error
         if found != digest:
             raise ResumeError(f"{file} of {name} has the digest {found[:12]}, not {digest[:12]} as recorded")
         return path

@@ -87,7 +87,7 @@ class GroupSize(ScalingPolicy):
     """Takes one of `sizes`: the largest that there is room for."""
 
     def __init__(self, scaling_config: Any, sizes: Sequence[int], board: Any, *, asks_for_nodes: bool) -> None:
-        """`asks_for_nodes`: a cluster's autoscaler is told what is needed; on one machine there is none to tell."""
+        """`asks_for_nodes`: a cluster's autoscaler hears what is needed; one machine has no autoscaler."""
         super().__init__(scaling_config)
         self._sizes, self._board, self._asks = sorted(sizes), board, asks_for_nodes
         self._each = scaling_config._resources_per_worker_not_none

@@ -119,7 +119,7 @@ class GroupWatch(WorkerGroupCallback):
             ray.get(self._board.begin_group.remote(members), timeout=ANSWER_S)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Raises StalledError, once the processes of the group are told to end, where a rank has stalled."""
+        """Raises StalledError, where a rank has stalled, after asking the processes of the group to end."""
         now = time.monotonic()
         if now - self._looked < LOOK_S or worker_group_status.errors or worker_group_status.finished:
             return

@@ -91,6 +91,28 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(checkpoints, tmp_path, out, f
         assert line.endswith("trying the one before it")
 
 
+def test_a_folder_in_place_of_a_file_is_damage(tmp_path):
+    out = open_store(str(tmp_path / "store"))
+    for step in (1, 2):
+        written(Checkpoints(out), tmp_path, step)
+    out.delete(f"{FOLDER}/step-0000000002/usage.json")
+    out.path(f"{FOLDER}/step-0000000002/usage.json").mkdir()
+    lines: list[str] = []
+    assert Checkpoints(out).newest(tmp_path / "fetched", say=lines.append).name == "step-0000000001"
+    assert "usage.json of step-0000000002 cannot be read (Is a directory)" in lines[0]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damage(tmp_path):
+    out = open_store(str(tmp_path / "store"))
+    checkpoints = Checkpoints(out)
+    for step, best in ((1, 1), (2, 1)):
+        written(checkpoints, tmp_path, step, best=best)
+    out.path(f"{FOLDER}/step-0000000002").rename(out.path(f"{FOLDER}/step-0000000009"))
+    lines: list[str] = []
+    assert Checkpoints(out).newest(tmp_path / "fetched", say=lines.append).name == "step-0000000001"
+    assert "train.json is that of step 2" in lines[0]
+
+
 def test_a_damaged_best_model_leaves_the_checkpoint_from_before_it(checkpoints, tmp_path, out):
     for step, best in [(1, 1), (2, 2), (3, 2), (4, 2)]:
         written(checkpoints, tmp_path, step, best=best)

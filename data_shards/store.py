@@ -39,6 +39,10 @@ class StoreAwayError(StoreError):
     """The store's server was away for longer than it is waited for."""
 
 
+class StorePathError(StoreError):
+    """In a local store a file is where a folder must be, or a folder where a file must be: waiting does not help."""
+
+
 class StoreKeyError(StoreError, KeyError):
     """No object of this key in the store."""
 
@@ -304,10 +308,15 @@ class FileStore(Store):
         except (FileNotFoundError, IsADirectoryError) as error:
             if key is not None:
                 raise StoreKeyError(f"{self.uri} has no object {key}") from error
+            if isinstance(error, IsADirectoryError):
+                raise StorePathError(
+                    f"{self.uri}: {doing}: there is a folder where the file must be "
+                    f"({error.filename2 or error.filename}): move it, or use another store"
+                ) from error
             raise StoreError(f"{self.uri}: {doing}: {error}") from error
         except (NotADirectoryError, FileExistsError) as error:
-            raise StoreError(
-                f"{self.uri}: {doing}: a file stands where a folder must be ({error.filename}): move it, or use "
+            raise StorePathError(
+                f"{self.uri}: {doing}: there is a file where a folder must be ({error.filename}): move it, or use "
                 "another store"
             ) from error
         except OSError as error:

@@ -13,7 +13,7 @@ import torch
 
 from data_shards.disk import DiskFullError
 from data_shards.outage import PATIENCE_S
-from data_shards.store import StoreAwayError, StoreError
+from data_shards.store import StoreAwayError, StoreError, StorePathError
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
 from pipelines.worker.checkpoints import MOMENTS, Checkpoints
@@ -147,7 +147,7 @@ class CheckpointWriter:
         while True:
             try:
                 write()
-            except (DiskFullError, StoreAwayError):  # the latter has been waited for
+            except (DiskFullError, StoreAwayError, StorePathError):  # waiting does not help, or no more
                 raise
             except StoreError as error:
                 gone_s = time.monotonic() - began_s

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ class Checkpoints:
         if all(stored.get(file) == digests[file] for file in OF_STEP):
             digests = stored  # the same step after its validation: only train.json changes, in one write
         else:
+            self._clear(name)
             self.out.delete(f"{FOLDER}/{name}/{STATE}")  # also of a damaged one
             for file, path in files.items():
                 self.out.put(f"{FOLDER}/{name}/{file}", path)
@@ -191,9 +193,18 @@ class Checkpoints:
         for name in names:
             for file in sorted(folders.get(name, ()), key=lambda file: file != STATE):  # the commit mark first
                 self.out.delete(f"{FOLDER}/{name}/{file}")
-            if (place := self.out.path(f"{FOLDER}/{name}")) is not None:
-                with contextlib.suppress(OSError):  # a local store would keep an empty folder
-                    place.rmdir()
+            if (place := self.out.path(f"{FOLDER}/{name}")) is not None:  # a local store would keep empty folders
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _clear(self, name: str) -> None:
+        """Removes what a damaged checkpoint of a local store has in the place of its files and of their folder."""
+        if (place := self.out.path(f"{FOLDER}/{name}")) is None:
+            return
+        if place.is_file():
+            place.unlink()
+        for file in (*FILES, STATE):
+            if (place / file).is_dir():
+                shutil.rmtree(place / file, ignore_errors=True)
 
 
 def name_of(step: int) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 import pytest
 
-from data_shards.store import StoreError, StoreKeyError, open_store
+from data_shards.store import StoreError, StorePathError, StoreKeyError, open_store
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -167,8 +167,14 @@ def test_what_is_no_store_says_so(uri):
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(StoreError, match="a file stands where a folder must be"):
+    with pytest.raises(StoreError, match="there is a file where a folder must be"):
         open_store(str(tmp_path / "taken" / "store")).check()
+
+
+def test_a_folder_where_the_file_should_be_is_named(tmp_path):
+    (tmp_path / "store" / "taken").mkdir(parents=True)
+    with pytest.raises(StorePathError, match="there is a folder where the file must be .*taken"):
+        open_store(str(tmp_path / "store")).put("taken", b"")
 
 
 def test_a_write_that_fails_halfway_leaves_nothing(tmp_path):

@@ -73,6 +73,7 @@ def trained(device, steps=6):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
 def test_six_float32_steps_on_a_gpu_give_the_same_weights_twice():
     set_precision("float32")
     first, again = trained("cuda"), trained("cuda")
@@ -80,6 +81,7 @@ def test_six_float32_steps_on_a_gpu_give_the_same_weights_twice():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
 @pytest.mark.parametrize(("precision", "is_exact"), [("float32", True), ("tf32", False)])
 def test_probabilities_on_a_gpu_are_those_of_the_cpu_unless_tf32_is_asked_for(precision, is_exact):
     torch.manual_seed(0)

@@ -123,6 +123,16 @@ def test_a_store_that_stays_away_ends_the_training_with_its_error(store):
         written.check()
 
 
+def test_what_waiting_cannot_help_ends_the_training_at_once(store):
+    store.folder.mkdir()
+    (store.folder / "checkpoints").write_text("not a folder")
+    lines: list[str] = []
+    written = writer(store, engine(), lines, patience_s=60.0)
+    with pytest.raises(StoreError, match="there is a file where a folder must be"), written:
+        written.save(state(1), Usage())
+    assert lines == []
+
+
 def test_a_training_that_fails_is_not_kept_by_its_checkpoint(store):
     written = writer(store, engine())
     written.__enter__()

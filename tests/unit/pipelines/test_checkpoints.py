@@ -102,6 +102,36 @@ def test_a_folder_in_place_of_a_file_is_damage(tmp_path):
     assert "usage.json of step-0000000002 cannot be read (Is a directory)" in lines[0]
 
 
+@pytest.mark.parametrize("file", [*FILES, "train.json"])
+def test_a_folder_in_place_of_a_file_is_replaced_when_its_step_is_written_again(file, tmp_path):
+    out = open_store(str(tmp_path / "store"))
+    for step in (1, 2):
+        written(Checkpoints(out), tmp_path, step)
+    out.delete(f"{FOLDER}/step-0000000002/{file}")
+    (out.path(f"{FOLDER}/step-0000000002/{file}") / "below").mkdir(parents=True)
+    written(Checkpoints(out), tmp_path, 2)
+    assert Checkpoints(out).newest(tmp_path / "fetched").name == "step-0000000002"
+
+
+def test_a_file_in_place_of_a_checkpoint_is_replaced_when_its_step_is_written_again(tmp_path):
+    out = open_store(str(tmp_path / "store"))
+    written(Checkpoints(out), tmp_path, 1)
+    out.path(f"{FOLDER}/step-0000000002").write_text("not a folder")
+    written(Checkpoints(out), tmp_path, 2)
+    assert Checkpoints(out).newest(tmp_path / "fetched").name == "step-0000000002"
+
+
+def test_of_a_removed_checkpoint_no_folder_is_left(tmp_path):
+    out = open_store(str(tmp_path / "store"))
+    checkpoints = Checkpoints(out)
+    for step in (1, 2):
+        written(checkpoints, tmp_path, step, best=1)
+    out.delete(f"{FOLDER}/step-0000000002/usage.json")
+    (out.path(f"{FOLDER}/step-0000000002/usage.json") / "below").mkdir(parents=True)
+    checkpoints.delete_all()
+    assert list(out.path(FOLDER).iterdir()) == []
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_damage(tmp_path):
     out = open_store(str(tmp_path / "store"))
     checkpoints = Checkpoints(out)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 import pytest
 
-from data_shards.store import StoreError, StorePathError, StoreKeyError, open_store
+from data_shards.store import StoreError, StoreKeyError, StorePathError, open_store
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -173,7 +173,7 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path):
 
 def test_a_folder_where_the_file_should_be_is_named(tmp_path):
     (tmp_path / "store" / "taken").mkdir(parents=True)
-    with pytest.raises(StorePathError, match="there is a folder where the file must be .*taken"):
+    with pytest.raises(StorePathError, match=r"there is a folder where the file must be .*taken"):
         open_store(str(tmp_path / "store")).put("taken", b"")
 
 

@@ -24,7 +24,6 @@ from data_shards.decode import UndecodableImage, decode
 from data_shards.fingerprint import Fingerprints
 from data_shards.leakage import LEAKS, Copy, DuplicatesError, Guarded, guard, lost_text, read_report, refuse_elsewhere
 from data_shards.leakage_page import LEAKS_PAGE, page
-from data_shards.lease import Lease, one_driver
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -57,6 +56,7 @@ from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_sh
 from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError
+from data_shards.store.lease import Lease, one_driver
 
 LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long

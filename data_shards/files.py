@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from data_shards.disk import DiskFullError, full_disk, is_full, says_full, size_text
 from data_shards.litter import left_out, note_of
 from data_shards.ranged_file import RangedFile
-from data_shards.s3_store import S3Store
 from data_shards.store import StoreError, open_store
+from data_shards.store.disk import DiskFullError, full_disk, is_full, says_full, size_text
+from data_shards.store.s3.store import S3Store
 
 # Published sets have one zip in another; archives that hold themselves have no end.
 _DEEPEST_ZIP = 3

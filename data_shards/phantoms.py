@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .config import PhantomConfig
+from data_shards.config import PhantomConfig
 
 CLASSES = ("no lesion", "smooth ellipse", "spiculated mass")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from data_shards.outage import listening
+from data_shards.store.outage import listening
 from pipelines.monitor import Monitor
 
 POLL_S = 0.5

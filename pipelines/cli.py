@@ -24,9 +24,9 @@ import tyro
 from pydantic import ValidationError
 
 from data_shards.catalog import card
-from data_shards.disk import require_temporary_folder
-from data_shards.outage import PATIENCE_S, listening
 from data_shards.store import Store, StoreError, open_store
+from data_shards.store.disk import require_temporary_folder
+from data_shards.store.outage import PATIENCE_S, listening
 from medmamba.config import MedMambaConfig
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_shards.disk import full_disk, is_full, says_full, temporary_folder
+from data_shards.store.disk import full_disk, is_full, says_full, temporary_folder
 from pipelines.group_faults import RESUME, GroupFault
 
 ON_THE_TERMINAL = "run the same command to see why: reasons that may name files are shown on the terminal only"

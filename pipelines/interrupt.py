@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from data_shards.fenced_lease import LostLeaseError
+from data_shards.store.fenced_lease import LostLeaseError
 from pipelines.faults import RESUME
 
 INTERRUPTED = f"interrupted; {RESUME}"

@@ -10,8 +10,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
-from data_shards.fenced_lease import FencedLease, fenced_lease
 from data_shards.store import Store
+from data_shards.store.fenced_lease import FencedLease, fenced_lease
 from pipelines.flow import StepContext
 from pipelines.tracking import Tracking, TrackingError
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_shards.outage import PATIENCE_S
+from data_shards.store.outage import PATIENCE_S
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 16.0  # beside a GPU, unless more are asked for

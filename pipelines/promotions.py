@@ -26,9 +26,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from data_shards.fenced_lease import FencedLease, is_held
-from data_shards.holder import Holder, this_process
 from data_shards.store import Store, StoreKeyError
+from data_shards.store.fenced_lease import FencedLease, is_held
+from data_shards.store.holder import Holder, this_process
 from pipelines.flow import StepContext
 from pipelines.leases import model_lease_key
 from pipelines.registry import Version, by_alias, by_number, move_alias

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_shards.disk import full_disk, is_full, says_full, temporary_folder
 from data_shards.store import Store
+from data_shards.store.disk import full_disk, is_full, says_full, temporary_folder
 from pipelines.dashboard import dashboard_beside_node
 from pipelines.faults import RESUME, causes
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_shards.disk import DiskFullError, full_disk, is_full, size_text
+from data_shards.store.disk import DiskFullError, full_disk, is_full, size_text
 
 PREFIX = "medmamba."
 _NEW = ".medmamba-new-"  # until it is locked: the next process must not take it for one left behind

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from data_shards.fenced_lease import current_holder
 from data_shards.store import Store
+from data_shards.store.fenced_lease import current_holder
 from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
 from pipelines.leases import run_lease_key
 from pipelines.promotions import abandoned_moves

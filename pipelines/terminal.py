@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from data_shards.outage import Notice
+from data_shards.store.outage import Notice
 from pipelines.work_log import WorkLog
 
 PLAIN_EVERY_S = 10.0

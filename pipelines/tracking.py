@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from data_shards.disk import full_disk, is_full, says_full
-from data_shards.fenced_lease import is_lost
-from data_shards.outage import Outage, outage_of, span
 from data_shards.store import Store, StoreKeyError
+from data_shards.store.disk import full_disk, is_full, says_full
+from data_shards.store.fenced_lease import is_lost
+from data_shards.store.outage import Outage, outage_of, span
 from pipelines.faults import RESUME, kept_reason
 from pipelines.flow.record import CONFIG
 from pipelines.interrupt import is_interrupted
@@ -78,7 +78,7 @@ class Tracking:
     """One experiment of one MLflow. Picklable; usable in the driver and in every worker.
 
     What is logged (metrics, parameters, tags, the end of a run) waits for an MLflow that is away, for up to
-    `patience_s`, and says so (`data_shards.outage`); so does the begin of a run once this process has begun one.
+    `patience_s`, and says so (`data_shards.store.outage`); so does the begin of a run once this process has begun one.
     Everything else raises AwayError within 15 s.
     """
 

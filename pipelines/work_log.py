@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from data_shards.disk import temporary_folder
+from data_shards.store.disk import temporary_folder
 
 KEPT = 20  # files of earlier commands that stay
 OURS = ("data_shards", "medmamba", "pipelines")

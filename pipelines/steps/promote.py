@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data_shards.fenced_lease import FencedLease, LostLeaseError
 from data_shards.store import Store, StoreKeyError
+from data_shards.store.fenced_lease import FencedLease, LostLeaseError
 from pipelines.flow import StepContext
 from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement

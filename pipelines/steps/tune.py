@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_shards.fenced_lease import is_lost
 from data_shards.store import Store
+from data_shards.store.fenced_lease import is_lost
 from pipelines.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext

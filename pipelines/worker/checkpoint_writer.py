@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from data_shards.disk import DiskFullError
-from data_shards.outage import PATIENCE_S
 from data_shards.store import StoreAwayError, StoreError, StorePathError
+from data_shards.store.disk import DiskFullError
+from data_shards.store.outage import PATIENCE_S
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
 from pipelines.worker.checkpoints import MOMENTS, Checkpoints

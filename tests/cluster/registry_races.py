@@ -184,7 +184,7 @@ def make_versions(services: Services, model: str, aucs: list[float]) -> list[dic
 def promote(services: Services, facts: dict, told: Path, stop_before_move: bool, ttl_s: float) -> None:
     """One contender: the promote step, its facts as JSON in `told`. It may stop itself right before it moves."""
     os.environ.update(services.env)
-    import data_shards.fenced_lease as fenced
+    import data_shards.store.fenced_lease as fenced
     import pipelines.promotions as promotions
     from data_shards.store import open_store
     from pipelines.flow import StepContext

@@ -10,9 +10,8 @@ import pytest
 from absent_server import AbsentServer, absent_server
 from fault_proxy import Schedule, fault_proxy
 
-from data_shards import outage
-from data_shards.outage import Notice, listening
-from data_shards.store import open_store
+from data_shards.store import open_store, outage
+from data_shards.store.outage import Notice, listening
 from pipelines import tracking as tracking_module
 from pipelines.outbox import Outbox
 from pipelines.steps.tune import complete_run

@@ -85,8 +85,8 @@ def _marked_put(put):
 CHANGES = {
     "pipelines.worker.loop": change_loop,
     "pipelines.worker.launch": change_launch,
-    "data_shards.store": change_store,
-    "data_shards.s3_store": change_store,
+    "data_shards.store.store": change_store,
+    "data_shards.store.s3.store": change_store,
 }
 
 

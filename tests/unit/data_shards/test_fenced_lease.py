@@ -13,16 +13,16 @@ import pytest
 from absent_server import absent_server
 from fault_proxy import Schedule, fault_proxy
 
-from data_shards.fenced_lease import Claim, LostLeaseError, fenced_lease, is_lost
-from data_shards.holder import Holder, this_process
-from data_shards.lease import LeaseError
 from data_shards.store import StoreError, open_store
+from data_shards.store.fenced_lease import Claim, LostLeaseError, fenced_lease, is_lost
+from data_shards.store.holder import Holder, this_process
+from data_shards.store.lease import LeaseError
 
 ELSEWHERE = Holder("another-host", 7, "another boot pid:[1]", 12345)
 HOLD = """
 import sys, time
-from data_shards.fenced_lease import fenced_lease
-from data_shards.lease import LeaseError
+from data_shards.store.fenced_lease import fenced_lease
+from data_shards.store.lease import LeaseError
 from data_shards.store import open_store
 store = open_store(sys.argv[1])
 with fenced_lease(store, "leases/x", what="run 'x'", remedy="-", wait_s=0, ttl_s=float(sys.argv[2])) as held:
@@ -147,7 +147,7 @@ def test_a_holder_elsewhere_that_stopped_renewing_is_replaced_after_its_time(sto
 
 
 def test_a_dead_holder_elsewhere_is_replaced_within_a_minute():
-    from data_shards.fenced_lease import _GRAIN_S, TTL_S, WATCH_S
+    from data_shards.store.fenced_lease import _GRAIN_S, TTL_S, WATCH_S
 
     assert TTL_S + WATCH_S + _GRAIN_S + 2 < 60  # two looks, a second each
 
@@ -222,7 +222,7 @@ def test_a_loss_is_reported_at_once(folder):
 
 def test_a_number_below_the_highest_holds_nothing(folder):
     """What a slow process sees whose list was old: it wins a number that was removed after others had gone on."""
-    from data_shards.fenced_lease import FencedLease, _claimed
+    from data_shards.store.fenced_lease import FencedLease, _claimed
 
     leave(folder, 9)
     slow = FencedLease(folder, "leases/x", what="-", ttl_s=45, on_lost=None)
@@ -231,7 +231,7 @@ def test_a_number_below_the_highest_holds_nothing(folder):
 
 
 def test_a_holder_that_renewed_while_another_took_it_for_dead_keeps_its_lease(folder):
-    from data_shards.fenced_lease import FencedLease, _claimed, _read
+    from data_shards.store.fenced_lease import FencedLease, _claimed, _read
 
     leave(folder, 1)
     seen = _read(folder, "leases/x", 1)
@@ -315,7 +315,7 @@ def test_an_outage_longer_than_the_lease_does_not_lose_it_and_is_said_once(s3_se
             threading.Timer(2, server.come_back).start()
             held.check()  # waits for the store
             held.check(for_s=1)
-    told = [record.message for record in caplog.records if record.name == "data_shards.fenced_lease"]
+    told = [record.message for record in caplog.records if record.name == "data_shards.store.fenced_lease"]
     assert len(told) == 1
     assert told[0].startswith("the lease of run 'x' could not be renewed, and another process may take it: ")
 

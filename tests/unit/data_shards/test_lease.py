@@ -10,9 +10,9 @@ import time
 import pytest
 from fault_proxy import Schedule, fault_proxy
 
-from data_shards.lease import LeaseError, lease, one_driver
-from data_shards.s3_store import S3Store
 from data_shards.store import StoreError, open_store
+from data_shards.store.lease import LeaseError, lease, one_driver
+from data_shards.store.s3.store import S3Store
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_second_driver_waits_until_the_first_has_finished(store):
 @pytest.mark.slow
 def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(store):
     script = (
-        "import sys, time; from data_shards.lease import lease; from data_shards.store import open_store\n"
+        "import sys, time; from data_shards.store.lease import lease; from data_shards.store import open_store\n"
         "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=3, settle_s=0.1):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from absent_server import absent_server
 
-from data_shards import outage
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
-from data_shards.lease import lease
 from data_shards.loader import batches
 from data_shards.manifest import open_dataset
-from data_shards.outage import Notice, listening, span
-from data_shards.store import StoreAwayError, StoreError, open_store
+from data_shards.store import StoreAwayError, StoreError, open_store, outage
+from data_shards.store.lease import lease
+from data_shards.store.outage import Notice, listening, span
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fault_proxy import BURST, KINDS, Schedule, fault_proxy
 
-from data_shards import s3_client, s3_store, s3_upload
-from data_shards.s3_client import Pace
-from data_shards.s3_errors import Trouble
-from data_shards.s3_store import S3Store
 from data_shards.store import StoreError, open_store
+from data_shards.store.s3 import client as s3_client
+from data_shards.store.s3 import store as s3_store
+from data_shards.store.s3 import upload as s3_upload
+from data_shards.store.s3.client import Pace
+from data_shards.store.s3.errors import Trouble
+from data_shards.store.s3.store import S3Store
 
 DATA = bytes(range(256)) * 1200  # several pieces of a body
 
@@ -298,7 +300,7 @@ def test_the_parts_of_a_killed_process_are_aborted_by_age_and_only_below_our_pre
     ours, other = open_store(f"{s3}/ours"), open_store(f"{s3}/other")
     faults.stall_s = 30
     script = (
-        "import os, sys; from data_shards import s3_store; from data_shards.store import open_store\n"
+        "import os, sys; from data_shards.store.s3 import store as s3_store; from data_shards.store import open_store\n"
         "s3_store.MULTIPART_BYTES = 5 << 20; open_store(sys.argv[1]).put('big.tar', os.urandom(40 << 20))"
     )
     for store in (ours, other):

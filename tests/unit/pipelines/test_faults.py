@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_shards.convert import RefusedError
-from data_shards.disk import DiskFullError
 from data_shards.store import StoreFullError
+from data_shards.store.disk import DiskFullError
 from pipelines import faults
 from pipelines.faults import RESUME, causes, fault_line, has_more, kept_reason, users_mistake
 

@@ -72,7 +72,7 @@ def test_a_signal_to_a_forked_process_is_none_to_this_one():
 def test_a_lost_lease_is_told_as_one_although_it_interrupts():
     script = (
         "import os, signal\n"
-        "from data_shards.fenced_lease import LostLeaseError\n"
+        "from data_shards.store.fenced_lease import LostLeaseError\n"
         "from pipelines.interrupt import interruptible, is_interrupted\n"
         "try:\n"
         "    with interruptible():\n"

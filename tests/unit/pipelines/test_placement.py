@@ -2,8 +2,8 @@
 
 import pytest
 
-from data_shards.outage import PATIENCE_S
-from data_shards.s3_client import SILENCE_S
+from data_shards.store.outage import PATIENCE_S
+from data_shards.store.s3.client import SILENCE_S
 from pipelines.monitor import SLOW_S
 from pipelines.placement import Demand, Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 import pytest
 import registered
 
-from data_shards.fenced_lease import Claim, LostLeaseError
-from data_shards.holder import Holder, this_process
 from data_shards.store import open_store
+from data_shards.store.fenced_lease import Claim, LostLeaseError
+from data_shards.store.holder import Holder, this_process
 from pipelines.leases import STORE_ID_TAG, STORE_TAG, OtherStoreError, bind_model, driver_lease
 from pipelines.promoted import describe_promotion
 from pipelines.promotions import Promotion
@@ -377,10 +377,10 @@ def test_a_driver_whose_run_was_taken_over_is_interrupted_and_told_by_whom(tmp_p
     # A short lease, so that the loss is noticed soon.
     script = """
 import sys, time
-from data_shards.fenced_lease import LostLeaseError
+from data_shards.store.fenced_lease import LostLeaseError
 from data_shards.store import open_store
 from pipelines import leases
-import data_shards.fenced_lease as fenced
+import data_shards.store.fenced_lease as fenced
 fenced.fenced_lease.__wrapped__.__kwdefaults__["ttl_s"] = 2.0
 try:
     with leases.driver_lease(open_store(sys.argv[1]), "r", wait_s=0, say=print):

@@ -12,8 +12,8 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from data_shards.disk import DiskFullError
 from data_shards.store import StoreError
+from data_shards.store.disk import DiskFullError
 from pipelines.faults import fault_line
 from pipelines.group_faults import NoPlaceError, StalledError
 from pipelines.monitor import PREEMPTED, RESIZED

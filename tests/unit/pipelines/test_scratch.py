@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_shards.disk import DiskFullError
+from data_shards.store.disk import DiskFullError
 from pipelines.scratch import remove_left_behind, scratch
 
 HOLDS = """

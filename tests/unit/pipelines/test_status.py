@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 from finished_run import finish
 
-from data_shards.fenced_lease import TTL_S, Claim
-from data_shards.holder import Holder
 from data_shards.store import open_store
+from data_shards.store.fenced_lease import TTL_S, Claim
+from data_shards.store.holder import Holder
 from pipelines.leases import driver_lease
 from pipelines.placement import Placement
 from pipelines.promotions import Promotion

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from data_shards.fenced_lease import LostLeaseError
 from data_shards.store import Store, open_store
+from data_shards.store.fenced_lease import LostLeaseError
 from pipelines.sweep.ledger import Ledger, checkpoint_folder
 from pipelines.sweep.pickled import drop_pickled
 from pipelines.sweep.suggestion import misfit, suggest

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from data_shards.outage import Notice
+from data_shards.store.outage import Notice
 from pipelines import terminal
 from pipelines.terminal import Terminal, console, duration, show_log_visibly, table
 

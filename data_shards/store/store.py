@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from data_shards.disk import DiskFullError, full_disk, says_full, size_text
-from data_shards.outage import PATIENCE_S
+from data_shards.store.disk import DiskFullError, full_disk, says_full, size_text
+from data_shards.store.outage import PATIENCE_S
 
 # Files of an unfinished write; no key may begin a path component with it.
 _UNFINISHED = ".tmp-"
@@ -181,7 +181,7 @@ def open_store(uri: str, *, patience_s: float = PATIENCE_S) -> Store:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not bucket:
             raise StoreError(f"{uri!r} names no bucket: write s3://bucket/prefix")
-        from data_shards.s3_store import S3Store
+        from data_shards.store.s3.store import S3Store
 
         return S3Store(bucket, "/".join(part for part in prefix.split("/") if part), patience_s=patience_s)
     if uri.startswith("file://"):

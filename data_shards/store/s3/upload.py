@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_shards.s3_client import Tries
-from data_shards.s3_errors import DamagedError, code_of, failures
+from data_shards.store.s3.client import Tries
+from data_shards.store.s3.errors import DamagedError, code_of, failures
 
 MULTIPART_BYTES = 64 << 20  # larger objects go in parts
 _PART_BYTES = 16 << 20  # one part is in memory at a time

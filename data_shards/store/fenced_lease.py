@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from data_shards.holder import Holder, this_process
-from data_shards.lease import LeaseError
-from data_shards.store import Store, StoreError, StoreKeyError
+from data_shards.store.holder import Holder, this_process
+from data_shards.store.lease import LeaseError
+from data_shards.store.store import Store, StoreError, StoreKeyError
 
 TTL_S = 45.0  # with WATCH_S and the second in which stores count, a dead holder is replaced within a minute
 WATCH_S = 5.0  # a lease that looks old is watched for so long: after an outage its holder renews it first

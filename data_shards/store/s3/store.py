@@ -14,12 +14,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_shards.outage import PATIENCE_S, span
-from data_shards.s3_client import LONGEST_PAUSE_S, SILENCE_S, Tries, connect, store_outage
-from data_shards.s3_errors import DamagedError, ReplacedError, code_of, explain, failures
-from data_shards.s3_read import Reading
-from data_shards.s3_upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
-from data_shards.store import Store, StoreAwayError, StoreError, StoreKeyError, checked_key, tell_unconditional
+from data_shards.store.outage import PATIENCE_S, span
+from data_shards.store.s3.client import LONGEST_PAUSE_S, SILENCE_S, Tries, connect, store_outage
+from data_shards.store.s3.errors import DamagedError, ReplacedError, code_of, explain, failures
+from data_shards.store.s3.read import Reading
+from data_shards.store.s3.upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
+from data_shards.store.store import Store, StoreAwayError, StoreError, StoreKeyError, checked_key, tell_unconditional
 
 RESUME = "run the same command to resume"
 _WINDOW_BYTES = 16 << 20

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data_shards.outage import Outage, outage_of
-from data_shards.s3_errors import DamagedError, Trouble, trouble_of
+from data_shards.store.outage import Outage, outage_of
+from data_shards.store.s3.errors import DamagedError, Trouble, trouble_of
 
 SILENCE_S = 20.0  # an attempt ends when the server has been silent for so long
 LONGEST_PAUSE_S = 5.0  # between two attempts, unless the server asks to slow down

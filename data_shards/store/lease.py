@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from data_shards.store import Store, StoreError, StoreKeyError
+from data_shards.store.store import Store, StoreError, StoreKeyError
 
 _log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import logging
 import re
 from typing import Any
 
-from data_shards.s3_errors import DamagedError, ReplacedError, code_of
-from data_shards.s3_upload import comparable_etag, etag_of
-from data_shards.store import StoreError
+from data_shards.store.s3.errors import DamagedError, ReplacedError, code_of
+from data_shards.store.s3.upload import comparable_etag, etag_of
+from data_shards.store.store import StoreError
 
 # What has arrived is kept in such pieces: so much at most is asked for again after a break.
 _PIECE_BYTES = 64 << 10

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from pydantic import ValidationError
 
 from data_shards.config import DataConfig
-from data_shards.files import open_files
 from data_shards.leakage import Finding, LeakReport, named_labels
 from data_shards.manifest import Dataset
 from data_shards.plan import digest_of, sample_key
 from data_shards.scan import stored_samples
 from data_shards.shard import Quarantined, ShardPart
 from data_shards.source import ImageSet, Row, open_source, resolved
+from data_shards.source.files.open import open_files
+from data_shards.source.table.text_table import ENDINGS
 from data_shards.store import Store, StoreKeyError
-from data_shards.table import ENDINGS
 
 SETTINGS = "config.json"
 IN_SHARD, QUARANTINED, DROPPED = "in shard", "quarantined", "dropped"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_shards.config import PhantomConfig
 from data_shards.manifest import open_dataset
-from data_shards.phantoms import phantom
+from data_shards.source.phantoms import phantom
 from data_shards.store import open_store
 
 MODEL = "medmamba-phantoms"

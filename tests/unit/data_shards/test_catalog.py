@@ -7,8 +7,9 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 
-from data_shards import catalog, phantoms
+from data_shards import catalog
 from data_shards.config import DataConfig
+from data_shards.source import phantoms
 
 PUBLISHED = {  # name: (classes, images)
     "pad-ufes-20": (6, 2298),

@@ -32,13 +32,12 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from data_shards import dicom
 from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert
-from data_shards.decode import UndecodableImage, decode, stored_bytes
-from data_shards.dicom import header as dicom_header
-from data_shards.dicom import rows as dicom_rows
+from data_shards.decode import UndecodableImage, decode, dicom, stored_bytes
+from data_shards.decode.dicom import header as dicom_header
 from data_shards.source import open_source
+from data_shards.source.open import dicom_rows as dicom_rows
 from data_shards.store import open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pydicom")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.files import open_files
+from data_shards.source.files.open import open_files
 from data_shards.store import StoreError, open_store
 from data_shards.store.disk import DiskFullError, full_disk, is_full, says_full, size_text
 

@@ -9,11 +9,12 @@ import zipfile
 
 import pytest
 
-from data_shards import files_folder, files_links
 from data_shards.config import DataConfig
-from data_shards.files import open_files
-from data_shards.litter import left_out
 from data_shards.source import open_source
+from data_shards.source.files import folder as files_folder
+from data_shards.source.files import links as files_links
+from data_shards.source.files.litter import left_out
+from data_shards.source.files.open import open_files
 
 # Name -> content, a link (as a tuple: kind, target), or None for a folder.
 HARD, SOFT = "hard", "soft"

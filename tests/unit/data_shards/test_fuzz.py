@@ -30,10 +30,9 @@ from PIL import Image
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit
 from tiny_sets import coded, in_memory_set, pixels
 
-from data_shards import dicom
 from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert
-from data_shards.decode import UndecodableImage, decode, stored_bytes
+from data_shards.decode import UndecodableImage, decode, dicom, stored_bytes
 from data_shards.leakage import LEAKS, read_report
 from data_shards.local_shard import LocalShards
 from data_shards.manifest import INDEX, MANIFEST, manifest_digest, open_dataset

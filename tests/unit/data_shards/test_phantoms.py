@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from data_shards.config import PhantomConfig
-from data_shards.phantoms import CLASSES, diagnosis, phantom
+from data_shards.source.phantoms import CLASSES, diagnosis, phantom
 
 CONFIG = PhantomConfig(num_patients=240)
 

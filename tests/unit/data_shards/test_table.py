@@ -8,8 +8,8 @@ from original_layouts import zip_of
 from table_sets import opened, write
 from test_source import tar_of
 
+from data_shards.source.table.text_table import Table
 from data_shards.store import open_store
-from data_shards.table import Table
 
 ROWS = {"file": ["a.png", "b.png"], "label": ["x", "y"]}
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_shards import catalog, phantoms
+from data_shards import catalog
 from data_shards.config import DataConfig, PhantomConfig
-from data_shards.labels import check_settings
+from data_shards.source import phantoms
+from data_shards.source.labels import check_settings
 from data_shards.store import open_store
 
 # As a setting: no such column, whatever the catalogue says.
@@ -72,14 +73,14 @@ def open_source(config: DataConfig) -> ImageSet:
         return PhantomSet(config.phantoms, config.seed)
     _require_source(config)
     if config.layout == "npz":
-        from data_shards.source_npz import NpzSet
+        from data_shards.source.npz import NpzSet
 
         return NpzSet(config)
     if config.layout == "csv":
-        from data_shards.source_table import open_csv
+        from data_shards.source.table.rows import open_csv
 
         return open_csv(config, classes_named=classes_named)
-    from data_shards.source_folders import open_folders
+    from data_shards.source.folders.rows import open_folders
 
     return open_folders(config)
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from data_shards.litter import left_out, note_of
-from data_shards.ranged_file import RangedFile
+from data_shards.source.files.litter import left_out, note_of
+from data_shards.source.files.ranged_file import RangedFile
 from data_shards.store import StoreError, open_store
 from data_shards.store.disk import DiskFullError, full_disk, is_full, says_full, size_text
 from data_shards.store.s3.store import S3Store
@@ -72,11 +72,11 @@ def _open(uri: str) -> Files:
             f"{uri} is compressed, so single images cannot be read out of it: unpack it, to a folder or a .tar"
         )
     if uri.lower().endswith(".tar"):
-        from data_shards.files_tar import TarFiles
+        from data_shards.source.files.tar import TarFiles
 
         return TarFiles(path := local_copy(uri), copy_stamp(uri, path))
     if uri.lower().endswith(".zip"):
-        from data_shards.files_zip import ZipFiles
+        from data_shards.source.files.zip import ZipFiles
 
         return ZipFiles(local_copy(uri))
     if uri.startswith("s3://"):
@@ -86,7 +86,7 @@ def _open(uri: str) -> Files:
     folder = _local(uri)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file of no known kind: a source is a folder, .zip, .tar, .csv, .xlsx or .npz")
-    from data_shards.files_folder import FolderFiles
+    from data_shards.source.files.folder import FolderFiles
 
     return FolderFiles(folder)
 
@@ -100,7 +100,7 @@ def _with_those_in_zips(files: Files, called: str, depth: int = 0) -> Files:
             f"{zips[0]!r} lies in a zip, in a zip, in a zip of {called}: they are followed {_DEEPEST_ZIP} deep, so "
             "unpack it and give the folder"
         )
-    from data_shards.files_zip import ZipFiles
+    from data_shards.source.files.zip import ZipFiles
 
     inner = {}
     for name in zips:

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from data_shards.source.table.text_table import ENDINGS, Table
 from data_shards.split import SPLIT_WORDS
-from data_shards.table import ENDINGS, Table
 
 _SCHEME = re.compile(r"^(file:/*|[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z]:/)")
 # What a path may have that normalising it would change.

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from data_shards.config import DicomConfig
-from data_shards.decode import UndecodableImage
-from data_shards.dicom.header import first_element, num_frames_there, opened
-from data_shards.dicom.objects import object_name
+from data_shards.decode.dicom.header import first_element, num_frames_there, opened
+from data_shards.decode.dicom.objects import object_name
+from data_shards.decode.image import UndecodableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -127,9 +127,9 @@ def frame(file: BinaryIO, index: int, config: DicomConfig, *, alone: bool = Fals
 
 
 def _displayed(file: BinaryIO, index: int, config: DicomConfig, alone: bool) -> np.ndarray:
-    from data_shards.dicom.display import colour, grey
-    from data_shards.dicom.pixels import layout_of, stored_values
-    from data_shards.dicom.tables import palette
+    from data_shards.decode.dicom.display import colour, grey
+    from data_shards.decode.dicom.pixels import layout_of, stored_values
+    from data_shards.decode.dicom.tables import palette
 
     found = opened(file, _DECODING)
     identifying = _identifying(found.data)

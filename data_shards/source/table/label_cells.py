@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_shards.config import DataConfig
-from data_shards.labels import ClassEdits, composed, edit_notes, listed, option, require_named
-from data_shards.lookalikes import described, folded, trimmed
-from data_shards.table import Table
+from data_shards.source.labels import ClassEdits, composed, edit_notes, listed, option, require_named
+from data_shards.source.lookalikes import described, folded, trimmed
+from data_shards.source.table.text_table import Table
 
 # What programs write for a missing value: never a class unless somebody says so.
 _MISSING = {"nan", "<na>", "nat", "na", "n/a", "#n/a", "#na", "null", "#value!", "#ref!", "#div/0!", "#name?", "#null!"}

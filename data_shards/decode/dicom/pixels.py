@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_shards.decode import MAX_PIXELS, UndecodableImage
-from data_shards.dicom.codestream import check_jpeg, check_jpeg2000, complete
-from data_shards.dicom.header import UNDEFINED_LENGTH, Opened, num_frames_there, number
+from data_shards.decode.dicom.codestream import check_jpeg, check_jpeg2000, complete
+from data_shards.decode.dicom.header import UNDEFINED_LENGTH, Opened, num_frames_there, number
+from data_shards.decode.image import MAX_PIXELS, UndecodableImage
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import simplejpeg
 
-from data_shards.undecodable import UndecodableImage
+from data_shards.decode.undecodable import UndecodableImage
 
 _END = b"\xff\xd9"
 # In a scan FF is followed by 00 (a stuffed FF), by a restart marker, or by a marker that ends it.

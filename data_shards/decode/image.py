@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_shards.foreign import kind_of
-from data_shards.lost_pixels import examine
-from data_shards.undecodable import UndecodableImage as UndecodableImage
+from data_shards.decode.foreign import kind_of
+from data_shards.decode.lost_pixels import examine
+from data_shards.decode.undecodable import UndecodableImage as UndecodableImage
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.
@@ -156,7 +156,7 @@ def _unknown(data: bytes) -> str:
 
 
 def _headless_dicom(data: bytes) -> str:
-    from data_shards.dicom.header import first_element  # that package imports this module
+    from data_shards.decode.dicom.header import first_element  # that package imports this module
 
     headless = first_element(io.BytesIO(data)) is not None
     return "a DICOM file without its preamble, which is read in image sets only" if headless else ""

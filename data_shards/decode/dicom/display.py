@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.config import DicomConfig
-from data_shards.decode import UndecodableImage
-from data_shards.dicom.tables import lookup_table, places, pointwise
+from data_shards.decode.dicom.tables import lookup_table, places, pointwise
+from data_shards.decode.image import UndecodableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

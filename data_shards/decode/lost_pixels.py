@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_shards import jpeg
-from data_shards.undecodable import UndecodableImage
+from data_shards.decode import jpeg
+from data_shards.decode.undecodable import UndecodableImage
 
 _CHUNK_BYTES = 1 << 20
 # Tags of a TIFF.

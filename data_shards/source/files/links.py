@@ -10,7 +10,7 @@ import posixpath
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from data_shards.litter import named_note
+from data_shards.source.files.litter import named_note
 
 NOWHERE = "a link to a file that is not there"
 OUTSIDE = "a link that leads out of the archive"

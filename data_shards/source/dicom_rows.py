@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from data_shards import dicom
 from data_shards.config import DataConfig
-from data_shards.source import Row
+from data_shards.decode import dicom
+from data_shards.source.open import Row
 
 _log = logging.getLogger(__name__)
 # Headers are read by threads, as a store far away takes some 20 ms to answer. So many are asked for ahead: all at once

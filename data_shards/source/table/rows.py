@@ -8,16 +8,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
-from data_shards.file_set import FileSet
-from data_shards.files import Files, open_files
-from data_shards.files_links import broken_links
-from data_shards.image_paths import Places, find_images
-from data_shards.label_cells import read_labels, says_missing
-from data_shards.labels import composed, grouped_by_path, option
-from data_shards.lookalikes import described, folded, trimmed
-from data_shards.source import Row
+from data_shards.source.file_set import FileSet
+from data_shards.source.files.links import broken_links
+from data_shards.source.files.open import Files, open_files
+from data_shards.source.labels import composed, grouped_by_path, option
+from data_shards.source.lookalikes import described, folded, trimmed
+from data_shards.source.open import Row
+from data_shards.source.table.image_paths import Places, find_images
+from data_shards.source.table.label_cells import read_labels, says_missing
+from data_shards.source.table.text_table import ENDINGS, Table, tables_among
 from data_shards.split import split_of_cell
-from data_shards.table import ENDINGS, Table, tables_among
 
 _MOST_WORDS = 20  # in a remedy
 

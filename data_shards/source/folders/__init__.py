@@ -1,0 +1,1 @@
+"""Image sets with a folder per class: `data.layout folders`."""

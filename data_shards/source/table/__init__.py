@@ -1,0 +1,1 @@
+"""Image sets that a table describes: `data.layout csv`."""

@@ -21,9 +21,20 @@ import numpy as np
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
-from data_shards.fingerprint import Fingerprints
 from data_shards.leakage import LEAKS, Copy, DuplicatesError, Guarded, guard, lost_text, read_report, refuse_elsewhere
-from data_shards.leakage_page import LEAKS_PAGE, page
+from data_shards.leakage.fingerprint import Fingerprints
+from data_shards.leakage.page import LEAKS_PAGE, page
+from data_shards.leakage.scan import (
+    FINGERPRINTS,
+    FOLDER,
+    REFUSED,
+    Scan,
+    chunks,
+    fingerprints_bytes,
+    kept_if_ended,
+    other_datasets,
+    scan_chunk,
+)
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -41,17 +52,6 @@ from data_shards.manifest import (
 from data_shards.names import SETTINGS, printable, salt_digest
 from data_shards.plan import ShardPlan, config_digest, plan_shards, sample_keys
 from data_shards.rules import RULES, RULES_KEY, SPLITS_KEY, changes_since
-from data_shards.scan import (
-    FINGERPRINTS,
-    FOLDER,
-    REFUSED,
-    Scan,
-    chunks,
-    fingerprints_bytes,
-    kept_if_ended,
-    other_datasets,
-    scan_chunk,
-)
 from data_shards.shard import ShardPart, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from data_shards.config import DataConfig
 from data_shards.leakage import Finding, LeakReport, named_labels
+from data_shards.leakage.scan import stored_samples
 from data_shards.manifest import Dataset
 from data_shards.plan import digest_of, sample_key
-from data_shards.scan import stored_samples
 from data_shards.shard import Quarantined, ShardPart
 from data_shards.source import ImageSet, Row, open_source, resolved
 from data_shards.source.files.open import open_files

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from data_shards.decode import UndecodableImage, decode
-from data_shards.fingerprint import pixel_digest
 from data_shards.leakage import read_report
+from data_shards.leakage.fingerprint import pixel_digest
+from data_shards.leakage.scan import FINGERPRINTS, stored_digests
+from data_shards.leakage.scan import FOLDER as SCAN
 from data_shards.manifest import Dataset, ManifestError, ShardEntry, SplitIndex, channel_statistics, open_dataset
-from data_shards.scan import FINGERPRINTS, stored_digests
-from data_shards.scan import FOLDER as SCAN
 from data_shards.shard import IMAGE_MEMBERS, part_key, pixel_histogram, tar_key
 from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store

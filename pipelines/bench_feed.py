@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.loader import CACHE_BYTES, Batches, GpuMemory, batches
-from data_shards.pixels import Crop
+from data_shards.loader.pixels import Crop
 from pipelines.bench_loaders import SEED, Delivered, Work, check, processor_s, tell
 
 KINDS = ("whole, decoded", "whole, kept", "parts")

@@ -24,8 +24,8 @@ from PIL import Image
 
 from data_shards.config import DataConfig
 from data_shards.convert import convert
+from data_shards.loader.pixels import Crop, crop_boxes
 from data_shards.manifest import open_dataset
-from data_shards.pixels import Crop, crop_boxes
 from data_shards.plan import sample_key
 from data_shards.store import open_store
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import tyro
 
 from data_shards.catalog import DatasetCard, PublishedFile, card, names
-from data_shards.fetch import Verdict, check_room, fetch, verify
+from data_shards.catalog.fetch import Verdict, check_room, fetch, verify
 from pipelines.arguments import UsageError, parse
 from pipelines.recipes import RECIPES
 from pipelines.terminal import PLAIN_EVERY_S, Terminal, console, table

@@ -13,10 +13,10 @@ import tyro
 
 from data_shards.decode import UndecodableImage, decode
 from data_shards.leakage import LEAKS, Copy, Finding, LeakReport, named_labels, read_report
-from data_shards.leakage_page import LEAKS_PAGE, MOST_COPIES_SHOWN, page
+from data_shards.leakage.page import LEAKS_PAGE, MOST_COPIES_SHOWN, page
+from data_shards.leakage.scan import REFUSED
 from data_shards.manifest import MANIFEST, open_dataset, read_classes
 from data_shards.names import Places, samples
-from data_shards.scan import REFUSED
 from data_shards.shard import tar_key
 from data_shards.store import Store
 from pipelines.arguments import UsageError, parse

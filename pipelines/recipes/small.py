@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from data_shards.augment_config import AugmentConfig
 from data_shards.config import DataConfig
+from data_shards.loader.augment_config import AugmentConfig
 from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.recipes.recipe import Recipe

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_shards.augment_config import AugmentConfig
+from data_shards.loader.augment_config import AugmentConfig
 from medmamba.config import MedMambaConfig, ModelConfig
 from medmamba.optim import OptimConfig
 from medmamba.precision import Precision

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from data_shards.loader import batches
+from data_shards.loader.pixels import Crop
 from data_shards.manifest import Dataset
-from data_shards.pixels import Crop
 from medmamba.checkpoint import description
 from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_shards.augment import augment_drawn, augment_draws
 from data_shards.loader import Batch
+from data_shards.loader.augment import augment_drawn, augment_draws
 from medmamba.loss import classification_loss
 from medmamba.preprocess import normalise, to_float
 from pipelines.worker.config import TrainConfig

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_shards.loader import Batch, GpuMemory
-from data_shards.pixel_file import memory_bytes
+from data_shards.loader.pixel_file import memory_bytes
 
 # Steps that the host may be ahead of the GPU: enough to keep it busy, few enough that their images take little memory.
 _STEPS_AHEAD = 4

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from data_shards.augment_config import AugmentConfig
+from data_shards.loader.augment_config import AugmentConfig
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.checkpoint import export_upstream, load_model

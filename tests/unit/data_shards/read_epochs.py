@@ -7,8 +7,8 @@ import hashlib
 import sys
 
 from data_shards.loader import batches
+from data_shards.loader.pixels import Crop
 from data_shards.manifest import open_dataset
-from data_shards.pixels import Crop
 
 
 def main() -> None:

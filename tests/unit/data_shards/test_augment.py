@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data_shards.augment import augment
-from data_shards.augment_config import AugmentConfig
+from data_shards.loader.augment import augment
+from data_shards.loader.augment_config import AugmentConfig
 
 NOTHING = AugmentConfig(hflip=0, vflip=0, translate=0, scale=0, rotate=0, brightness=0, contrast=0, erase=0)
 ALL = AugmentConfig(

@@ -17,12 +17,12 @@ import pytest
 from tiny_sets import coded, npz_config, pixels
 
 from data_shards.convert import convert
-from data_shards.decode_pool import DecodePool, DecodeProcessError
 from data_shards.loader import batches
-from data_shards.local_shard import ShardError
+from data_shards.loader.decode_pool import DecodePool, DecodeProcessError
+from data_shards.loader.local_shard import ShardError
+from data_shards.loader.node_cache import cache_folder
+from data_shards.loader.pixels import Coded
 from data_shards.manifest import open_dataset
-from data_shards.node_cache import cache_folder
-from data_shards.pixels import Coded
 from data_shards.store import open_store
 
 SHAPE = (4, 12, 15, 1)

@@ -32,7 +32,7 @@ from http_server import (
 from original_layouts import zip_of
 
 from data_shards.catalog import PublishedFile
-from data_shards.fetch import FetchError, Patience, fetch, verify
+from data_shards.catalog.fetch import FetchError, Patience, fetch, verify
 
 BODY = np.random.default_rng(0).bytes(200_000)
 OTHER = np.random.default_rng(1).bytes(200_000)
@@ -400,7 +400,7 @@ def test_a_folder_that_is_a_file_is_named(site, tmp_path):
 def in_another_process(site, target):
     code = (
         "import sys; from pathlib import Path; from data_shards.catalog import PublishedFile\n"
-        "from data_shards.fetch import fetch\n"
+        "from data_shards.catalog.fetch import fetch\n"
         "print(fetch(PublishedFile(url=sys.argv[1], md5=sys.argv[2]), Path(sys.argv[3])).state)"
     )
     root = Path(__file__).resolve().parents[3]

@@ -34,10 +34,10 @@ from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert
 from data_shards.decode import UndecodableImage, decode, dicom, stored_bytes
 from data_shards.leakage import LEAKS, read_report
-from data_shards.local_shard import LocalShards
+from data_shards.leakage.scan import FINGERPRINTS, stored_digests
+from data_shards.loader.local_shard import LocalShards
 from data_shards.manifest import INDEX, MANIFEST, manifest_digest, open_dataset
 from data_shards.plan import plan_shards
-from data_shards.scan import FINGERPRINTS, stored_digests
 from data_shards.shard import ShardPart, find_shard, part_key, read_samples, tar_key, write_shard
 from data_shards.source import open_source
 from data_shards.split import assign_splits

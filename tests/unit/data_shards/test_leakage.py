@@ -13,9 +13,9 @@ from tiny_sets import coded
 from data_shards.config import DataConfig, LeakConfig
 from data_shards.convert import convert, key_map
 from data_shards.leakage import LEAKS, DuplicatesError, Finding, LeakReport, lost_text, read_report
-from data_shards.leakage_page import LEAKS_PAGE
+from data_shards.leakage.page import LEAKS_PAGE
+from data_shards.leakage.scan import FINGERPRINTS, FOLDER, REFUSED
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
-from data_shards.scan import FINGERPRINTS, FOLDER, REFUSED
 from data_shards.split import LeakError
 from data_shards.store import open_store
 
@@ -223,7 +223,7 @@ def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_
 
 
 def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_shards.leakage.MOST_FINDINGS", 5)
+    monkeypatch.setattr("data_shards.leakage.report.MOST_FINDINGS", 5)
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
     rows = [*distinct(), *COPIES]
@@ -265,8 +265,8 @@ def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_l
 
 
 def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_shards.leakage.MOST_COPIES", 4)
-    monkeypatch.setattr("data_shards.leakage.MOST_COPIES_IN_ALL", 10)
+    monkeypatch.setattr("data_shards.leakage.report.MOST_COPIES", 4)
+    monkeypatch.setattr("data_shards.leakage.report.MOST_COPIES_IN_ALL", 10)
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", many_copies(20)), leaks=LeakConfig(across="report")), store)
     (finding,) = read_report(store).findings

@@ -13,10 +13,10 @@ from tiny_sets import coded, npz_config, pixels
 
 from data_shards.convert import convert
 from data_shards.loader import GpuMemory, batches
-from data_shards.local_shard import ShardError
+from data_shards.loader.local_shard import ShardError
+from data_shards.loader.node_cache import cache_folder
+from data_shards.loader.pixels import Crop, stretched
 from data_shards.manifest import Dataset, open_dataset
-from data_shards.node_cache import cache_folder
-from data_shards.pixels import Crop, stretched
 from data_shards.store import open_store
 
 
@@ -86,7 +86,7 @@ def test_workers_are_processes_where_there_is_much_to_decode(dataset, monkeypatc
     few = batches(dataset, "train", workers=2, **options)
     assert not few.decodes_in_processes
     assert few.pixels.decoding_s(np.arange(50)) == pytest.approx(50 * (60e-6 + 144 * 2.5e-9))
-    monkeypatch.setattr("data_shards.loader.PROCESSES_FROM_S", 0.001)
+    monkeypatch.setattr("data_shards.loader.rank_batches.PROCESSES_FROM_S", 0.001)
     assert few.decodes_in_processes
     assert not batches(dataset, "train", workers=0, **options).decodes_in_processes
     assert not batches(dataset, "train", workers=2, processes=False, **options).decodes_in_processes
@@ -181,7 +181,9 @@ def test_resumed_at_any_batch_the_rest_is_bit_equal(uri, train, ranks):
 
 def test_what_was_skipped_is_not_decoded(dataset, monkeypatch):
     decoded = []
-    monkeypatch.setattr("data_shards.pixels.stretched", lambda *a: decoded.append(1) or np.zeros((16, 16, 1), np.uint8))
+    monkeypatch.setattr(
+        "data_shards.loader.pixels.stretched", lambda *a: decoded.append(1) or np.zeros((16, 16, 1), np.uint8)
+    )
     list(batches(dataset, "train", batch=10, image_size=16, train=True, start=40))
     assert len(decoded) == 10
 
@@ -194,7 +196,7 @@ def test_len_is_the_number_of_micro_batches_of_this_rank(dataset):
 
 
 def test_the_second_epoch_is_read_from_memory_and_the_cache_stays_within_its_bound(uri, dataset, monkeypatch):
-    from data_shards import pixels
+    from data_shards.loader import pixels
 
     decoded = []
     monkeypatch.setattr(pixels, "stretched", lambda *a: decoded.append(1) or stretched(*a))

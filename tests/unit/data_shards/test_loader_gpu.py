@@ -10,11 +10,11 @@ import psutil
 import pytest
 from tiny_sets import npz_config
 
-from data_shards import loader
 from data_shards.convert import convert
 from data_shards.loader import GpuMemory, batches
+from data_shards.loader import rank_batches as loader
+from data_shards.loader.pixels import Crop
 from data_shards.manifest import Dataset, open_dataset
-from data_shards.pixels import Crop
 from data_shards.store import open_store
 
 GPU = GpuMemory(lambda shape: np.empty(shape, np.uint8))

@@ -14,9 +14,9 @@ from tiny_sets import npz_config
 
 from data_shards.convert import convert
 from data_shards.loader import batches
-from data_shards.local_shard import LocalShards, ShardError
+from data_shards.loader.local_shard import LocalShards, ShardError
+from data_shards.loader.node_cache import DigestError, NodeCache, cache_folder
 from data_shards.manifest import Dataset, ShardEntry, open_dataset
-from data_shards.node_cache import DigestError, NodeCache, cache_folder
 from data_shards.shard import tar_key
 from data_shards.store import FileStore, open_store
 
@@ -60,13 +60,13 @@ def digested(monkeypatch) -> list[str]:
         taken.append(Path(file.name).name)
         return original(file, kind)
 
-    monkeypatch.setattr("data_shards.node_cache.hashlib.file_digest", file_digest)
+    monkeypatch.setattr("data_shards.loader.node_cache.hashlib.file_digest", file_digest)
     return taken
 
 
 def later(monkeypatch, seconds: float = 60) -> None:
     now = time.time()
-    monkeypatch.setattr("data_shards.node_cache.time.time", lambda: now + seconds)
+    monkeypatch.setattr("data_shards.loader.node_cache.time.time", lambda: now + seconds)
 
 
 def shards_of(dataset: Dataset, store=None, **options) -> LocalShards:
@@ -146,7 +146,7 @@ def test_copies_of_other_datasets_give_way_those_used_longest_ago_first_but_neve
 
 
 def test_a_copy_that_another_process_is_using_at_the_moment_is_not_removed(cache):
-    from data_shards.node_cache import _locked
+    from data_shards.loader.node_cache import _locked
 
     old, new = entry_of(b"o" * 1000), entry_of(b"n" * 1000)
     held = NodeCache(limit_bytes=1500)
@@ -172,7 +172,8 @@ def test_a_shard_is_fetched_once_by_all_who_ask_for_it_at_once():
 
 def test_a_fetch_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(cache):
     script = (
-        "import os, signal\nfrom test_local_shard import entry_of\nfrom data_shards.node_cache import NodeCache\n"
+        "import os, signal\nfrom test_local_shard import entry_of\n"
+        "from data_shards.loader.node_cache import NodeCache\n"
         "def fetch():\n    yield b'da'\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "NodeCache().copy(entry_of(b'data'), fetch, mine=())"
     )

@@ -6,9 +6,9 @@ from tiny_sets import npz_config
 
 from data_shards.convert import convert
 from data_shards.loader import batches
+from data_shards.loader.mixture import mix
+from data_shards.loader.order import even_quotas, mixed, shuffled, visits
 from data_shards.manifest import Dataset, open_dataset
-from data_shards.mixture import mix
-from data_shards.order import even_quotas, mixed, shuffled, visits
 from data_shards.store import open_store
 
 

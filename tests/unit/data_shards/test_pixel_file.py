@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from tiny_sets import npz_config
 
-from data_shards import pixels
 from data_shards.convert import convert
-from data_shards.loader import GpuMemory, batches
+from data_shards.loader import GpuMemory, batches, pixels
+from data_shards.loader.node_cache import NodeCache, cache_folder
+from data_shards.loader.pixel_file import PixelFile, file_bytes, pixel_key
+from data_shards.loader.pixels import stretched
 from data_shards.manifest import open_dataset
-from data_shards.node_cache import NodeCache, cache_folder
-from data_shards.pixel_file import PixelFile, file_bytes, pixel_key
-from data_shards.pixels import stretched
 from data_shards.store import open_store
 
 GPU = GpuMemory(lambda shape: np.empty(shape, np.uint8))
@@ -103,10 +102,10 @@ def test_the_name_stands_for_the_bytes_the_size_and_the_boot(monkeypatch, tmp_pa
     }
     assert pixel_key(["a"], places, SHAPE) in names
     (tmp_path / "boot").write_text("another\n")
-    monkeypatch.setattr("data_shards.pixel_file._BOOT", tmp_path / "boot")
+    monkeypatch.setattr("data_shards.loader.pixel_file._BOOT", tmp_path / "boot")
     names.add(pixel_key(["a"], places, SHAPE))
     assert len(names) == 5
-    monkeypatch.setattr("data_shards.pixel_file._BOOT", tmp_path / "absent")
+    monkeypatch.setattr("data_shards.loader.pixel_file._BOOT", tmp_path / "absent")
     assert pixel_key(["a"], places, SHAPE) is None
 
 

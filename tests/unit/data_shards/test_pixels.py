@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny_sets import coded, pixels
 
-from data_shards.pixels import Crop, crop_boxes, cropped, stretched
+from data_shards.loader.pixels import Crop, crop_boxes, cropped, stretched
 
 JPEGS = {
     "4:2:0": {},
@@ -86,7 +86,7 @@ def test_a_png_has_the_same_pixels_whichever_library_decodes_it(library, channel
     if library == "pyspng":
         pytest.importorskip("pyspng")
     else:
-        monkeypatch.setattr("data_shards.pixels.pyspng", None)
+        monkeypatch.setattr("data_shards.loader.pixels.pyspng", None)
     image = pixels(7, 23, 31, channels)
     for options in ({}, {"compress_level": 0}, {"optimize": True}):
         buffer = io.BytesIO()

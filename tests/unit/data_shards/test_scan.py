@@ -12,7 +12,7 @@ from tiny_sets import coded, npz_config, pixels
 
 from data_shards.config import DataConfig, LeakConfig, PhantomConfig
 from data_shards.convert import convert, scan_one
-from data_shards.scan import FOLDER
+from data_shards.leakage.scan import FOLDER
 from data_shards.store import Store, open_store
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data_shards.decode import decode
-from data_shards.pixels import stretched
+from data_shards.loader.pixels import stretched
 from medmamba.preprocess import preprocess, resize_uint8, to_float
 
 

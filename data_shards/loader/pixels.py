@@ -22,8 +22,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from data_shards.decode import MAX_PIXELS
-from data_shards.draws import uniforms
-from data_shards.pixel_file import Kept
+from data_shards.loader.draws import uniforms
+from data_shards.loader.pixel_file import Kept
 
 try:
     import pyspng  # has wheels for Linux and Windows

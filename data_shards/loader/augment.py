@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_shards.augment_config import AugmentConfig
-from data_shards.draws import uniforms
+from data_shards.loader.augment_config import AugmentConfig
+from data_shards.loader.draws import uniforms
 
 # One column of draws for each random number of an image, so that switching one change off moves no other.
 _DRAWS = (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from data_shards.leakage import Copy, Finding, LeakReport, named_labels
+from data_shards.leakage.report import Copy, Finding, LeakReport, named_labels
 
 LEAKS_PAGE = "leakage.html"
 MOST_SHOWN = 100  # findings with images: a page of some megabytes

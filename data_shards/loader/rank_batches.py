@@ -20,13 +20,13 @@ from typing import Literal
 
 import numpy as np
 
-from data_shards.decode_pool import DecodePool, DecodeProcessError, Ticket
-from data_shards.local_shard import LocalShards
+from data_shards.loader.decode_pool import DecodePool, DecodeProcessError, Ticket
+from data_shards.loader.local_shard import LocalShards
+from data_shards.loader.mixture import Mixture
+from data_shards.loader.order import even_quotas, mixed, padded, shuffled, visits
+from data_shards.loader.pixel_cache import Pixels, open_pixel_file
+from data_shards.loader.pixels import Coded, Crop, decode_into
 from data_shards.manifest import Dataset
-from data_shards.mixture import Mixture
-from data_shards.order import even_quotas, mixed, padded, shuffled, visits
-from data_shards.pixel_cache import Pixels, open_pixel_file
-from data_shards.pixels import Coded, Crop, decode_into
 
 Sampling = Literal["shuffled", "balanced"]
 """shuffled: each sample once an epoch; balanced: each class equally often, samples of rare classes several times."""

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from data_shards.loader.node_cache import DigestError, NodeCache
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ShardEntry
-from data_shards.node_cache import DigestError, NodeCache
 from data_shards.shard import tar_key
 from data_shards.store import Store, StoreKeyError
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from data_shards.fields import SHA256
+from data_shards.loader.pixel_file import PixelFile, file_bytes, memory_bytes, rows_in
 from data_shards.manifest import ShardEntry
-from data_shards.pixel_file import PixelFile, file_bytes, memory_bytes, rows_in
 
 # A file written to in the same tick of the file system's clock in which it was looked at would look unchanged.
 _SETTLED_S = 2.0

@@ -6,10 +6,10 @@ import contextlib
 
 import numpy as np
 
-from data_shards.local_shard import LocalShards
+from data_shards.loader.local_shard import LocalShards
+from data_shards.loader.pixel_file import Kept, PixelFile, pixel_key
+from data_shards.loader.pixels import Coded, Crop, crop_boxes
 from data_shards.manifest import SplitIndex
-from data_shards.pixel_file import Kept, PixelFile, pixel_key
-from data_shards.pixels import Coded, Crop, crop_boxes
 
 _IMAGE_S, _PIXEL_S = 60e-6, 2.5e-9  # what decoding takes: for each image, and for each of its H x W x C numbers
 

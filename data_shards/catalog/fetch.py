@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from data_shards.catalog import PublishedFile
-from data_shards.part_file import FetchError, PartFile, opened_part
+from data_shards.catalog.cards import PublishedFile
+from data_shards.catalog.part_file import FetchError, PartFile, opened_part
 
 _CHUNK_BYTES = 1 << 18
 # Too many requests, and what servers and the proxies before them answer while something restarts.

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.pixels import Coded, decode_into
+from data_shards.loader.pixels import Coded, decode_into
 
 PER_PROCESS = 2  # batches on their way: one that is filled and one that waits
 # Batches that may be in use outside at once without being copied: two that wait in the loader, one on its way to the
@@ -34,7 +34,9 @@ PER_PROCESS = 2  # batches on their way: one that is filled and one that waits
 LENT = 6
 # Fresh memory costs page faults, which made decoding a fifth slower: glibc keeps what it has.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data_shards.decode_pool import main; main()"
+_START = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data_shards.loader.decode_pool import main; main()"
+)
 _LOOK_EVERY_S = 2.0
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_shards.config import LeakConfig, plain_name
 from data_shards.fields import Count, Key, Label, SplitName, explained
-from data_shards.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
+from data_shards.leakage.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.source import Row
 from data_shards.split import SPLITS, LeakError
@@ -365,7 +365,7 @@ def _policy(config: LeakConfig, *, drawn: bool, official: bool) -> Literal["repo
 
 def _clusters(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the clusters of exact copies, and of exact and near copies together: (N,) int64 each."""
-    from data_shards.near import clusters, near_clusters  # with numba, which only this needs
+    from data_shards.leakage.near import clusters, near_clusters  # with numba, which only this needs
 
     exact = clusters(prints.pixels)
     lone = np.flatnonzero(prints.state == UNDECODABLE)

@@ -9,7 +9,14 @@ from torch._inductor.utils import run_and_get_code
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import SSConvSSM, build_model
-from medmamba.ops.ss2d_scan import backends, build_ahead, cuda_gpu, mamba_ssm_gpu, resolve_backend, scan
+from medmamba.ops.ss2d_scan import (
+    backends,
+    build_ahead,
+    cuda,
+    mamba_ssm,
+    resolve_backend,
+    scan,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,8 +124,8 @@ def test_segments_side_by_side_give_what_one_sequence_gives(monkeypatch):
     tensors = on_gpu((1, 28, 31, 96, 3, 16), torch.float32, aligned=True)
     weight = weight_for(tensors)
     in_parts = outputs(tensors, "cuda", weight)
-    assert cuda_gpu._plan_of(tensors[0].flatten(1, 2), tensors[1], tensors[6]).segments > 1
-    monkeypatch.setattr(cuda_gpu, "_WARPS_TO_FILL", 1)
+    assert cuda._plan_of(tensors[0].flatten(1, 2), tensors[1], tensors[6]).segments > 1
+    monkeypatch.setattr(cuda, "_WARPS_TO_FILL", 1)
     whole = outputs(tensors, "cuda", weight)
     assert {n: e for n, e in worst(in_parts, {k: v.double() for k, v in whole.items()}).items() if e > 1e-5} == {}
 
@@ -156,11 +163,11 @@ def test_it_can_be_captured_in_a_cuda_graph_forwards_and_backwards(backend):
 
 def test_the_operator_passes_torchs_own_checks(backend):
     if backend == "cuda":
-        operator, extra = cuda_gpu._forward, (True,)
+        operator, extra = cuda._forward, (True,)
         arguments = on_gpu((2, 5, 6, 24, 2, 16), torch.float32)
         arguments[0] = arguments[0].flatten(1, 2)
     else:
-        operator, extra = mamba_ssm_gpu._forward, ()
+        operator, extra = mamba_ssm._forward, ()
         sizes = (2, 96, 30), (2, 96, 30), (96, 16), (2, 4, 16, 30), (2, 4, 16, 30), (96,), (96,)
         arguments = [torch.randn(*size, device="cuda") for size in sizes]
         arguments[2] = -arguments[2].exp()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from test_ss2d_scan import NAMES, inputs, worst
 
-from medmamba.ops.ss2d_scan import backends, mamba_ssm_gpu, scan
+from medmamba.ops.ss2d_scan import backends, mamba_ssm, scan
 
 
 class Extension:
@@ -38,10 +38,10 @@ class Extension:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(mamba_ssm_gpu, "_extension", lambda: Extension)
+    monkeypatch.setattr(mamba_ssm, "_extension", lambda: Extension)
     with torch.library._scoped_library("medmamba", "IMPL") as library:
-        library.impl("selective_scan", mamba_ssm_gpu._run_forward, "CPU")
-        library.impl("selective_scan_backward", mamba_ssm_gpu._run_backward, "CPU")
+        library.impl("selective_scan", mamba_ssm._run_forward, "CPU")
+        library.impl("selective_scan_backward", mamba_ssm._run_backward, "CPU")
         yield
 
 
@@ -56,7 +56,7 @@ def outputs(tensors, run):
 def test_orders_lift_and_sum_are_those_of_the_definition(on_cpu, shape):
     tensors = inputs(shape)
     expected = outputs([x.double() for x in tensors], lambda *x: scan(*x, backend="reference"))
-    found = outputs(tensors, mamba_ssm_gpu.scan)
+    found = outputs(tensors, mamba_ssm.scan)
     assert {name: error for name, error in worst(found, expected).items() if error > 1e-5} == {}
 
 
@@ -65,7 +65,7 @@ def test_half_precision_comes_back_as_it_came(on_cpu):
         x.detach().to(torch.bfloat16) if n in ("u", "dt", "B", "C") else x
         for n, x in zip(NAMES, inputs((2, 5, 6, 16, 1, 16)), strict=True)
     ]
-    found = outputs(tensors, mamba_ssm_gpu.scan)
+    found = outputs(tensors, mamba_ssm.scan)
     assert found["y"].dtype == found["grad of u"].dtype == torch.bfloat16
     expected = outputs([x.double() for x in tensors], lambda *x: scan(*x, backend="reference"))
     assert {n: e for n, e in worst(found, expected).items() if e > 2e-2} == {}
@@ -76,14 +76,14 @@ def test_the_operator_passes_torchs_own_checks(on_cpu):
     rest = -torch.rand(4 * 6, 16), torch.randn(2, 4, 16, 10), torch.randn(2, 4, 16, 10), torch.randn(24), torch.rand(24)
     arguments = [x.requires_grad_() for x in (u, torch.randn_like(u), *rest)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(mamba_ssm_gpu._forward, arguments, test_utils=tests)
+    torch.library.opcheck(mamba_ssm._forward, arguments, test_utils=tests)
 
 
 def test_where_it_cannot_run_the_reason_is_told(monkeypatch):
     assert backends("cpu")["mamba_ssm"] == "it is for CUDA devices"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert mamba_ssm_gpu.unusable("cuda") == "torch sees no CUDA device"
+    assert mamba_ssm.unusable("cuda") == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mamba_ssm_gpu, "_EXTENSION", "no_such_extension")
-    mamba_ssm_gpu._extension.cache_clear()
-    assert "cannot be imported (No module named 'no_such_extension')" in mamba_ssm_gpu.unusable("cuda")
+    monkeypatch.setattr(mamba_ssm, "_EXTENSION", "no_such_extension")
+    mamba_ssm._extension.cache_clear()
+    assert "cannot be imported (No module named 'no_such_extension')" in mamba_ssm.unusable("cuda")

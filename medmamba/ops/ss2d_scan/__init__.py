@@ -24,13 +24,7 @@ from medmamba.ops.build_cache import BuildError
 
 log = logging.getLogger(__name__)
 
-_MODULES = {
-    "reference": "reference",
-    "numba": "numba_cpu",
-    "cpp": "cpp_cpu",
-    "cuda": "cuda_gpu",
-    "mamba_ssm": "mamba_ssm_gpu",
-}
+_BACKENDS = ("reference", "numba", "cpp", "cuda", "mamba_ssm")  # each the name of a module beside this one
 # What "auto" tries on a device, fastest first.
 _PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "mamba_ssm", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
@@ -77,7 +71,7 @@ def backend_scan(name: str) -> Callable[..., Tensor]:
 
 def backends(device_type: str = "cpu") -> dict[str, str | None]:
     """Every backend by name, and why it cannot run on such a device here (None: it can)."""
-    return {name: _unusable(name, device_type) for name in _MODULES}
+    return {name: _unusable(name, device_type) for name in _BACKENDS}
 
 
 @functools.cache
@@ -88,8 +82,8 @@ def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
     """
     if name == "auto":
         return _fastest(device_type)
-    if name not in _MODULES:
-        raise ValueError(f"scan backend {name!r} does not exist; choose auto or one of {', '.join(_MODULES)}")
+    if name not in _BACKENDS:
+        raise ValueError(f"scan backend {name!r} does not exist; choose auto or one of {', '.join(_BACKENDS)}")
     if reason := _unusable(name, device_type) or _unbuilt(name, device_type):
         raise ValueError(f"scan backend {name!r} cannot run on {device_type}: {reason}; choose auto or another")
     return name
@@ -152,4 +146,4 @@ def _unbuilt(name: str, device_type: str) -> str | None:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,4 +1,4 @@
-// The scan on a CPU, forward and backward; cpp_cpu.py calls it, cxx.py builds it. See reference.py for the equation.
+// The scan on a CPU, forward and backward; cpp.py calls it, cxx.py builds it. See reference.py for the equation.
 //
 // A vector holds neighbouring channels of one position. A task is one image (backwards: one slot of images) and one
 // range of channels, in all four directions. A sequence goes by chunks: the small inputs of a chunk are gathered once,

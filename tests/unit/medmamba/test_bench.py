@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medmamba import bench
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
-from medmamba.ops.ss2d_scan import cuda_gpu
+from medmamba.ops.ss2d_scan import cuda
 
 CASE = bench.Case("nano", 1, 64, "float32", "cuda", "cuda", compiled=False)
 
@@ -57,5 +57,5 @@ def test_the_published_variants_scan_what_their_shapes_say():
 @pytest.mark.parametrize("precision", list(bench.TOLERANCE))
 def test_the_check_before_a_speed_reads_rows_as_the_timed_network_does(precision):
     u, dt, b, c, *_ = bench._operands("cpu", getattr(torch, precision))
-    assert cuda_gpu._aligned(u, b, c)
-    assert cuda_gpu._rows(dt) is dt
+    assert cuda._aligned(u, b, c)
+    assert cuda._rows(dt) is dt

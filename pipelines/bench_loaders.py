@@ -175,7 +175,7 @@ def webdataset_pipeline(work: Work) -> Callable[[int], Delivered]:
 
 def ray_data(work: Work) -> Callable[[int], Delivered]:
     """Ray Data over the files."""
-    from pipelines.ray_session import connect
+    from pipelines.cluster.ray_session import connect
 
     connect(num_cpus=work.workers)
     import ray.data

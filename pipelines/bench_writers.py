@@ -77,7 +77,7 @@ def _img2dataset_part(files: list[Path], out: Path, part: int) -> None:
 
 def ray_data(work: Work, out: Path) -> None:
     """Ray Data: files read as bytes, written with write_webdataset."""
-    from pipelines.ray_session import connect
+    from pipelines.cluster.ray_session import connect
 
     connect(num_cpus=work.workers)
     import ray.data

@@ -30,9 +30,11 @@ from data_shards.store.outage import PATIENCE_S, listening
 from medmamba.config import MedMambaConfig
 from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
-from pipelines.beside import beside
 from pipelines.bytecode import keep_bytecode
 from pipelines.class_table import completed
+from pipelines.cluster.background import beside
+from pipelines.cluster.ray_session import RaySessionError
+from pipelines.cluster.stops import Paused
 from pipelines.costs import read_prices
 from pipelines.datasets import datasets
 from pipelines.demand import RunDemand
@@ -45,11 +47,9 @@ from pipelines.interrupt import HAS_TOLD, INTERRUPTED, interruptible, is_interru
 from pipelines.leases import RUN_WAIT_S, driver_lease
 from pipelines.override import ConfigError, difference, explain, flatten, override, validated
 from pipelines.placement import Placement, PlacementConfig
-from pipelines.ray_session import RaySessionError
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.scratch import remove_left_behind
 from pipelines.steps.shard import check_images
-from pipelines.stops import Paused
 from pipelines.summary import print_plan, print_profile, print_summary
 from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
 from pipelines.work_log import own_messages, work_log
@@ -382,7 +382,7 @@ def _place(
     work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal, *, after: Future[Any]
 ) -> Placement:
     """Connects to Ray and resolves the placement on it; imports what the first step needs once `after` is done."""
-    from pipelines import ray_session
+    from pipelines.cluster import ray_session
 
     ray_session.prepare()
     beside(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
@@ -455,7 +455,7 @@ def _preview(
     spread = {step.name for step in steps if step.is_spread}
     if all(state.state == "done" for state in states if state.name in spread):
         return None
-    from pipelines import ray_session
+    from pipelines.cluster import ray_session
 
     demand = RunDemand(work.values, states, store, work.run)
     placement = ray_session.preview(work.placement, store, demand.for_placement(), say=say)
@@ -574,7 +574,7 @@ def submit(argv: Sequence[str]) -> int:
             f"submit: {f'--address {address} is no address' if address else 'no address'} of a Ray dashboard; give "
             "--address http://HOST:8265, or set RAY_API_SERVER_ADDRESS"
         )
-    from pipelines.cluster import submit as submit_job
+    from pipelines.cluster.job import submit as submit_job
 
     return submit_job(address, command, wait=wait)
 

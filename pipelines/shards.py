@@ -48,7 +48,7 @@ def _verify(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
 
     name, uri, as_json = _asked("shards verify", _verify, argv)
     out = dataset_in(open_at(uri), name)
-    from pipelines import ray_session
+    from pipelines.cluster import ray_session
     from pipelines.steps.shard import ray_map
 
     terminal = Terminal()

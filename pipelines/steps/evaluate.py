@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store
-from pipelines.board import Watch, hear_outages, post
+from pipelines.cluster.board import Watch, hear_outages, post
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.scratch import scratch

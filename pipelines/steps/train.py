@@ -14,18 +14,18 @@ from typing import Any
 from data_shards.manifest import open_dataset
 from data_shards.store import Store
 from medmamba.config import MODEL, WEIGHTS
-from pipelines import ray_internals
-from pipelines.board import Watch, hear_outages, post
+from pipelines.cluster import ray_internals
+from pipelines.cluster.board import Watch, hear_outages, post
+from pipelines.cluster.monitor import RESTARTING, SLOW_S, Limits
+from pipelines.cluster.stops import Stops
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import RESUME, users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
-from pipelines.monitor import RESTARTING, SLOW_S, Limits
 from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
-from pipelines.stops import Stops
 from pipelines.worker.checkpoints import Checkpoints, Found
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped

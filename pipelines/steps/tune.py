@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import is_lost
-from pipelines.board import Watch
+from pipelines.cluster.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from pipelines.board import hear_outages, post
+from pipelines.cluster.board import hear_outages, post
 from pipelines.outbox import Outbox
 from pipelines.override import override
 from pipelines.placement import Placement

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pipelines.monitor import STOPS, Beat, Orders
+from pipelines.cluster.monitor import STOPS, Beat, Orders
 
 BEAT_S = 1.0
 CHECKPOINT = 1

@@ -23,9 +23,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingPolicy,
 )
 
-from pipelines.board import post
+from pipelines.cluster.board import post
+from pipelines.cluster.monitor import RESIZED
 from pipelines.group_faults import NoPlaceError
-from pipelines.monitor import RESIZED
 
 SETTLE_S = 8.0  # what a group that has ended held is free again within this time
 PLACE_WAIT_S = 600.0  # for a node that may come back, or be started by an autoscaler

@@ -12,7 +12,7 @@ from data_shards.manifest import open_dataset
 from data_shards.store import Store
 from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
-from pipelines.board import post
+from pipelines.cluster.board import post
 from pipelines.initial_weights import read_kept
 from pipelines.placement import Placement
 from pipelines.scratch import scratch

@@ -23,10 +23,10 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
-from pipelines.board import post
+from pipelines.cluster.board import post
+from pipelines.cluster.monitor import PREEMPTED, RESIZED, Limits, Loss, Member, loss_line
 from pipelines.faults import causes, comes_again
 from pipelines.group_faults import NoPlaceError, StalledError
-from pipelines.monitor import PREEMPTED, RESIZED, Limits, Loss, Member, loss_line
 from pipelines.worker.control import Stopped
 
 RESTARTS = 3  # in a row, without a newer checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 
-from pipelines.monitor import INTERRUPTED, PREEMPTED
+from pipelines.cluster.monitor import INTERRUPTED, PREEMPTED
 
 _ended: list[int] = []
 

@@ -135,7 +135,7 @@ def _case(case: dict) -> dict:
     from data_shards.config import DataConfig, LeakConfig
     from data_shards.convert import convert
     from data_shards.store import open_store
-    from pipelines import ray_session
+    from pipelines.cluster import ray_session
     from pipelines.steps.shard import ray_map
 
     # Copies stand in different splits by chance, and the set's splits are its own: reported, not refused.

@@ -21,7 +21,7 @@ from optuna.distributions import FloatDistribution
 
 from data_shards.store import Store, open_store
 from data_shards.store.fenced_lease import LostLeaseError
-from pipelines import ray_session
+from pipelines.cluster import ray_session
 from pipelines.sweep.ledger import Ledger, checkpoint_folder
 from pipelines.sweep.suggestion import misfit, suggest
 from pipelines.tracking import open_tracking

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from pipelines.monitor import PREEMPTED, Orders
+from pipelines.cluster.monitor import PREEMPTED, Orders
 from pipelines.worker.control import Control, SharedFlags
 
 

@@ -9,11 +9,11 @@ import sys
 # without CPUs anywhere.
 SCRIPT = """
 import os, signal, time
-from pipelines.ray_session import DEFAULTS
+from pipelines.cluster.ray_session import DEFAULTS
 os.environ.update(DEFAULTS)
 import ray
 from ray.cluster_utils import Cluster
-from pipelines.board import Watch, post
+from pipelines.cluster.board import Watch, post
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 other = cluster.add_node(num_cpus=1, resources={"away": 1})

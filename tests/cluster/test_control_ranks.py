@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from pipelines.monitor import PREEMPTED
+from pipelines.cluster.monitor import PREEMPTED
 
 RANK = Path(__file__).parent / "control_rank.py"
 

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from medmamba.ops.ss2d_scan import resolve_backend
-from pipelines.ray_session import SERVERS, _not_started, connect
-from pipelines.reaper import Process, _processes
+from pipelines.cluster.ray_session import SERVERS, _not_started, connect
+from pipelines.cluster.reaper import Process, _processes
 
 SESSION = """
 import contextlib, os, sys
@@ -73,7 +73,7 @@ def test_a_password_never_reaches_a_runtime_environment(monkeypatch):
 LIVES = """
 import os, signal, time
 from pipelines import ray_session
-from pipelines.reaper import children
+from pipelines.cluster.reaper import children
 
 ray_session.connect(num_cpus=1, lost=lambda server: (print("lost", server, flush=True), os._exit(7)))
 import ray  # it reads its settings when it is imported

@@ -11,12 +11,12 @@ import pytest
 # A real board that a training has reported to; the driver waits in Ray, as it does in `fit`.
 SCRIPT = """
 import json, os, signal, sys, threading, time
-from pipelines.ray_session import DEFAULTS
+from pipelines.cluster.ray_session import DEFAULTS
 os.environ.update(DEFAULTS)
 import ray
-from pipelines.board import Watch
+from pipelines.cluster.board import Watch
 from pipelines.interrupt import interruptible
-from pipelines.monitor import Beat, Member
+from pipelines.cluster.monitor import Beat, Member
 from pipelines import stops
 
 scenario = sys.argv[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ray_cluster
 
-from pipelines.cluster import ClusterError, submit
+from pipelines.cluster.job import ClusterError, submit
 from pipelines.provenance import COMMIT_VARIABLE, git_commit
 
 TOKEN = "a-token-of-the-tests-only"
@@ -89,7 +89,7 @@ def test_the_job_and_its_tasks_work_on_the_ray_it_was_submitted_to_and_its_exit_
 ):
     monkeypatch.setenv("AWS_REGION", "eu-test-1")  # named by the job and again by the driver: no conflict
     line = (
-        "import os; from pipelines.ray_session import connect; connect(); import ray; "
+        "import os; from pipelines.cluster.ray_session import connect; connect(); import ray; "
         "look = lambda: (os.environ['RAY_ADDRESS'], os.environ['AWS_REGION'], __import__('medmamba').__file__); "
         "print('TASK', os.environ['RAY_ADDRESS'], *ray.get(ray.remote(look).remote())); raise SystemExit(3)"
     )
@@ -139,9 +139,7 @@ def test_a_job_that_is_stopped_from_elsewhere_is_not_a_success(ray_head, token, 
 
 def test_ctrl_c_ends_the_watching_says_how_to_stop_the_job_and_leaves_it_running(ray_head, token):
     line = "print('it runs', flush=True); import time; time.sleep(120)"
-    code = (
-        f"from pipelines.cluster import submit; raise SystemExit(submit({ray_head!r}, [{line!r}], program={PYTHON!r}))"
-    )
+    code = f"from pipelines.cluster.job import submit; raise SystemExit(submit({ray_head!r}, [{line!r}], program={PYTHON!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.ray_session import DEFAULTS
+from pipelines.cluster.ray_session import DEFAULTS
 
 os.environ.update({**DEFAULTS, "RAY_AUTH_MODE": "disabled"})
 import ray
 import ray.train
 from ray.cluster_utils import Cluster
 
-from pipelines.board import Watch, post
-from pipelines.monitor import INTERRUPTED, RESTARTING, Limits
+from pipelines.cluster.board import Watch, post
+from pipelines.cluster.monitor import INTERRUPTED, RESTARTING, Limits
 from pipelines.worker.process_group import GroupConfig
 from pipelines.worker.trainer import LocalTrainer, WatchedTrainer
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from chain import TINY, command
 
-from pipelines.ray_session import DEFAULTS
+from pipelines.cluster.ray_session import DEFAULTS
 
 os.environ.update({**DEFAULTS, "RAY_AUTH_MODE": "disabled"})
 from ray.cluster_utils import Cluster

@@ -8,8 +8,8 @@ import yaml
 from deployment import INFRA, SECRET_NAME, SECRET_VALUE, assert_image_is_pinned, pinned, strings
 
 from pipelines.cli import VERBS
+from pipelines.cluster.shipment import PASSED_VARIABLES, job_variables
 from pipelines.recipes import RECIPES
-from pipelines.shipment import PASSED_VARIABLES, job_variables
 from pipelines.workflows import WORKFLOWS
 
 FOLDER = INFRA / "kuberay"

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pipelines.beside import beside
+from pipelines.cluster.background import beside
 
 
 def test_the_result_is_what_the_work_returns_in_another_thread():
@@ -24,6 +24,8 @@ def test_an_error_of_the_work_is_raised_where_its_result_is_asked_for():
 
 
 def test_a_process_ends_although_the_work_goes_on():
-    code = "import time; from pipelines.beside import beside; beside(lambda: time.sleep(100)); print('over')"
+    code = (
+        "import time; from pipelines.cluster.background import beside; beside(lambda: time.sleep(100)); print('over')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "over\n")

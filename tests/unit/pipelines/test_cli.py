@@ -26,6 +26,7 @@ from pipelines import cli as pipelines_cli
 from pipelines import terminal
 from pipelines.bench import _speed_table
 from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, TrainWork, _forced, _parse, main
+from pipelines.cluster.stops import Paused
 from pipelines.flow import run_steps
 from pipelines.flow.record import read_record
 from pipelines.leases import driver_lease
@@ -33,7 +34,6 @@ from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.registry import by_alias
-from pipelines.stops import Paused
 from pipelines.tracking import open_tracking
 from pipelines.worker.old_checkpoint import SNAPSHOT
 from pipelines.workflows import WORKFLOWS

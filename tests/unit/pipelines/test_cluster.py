@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from pipelines import cluster
-from pipelines.cluster import submit
+from pipelines.cluster import job as cluster
+from pipelines.cluster.job import submit
+from pipelines.cluster.shipment import PASSED_VARIABLES, ClusterError, job_variables, staged_packages
 from pipelines.provenance import COMMIT_VARIABLE
-from pipelines.shipment import PASSED_VARIABLES, ClusterError, job_variables, staged_packages
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Beat, Member, Monitor, Orders
+from pipelines.cluster.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Beat, Member, Monitor, Orders
 from pipelines.worker.control import BITS, CHECKPOINT, NOTHING, Control, OwnFlags, Stopped, UntilTheEnd, Wants
 
 

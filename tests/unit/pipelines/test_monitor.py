@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.monitor import (
+from pipelines.cluster.monitor import (
     INTERRUPTED,
     PREEMPTED,
     RESIZED,

@@ -4,7 +4,7 @@ import pytest
 
 from data_shards.store.outage import PATIENCE_S
 from data_shards.store.s3.client import SILENCE_S
-from pipelines.monitor import SLOW_S
+from pipelines.cluster.monitor import SLOW_S
 from pipelines.placement import Demand, Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig
 from pipelines.worker.process_group import TIMEOUT_S

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from pipelines import ray_session
+from pipelines.cluster import ray_session
 
 
 @pytest.fixture

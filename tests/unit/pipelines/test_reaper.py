@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 # A server, its child with an overwritten environment (as Ray's dashboard has), and one that an orphan started.
 DRIVER = """
 import os, subprocess, sys, time
-from pipelines.reaper import ended_with_driver
+from pipelines.cluster.reaper import ended_with_driver
 sleep = "import time; time.sleep(300)"
 try:
     with ended_with_driver():

@@ -14,9 +14,9 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from data_shards.store import StoreError
 from data_shards.store.disk import DiskFullError
+from pipelines.cluster.monitor import PREEMPTED, RESIZED
 from pipelines.faults import fault_line
 from pipelines.group_faults import NoPlaceError, StalledError
-from pipelines.monitor import PREEMPTED, RESIZED
 from pipelines.worker.control import Stopped
 from pipelines.worker.group_size import Host, best_size, room
 from pipelines.worker.restarts import kind_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medmamba.ops.ss2d_scan import resolve_backend
-from pipelines.scan_choice import ScanChoice
+from pipelines.cluster.scan_choice import ScanChoice
 
 
 def test_the_choice_is_the_backend_that_runs_on_this_machine(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from data_shards.convert import convert
 from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.bench_reference import BenchSpeed
-from pipelines.board import Board
+from pipelines.cluster.board import Board
 from pipelines.flow import StepContext
 from pipelines.outbox import Outbox
 from pipelines.placement import Placement

@@ -7,7 +7,7 @@ import inspect
 import pytest
 from ray.train import ScalingConfig
 
-from pipelines.monitor import Limits
+from pipelines.cluster.monitor import Limits
 from pipelines.worker.group_size import GroupSize
 from pipelines.worker.process_group import Group, GroupConfig
 from pipelines.worker.restarts import GroupWatch, RestartPolicy

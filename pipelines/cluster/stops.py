@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pipelines.cluster.monitor import INTERRUPTED, TIME_UP
 from pipelines.group_faults import RESUME
-from pipelines.monitor import INTERRUPTED, TIME_UP
 
 CHECKPOINT_WAIT_S = 60.0  # for the checkpoint of an interrupted training
 ANSWER_S = 5.0

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from pipelines.cluster.shipment import ClusterError, check_command, job_variables, refuse_secrets, staged_packages
 from pipelines.provenance import COMMIT_VARIABLE
-from pipelines.shipment import ClusterError, check_command, job_variables, refuse_secrets, staged_packages
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

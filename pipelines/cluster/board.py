@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from data_shards.store.outage import listening
-from pipelines.monitor import Monitor
+from pipelines.cluster.monitor import Monitor
 
 POLL_S = 0.5
 LOOK_S = 10.0  # the longest that one look waits; the last one, when the work is over, waits less

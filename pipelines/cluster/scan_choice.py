@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-OURS = str(Path(__file__).resolve().parents[1])  # where the three packages are
+OURS = str(Path(__file__).resolve().parents[2])  # where the three packages are
 
 
 class ScanChoice:

@@ -16,12 +16,12 @@ from typing import Any
 
 from data_shards.store import Store
 from data_shards.store.disk import full_disk, is_full, says_full, temporary_folder
-from pipelines.dashboard import dashboard_beside_node
+from pipelines.cluster.dashboard import dashboard_beside_node
+from pipelines.cluster.reaper import Process, children, ended_with_driver, is_alive
+from pipelines.cluster.scan_choice import ScanChoice
+from pipelines.cluster.shipment import PASSED_VARIABLES, refuse_secrets
 from pipelines.faults import RESUME, causes
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
-from pipelines.reaper import Process, children, ended_with_driver, is_alive
-from pipelines.scan_choice import ScanChoice
-from pipelines.shipment import PASSED_VARIABLES, refuse_secrets
 
 # Of these two an embedded Ray has one each; it does not survive their end.
 SERVERS = {"gcs_server": "its GCS", "raylet": "its raylet"}

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from pipelines import ray_internals
-from pipelines.beside import beside
+from pipelines.cluster import ray_internals
+from pipelines.cluster.background import beside
 
 
 @contextlib.contextmanager

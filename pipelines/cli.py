@@ -44,7 +44,6 @@ from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
 from pipelines.initial_weights import InitialWeights, pinned, weights_of_run
 from pipelines.interrupt import HAS_TOLD, INTERRUPTED, interruptible, is_interrupted
-from pipelines.leases import RUN_WAIT_S, driver_lease
 from pipelines.override import ConfigError, difference, explain, flatten, override, validated
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
@@ -52,6 +51,7 @@ from pipelines.scratch import remove_left_behind
 from pipelines.steps.shard import check_images
 from pipelines.summary import print_plan, print_profile, print_summary
 from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
+from pipelines.tracking.leases import RUN_WAIT_S, driver_lease
 from pipelines.work_log import own_messages, work_log
 from pipelines.workflows import WORKFLOWS, until
 
@@ -221,8 +221,8 @@ def _forced(steps: list[Step], work: Resolved) -> list[Step]:
 
 def _holds(store: Store, promoted: dict[str, Any]) -> bool:
     """Whether the alias still points to the version that a finished promotion gave it to."""
-    from pipelines.registry import by_alias
     from pipelines.tracking import open_tracking
+    from pipelines.tracking.registry import by_alias
 
     now = by_alias(open_tracking(store), promoted["model"], promoted["alias"])
     return now is not None and now.number == promoted["version"]
@@ -319,7 +319,7 @@ def _verdict(states: list[StepState], before: set[str], work: Resolved, store: S
         terminal.say(f"not promoted: {last.record.facts['reason']}")
         return REFUSED
     if last.name in before:
-        from pipelines.promoted import describe_promotion
+        from pipelines.tracking.promoted import describe_promotion
 
         if said := describe_promotion(last.record, store, work.run):
             terminal.say(said)

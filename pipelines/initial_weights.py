@@ -197,8 +197,8 @@ def read_kept(uri: str, digest: str) -> tuple[dict, Mapping[str, Any]]:
 
 def _registered(source: str, store: Store) -> InitialWeights:
     from medmamba.checkpoint import MODEL, WEIGHTS
-    from pipelines.registry import DIGEST_TAG, IntegrityError, by_alias, by_number, fetched, versions
     from pipelines.tracking import open_tracking
+    from pipelines.tracking.registry import DIGEST_TAG, IntegrityError, by_alias, by_number, fetched, versions
 
     asked = _REGISTERED.fullmatch(source)
     if asked is None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from data_shards.store import Store
-from pipelines.registry import Version, by_alias, loaded, models_with_alias
 from pipelines.tracking import Tracking, open_tracking
+from pipelines.tracking.registry import Version, by_alias, loaded, models_with_alias
 
 
 def predict(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from data_shards.store import Store
 from data_shards.store.fenced_lease import current_holder
 from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
-from pipelines.leases import run_lease_key
-from pipelines.promotions import abandoned_moves
 from pipelines.sweep.ledger import trial_name
+from pipelines.tracking.leases import run_lease_key
+from pipelines.tracking.promotions import abandoned_moves
 from pipelines.worker.checkpoints import Checkpoints
 
 

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from data_shards.store import Store, StoreKeyError
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
 from pipelines.flow import StepContext
-from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement
-from pipelines.promotions import Promotion, Promotions
-from pipelines.registry import AliasMovedError, Version, by_number, tag_version
 from pipelines.steps.evaluate import BASELINES
+from pipelines.tracking.leases import bind_model, model_lease
+from pipelines.tracking.promotions import Promotion, Promotions
+from pipelines.tracking.registry import AliasMovedError, Version, by_number, tag_version
 
 DECISION = "decision.json"
 BELOW_BASELINE = 0.01  # what the network may lack: one image of a small test split is as much

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
 from pipelines.flow import StepContext
-from pipelines.leases import bind_model, model_lease
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
-from pipelines.registry import (
+from pipelines.scratch import scratch
+from pipelines.tracking import make_once
+from pipelines.tracking.leases import bind_model, model_lease
+from pipelines.tracking.registry import (
     PACKAGE_TAG,
     Version,
     create_version,
@@ -26,8 +28,6 @@ from pipelines.registry import (
     package_digest,
     upload,
 )
-from pipelines.scratch import scratch
-from pipelines.tracking import make_once
 
 MAKE_S = 20.0  # the lease must last for longer than MLflow's client tries to make a version
 TRIES = 5

@@ -22,10 +22,10 @@ from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import RESUME, users_mistake
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
-from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.tracking.outbox import Outbox
 from pipelines.worker.checkpoints import Checkpoints, Found
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped

@@ -17,7 +17,6 @@ from pipelines.cluster.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
-from pipelines.outbox import Outbox
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches
@@ -26,6 +25,7 @@ from pipelines.sweep.pickled import drop_pickled
 from pipelines.sweep.suggestion import lies_in, misfit, suggest
 from pipelines.sweep.trial import trial
 from pipelines.tracking import Tracking, TrackingError
+from pipelines.tracking.outbox import Outbox
 from pipelines.worker.config import TrainStepConfig
 
 

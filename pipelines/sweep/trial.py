@@ -6,10 +6,10 @@ import gc
 from typing import Any
 
 from pipelines.cluster.board import hear_outages, post
-from pipelines.outbox import Outbox
 from pipelines.override import override
 from pipelines.placement import Placement
 from pipelines.sweep.ledger import checkpoint_folder, trial_name
+from pipelines.tracking.outbox import Outbox
 from pipelines.worker.config import TrainStepConfig
 
 

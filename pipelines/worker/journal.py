@@ -1,5 +1,5 @@
 """What a training keeps of its progress for a record outside: an epoch at a time, and in each checkpoint what is not
-known to have arrived there. The loop knows no MLflow; pipelines.outbox does."""
+known to have arrived there. The loop knows no MLflow; pipelines.tracking.outbox does."""
 
 from __future__ import annotations
 

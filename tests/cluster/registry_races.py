@@ -167,8 +167,8 @@ def query(services: Services, text: str, **values: Any) -> list[tuple]:
 def make_versions(services: Services, model: str, aucs: list[float]) -> list[dict]:
     """A version per AUC, without files; what their register steps would say."""
     from data_shards.store import open_store
-    from pipelines.leases import bind_model
     from pipelines.tracking import open_tracking
+    from pipelines.tracking.leases import bind_model
 
     store = open_store(services.store)
     tracking = open_tracking(store, services.tracking)
@@ -185,7 +185,7 @@ def promote(services: Services, facts: dict, told: Path, stop_before_move: bool,
     """One contender: the promote step, its facts as JSON in `told`. It may stop itself right before it moves."""
     os.environ.update(services.env)
     import data_shards.store.fenced_lease as fenced
-    import pipelines.promotions as promotions
+    import pipelines.tracking.promotions as promotions
     from data_shards.store import open_store
     from pipelines.flow import StepContext
     from pipelines.steps import promote as step

@@ -28,7 +28,7 @@ import sys
 from data_shards.config import DataConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
-from pipelines import ray_session
+from pipelines.cluster import ray_session
 from pipelines.steps.shard import ray_map
 ray_session.connect()
 print("connected", flush=True)

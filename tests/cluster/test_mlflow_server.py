@@ -10,8 +10,8 @@ import registered
 
 from data_shards.store import open_store
 from pipelines.predict import predict
-from pipelines.registry import by_alias, versions
 from pipelines.tracking import TrackingError, open_tracking
+from pipelines.tracking.registry import by_alias, versions
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from fault_proxy import Schedule, fault_proxy
 
 from data_shards.store import open_store, outage
 from data_shards.store.outage import Notice, listening
-from pipelines import tracking as tracking_module
-from pipelines.outbox import Outbox
 from pipelines.steps.tune import complete_run
 from pipelines.sweep.ledger import TrialEpoch, TrialRecord
 from pipelines.tracking import AwayError, PatienceError, Tracking, TrackingError, open_tracking
+from pipelines.tracking import client as tracking_module
+from pipelines.tracking.outbox import Outbox
 
 STEPS = 3  # of an epoch
 

@@ -17,7 +17,7 @@ from pipelines.cluster.reaper import Process, _processes
 SESSION = """
 import contextlib, os, sys
 from data_shards.store import open_store
-from pipelines import ray_session
+from pipelines.cluster import ray_session
 from pipelines.placement import PlacementConfig
 ray_session.connect(num_cpus=%d)
 %s
@@ -72,7 +72,7 @@ def test_a_password_never_reaches_a_runtime_environment(monkeypatch):
 
 LIVES = """
 import os, signal, time
-from pipelines import ray_session
+from pipelines.cluster import ray_session
 from pipelines.cluster.reaper import children
 
 ray_session.connect(num_cpus=1, lost=lambda server: (print("lost", server, flush=True), os._exit(7)))

@@ -17,7 +17,7 @@ import ray
 from pipelines.cluster.board import Watch
 from pipelines.interrupt import interruptible
 from pipelines.cluster.monitor import Beat, Member
-from pipelines import stops
+from pipelines.cluster import stops
 
 scenario = sys.argv[1]
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")

@@ -139,7 +139,10 @@ def test_a_job_that_is_stopped_from_elsewhere_is_not_a_success(ray_head, token, 
 
 def test_ctrl_c_ends_the_watching_says_how_to_stop_the_job_and_leaves_it_running(ray_head, token):
     line = "print('it runs', flush=True); import time; time.sleep(120)"
-    code = f"from pipelines.cluster.job import submit; raise SystemExit(submit({ray_head!r}, [{line!r}], program={PYTHON!r}))"
+    code = (
+        "from pipelines.cluster.job import submit\n"
+        f"raise SystemExit(submit({ray_head!r}, [{line!r}], program={PYTHON!r}))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -128,7 +128,7 @@ def test_the_runner_of_steps_knows_nothing_of_images():
 def test_decoding_needs_no_package_that_a_packaged_model_lacks():
     from importlib.metadata import packages_distributions
 
-    from pipelines.registry import NEEDED
+    from pipelines.tracking.registry import NEEDED
 
     code = (
         "import sys; before = set(sys.modules); import data_shards.decode; "

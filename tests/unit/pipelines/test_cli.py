@@ -29,12 +29,12 @@ from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, TrainWork, _forced,
 from pipelines.cluster.stops import Paused
 from pipelines.flow import run_steps
 from pipelines.flow.record import read_record
-from pipelines.leases import driver_lease
 from pipelines.override import override
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import RECIPES, Recipe, recipe
-from pipelines.registry import by_alias
 from pipelines.tracking import open_tracking
+from pipelines.tracking.leases import driver_lease
+from pipelines.tracking.registry import by_alias
 from pipelines.worker.old_checkpoint import SNAPSHOT
 from pipelines.workflows import WORKFLOWS
 
@@ -666,7 +666,7 @@ def test_a_terminated_driver_gives_its_run_back(tmp_path):
         "import sys, time\n"
         "from data_shards.store import open_store\n"
         "from pipelines.interrupt import interruptible\n"
-        "from pipelines.leases import driver_lease\n"
+        "from pipelines.tracking.leases import driver_lease\n"
         "with interruptible(), driver_lease(open_store(sys.argv[1]), 'r', wait_s=0, say=print):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

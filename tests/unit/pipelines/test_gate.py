@@ -9,9 +9,9 @@ import pytest
 from data_shards.store import open_store
 from pipelines.flow import Step, plan_steps
 from pipelines.recipes import recipe
-from pipelines.registry import Version
 from pipelines.steps import promote
 from pipelines.steps.promote import DECISION, GateConfig, _kept, decide
+from pipelines.tracking.registry import Version
 from pipelines.workflows import WORKFLOWS
 
 

@@ -25,8 +25,8 @@ from pipelines.flow.record import to_json
 from pipelines.initial_weights import begin_from, find_weights, kept_uri, pinned, read_kept, weights_of_run
 from pipelines.override import override
 from pipelines.recipes import recipe
-from pipelines.registry import IntegrityError, by_number, move_alias
 from pipelines.tracking import open_tracking
+from pipelines.tracking.registry import IntegrityError, by_number, move_alias
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.workflows import WORKFLOWS
 

@@ -14,12 +14,12 @@ import registered
 from data_shards.store import open_store
 from data_shards.store.fenced_lease import Claim, LostLeaseError
 from data_shards.store.holder import Holder, this_process
-from pipelines.leases import STORE_ID_TAG, STORE_TAG, OtherStoreError, bind_model, driver_lease
-from pipelines.promoted import describe_promotion
-from pipelines.promotions import Promotion
-from pipelines.registry import by_alias, by_number, find_versions, move_alias, versions
 from pipelines.steps.promote import DECISION
 from pipelines.tracking import make_once, open_tracking
+from pipelines.tracking.leases import STORE_ID_TAG, STORE_TAG, OtherStoreError, bind_model, driver_lease
+from pipelines.tracking.promoted import describe_promotion
+from pipelines.tracking.promotions import Promotion
+from pipelines.tracking.registry import by_alias, by_number, find_versions, move_alias, versions
 
 ELSEWHERE = Holder("another-host", 7, "another boot pid:[1]", 12345)
 
@@ -229,7 +229,7 @@ def test_a_process_that_was_paused_before_its_request_puts_the_alias_back_and_de
     store, tracking, model, version_of, monkeypatch
 ):
     """The pause is the worst one: after the last look at the lease, before the request."""
-    import pipelines.promotions as promotions
+    import pipelines.tracking.promotions as promotions
 
     paused, better = version_of(model, f"{model}-a", 0.7), version_of(model, f"{model}-b", 0.9)
     real, taken = promotions.move_alias, []
@@ -379,7 +379,7 @@ def test_a_driver_whose_run_was_taken_over_is_interrupted_and_told_by_whom(tmp_p
 import sys, time
 from data_shards.store.fenced_lease import LostLeaseError
 from data_shards.store import open_store
-from pipelines import leases
+from pipelines.tracking import leases
 import data_shards.store.fenced_lease as fenced
 fenced.fenced_lease.__wrapped__.__kwdefaults__["ttl_s"] = 2.0
 try:

@@ -15,10 +15,11 @@ from data_shards.store import open_store
 from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest, save_model
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
-from pipelines import registry
 from pipelines.cli import main
 from pipelines.predict import predict
-from pipelines.registry import (
+from pipelines.steps.evaluate import evaluate_rank
+from pipelines.tracking import open_tracking, registry
+from pipelines.tracking.registry import (
     DIGEST_TAG,
     PACKAGE_TAG,
     IntegrityError,
@@ -27,8 +28,6 @@ from pipelines.registry import (
     loaded,
     package_digest,
 )
-from pipelines.steps.evaluate import evaluate_rank
-from pipelines.tracking import open_tracking
 
 NAME = "medmamba-phantoms"
 

@@ -10,7 +10,8 @@ from multiprocessing import get_context
 import pytest
 
 from data_shards.store import open_store
-from pipelines.tracking import REASON, RUN_FILE, Tracking, TrackingError, dotted, open_tracking, public_address
+from pipelines.tracking import Tracking, TrackingError, open_tracking, public_address
+from pipelines.tracking.client import REASON, RUN_FILE, dotted
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.bench_reference import BenchSpeed
 from pipelines.cluster.board import Board
 from pipelines.flow import StepContext
-from pipelines.outbox import Outbox
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches, check_ended, keep_best, tagging
 from pipelines.tracking import open_tracking
+from pipelines.tracking.outbox import Outbox
 from pipelines.worker.checkpoints import Found
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import RayReporter

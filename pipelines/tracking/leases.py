@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, fenced_lease
 from pipelines.flow import StepContext
-from pipelines.tracking import Tracking, TrackingError
+from pipelines.tracking.client import Tracking, TrackingError
 
 RUN_WAIT_S = 120.0  # longer than a driver that died elsewhere keeps its lease
 MODEL_WAIT_S = 600.0  # twenty that register large models one after the other

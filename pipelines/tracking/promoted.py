@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from data_shards.store import Store
 from pipelines.flow import Record
-from pipelines.registry import by_alias
-from pipelines.tracking import TrackingError, open_tracking
+from pipelines.tracking.client import TrackingError, open_tracking
+from pipelines.tracking.registry import by_alias
 
 
 def describe_promotion(record: Record, store: Store, run: str) -> str:

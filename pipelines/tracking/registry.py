@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipelines.scratch import scratch
-from pipelines.tracking import Tracking, TrackingError
+from pipelines.tracking.client import Tracking, TrackingError
 
 PACKAGED_AT = "2000-01-01 00:00:00.000000"  # when a version was made is on record in MLflow
 ARTIFACT = "model"  # how the folder of a packaged model begins, below its run's artifacts
@@ -82,7 +82,7 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.save_model(
             path=str(folder),
-            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            python_model=str(Path(__file__).parents[1] / "pyfunc.py"),
             artifacts={"weights": str(checkpoint / WEIGHTS), "card": str(checkpoint / MODEL)},
             code_paths=[package.__path__[0] for package in (medmamba, data_shards)],
             signature=signature,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.tracking import Tracking
+from pipelines.tracking.client import Tracking
 from pipelines.worker.journal import Journal
 
 GRACE_S = 5.0  # what the rest may take where the training has failed

@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import tyro
 
-from pipelines.arguments import UsageError, parse
 from pipelines.bench_feed import KINDS, feed_table
 from pipelines.bench_loaders import LOADERS, Work, make_images, save_work, summarise, told_in
 from pipelines.bench_writers import WRITERS
+from pipelines.commands.arguments import UsageError, parse
+from pipelines.commands.terminal import Terminal, console, table
 from pipelines.scratch import scratch
-from pipelines.terminal import Terminal, console, table
 
 _LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured
 _ENDS_IN_S = 20

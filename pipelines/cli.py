@@ -28,15 +28,18 @@ from data_shards.store import Store, StoreError, open_store
 from data_shards.store.disk import require_temporary_folder
 from data_shards.store.outage import PATIENCE_S, listening
 from medmamba.config import MedMambaConfig
-from pipelines.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
 from pipelines.bench import bench
-from pipelines.bytecode import keep_bytecode
-from pipelines.class_table import completed
 from pipelines.cluster.background import beside
 from pipelines.cluster.ray_session import RaySessionError
 from pipelines.cluster.stops import Paused
+from pipelines.commands.arguments import HelpShown, UsageError, of_kind, parse, peek, unchecked
+from pipelines.commands.bytecode import keep_bytecode
+from pipelines.commands.class_table import completed
+from pipelines.commands.datasets import datasets
+from pipelines.commands.summary import print_plan, print_profile, print_summary
+from pipelines.commands.terminal import Terminal, console, show_log_visibly, table, visible
+from pipelines.commands.work_log import own_messages, work_log
 from pipelines.costs import read_prices
-from pipelines.datasets import datasets
 from pipelines.demand import RunDemand
 from pipelines.faults import fault_line, has_more, lost_ray
 from pipelines.flow import DriftError, Record, Step, StepContext, StepState, WorkflowError, plan_steps, run_steps
@@ -49,10 +52,7 @@ from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.scratch import remove_left_behind
 from pipelines.steps.shard import check_images
-from pipelines.summary import print_plan, print_profile, print_summary
-from pipelines.terminal import Terminal, console, show_log_visibly, table, visible
 from pipelines.tracking.leases import RUN_WAIT_S, driver_lease
-from pipelines.work_log import own_messages, work_log
 from pipelines.workflows import WORKFLOWS, until
 
 DONE, FAILED, WRONG_USE, REFUSED = 0, 1, 2, 3
@@ -474,7 +474,7 @@ def _check_source(work: Resolved, states: Sequence[StepState], store: Store) -> 
 
 def shards(argv: Sequence[str]) -> int:
     """Look at a dataset: verify, show, duplicates, quarantine, file names."""
-    from pipelines.shards import shards
+    from pipelines.commands.shards import shards
 
     return shards(argv, open_at=lambda uri: _open(uri or _default_store()))
 
@@ -493,7 +493,7 @@ def status(argv: Sequence[str]) -> int:
         return run, store, json
 
     wanted, uri, as_json = parse(arguments, "status", argv)
-    from pipelines.status import read_status
+    from pipelines.commands.status import read_status
 
     store = _open(uri or _default_store())
     rows = read_status(store, wanted)
@@ -533,7 +533,7 @@ def predict(argv: Sequence[str]) -> int:
     paths, model, alias, uri, as_json = parse(arguments, "predict", argv)
     if not paths:
         raise UsageError("predict: name at least one image file")
-    from pipelines.predict import predict as classify
+    from pipelines.commands.predict import predict as classify
 
     rows = classify([Path(path) for path in paths], store=_open(uri or _default_store()), model=model, alias=alias)
     if as_json:

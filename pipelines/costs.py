@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.terminal import duration
+from pipelines.commands.terminal import duration
 from pipelines.worker.usage import Usage
 
 

@@ -17,11 +17,11 @@ from medmamba.config import MedMambaConfig
 from medmamba.loss import scores
 from medmamba.model import build_model
 from medmamba.preprocess import preprocess, resize_uint8
+from pipelines.commands.terminal import Terminal
 from pipelines.flow import StepContext
 from pipelines.steps import promote, register
 from pipelines.steps.promote import GateConfig
 from pipelines.steps.register import RegisterConfig
-from pipelines.terminal import Terminal
 
 CLASSES = ["no lesion", "ellipse", "spiculated"]
 SIDE = 40

@@ -9,7 +9,7 @@ import pytest
 import registered
 
 from data_shards.store import open_store
-from pipelines.predict import predict
+from pipelines.commands.predict import predict
 from pipelines.tracking import TrackingError, open_tracking
 from pipelines.tracking.registry import by_alias, versions
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from data_shards.store import open_store
 from pipelines.cli import WORKFLOW_FILE
+from pipelines.commands.terminal import Terminal
 from pipelines.flow import Step, StepContext, WorkflowError, run_steps
 from pipelines.flow.record import to_json
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import Recipe
-from pipelines.terminal import Terminal
 from pipelines.workflows import WORKFLOWS, until
 
 METRICS = {name: 0.9 for name in ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")}

@@ -11,7 +11,7 @@ import pytest
 
 ASK = """
 import subprocess, sys
-import pipelines.bytecode as bytecode
+import pipelines.commands.bytecode as bytecode
 bytecode.LARGEST = {largest!r}
 bytecode.keep_bytecode()
 import late

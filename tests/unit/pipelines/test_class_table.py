@@ -9,8 +9,8 @@ from PIL import Image
 from data_shards.config import DataConfig, LeakConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
-from pipelines.class_table import completed, print_classes
 from pipelines.cli import main
+from pipelines.commands.class_table import completed, print_classes
 from pipelines.recipes import Recipe
 from pipelines.steps.shard import logged
 

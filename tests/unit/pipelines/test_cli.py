@@ -23,10 +23,10 @@ from data_shards.catalog import card
 from data_shards.store import open_store
 from medmamba.bench import COMPARED, Case, Row
 from pipelines import cli as pipelines_cli
-from pipelines import terminal
 from pipelines.bench import _speed_table
 from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, TrainWork, _forced, _parse, main
 from pipelines.cluster.stops import Paused
+from pipelines.commands import terminal
 from pipelines.flow import run_steps
 from pipelines.flow.record import read_record
 from pipelines.override import override

@@ -90,7 +90,7 @@ def test_a_set_of_several_files_is_its_folder_and_a_part_of_it_is_no_set(capsys,
     with zipfile.ZipFile("part.zip", "w") as archive:
         archive.writestr("imgs_part_1/x.png", b"x")
     with running(Site(open("part.zip", "rb").read())) as site:
-        monkeypatch.setattr("pipelines.datasets.card", lambda name: card.model_copy(update={"files": bare}))
+        monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": bare}))
         out, _ = fetched(capsys, "pad-ufes-20", *mirror(site), "--file", "images/imgs_part_1.zip")
         assert "a part of the set; still to come: metadata.csv, images/imgs_part_2.zip" in " ".join(out.split())
         assert "next:" not in out
@@ -109,7 +109,7 @@ def test_another_file_than_the_published_one_is_exit_code_1(capsys):
 def test_a_set_that_does_not_fit_the_disk_is_refused_before_it_is_asked_for(capsys, monkeypatch):
     card = catalog.card("fetal-planes-db")
     huge = {name: file.model_copy(update={"size_bytes": 1 << 60}) for name, file in card.files.items()}
-    monkeypatch.setattr("pipelines.datasets.card", lambda name: card.model_copy(update={"files": huge}))
+    monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": huge}))
     with running(Site(b"")) as site:
         _, err = fetched(capsys, "fetal-planes-db", *mirror(site), code=1)
     assert "are still to come: make room" in err
@@ -134,7 +134,7 @@ def test_a_private_set_is_told_how_to_be_placed_by_hand(name, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, capsys):
-    from pipelines.datasets import _next_command
+    from pipelines.commands.datasets import _next_command
 
     Path("some where").mkdir()
     with zipfile.ZipFile("some where/x.zip", "w") as archive:  # a dry run looks whether it is there, with its classes

@@ -10,7 +10,7 @@ import pytest
 BUSY = """
 import hashlib, os, signal, sys, threading, time
 from pipelines import cli, interrupt
-from pipelines.terminal import Terminal
+from pipelines.commands.terminal import Terminal
 cli.ENDING_S = float(sys.argv[1])
 ready = threading.Event()
 def meanwhile():

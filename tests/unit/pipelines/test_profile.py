@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from pipelines.commands.summary import print_profile
 from pipelines.flow.record import Record
 from pipelines.flow.runner import StepState
-from pipelines.summary import print_profile
 from pipelines.worker.meter import Meter
 from pipelines.worker.profile import WAIT, StepProfiler, summarize
 

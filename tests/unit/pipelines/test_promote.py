@@ -11,7 +11,7 @@ import registered
 from PIL import Image
 
 from data_shards.store import open_store
-from pipelines.predict import predict
+from pipelines.commands.predict import predict
 from pipelines.steps.promote import DECISION, GateConfig
 from pipelines.tracking import open_tracking
 from pipelines.tracking.registry import by_alias, by_number, models_with_alias, move_alias, versions

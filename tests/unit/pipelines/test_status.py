@@ -10,9 +10,9 @@ from finished_run import finish
 from data_shards.store import open_store
 from data_shards.store.fenced_lease import TTL_S, Claim
 from data_shards.store.holder import Holder
+from pipelines.commands.status import read_status, winner_name
 from pipelines.placement import Placement
 from pipelines.recipes import Recipe
-from pipelines.status import read_status, winner_name
 from pipelines.tracking.leases import driver_lease
 from pipelines.tracking.promotions import Promotion
 from pipelines.worker.checkpoints import FILES, Checkpoints

@@ -3,9 +3,9 @@
 from finished_run import FACTS
 
 from data_shards.store import open_store
+from pipelines.commands.summary import print_summary
 from pipelines.flow import StepState
 from pipelines.flow.record import Record
-from pipelines.summary import print_summary
 
 
 def printed(store, capsys, step: str = "evaluate", **more) -> str:

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data_shards.store.outage import Notice
-from pipelines.work_log import WorkLog
+from pipelines.commands.work_log import WorkLog
 
 PLAIN_EVERY_S = 10.0
 SHOWN_WAIT = 0.05

@@ -19,9 +19,9 @@ from data_shards.manifest import MANIFEST, open_dataset, read_classes
 from data_shards.names import Places, samples
 from data_shards.shard import tar_key
 from data_shards.store import Store
-from pipelines.arguments import UsageError, parse
-from pipelines.shard_names import Owner, check_target, dataset_in, find_places, owners_config, place_text
-from pipelines.terminal import console, table
+from pipelines.commands.arguments import UsageError, parse
+from pipelines.commands.shard_names import Owner, check_target, dataset_in, find_places, owners_config, place_text
+from pipelines.commands.terminal import console, table
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 SHOWN = 10  # groups in the terminal

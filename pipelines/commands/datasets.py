@@ -15,9 +15,9 @@ import tyro
 
 from data_shards.catalog import DatasetCard, PublishedFile, card, names
 from data_shards.catalog.fetch import Verdict, check_room, fetch, verify
-from pipelines.arguments import UsageError, parse
+from pipelines.commands.arguments import UsageError, parse
+from pipelines.commands.terminal import PLAIN_EVERY_S, Terminal, console, table
 from pipelines.recipes import RECIPES
-from pipelines.terminal import PLAIN_EVERY_S, Terminal, console, table
 
 DEFAULT_FOLDER = "medmamba-data"
 Flag = tyro.conf.FlagCreatePairsOff[bool]

@@ -34,9 +34,9 @@ from data_shards.names import (
     with_labels,
 )
 from data_shards.store import Store, StoreKeyError
-from pipelines.arguments import UsageError, parse
-from pipelines.predicted import Predicted, read_predicted
-from pipelines.terminal import console, table
+from pipelines.commands.arguments import UsageError, parse
+from pipelines.commands.predicted import Predicted, read_predicted
+from pipelines.commands.terminal import console, table
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 OpenStore = Callable[[str], Store]

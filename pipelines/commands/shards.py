@@ -19,10 +19,10 @@ from data_shards.contact_sheet import chosen, fitted, sheet
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, open_dataset
 from data_shards.store import Store
 from data_shards.verify import verify
-from pipelines.arguments import UsageError, parse
-from pipelines.shard_leaks import leaks
-from pipelines.shard_names import dataset_in, names, quarantine
-from pipelines.terminal import Terminal, console, table
+from pipelines.commands.arguments import UsageError, parse
+from pipelines.commands.shard_leaks import leaks
+from pipelines.commands.shard_names import dataset_in, names, quarantine
+from pipelines.commands.terminal import Terminal, console, table
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 _SHOWN_SIDE = 16  # pixels, which are columns, of an image in the terminal

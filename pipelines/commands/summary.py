@@ -7,11 +7,11 @@ from typing import Any
 
 from data_shards.split import SPLITS
 from data_shards.store import Store
-from pipelines.class_table import completed, print_classes
+from pipelines.commands.class_table import completed, print_classes
+from pipelines.commands.status import winner_name
+from pipelines.commands.terminal import console, table
 from pipelines.flow import StepState
-from pipelines.status import winner_name
 from pipelines.steps.evaluate import BASELINES
-from pipelines.terminal import console, table
 
 FEW_TEST_IMAGES = 500
 

@@ -28,7 +28,7 @@ from data_shards.store import Store, StoreError, open_store
 from data_shards.store.disk import require_temporary_folder
 from data_shards.store.outage import PATIENCE_S, listening
 from medmamba.config import MedMambaConfig
-from pipelines.bench import bench
+from pipelines.bench.networks import bench
 from pipelines.cluster.background import beside
 from pipelines.cluster.ray_session import RaySessionError
 from pipelines.cluster.stops import Paused

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from data_shards.manifest import Dataset, Manifest
-from medmamba.bench import macs
 from medmamba.config import MedMambaConfig
 from medmamba.ops.build_cache import cache_folder
+from pipelines.bench.measure import macs
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
 

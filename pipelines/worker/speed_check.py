@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medmamba.config import MedMambaConfig
-from pipelines.bench_reference import BenchSpeed, find_reference, read_remembered
+from pipelines.bench.reference import BenchSpeed, find_reference, read_remembered
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.meter import LAST_STEPS

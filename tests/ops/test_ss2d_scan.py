@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from medmamba.bench import NotMeasured, checked
 from medmamba.ops import ss2d_scan
 from medmamba.ops.ss2d_scan import backend_scan, backends, resolve_backend, scan
 from medmamba.ops.ss2d_scan.cpu_operator import spread
+from pipelines.bench.measure import NotMeasured, checked
 
 NAMES = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
 # (batch, height, width, channels, rank, states): L = 1, less and more than a chunk, not square, channels and states

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from medmamba import bench
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
 from medmamba.ops.ss2d_scan import cuda
+from pipelines.bench import measure as bench
 
 CASE = bench.Case("nano", 1, 64, "float32", "cuda", "cuda", compiled=False)
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.bench_feed import KINDS, feed_table
-from pipelines.bench_loaders import LOADERS, Loader, Work, check, make_images, summarise
-from pipelines.bench_writers import check as written_right
-from pipelines.bench_writers import measure
+from pipelines.bench.feed import KINDS, feed_table
+from pipelines.bench.peers.loaders import LOADERS, Loader, Work, check, make_images, summarise
+from pipelines.bench.peers.writers import check as written_right
+from pipelines.bench.peers.writers import measure
 from pipelines.cli import main
 
 

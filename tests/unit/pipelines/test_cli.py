@@ -18,12 +18,12 @@ from finished_run import NO, finish
 from PIL import Image
 from rich.console import Console
 
-import medmamba.bench
+import pipelines.bench.measure
 from data_shards.catalog import card
 from data_shards.store import open_store
-from medmamba.bench import COMPARED, Case, Row
 from pipelines import cli as pipelines_cli
-from pipelines.bench import _speed_table
+from pipelines.bench.measure import COMPARED, Case, Row
+from pipelines.bench.networks import _speed_table
 from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, TrainWork, _forced, _parse, main
 from pipelines.cluster.stops import Paused
 from pipelines.commands import terminal
@@ -733,14 +733,14 @@ def test_bench_measures_what_it_can_says_why_not_the_rest_and_fails_if_that_is_a
 
 def test_an_interrupted_bench_keeps_the_rows_that_it_has(capsys, monkeypatch):
     # The second row sends the signal of a Ctrl-C to this process.
-    measure = medmamba.bench.measure_alone
+    measure = pipelines.bench.measure.measure_alone
 
     def interrupted(case, *, repeats):
         if case.batch == 3:
             signal.raise_signal(signal.SIGINT)
         return measure(case, repeats=repeats)
 
-    monkeypatch.setattr(medmamba.bench, "measure_alone", interrupted)
+    monkeypatch.setattr(pipelines.bench.measure, "measure_alone", interrupted)
     few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "numba", "--out", "kept.json", "--batches"]
     assert main([*few, "3"]) == 1
     assert json.loads(Path("kept.json").read_text())["rows"] == []

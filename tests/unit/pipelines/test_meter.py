@@ -2,8 +2,8 @@
 
 import pytest
 
-from medmamba.bench import macs
 from medmamba.config import ConvNetConfig, MedMambaConfig
+from pipelines.bench.measure import macs
 from pipelines.worker.meter import LAST_STEPS, Meter, _over_ranks
 from pipelines.worker.peak import peak_images_per_s
 from pipelines.worker.state import ResumeError

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from medmamba.bench import Case, Row
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from pipelines.bench_reference import MEASURED, BenchSpeed, find_reference, read_remembered, remember
+from pipelines.bench.measure import Case, Row
+from pipelines.bench.reference import MEASURED, BenchSpeed, find_reference, read_remembered, remember
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.speed_check import SpeedCheck, slow_reason, speed_check

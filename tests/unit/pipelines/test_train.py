@@ -9,7 +9,7 @@ from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from pipelines.bench_reference import BenchSpeed
+from pipelines.bench.reference import BenchSpeed
 from pipelines.cluster.board import Board
 from pipelines.flow import StepContext
 from pipelines.placement import Placement

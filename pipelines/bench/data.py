@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import tyro
 
-from pipelines.bench_feed import KINDS, feed_table
-from pipelines.bench_loaders import LOADERS, Work, make_images, save_work, summarise, told_in
-from pipelines.bench_writers import WRITERS
+from pipelines.bench.feed import KINDS, feed_table
+from pipelines.bench.peers.loaders import LOADERS, Work, make_images, save_work, summarise, told_in
+from pipelines.bench.peers.writers import WRITERS
 from pipelines.commands.arguments import UsageError, parse
 from pipelines.commands.terminal import Terminal, console, table
 from pipelines.scratch import scratch
@@ -29,9 +29,9 @@ from pipelines.scratch import scratch
 _LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured
 _ENDS_IN_S = 20
 # Imported, not run as a module: what Ray's workers get must not be of a module that is called __main__.
-_LOAD = "from pipelines.bench_loaders import main; main()"
-_WRITE = "from pipelines.bench_writers import main; main()"
-_FEED = "from pipelines.bench_feed import main; main()"
+_LOAD = "from pipelines.bench.peers.loaders import main; main()"
+_WRITE = "from pipelines.bench.peers.writers import main; main()"
+_FEED = "from pipelines.bench.feed import main; main()"
 
 
 def bench_data(argv: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """What `medmamba bench data` compares at conversion: files into shards, by this project and by what else a user takes.
 
-Each is run in a process of its own (`python -m pipelines.bench_writers NAME FOLDER`) on the same images. What it wrote
+Each is run in a process of its own (`python -m pipelines.bench.peers.writers NAME FOLDER`) on the same images. What it wrote
 is then read again: every image must be there once, with the coded bytes of its file. Only this project looks for copies
 and undecodable images, splits by group, and can be killed; its time includes that.
 """
@@ -27,7 +27,7 @@ from data_shards.convert import convert
 from data_shards.decode import stored_bytes
 from data_shards.shard import read_samples
 from data_shards.store import open_store
-from pipelines.bench_loaders import Work, processor_s, tell
+from pipelines.bench.peers.loaders import Work, processor_s, tell
 
 _SHARD_IMAGES = 1000  # of those that count images
 _SHARD_BYTES = "64MB"

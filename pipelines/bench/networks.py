@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from pipelines.bench_reference import remember
+from pipelines.bench.reference import remember
 from pipelines.commands.arguments import UsageError, parse
 from pipelines.commands.terminal import Terminal, console, table
 
@@ -23,7 +23,7 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 def bench(argv: Sequence[str]) -> int:
     """Measure speed, memory and cost of the networks on this machine; `bench data`: of the loader."""
     if argv[:1] == ["data"]:
-        from pipelines.bench_data import bench_data
+        from pipelines.bench.data import bench_data
 
         return bench_data(argv[1:])
 
@@ -129,8 +129,8 @@ def _check_values(asked: dict[str, Any]) -> None:
 def _cases(asked: dict[str, Any]) -> list:
     import torch
 
-    from medmamba.bench import COMPARED, Case
     from medmamba.ops.ss2d_scan import backends
+    from pipelines.bench.measure import COMPARED, Case
 
     device = asked["device"]
     if device == "auto":
@@ -156,7 +156,7 @@ def _cases(asked: dict[str, Any]) -> list:
 
 
 def _measure(cases: list, repeats: int, told: Terminal) -> Iterator:
-    from medmamba.bench import measure_alone
+    from pipelines.bench.measure import measure_alone
 
     if cases[0].device == "cpu":
         # torch's profiler else announces itself in two lines a row; on a GPU it may have to say what CUPTI refuses.
@@ -206,7 +206,7 @@ def _are_alike(rows: list) -> bool:
 
 
 def _named(case: Any) -> str:
-    from medmamba.bench import COMPARED
+    from pipelines.bench.measure import COMPARED
 
     return f"{COMPARED.get(case.network, case.network)} {case.backend}".rstrip()
 
@@ -243,9 +243,9 @@ def _cpu() -> str:
 
 
 def _cost(networks: Sequence[str]) -> list[dict[str, Any]]:
-    from medmamba.bench import NUM_CLASSES, macs, scan_updates
     from medmamba.config import VARIANTS, MedMambaConfig
     from medmamba.model import build_model
+    from pipelines.bench.measure import NUM_CLASSES, macs, scan_updates
 
     found = []
     for network in networks or VARIANTS:

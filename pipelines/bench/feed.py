@@ -19,7 +19,7 @@ import numpy as np
 
 from data_shards.loader import CACHE_BYTES, Batches, GpuMemory, batches
 from data_shards.loader.pixels import Crop
-from pipelines.bench_loaders import SEED, Delivered, Work, check, processor_s, tell
+from pipelines.bench.peers.loaders import SEED, Delivered, Work, check, processor_s, tell
 
 KINDS = ("whole, decoded", "whole, kept", "parts")
 _LEAST_S = 2.0  # an epoch of small images is over too soon to be timed

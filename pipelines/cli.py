@@ -65,7 +65,11 @@ WORKFLOW_FILE = "workflow.json"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 # What a step's driver needs of the slow ones.
-LIBRARIES = {"shard": (), "tune": ("ray.tune", "optuna"), "train": ("ray.train", "pipelines.worker.process_group")}
+LIBRARIES = {
+    "shard": (),
+    "tune": ("ray.tune", "optuna"),
+    "train": ("ray.train", "pipelines.worker.group.process_group"),
+}
 Values = TypeVar("Values")
 Where = TypeVar("Where")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.commands.terminal import duration
-from pipelines.worker.usage import Usage
+from pipelines.worker.checkpoint.usage import Usage
 
 
 def read_prices(path: str) -> dict[str, float]:

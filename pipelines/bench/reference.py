@@ -69,7 +69,7 @@ def find_reference(
 
 
 def remember(row: Any, gpu: str) -> None:
-    """Keeps a row of the bench (pipelines.bench.measure.Row) for trainings on this machine; only compiled ones on a GPU."""
+    """Keeps a row of the bench (measure.Row) for trainings on this machine; only compiled ones on a GPU."""
     case = row.case
     if case.device != "cuda" or not case.compiled or not row.train_images_per_s:
         return

@@ -8,7 +8,7 @@ from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure,
 from pipelines.sweep.ledger import trial_name
 from pipelines.tracking.leases import run_lease_key
 from pipelines.tracking.promotions import abandoned_moves
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 
 
 def read_status(store: Store, run: str = "") -> list[dict]:

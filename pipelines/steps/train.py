@@ -26,14 +26,14 @@ from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.tracking.outbox import Outbox
-from pipelines.worker.checkpoints import Checkpoints, Found
+from pipelines.worker.checkpoint.first_format import find_old_checkpoint
+from pipelines.worker.checkpoint.resume import find_resume
+from pipelines.worker.checkpoint.state import ResumeError, state_of, training_digest
+from pipelines.worker.checkpoint.stored import Checkpoints, Found
+from pipelines.worker.checkpoint.usage import USAGE, read_usage
 from pipelines.worker.config import TrainConfig, TrainStepConfig
-from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
-from pipelines.worker.old_checkpoint import find_old_checkpoint
-from pipelines.worker.resume import find_resume
-from pipelines.worker.state import ResumeError, state_of, training_digest
-from pipelines.worker.stop_flag import wants_to_stop
-from pipelines.worker.usage import USAGE, read_usage
+from pipelines.worker.group.control import Control, OwnFlags, SharedFlags, Stopped
+from pipelines.worker.group.stop_flag import wants_to_stop
 
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"
@@ -124,7 +124,7 @@ def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from pipelines.worker.launch import RayReporter, train_on_dataset
-    from pipelines.worker.speed_check import speed_check
+    from pipelines.worker.meter.speed_check import speed_check
 
     place = ray.train.get_context()
     rank, ranks = place.get_world_rank(), place.get_world_size()
@@ -206,7 +206,7 @@ def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours
     """
     import ray.train
 
-    from pipelines.worker.process_group import GroupConfig
+    from pipelines.worker.group.process_group import GroupConfig
 
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board, scratch("ray-train") as folder:
@@ -243,7 +243,7 @@ def _trainer(board: Any, sizes: Sequence[int], placement: Placement) -> Callable
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         return DataParallelTrainer
-    from pipelines.worker.trainer import LocalTrainer, WatchedTrainer
+    from pipelines.worker.group.trainer import LocalTrainer, WatchedTrainer
 
     kind = WatchedTrainer if os.environ.get("RAY_ADDRESS") else LocalTrainer
 

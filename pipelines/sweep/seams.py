@@ -20,7 +20,7 @@ from pipelines.faults import kept_reason
 from pipelines.scratch import scratch
 from pipelines.sweep.ledger import Ledger, State, trial_name
 from pipelines.tracking import Tracking, TrackingError
-from pipelines.worker.step_guard import TrainingError
+from pipelines.worker.engine.step_guard import TrainingError
 
 METRIC, EPOCH, REPORTED = "val_auc", "epoch", "reported"
 

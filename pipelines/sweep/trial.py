@@ -18,7 +18,7 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
 
     It resumes from its own newest checkpoint. Epochs that the driver's ledger has are not reported again.
     """
-    from pipelines.worker.checkpoints import Checkpoints
+    from pipelines.worker.checkpoint.stored import Checkpoints
     from pipelines.worker.launch import RayReporter, train_on_dataset, world_of_one
 
     gc.collect()  # the actor may have run a trial before, whose engine refers to itself
@@ -65,7 +65,7 @@ def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
 
 def _control(placement: Placement) -> Any:
     """What tells a trial when to write a checkpoint. Nobody asks it for anything else, so it needs no board."""
-    from pipelines.worker.control import Control, OwnFlags
+    from pipelines.worker.group.control import Control, OwnFlags
 
     every_s = placement.checkpoint_minutes * 60
     return Control(0, OwnFlags(), checkpoint_s=every_s, checkpoint_steps=placement.checkpoint_steps)

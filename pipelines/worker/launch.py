@@ -16,17 +16,17 @@ from pipelines.cluster.board import post
 from pipelines.initial_weights import read_kept
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
-from pipelines.worker.checkpoints import Checkpoints
-from pipelines.worker.compile_cache import decide_compile
+from pipelines.worker.checkpoint.resume import Resume, find_resume
+from pipelines.worker.checkpoint.state import TrainState, training_digest
+from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.control import UntilTheEnd
-from pipelines.worker.engine import Engine, build_engine
+from pipelines.worker.engine.compile_cache import decide_compile
+from pipelines.worker.engine.engine import Engine, build_engine
+from pipelines.worker.group.control import UntilTheEnd
+from pipelines.worker.group.network import LOOPBACK, bind_collectives
 from pipelines.worker.journal import Journal
 from pipelines.worker.loop import train_loop
-from pipelines.worker.network import LOOPBACK, bind_collectives
-from pipelines.worker.profile import StepProfiler
-from pipelines.worker.resume import Resume, find_resume
-from pipelines.worker.state import TrainState, training_digest
+from pipelines.worker.meter.profile import StepProfiler
 
 PROGRESS_EVERY_S = 0.5
 

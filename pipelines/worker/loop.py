@@ -17,23 +17,23 @@ from medmamba.loss import class_weights, classification_loss, scores
 from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
 from pipelines.placement import Placement
-from pipelines.worker.batch_statistics import BatchStatistics
-from pipelines.worker.checkpoint_writer import CheckpointWriter
-from pipelines.worker.checkpoints import Checkpoints
-from pipelines.worker.compile_cache import NOTICE, CompileCache
+from pipelines.worker.checkpoint.resume import Resume
+from pipelines.worker.checkpoint.state import TrainState, training_digest
+from pipelines.worker.checkpoint.stored import Checkpoints
+from pipelines.worker.checkpoint.usage import Usage
+from pipelines.worker.checkpoint.writer import CheckpointWriter
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.control import Stopped, UntilTheEnd
-from pipelines.worker.engine import Engine
+from pipelines.worker.engine.batch_statistics import BatchStatistics
+from pipelines.worker.engine.compile_cache import NOTICE, CompileCache
+from pipelines.worker.engine.engine import Engine
+from pipelines.worker.engine.objective import Objective
+from pipelines.worker.engine.step_guard import TrainingError, watch_steps
+from pipelines.worker.group.control import Stopped, UntilTheEnd
 from pipelines.worker.inference import infer, join
 from pipelines.worker.journal import Journal
-from pipelines.worker.meter import metered
-from pipelines.worker.objective import Objective
-from pipelines.worker.profile import StepProfiler
-from pipelines.worker.resume import Resume
-from pipelines.worker.state import TrainState, training_digest
-from pipelines.worker.step_guard import TrainingError, watch_steps
+from pipelines.worker.meter.profile import StepProfiler
+from pipelines.worker.meter.speed import metered
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
-from pipelines.worker.usage import Usage
 
 
 class Reporter(Protocol):

@@ -25,7 +25,7 @@ from pipelines.cluster import ray_session
 from pipelines.sweep.ledger import Ledger, checkpoint_folder
 from pipelines.sweep.suggestion import misfit, suggest
 from pipelines.tracking import open_tracking
-from pipelines.worker.step_guard import TrainingError
+from pipelines.worker.engine.step_guard import TrainingError
 
 SPACE = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "drop_path": FloatDistribution(0, 0.3)}
 

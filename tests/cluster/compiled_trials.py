@@ -14,9 +14,9 @@ from medmamba.config import ConvNetConfig
 from medmamba.model import build_model
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig
-from pipelines.worker.engine import build_engine
+from pipelines.worker.engine.engine import build_engine
+from pipelines.worker.engine.objective import Objective
 from pipelines.worker.launch import world_of_one
-from pipelines.worker.objective import Objective
 
 TRAIN = TrainConfig(batch_size=4, micro_batch=4, image_size=32)
 PLACEMENT = Placement(

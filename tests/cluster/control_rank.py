@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.cluster.monitor import PREEMPTED, Orders
-from pipelines.worker.control import Control, SharedFlags
+from pipelines.worker.group.control import Control, SharedFlags
 
 
 class Idle:

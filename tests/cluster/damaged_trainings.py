@@ -22,13 +22,13 @@ from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
 from pipelines.placement import Placement
-from pipelines.worker.checkpoints import FILES, STATE, Checkpoints
+from pipelines.worker.checkpoint.resume import FromCheckpoint
+from pipelines.worker.checkpoint.state import ResumeError, described_bytes, file_digest
+from pipelines.worker.checkpoint.stored import FILES, STATE, Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
-from pipelines.worker.control import Stopped, UntilTheEnd, Wants, Writer
-from pipelines.worker.engine import build_engine
+from pipelines.worker.engine.engine import build_engine
+from pipelines.worker.group.control import Stopped, UntilTheEnd, Wants, Writer
 from pipelines.worker.launch import train_on_dataset, world_of_one
-from pipelines.worker.resume import FromCheckpoint
-from pipelines.worker.state import ResumeError, described_bytes, file_digest
 
 CONFIG = TrainStepConfig(
     model=MedMambaConfig(variant="nano", drop_path=0.2),

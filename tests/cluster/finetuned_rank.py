@@ -20,7 +20,7 @@ from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.initial_weights import find_weights, kept_uri
 from pipelines.placement import Placement
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset
 

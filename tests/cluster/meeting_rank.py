@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipelines.worker.network import bind_collectives
+from pipelines.worker.group.network import bind_collectives
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from data_shards.store import open_store
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
 from pipelines.worker import launch, loop
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
-from pipelines.worker.control import Stopped, UntilTheEnd, Wants
-from pipelines.worker.engine import build_engine
-from pipelines.worker.objective import Objective
+from pipelines.worker.engine.engine import build_engine
+from pipelines.worker.engine.objective import Objective
+from pipelines.worker.group.control import Stopped, UntilTheEnd, Wants
 
 TRAIN = TrainConfig(epochs=2, batch_size=16, micro_batch=4, image_size=32, optim=OptimConfig(lr=1e-3, warmup_epochs=1))
 MICRO_BATCHES = TRAIN.batch_size // TRAIN.micro_batch

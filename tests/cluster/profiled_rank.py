@@ -15,10 +15,10 @@ from data_shards.store import open_store
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
+from pipelines.worker.checkpoint.usage import USAGE, read_usage
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset
-from pipelines.worker.usage import USAGE, read_usage
 
 
 class Kept:

@@ -9,7 +9,7 @@ from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset
 

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
-from pipelines.worker.checkpoints import FILES, STATE
+from pipelines.worker.checkpoint.stored import FILES, STATE
 
 SCRIPT = Path(__file__).with_name("damaged_trainings.py")
 PICKLES = [f"plant_pickle {file}" for file in FILES]

@@ -15,7 +15,7 @@ from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import train_on_dataset, world_of_one
 

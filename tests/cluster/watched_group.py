@@ -25,8 +25,8 @@ from ray.cluster_utils import Cluster
 
 from pipelines.cluster.board import Watch, post
 from pipelines.cluster.monitor import INTERRUPTED, RESTARTING, Limits
-from pipelines.worker.process_group import GroupConfig
-from pipelines.worker.trainer import LocalTrainer, WatchedTrainer
+from pipelines.worker.group.process_group import GroupConfig
+from pipelines.worker.group.trainer import LocalTrainer, WatchedTrainer
 
 STEP_S = 0.05
 STALL_S = 6.0
@@ -43,8 +43,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from pipelines.worker.control import Control, OwnFlags, SharedFlags, Stopped
-    from pipelines.worker.stop_flag import wants_to_stop
+    from pipelines.worker.group.control import Control, OwnFlags, SharedFlags, Stopped
+    from pipelines.worker.group.stop_flag import wants_to_stop
 
     place, board, saved = ray.train.get_context(), config["board"], Path(config["saved"])
     rank, ranks = place.get_world_rank(), place.get_world_size()

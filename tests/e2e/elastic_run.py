@@ -23,7 +23,7 @@ os.environ.update({**DEFAULTS, "RAY_AUTH_MODE": "disabled"})
 from ray.cluster_utils import Cluster
 
 from data_shards.store import open_store
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 
 WAIT_S = 240
 OPTIONS = [

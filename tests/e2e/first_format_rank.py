@@ -16,10 +16,10 @@ from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.model import build_model
 from pipelines.placement import Placement
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.resume import FromCheckpoint
+from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.engine import build_engine
-from pipelines.worker.resume import FromCheckpoint
+from pipelines.worker.engine.engine import build_engine
 
 
 def main() -> None:

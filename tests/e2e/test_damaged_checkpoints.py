@@ -7,7 +7,7 @@ import json
 import pytest
 from interrupted_training import interrupt_training
 
-from pipelines.worker.checkpoints import FILES, STATE
+from pipelines.worker.checkpoint.stored import FILES, STATE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -15,7 +15,7 @@ from chain import TINY, command, environment, medmamba
 from mlflow import MlflowClient
 
 from data_shards.store import open_store
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 
 pytestmark = pytest.mark.slow  # nine drivers are started and interrupted
 RESUMES = "medmamba: interrupted; run the same command to resume"

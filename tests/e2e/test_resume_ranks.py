@@ -12,7 +12,7 @@ import pytest
 from chain import TINY, command, environment, medmamba
 
 from data_shards.store import open_store
-from pipelines.worker.checkpoints import Checkpoints
+from pipelines.worker.checkpoint.stored import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 EPOCHS = 5

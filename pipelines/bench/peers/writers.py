@@ -1,8 +1,8 @@
 """What `medmamba bench data` compares at conversion: files into shards, by this project and by what else a user takes.
 
-Each is run in a process of its own (`python -m pipelines.bench.peers.writers NAME FOLDER`) on the same images. What it wrote
-is then read again: every image must be there once, with the coded bytes of its file. Only this project looks for copies
-and undecodable images, splits by group, and can be killed; its time includes that.
+Each is run in a process of its own (`python -m pipelines.bench.peers.writers NAME FOLDER`) on the same images. What it
+wrote is then read again: every image must be there once, with the coded bytes of its file. Only this project looks for
+copies and undecodable images, splits by group, and can be killed; its time includes that.
 """
 
 from __future__ import annotations

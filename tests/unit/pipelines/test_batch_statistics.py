@@ -7,7 +7,7 @@ import torch.multiprocessing
 from torch import nn
 
 from medmamba.finetune import freeze
-from pipelines.worker.batch_statistics import BatchStatistics
+from pipelines.worker.engine.batch_statistics import BatchStatistics
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.worker.capture import Captured
+from pipelines.worker.engine.capture import Captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 GPU = torch.device("cuda", 0)

@@ -11,8 +11,8 @@ from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.override import override
 from pipelines.placement import Placement
-from pipelines.worker.compile_cache import CompileCache, decide_compile
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.engine.compile_cache import CompileCache, decide_compile
 
 AUTO = Placement(
     workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1, compile="auto"

@@ -10,7 +10,7 @@ import torch
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba, build_model, compiled_parts, exchanged
-from pipelines.worker.flat import FlatParameters
+from pipelines.worker.engine.flat import FlatParameters
 
 CONFIG = MedMambaConfig(dims=(8, 16), depths=(2, 3), num_classes=3, drop_path=0.4)
 KINDS = 5  # stem, block of each stage, merging, head

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.cluster.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Beat, Member, Monitor, Orders
-from pipelines.worker.control import BITS, CHECKPOINT, NOTHING, Control, OwnFlags, Stopped, UntilTheEnd, Wants
+from pipelines.worker.group.control import BITS, CHECKPOINT, NOTHING, Control, OwnFlags, Stopped, UntilTheEnd, Wants
 
 
 class Idle:

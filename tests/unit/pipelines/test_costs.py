@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.costs import cost_facts, cost_line, read_prices
-from pipelines.worker.usage import Usage
+from pipelines.worker.checkpoint.usage import Usage
 
 ON_CPU = Usage(images=400, wall_s=750, steady_images=320, steady_s=8)
 ON_GPU = ON_CPU.plus(Usage(gpu_s={"NVIDIA H200": 756.0}, energy_j=468_000))

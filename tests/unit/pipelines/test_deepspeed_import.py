@@ -15,7 +15,7 @@ def loaded(*statements: str) -> list[str]:
     return done.stdout.split()[-2:]
 
 
-IMPORT = "from pipelines.worker.deepspeed_import import import_deepspeed\nimport_deepspeed('cpu')"
+IMPORT = "from pipelines.worker.engine.deepspeed_import import import_deepspeed\nimport_deepspeed('cpu')"
 
 
 def test_importing_deepspeed_loads_no_mlflow():
@@ -45,9 +45,9 @@ from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig
-from pipelines.worker.engine import build_engine
+from pipelines.worker.engine.engine import build_engine
 from pipelines.worker.launch import world_of_one
-from pipelines.worker.objective import Objective
+from pipelines.worker.engine.objective import Objective
 world_of_one("gloo")
 place = Placement(
     workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1, flat={flat}

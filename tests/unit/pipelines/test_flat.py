@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medmamba.optim import OptimConfig, build_optimizer, parameter_groups
-from pipelines.worker.flat import ALIGNED, FlatParameters, clip_gradients, copy_gradients
+from pipelines.worker.engine.flat import ALIGNED, FlatParameters, clip_gradients, copy_gradients
 
 
 def network() -> nn.Module:

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from pipelines.worker.gpu_monitor import EVERY_S, GpuMonitor
-from pipelines.worker.nvml import Nvml
+from pipelines.worker.meter.gpu_monitor import EVERY_S, GpuMonitor
+from pipelines.worker.meter.nvml import Nvml
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

@@ -6,7 +6,7 @@ import socket
 import psutil
 import pytest
 
-from pipelines.worker.network import INTERFACE_VARIABLES, NCCL_VARIABLE, bind_collectives, interface_of, listen_on
+from pipelines.worker.group.network import INTERFACE_VARIABLES, NCCL_VARIABLE, bind_collectives, interface_of, listen_on
 
 NAMES = (*INTERFACE_VARIABLES, NCCL_VARIABLE)
 LOOPBACKS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.worker.nvml import Nvml
+from pipelines.worker.meter.nvml import Nvml
 
 SOURCE = """
 #include <string.h>

@@ -7,7 +7,7 @@ from data_shards.store.s3.client import SILENCE_S
 from pipelines.cluster.monitor import SLOW_S
 from pipelines.placement import Demand, Node, PlacementConfig, resolve
 from pipelines.worker.config import TrainConfig
-from pipelines.worker.process_group import TIMEOUT_S
+from pipelines.worker.group.process_group import TIMEOUT_S
 
 
 def placed(num_cpus=2.0, num_gpus=0.0, **wishes):

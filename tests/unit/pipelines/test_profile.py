@@ -11,8 +11,8 @@ from torch.autograd import DeviceType
 from pipelines.commands.summary import print_profile
 from pipelines.flow.record import Record
 from pipelines.flow.runner import StepState
-from pipelines.worker.meter import Meter
-from pipelines.worker.profile import WAIT, StepProfiler, summarize
+from pipelines.worker.meter.profile import WAIT, StepProfiler, summarize
+from pipelines.worker.meter.speed import Meter
 
 
 @pytest.mark.parametrize(

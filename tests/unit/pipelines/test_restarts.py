@@ -17,9 +17,9 @@ from data_shards.store.disk import DiskFullError
 from pipelines.cluster.monitor import PREEMPTED, RESIZED
 from pipelines.faults import fault_line
 from pipelines.group_faults import NoPlaceError, StalledError
-from pipelines.worker.control import Stopped
-from pipelines.worker.group_size import Host, best_size, room
-from pipelines.worker.restarts import kind_of
+from pipelines.worker.group.control import Stopped
+from pipelines.worker.group.restarts import kind_of
+from pipelines.worker.group.size import Host, best_size, room
 
 
 def group(**ranks: Exception) -> WorkerGroupError:

@@ -9,7 +9,7 @@ from pipelines.bench.measure import Case, Row
 from pipelines.bench.reference import MEASURED, BenchSpeed, find_reference, read_remembered, remember
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig, TrainStepConfig
-from pipelines.worker.speed_check import SpeedCheck, slow_reason, speed_check
+from pipelines.worker.meter.speed_check import SpeedCheck, slow_reason, speed_check
 
 H200 = "NVIDIA H200"
 ALONE = Placement(

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.worker.state import TrainState
-from pipelines.worker.step_guard import (
+from pipelines.worker.checkpoint.state import TrainState
+from pipelines.worker.engine.step_guard import (
     SHOWN_KEYS,
     Skips,
     StepGuard,

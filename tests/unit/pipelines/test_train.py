@@ -16,11 +16,11 @@ from pipelines.placement import Placement
 from pipelines.steps.train import check_batches, check_ended, keep_best, tagging
 from pipelines.tracking import open_tracking
 from pipelines.tracking.outbox import Outbox
-from pipelines.worker.checkpoints import Found
+from pipelines.worker.checkpoint.state import ResumeError, TrainState, describe
+from pipelines.worker.checkpoint.stored import Found
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import RayReporter
-from pipelines.worker.speed_check import SpeedCheck
-from pipelines.worker.state import ResumeError, TrainState, describe
+from pipelines.worker.meter.speed_check import SpeedCheck
 
 ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
 

@@ -8,10 +8,10 @@ import pytest
 from ray.train import ScalingConfig
 
 from pipelines.cluster.monitor import Limits
-from pipelines.worker.group_size import GroupSize
-from pipelines.worker.process_group import Group, GroupConfig
-from pipelines.worker.restarts import GroupWatch, RestartPolicy
-from pipelines.worker.trainer import (
+from pipelines.worker.group.process_group import Group, GroupConfig
+from pipelines.worker.group.restarts import GroupWatch, RestartPolicy
+from pipelines.worker.group.size import GroupSize
+from pipelines.worker.group.trainer import (
     NEEDLESS,
     LocalTrainer,
     WatchedTrainer,

@@ -16,8 +16,8 @@ import ray.train
 import ray.util
 from ray.train.backend import Backend, BackendConfig
 
-from pipelines.worker.network import bind_collectives, listen_on
-from pipelines.worker.stop_flag import catch_end
+from pipelines.worker.group.network import bind_collectives, listen_on
+from pipelines.worker.group.stop_flag import catch_end
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -20,8 +20,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.cluster.monitor import Limits
-from pipelines.worker.group_size import NODE_ID, GroupSize
-from pipelines.worker.restarts import GroupWatch, RestartPolicy
+from pipelines.worker.group.restarts import GroupWatch, RestartPolicy
+from pipelines.worker.group.size import NODE_ID, GroupSize
 
 NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
 

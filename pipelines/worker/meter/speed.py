@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from pipelines.worker.checkpoint.usage import Usage
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.engine import Engine
-from pipelines.worker.gpu_monitor import GpuMonitor
-from pipelines.worker.peak import peak_images_per_s
-from pipelines.worker.usage import Usage
+from pipelines.worker.engine.engine import Engine
+from pipelines.worker.meter.gpu_monitor import GpuMonitor
+from pipelines.worker.meter.peak import peak_images_per_s
 
 LAST_STEPS = 20  # the fewest steps that the speed "of the last steps" is taken over, once there are so many
 Batch = TypeVar("Batch")

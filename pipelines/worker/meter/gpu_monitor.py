@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipelines.worker.nvml import Nvml
+from pipelines.worker.meter.nvml import Nvml
 
 EVERY_S = 1.0
 GIB = 2**30

@@ -9,7 +9,7 @@ from medmamba.config import MedMambaConfig
 from pipelines.bench.reference import BenchSpeed, find_reference, read_remembered
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.meter import LAST_STEPS
+from pipelines.worker.meter.speed import LAST_STEPS
 
 SLOW = 0.5  # of the bench
 LONG_WAIT = 0.2  # of the time

@@ -27,7 +27,7 @@ from pipelines.cluster.board import post
 from pipelines.cluster.monitor import PREEMPTED, RESIZED, Limits, Loss, Member, loss_line
 from pipelines.faults import causes, comes_again
 from pipelines.group_faults import NoPlaceError, StalledError
-from pipelines.worker.control import Stopped
+from pipelines.worker.group.control import Stopped
 
 RESTARTS = 3  # in a row, without a newer checkpoint
 STALLS = 1

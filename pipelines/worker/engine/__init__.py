@@ -1,0 +1,1 @@
+"""One step of a training: DeepSpeed, gradients, compiled parts, statistics of BatchNorm."""

@@ -1,0 +1,1 @@
+"""How fast a training is, what it waits for, and what the GPU could do."""

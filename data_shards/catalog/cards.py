@@ -1,4 +1,4 @@
-"""What is known of each dataset: one card per dataset, a small TOML file beside this module."""
+"""What is known of each dataset: one card per dataset, a TOML file in this folder."""
 
 import difflib
 import functools

@@ -403,7 +403,7 @@ def in_another_process(site, target):
         "from data_shards.catalog.fetch import fetch\n"
         "print(fetch(PublishedFile(url=sys.argv[1], md5=sys.argv[2]), Path(sys.argv[3])).state)"
     )
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     return subprocess.Popen(
         [sys.executable, "-c", code, site.url, site.md5, str(target)],
         env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

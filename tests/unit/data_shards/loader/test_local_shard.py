@@ -177,7 +177,7 @@ def test_a_fetch_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(cache):
         "def fetch():\n    yield b'da'\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "NodeCache().copy(entry_of(b'data'), fetch, mine=())"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
+    path = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1, 4))
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path})
     assert killed.returncode == -9
     assert [file.suffix for file in cache.iterdir() if file.is_file()] == [".part"]

@@ -149,7 +149,7 @@ def start(uri: str, first: int, last: int) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])},
     )
 
 

@@ -105,7 +105,7 @@ def an_added_file(package: Path, owned: Path) -> None:
 
 
 def a_removed_file(package: Path, owned: Path) -> None:
-    (package / "code" / "medmamba" / "bench.py").unlink()
+    (package / "code" / "medmamba" / "finetune.py").unlink()
 
 
 WEIGHTS_OR_CARD = [other_weights, a_flipped_bit, swapped_classes, both_with_a_digest_that_fits]

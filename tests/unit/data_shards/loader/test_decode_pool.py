@@ -148,7 +148,7 @@ def test_processes_end_with_their_parent_also_where_it_is_killed():
         "pool = t.DecodePool(t.Images(), 2, t.SHAPE); pool.put(t.wanted(0)); pool.take()\n"
         "print(*[child.pid for child in t.children()], flush=True); sys.stdin.read()"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
+    path = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1, 4))
     parent = subprocess.Popen(
         [sys.executable, "-c", script],
         stdin=subprocess.PIPE,
@@ -203,7 +203,7 @@ def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_without_a_word(uri):
         f"stream = iter(batches(open_dataset({uri!r}), 'train', batch=4, image_size=16, train=True, processes=True))\n"
         "next(stream)"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
@@ -230,7 +230,7 @@ def test_a_damaged_shard_is_the_same_error_from_a_process(tmp_path):
 
 def read_until_killed(uri: str, state: str, lines_until_kill: int | None, delay_s: float) -> list[list[str]]:
     """What a reader in a process group of its own tells; killed, group and all, `delay_s` after so many lines."""
-    path = str(Path(__file__).parents[3])
+    path = str(Path(__file__).parents[4])
     reader = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "read_epochs.py"), uri, state],
         stdout=subprocess.PIPE,

@@ -142,6 +142,6 @@ def test_the_three_packages_are_shipped_without_caches_and_nothing_else():
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert {path.suffix for path in files} <= {".py", ".toml", ".cpp", ".cu", ".md"}
         assert not any("__pycache__" in path.parts for path in files)
-        assert (folder / "pipelines" / "cluster.py").is_file()
+        assert (folder / "pipelines" / "cluster" / "job.py").is_file()
         assert sum(path.stat().st_size for path in files) < 5 << 20  # Ray refuses more than 100 MiB
     assert not folder.exists()

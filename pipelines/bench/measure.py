@@ -1,7 +1,7 @@
 """How fast a network trains and predicts on this machine, and what it costs: what `medmamba bench` measures.
 
-A speed is told only of a scan backend that equals the definition (ss2d_scan/reference.py in float64) in the same process, in
-values and in every gradient. A row that cannot be measured says why instead.
+A speed is told only of a scan backend that equals the definition (ss2d_scan/reference.py in float64) in the same
+process, in values and in every gradient. A row that cannot be measured says why instead.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from pipelines.override import override
 from pipelines.placement import Demand, Placement
 from pipelines.recipes import Recipe
 from pipelines.steps.train import begun_training
-from pipelines.worker.checkpoint.first_format import check_placement
 from pipelines.worker.config import TrainConfig
+from pipelines.worker.engine.first_format import check_placement
 
 OF_CHECKPOINT = ("zero_stage", "compile")
 OF_OLD_CHECKPOINT = (*OF_CHECKPOINT, "ranks", "flat")

@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 from data_shards.store import Store
-from pipelines.worker.checkpoint.first_format import BEST, ENGINE, RAY_RUN, SNAPSHOT
-from pipelines.worker.checkpoint.snapshot import read_tensors
-from pipelines.worker.checkpoint.state import described_bytes, file_digest
 from pipelines.worker.checkpoint.stored import FOLDER, MOMENTS, OF_MODEL, Found
 from pipelines.worker.checkpoint.usage import USAGE
 from pipelines.worker.engine.engine import TAG, Engine
+from pipelines.worker.engine.first_format import BEST, ENGINE, RAY_RUN, SNAPSHOT
+from pipelines.worker.engine.snapshot import read_tensors
+from pipelines.worker.state import described_bytes, file_digest
 
 NAME = "checkpoint_2026-01-01_00-00-00.000001"
 FIELDS = (

@@ -13,8 +13,8 @@ import numpy as np
 
 from data_shards import catalog
 from data_shards.config import DataConfig, PhantomConfig
+from data_shards.labels import check_settings
 from data_shards.source import phantoms
-from data_shards.source.labels import check_settings
 from data_shards.store import open_store
 
 # As a setting: no such column, whatever the catalogue says.

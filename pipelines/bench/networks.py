@@ -12,9 +12,9 @@ from typing import Any
 
 import tyro
 
-from pipelines.bench.reference import remember
 from pipelines.commands.arguments import UsageError, parse
 from pipelines.commands.terminal import Terminal, console, table
+from pipelines.worker.meter.bench_rows import remember
 
 COSTED_SIDES = (112, 224, 384, 512)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}

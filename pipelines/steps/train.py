@@ -26,14 +26,14 @@ from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.tracking.outbox import Outbox
-from pipelines.worker.checkpoint.first_format import find_old_checkpoint
 from pipelines.worker.checkpoint.resume import find_resume
-from pipelines.worker.checkpoint.state import ResumeError, state_of, training_digest
 from pipelines.worker.checkpoint.stored import Checkpoints, Found
 from pipelines.worker.checkpoint.usage import USAGE, read_usage
 from pipelines.worker.config import TrainConfig, TrainStepConfig
+from pipelines.worker.engine.first_format import find_old_checkpoint
 from pipelines.worker.group.control import Control, OwnFlags, SharedFlags, Stopped
 from pipelines.worker.group.stop_flag import wants_to_stop
+from pipelines.worker.state import ResumeError, state_of, training_digest
 
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"

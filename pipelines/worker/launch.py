@@ -17,7 +17,6 @@ from pipelines.initial_weights import read_kept
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.worker.checkpoint.resume import Resume, find_resume
-from pipelines.worker.checkpoint.state import TrainState, training_digest
 from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine.compile_cache import decide_compile
@@ -27,6 +26,7 @@ from pipelines.worker.group.network import LOOPBACK, bind_collectives
 from pipelines.worker.journal import Journal
 from pipelines.worker.loop import train_loop
 from pipelines.worker.meter.profile import StepProfiler
+from pipelines.worker.state import TrainState, training_digest
 
 PROGRESS_EVERY_S = 0.5
 

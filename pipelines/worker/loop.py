@@ -18,7 +18,6 @@ from medmamba.metrics.classification import evaluate
 from medmamba.optim import learning_rate
 from pipelines.placement import Placement
 from pipelines.worker.checkpoint.resume import Resume
-from pipelines.worker.checkpoint.state import TrainState, training_digest
 from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.checkpoint.usage import Usage
 from pipelines.worker.checkpoint.writer import CheckpointWriter
@@ -33,6 +32,7 @@ from pipelines.worker.inference import infer, join
 from pipelines.worker.journal import Journal
 from pipelines.worker.meter.profile import StepProfiler
 from pipelines.worker.meter.speed import metered
+from pipelines.worker.state import TrainState, training_digest
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 
 

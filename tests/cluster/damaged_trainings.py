@@ -23,12 +23,12 @@ from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
 from pipelines.placement import Placement
 from pipelines.worker.checkpoint.resume import FromCheckpoint
-from pipelines.worker.checkpoint.state import ResumeError, described_bytes, file_digest
 from pipelines.worker.checkpoint.stored import FILES, STATE, Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.engine.engine import build_engine
 from pipelines.worker.group.control import Stopped, UntilTheEnd, Wants, Writer
 from pipelines.worker.launch import train_on_dataset, world_of_one
+from pipelines.worker.state import ResumeError, described_bytes, file_digest
 
 CONFIG = TrainStepConfig(
     model=MedMambaConfig(variant="nano", drop_path=0.2),

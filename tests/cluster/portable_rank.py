@@ -17,13 +17,13 @@ from medmamba.model import build_model
 from medmamba.optim import OptimConfig
 from pipelines.placement import Placement
 from pipelines.worker.checkpoint.resume import find_resume
-from pipelines.worker.checkpoint.snapshot import read_tensors
-from pipelines.worker.checkpoint.state import training_digest
 from pipelines.worker.checkpoint.stored import MOMENTS, Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.engine.engine import build_engine
+from pipelines.worker.engine.snapshot import read_tensors
 from pipelines.worker.group.control import Stopped, UntilTheEnd, Wants, Writer
 from pipelines.worker.launch import train_on_dataset
+from pipelines.worker.state import training_digest
 
 TRAIN = TrainConfig(epochs=20, batch_size=48, micro_batch=8, image_size=64, optim=OptimConfig(lr=1e-4))
 

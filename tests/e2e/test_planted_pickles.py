@@ -14,9 +14,9 @@ from chain import TINY, medmamba
 from interrupted_training import RUN, TRAIN, Interrupted, interrupt_training
 
 from medmamba.config import MODEL
-from pipelines.worker.checkpoint.first_format import SNAPSHOT
-from pipelines.worker.checkpoint.state import described_bytes, file_digest
 from pipelines.worker.checkpoint.stored import FILES, STATE
+from pipelines.worker.engine.first_format import SNAPSHOT
+from pipelines.worker.state import described_bytes, file_digest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from ranks import run_ranks

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_shards.config import DataConfig
+from data_shards.labels import quoted
 from data_shards.source.folders.tree import composed, loose
-from data_shards.source.labels import quoted
 from data_shards.split import SPLITS, split_word
 
 DROP = "drop"

@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
+from data_shards.labels import composed, grouped_by_path, option
 from data_shards.source.file_set import FileSet
 from data_shards.source.files.links import broken_links
 from data_shards.source.files.open import Files, open_files
-from data_shards.source.labels import composed, grouped_by_path, option
 from data_shards.source.lookalikes import described, folded, trimmed
 from data_shards.source.open import Row
 from data_shards.source.table.image_paths import Places, find_images

@@ -1,1 +1,1 @@
-"""What a training keeps so that it can resume: its state, weights, moments and use, in the store."""
+"""What a training keeps so that it can resume: its checkpoints in the store, and what it has used so far."""

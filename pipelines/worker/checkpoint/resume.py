@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from medmamba.config import WEIGHTS
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint.first_format import BEST, ENGINE, OldCheckpoint, check_placement, find_old_checkpoint
-from pipelines.worker.checkpoint.state import ResumeError, TrainState, check_same_data, state_of
 from pipelines.worker.checkpoint.stored import FOLDER, MOMENTS, OF_MODEL, Checkpoints, Found
 from pipelines.worker.checkpoint.usage import USAGE, Usage, read_usage
+from pipelines.worker.engine.first_format import BEST, ENGINE, OldCheckpoint, check_placement, find_old_checkpoint
+from pipelines.worker.state import ResumeError, TrainState, check_same_data, state_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,7 @@ class FromCheckpoint(Resume):
             raise ResumeError(f"checkpoint {self._found.name}: {error}") from error
 
     def _read(self, file: str) -> dict[str, Any]:
-        from pipelines.worker.checkpoint.snapshot import read_tensors
+        from pipelines.worker.engine.snapshot import read_tensors
 
         try:
             return read_tensors(self._found.files[file])

@@ -18,8 +18,8 @@ from typing import Any
 
 from data_shards.store import Store, StoreKeyError
 from medmamba.config import MODEL, WEIGHTS
-from pipelines.worker.checkpoint.state import FIELDS, ResumeError, described_bytes, file_digest, read_described
 from pipelines.worker.checkpoint.usage import USAGE
+from pipelines.worker.state import FIELDS, ResumeError, described_bytes, file_digest, read_described
 
 FOLDER = "checkpoints"
 STATE, MOMENTS = "train.json", "moments.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_shards.fields import explained
-from pipelines.worker.checkpoint.state import ResumeError
+from pipelines.worker.state import ResumeError
 
 USAGE = "usage.json"
 

@@ -16,11 +16,11 @@ from data_shards.store.disk import DiskFullError
 from data_shards.store.outage import PATIENCE_S
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
-from pipelines.worker.checkpoint.snapshot import Snapshot
-from pipelines.worker.checkpoint.state import TrainState, describe
 from pipelines.worker.checkpoint.stored import MOMENTS, Checkpoints
 from pipelines.worker.checkpoint.usage import USAGE, Usage, usage_bytes
 from pipelines.worker.engine.engine import Engine
+from pipelines.worker.engine.snapshot import Snapshot
+from pipelines.worker.state import TrainState, describe
 
 LAST_WAIT_S = 60.0  # how long a training that failed waits for the checkpoint on its way
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0)

@@ -1,1 +1,1 @@
-"""One step of a training: DeepSpeed, gradients, compiled parts, statistics of BatchNorm."""
+"""One step of a training: DeepSpeed, gradients, compiled parts, statistics of BatchNorm, and its state as tensors."""

@@ -17,14 +17,14 @@ from medmamba.model import MedMamba, compiled_parts, exchanged
 from medmamba.optim import build_optimizer, parameter_groups
 from medmamba.precision import set_precision
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint.first_format import tensors_only
-from pipelines.worker.checkpoint.optimizer_state import read_moments, write_moments
-from pipelines.worker.checkpoint.snapshot import Snapshot, listed_moments, named_moments
 from pipelines.worker.config import TrainConfig
 from pipelines.worker.engine.capture import Captured
 from pipelines.worker.engine.deepspeed_import import import_deepspeed
+from pipelines.worker.engine.first_format import tensors_only
 from pipelines.worker.engine.flat import FlatParameters, clip_gradients, copy_gradients
 from pipelines.worker.engine.objective import Objective, autocast
+from pipelines.worker.engine.optimizer_state import read_moments, write_moments
+from pipelines.worker.engine.snapshot import Snapshot, listed_moments, named_moments
 from pipelines.worker.engine.step_guard import StepGuard
 
 TAG = "engine"

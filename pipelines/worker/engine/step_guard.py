@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data_shards.store import StoreError
-from pipelines.worker.checkpoint.state import TrainState
+from pipelines.worker.state import TrainState
 
 IN_A_ROW = 5  # steps that are skipped one after the other end the training,
 SHARE = 0.1  # and so does more than this share of an epoch's steps, from IN_A_ROW on

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medmamba.config import MedMambaConfig
-from pipelines.bench.reference import BenchSpeed, find_reference, read_remembered
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.meter.bench_rows import BenchSpeed, find_reference, read_remembered
 from pipelines.worker.meter.speed import LAST_STEPS
 
 SLOW = 0.5  # of the bench

@@ -35,7 +35,7 @@ from pipelines.recipes import RECIPES, Recipe, recipe
 from pipelines.tracking import open_tracking
 from pipelines.tracking.leases import driver_lease
 from pipelines.tracking.registry import by_alias
-from pipelines.worker.checkpoint.first_format import SNAPSHOT
+from pipelines.worker.engine.first_format import SNAPSHOT
 from pipelines.workflows import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]

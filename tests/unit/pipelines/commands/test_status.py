@@ -15,8 +15,8 @@ from pipelines.placement import Placement
 from pipelines.recipes import Recipe
 from pipelines.tracking.leases import driver_lease
 from pipelines.tracking.promotions import Promotion
-from pipelines.worker.checkpoint.state import TrainState, describe
 from pipelines.worker.checkpoint.stored import FILES, Checkpoints
+from pipelines.worker.state import TrainState, describe
 
 
 @pytest.fixture(scope="module")

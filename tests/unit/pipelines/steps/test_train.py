@@ -9,18 +9,18 @@ from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from pipelines.bench.reference import BenchSpeed
 from pipelines.cluster.board import Board
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.steps.train import check_batches, check_ended, keep_best, tagging
 from pipelines.tracking import open_tracking
 from pipelines.tracking.outbox import Outbox
-from pipelines.worker.checkpoint.state import ResumeError, TrainState, describe
 from pipelines.worker.checkpoint.stored import Found
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.launch import RayReporter
+from pipelines.worker.meter.bench_rows import BenchSpeed
 from pipelines.worker.meter.speed_check import SpeedCheck
+from pipelines.worker.state import ResumeError, TrainState, describe
 
 ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
 

@@ -9,11 +9,11 @@ from safetensors.torch import load
 
 from data_shards.store import FileStore, StoreError
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint.snapshot import Snapshot
-from pipelines.worker.checkpoint.state import TrainState
 from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.checkpoint.usage import Usage
 from pipelines.worker.checkpoint.writer import CheckpointWriter
+from pipelines.worker.engine.snapshot import Snapshot
+from pipelines.worker.state import TrainState
 
 PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
 ABOUT = {"seed": 0, "placement": PLACEMENT, "manifest": "m" * 64}

@@ -8,8 +8,8 @@ import pytest
 from data_shards.store import Store, open_store
 from pipelines.placement import Placement
 from pipelines.worker.checkpoint.resume import find_resume
-from pipelines.worker.checkpoint.state import ResumeError, TrainState, describe, described_bytes
 from pipelines.worker.checkpoint.stored import FILES, FOLDER, Checkpoints
+from pipelines.worker.state import ResumeError, TrainState, describe, described_bytes
 
 PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
 

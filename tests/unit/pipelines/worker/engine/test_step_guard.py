@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.worker.checkpoint.state import TrainState
 from pipelines.worker.engine.step_guard import (
     SHOWN_KEYS,
     Skips,
@@ -15,6 +14,7 @@ from pipelines.worker.engine.step_guard import (
     name_samples,
     watch_steps,
 )
+from pipelines.worker.state import TrainState
 
 CPU, NAN = torch.device("cpu"), float("nan")
 

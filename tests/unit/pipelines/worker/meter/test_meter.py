@@ -4,10 +4,10 @@ import pytest
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.bench.measure import macs
-from pipelines.worker.checkpoint.state import ResumeError
 from pipelines.worker.checkpoint.usage import USAGE, Usage, read_usage, usage_bytes
 from pipelines.worker.meter.peak import peak_images_per_s
 from pipelines.worker.meter.speed import LAST_STEPS, Meter, _over_ranks
+from pipelines.worker.state import ResumeError
 
 
 class Clock:

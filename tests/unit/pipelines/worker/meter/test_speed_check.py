@@ -6,9 +6,9 @@ import pytest
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.bench.measure import Case, Row
-from pipelines.bench.reference import MEASURED, BenchSpeed, find_reference, read_remembered, remember
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig, TrainStepConfig
+from pipelines.worker.meter.bench_rows import MEASURED, BenchSpeed, find_reference, read_remembered, remember
 from pipelines.worker.meter.speed_check import SpeedCheck, slow_reason, speed_check
 
 H200 = "NVIDIA H200"

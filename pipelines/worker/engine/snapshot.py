@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medmamba.checkpoint import write_weights
-from pipelines.worker.checkpoint.optimizer_state import MOMENTS
+from pipelines.worker.engine.optimizer_state import MOMENTS
 
 STEP = "step"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_shards.store import Store, StoreKeyError
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint.state import ResumeError, file_digest, read_described
+from pipelines.worker.state import ResumeError, file_digest, read_described
 
 RAY_RUN = "ray"
 SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are complete

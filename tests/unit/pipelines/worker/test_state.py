@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint.state import (
+from pipelines.worker.state import (
     FIELDS,
     ResumeError,
     TrainState,

@@ -8,8 +8,8 @@ import torch
 
 from data_shards.store import open_store
 from pipelines.placement import Placement
-from pipelines.worker.checkpoint.first_format import SNAPSHOT, check_placement, find_old_checkpoint, tensors_only
-from pipelines.worker.checkpoint.state import ResumeError
+from pipelines.worker.engine.first_format import SNAPSHOT, check_placement, find_old_checkpoint, tensors_only
+from pipelines.worker.state import ResumeError
 
 FIRST, SECOND = "checkpoint_2026-01-01_00-00-00.000001", "checkpoint_2026-01-01_00-00-09.000001"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from data_shards.config import DataConfig
 
 if TYPE_CHECKING:
-    from data_shards.source.open import Row
+    from data_shards.source import Row
 
 _SHOWN = 10  # names in a message at most
 _CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode's categories of what ends a line or cannot be seen, tabs among them

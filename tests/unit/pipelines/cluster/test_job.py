@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipelines.cluster import job as cluster
+from pipelines.cluster import job
 from pipelines.cluster.job import submit
 from pipelines.cluster.shipment import PASSED_VARIABLES, ClusterError, job_variables, staged_packages
 from pipelines.provenance import COMMIT_VARIABLE
@@ -44,8 +44,8 @@ def test_an_unreachable_address_is_named_within_15_seconds(nobody):
 
 
 def test_a_server_that_accepts_and_says_nothing_is_named_too(monkeypatch):
-    assert cluster.CONNECT_TIMEOUT_S + cluster.READ_TIMEOUT_S < 15
-    monkeypatch.setattr(cluster, "READ_TIMEOUT_S", 0.3)
+    assert job.CONNECT_TIMEOUT_S + job.READ_TIMEOUT_S < 15
+    monkeypatch.setattr(job, "READ_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ClusterError, match=f"{address}: no answer in time"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +69,7 @@ def altered_json(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any] | 
             places += [(parent[key], inner) for inner in _keys(parent[key])]
         parent, key = draw(st.sampled_from(places))
         if draw(st.booleans()):
-            parent[key] = draw(anything if values is None else values)
+            parent[key] = copy.deepcopy(draw(anything if values is None else values))  # the next round may change it
         else:
             del parent[key]
             if not document:

@@ -31,7 +31,7 @@ class _Job:
     snapshot: Snapshot
     state: TrainState
     usage: Usage
-    losses_S: torch.Tensor
+    losses: torch.Tensor
 
 
 class CheckpointWriter:
@@ -139,7 +139,7 @@ class CheckpointWriter:
         with scratch("checkpoint") as folder:
             files = {name: folder / name for name in (WEIGHTS, MODEL, MOMENTS, USAGE)}
             job.snapshot.write(files[WEIGHTS], files[MOMENTS], self._stream)
-            job.state.losses = job.snapshot.listed(job.losses_S, self._stream)
+            job.state.losses = job.snapshot.listed(job.losses, self._stream)
             files[MODEL].write_bytes(self._model_json)
             files[USAGE].write_bytes(usage_bytes(job.usage))
             described = describe(job.state, **self._about)

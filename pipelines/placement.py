@@ -72,7 +72,7 @@ class PlacementConfig(BaseModel):
     """Compile the training step with torch.compile and replay it as a CUDA graph. auto: on GPUs, except in the trials
     of a sweep and in trainings so short that it does not pay. Not at ZeRO 3. The first time takes about a minute; the
     compiled code is kept in this machine's cache. It changes roundings, so a training that resumes keeps its setting
-    unless another is named."""
+    unless another is named. In float32 on a GPU the step is only replayed as a CUDA graph, bit-equal to `off`."""
     scan: str = "auto"
     """Backend of the selective scan. auto: the first that can run here; a named one that cannot is an error."""
     trials: int = Field(0, ge=0)

@@ -23,7 +23,7 @@ from pipelines.worker.checkpoint.usage import Usage
 from pipelines.worker.checkpoint.writer import CheckpointWriter
 from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine.batch_statistics import BatchStatistics
-from pipelines.worker.engine.compile_cache import NOTICE, CompileCache
+from pipelines.worker.engine.compile_cache import NOTICE, CompileCache, is_compiled
 from pipelines.worker.engine.engine import Engine
 from pipelines.worker.engine.objective import Objective
 from pipelines.worker.engine.step_guard import TrainingError, watch_steps
@@ -77,7 +77,7 @@ def train_loop(
     objective = Objective(train, manifest.task, _class_weights(config, data, engine.device))
     statistics = BatchStatistics(engine.model, engine.device)
     state, usage, control, journal = TrainState(), Usage(), control or UntilTheEnd(), journal or Journal()
-    compiled = CompileCache(config, placement, manifest) if placement.compile == "on" else None
+    compiled = CompileCache(config, placement, manifest) if is_compiled(placement, train.precision) else None
     if compiled is not None and not compiled.is_warm:
         report.begin(NOTICE)
     latest = Latest(engine.device)
@@ -96,8 +96,8 @@ def train_loop(
         def keep(losses: list[torch.Tensor]) -> None:
             """Writes a checkpoint of the step that was just made; `losses` are those of the epoch."""
             with meter.writing():
-                state.losses, state.unsent = torch.stack(losses).tolist(), journal.unsent()
-                writer.save(state, meter.usage_now(engine.ranks))
+                state.unsent = journal.unsent()
+                writer.save(state, meter.usage_now(engine.ranks), torch.stack(losses))
 
         while state.epoch < train.epochs and not state.is_stale(train.patience):
             losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
@@ -174,7 +174,7 @@ def train_loop(
             with meter.writing(), control.busy("writing a checkpoint"):
                 journal.epoch({**metrics, **figures}, step_losses)
                 state.unsent = journal.unsent()
-                writer.save(state, meter.usage)
+                writer.save(state, meter.usage)  # between two epochs there are no losses to resume with
                 report.epoch({**metrics, **figures}, step_losses)
         with control.busy("writing the last checkpoint"):
             writer.finish()

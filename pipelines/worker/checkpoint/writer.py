@@ -31,6 +31,7 @@ class _Job:
     snapshot: Snapshot
     state: TrainState
     usage: Usage
+    losses: torch.Tensor
 
 
 class CheckpointWriter:
@@ -86,8 +87,11 @@ class CheckpointWriter:
         """Whether a checkpoint is still on its way to the store."""
         return self._writes or bool(self._waiting)
 
-    def save(self, state: TrainState, usage: Usage) -> None:
+    def save(self, state: TrainState, usage: Usage, losses_S: torch.Tensor | None = None) -> None:
         """Copies the training as it is now and has it stored; every rank calls it at the same step.
+
+        `losses_S` (S,) are the losses of the current epoch's steps, on the device and no longer written to; they take
+        the place of those in `state`, so that nobody waits for the device here. None: there are none.
 
         Of checkpoints that wait because the store is slow only the newest is stored, and those of best epochs.
         Raises what kept an earlier one from being stored.
@@ -96,7 +100,7 @@ class CheckpointWriter:
         snapshot = self._engine.snapshot()
         if snapshot is None:
             return
-        job = _Job(snapshot, copy.deepcopy(state), usage)
+        job = _Job(snapshot, copy.deepcopy(state), usage, torch.empty(0) if losses_S is None else losses_S)
         with self._changed:
             needed = [waiting for waiting in self._waiting if waiting.state.step == state.best_step]
             self._waiting = [*needed, job]
@@ -135,6 +139,7 @@ class CheckpointWriter:
         with scratch("checkpoint") as folder:
             files = {name: folder / name for name in (WEIGHTS, MODEL, MOMENTS, USAGE)}
             job.snapshot.write(files[WEIGHTS], files[MOMENTS], self._stream)
+            job.state.losses = job.snapshot.listed(job.losses, self._stream)
             files[MODEL].write_bytes(self._model_json)
             files[USAGE].write_bytes(usage_bytes(job.usage))
             described = describe(job.state, **self._about)

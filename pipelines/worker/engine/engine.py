@@ -19,6 +19,7 @@ from medmamba.precision import set_precision
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainConfig
 from pipelines.worker.engine.capture import Captured
+from pipelines.worker.engine.compile_cache import is_compiled
 from pipelines.worker.engine.deepspeed_import import import_deepspeed
 from pipelines.worker.engine.first_format import tensors_only
 from pipelines.worker.engine.flat import FlatParameters, clip_gradients, copy_gradients
@@ -45,7 +46,8 @@ class Engine:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
         self.guard = StepGuard(self.device)
-        self._compiles = placement.compile == "on"
+        self._captures = placement.compile == "on"
+        self._compiles = is_compiled(placement, config.precision)
         if self._compiles:
             # A process that trains several trials would keep each one's code and network, and after eight of them run
             # the function uncompiled; what is compiled again comes from the cache on disk.
@@ -288,7 +290,7 @@ class FlatEngine(Engine):
             return self.model(images_B3HW)
 
     def _captured(self, run: Any, state: Any = ()) -> Any:
-        if self.device.type != "cuda" or not self._compiles:
+        if self.device.type != "cuda" or not self._captures:
             return lambda *inputs: run(*(given.to(self.device, non_blocking=True) for given in inputs))
         return Captured(run, self.device, state)
 

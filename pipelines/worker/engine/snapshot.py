@@ -36,6 +36,11 @@ class Snapshot:
             write_weights(weights, self.weights)
             save_file({name: value.cpu().contiguous() for name, value in self.moments.items()}, moments)
 
+    def listed(self, values: Tensor, stream: torch.cuda.Stream | None = None) -> list[float]:
+        """A tensor that was ready when the snapshot was taken, as floats; see `write`."""
+        with self._copied_on(stream):
+            return values.tolist()
+
     def _copied_on(self, stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
         if self.ready is None or stream is None:
             return contextlib.nullcontext()

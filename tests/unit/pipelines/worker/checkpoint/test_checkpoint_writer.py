@@ -81,6 +81,12 @@ def test_the_training_does_not_wait_and_what_is_stored_is_of_the_step_that_was_s
     assert weight_of(store, "step-0000000001") == 0.0
 
 
+def test_losses_are_those_of_the_tensor_that_was_handed_over(store):
+    with writer(store, engine()) as written:
+        written.save(state(3), Usage(), torch.tensor([0.5, 0.25, 0.125]))
+    assert Checkpoints(store).newest_state()["losses"] == [0.5, 0.25, 0.125]
+
+
 def test_of_those_that_wait_the_newest_is_stored_and_the_best_one_that_it_names(store):
     of = engine()
     store.opened.clear()

@@ -12,7 +12,7 @@ from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.override import override
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
-from pipelines.worker.engine.compile_cache import CompileCache, decide_compile
+from pipelines.worker.engine.compile_cache import CompileCache, decide_compile, is_compiled
 
 AUTO = Placement(
     workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1, compile="auto"
@@ -53,6 +53,29 @@ def test_a_long_training_without_a_compiler_is_not_compiled_and_says_so(data, tm
     assert decide_compile(AUTO, SHORT, data)[1] == ""
     monkeypatch.setenv("CC", "/opt/gcc")
     assert decide_compile(AUTO, LONG, data)[0].compile == "on"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "setting", "expected"),
+    [
+        ("cuda", "bfloat16", "on", True),
+        ("cuda", "tf32", "on", True),
+        ("cuda", "float32", "on", False),
+        ("cpu", "float32", "on", True),
+        ("cuda", "bfloat16", "off", False),
+    ],
+)
+def test_float32_on_a_gpu_is_replayed_without_being_compiled(device, precision, setting, expected):
+    placement = AUTO.model_copy(update={"device": device, "compile": setting})
+    assert is_compiled(placement, precision) is expected
+
+
+def test_a_long_float32_training_on_a_gpu_needs_no_compiler(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    on_gpu = AUTO.model_copy(update={"device": "cuda"})
+    config = override(LONG, {"train.precision": "float32"})
+    assert (decide_compile(on_gpu, config, data)[0].compile, decide_compile(on_gpu, config, data)[1]) == ("on", "")
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
@@ -139,38 +138,6 @@ def checked(backend: str, device: str, precision: str) -> dict[str, float]:
     return errors
 
 
-def scan_updates(config: MedMambaConfig, side: int) -> int:
-    """Steps of the selective scan for one image: one per position, direction, channel and state."""
-    total = 0
-    for length, channels, depth in _stages(config, side):
-        total += depth * NUM_DIRECTIONS * length * channels * config.d_state
-    return total
-
-
-def macs(config: MedMambaConfig, side: int) -> int:
-    """Multiply-accumulates of one image in convolutions, products and the scan (two an update: state, read-out)."""
-    stages = _stages(config, side)
-    total = stages[0][0] * stages[0][1] * 3 * 4 * 4 + stages[-1][1] * config.num_classes
-    for length, channels, depth in stages:
-        half, rank = channels // 2, -(-channels // 32)
-        convolutions = (9 + 9 + 1) * half * half + 9 * channels
-        products = half * 2 * channels + channels * half
-        into_scan = channels * NUM_DIRECTIONS * (2 * rank + 2 * config.d_state)
-        total += depth * length * (convolutions + products + into_scan)
-    for (_, channels, _), (length, _, _) in pairwise(stages):
-        total += length * 4 * channels * 2 * channels
-    return total + 2 * scan_updates(config, side)
-
-
-def _stages(config: MedMambaConfig, side: int) -> list[tuple[int, int, int]]:
-    """(positions, inner channels of the scan, blocks) of each stage."""
-    found, edge = [], side // 4
-    for dim, depth in zip(config.resolved_dims, config.resolved_depths, strict=True):
-        found.append((edge * edge, dim, depth))
-        edge //= 2
-    return found
-
-
 def _operands(device: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     batch, height, width, channels, rank, states = 2, 13, 11, 48, 3, 16
@@ -210,16 +177,15 @@ def _network(case: Case) -> nn.Module:
         config = MedMambaConfig(variant=case.network, num_classes=NUM_CLASSES)  # type: ignore[arg-type]
         return build_model(config, scan=case.backend, device=case.device)
     try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision is of another torch
-        raise NotMeasured(f"needs the extra compare ({str(error).splitlines()[0]})") from None
-    sized = {"img_size": case.side} if "patch" in case.network else {}  # convolutions take any side
+        from pipelines.bench.peers.networks import create_network
+    except ModuleNotFoundError:  # a job that `submit` shipped comes without peers
+        raise NotMeasured("the networks of other projects are not shipped to a cluster") from None
     try:
-        model = timm.create_model(case.network, num_classes=NUM_CLASSES, **sized)
-    except (AssertionError, ValueError) as error:
-        raise NotMeasured(f"timm has no {case.network} for {case.side} px ({error})") from None
+        model = create_network(case.network, case.side, NUM_CLASSES)
+    except ValueError as error:
+        raise NotMeasured(str(error)) from None
     # MedMamba turns its maps channels-last itself; these follow their weights.
-    return model.to(case.device, memory_format=torch.channels_last)
+    return model.to(case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _autocast(case: Case) -> contextlib.AbstractContextManager:

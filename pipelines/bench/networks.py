@@ -244,8 +244,9 @@ def _cpu() -> str:
 
 def _cost(networks: Sequence[str]) -> list[dict[str, Any]]:
     from medmamba.config import VARIANTS, MedMambaConfig
+    from medmamba.cost import macs, scan_updates
     from medmamba.model import build_model
-    from pipelines.bench.measure import NUM_CLASSES, macs, scan_updates
+    from pipelines.bench.measure import NUM_CLASSES
 
     found = []
     for network in networks or VARIANTS:

@@ -12,8 +12,8 @@ import torch
 
 from data_shards.manifest import Dataset, Manifest
 from medmamba.config import MedMambaConfig
+from medmamba.cost import macs
 from medmamba.ops.build_cache import cache_folder
-from pipelines.bench.measure import macs
 from pipelines.placement import Placement
 from pipelines.worker.config import TrainStepConfig
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
+from medmamba.cost import macs
 from medmamba.precision import Precision
-from pipelines.bench.measure import macs
 
 # TFLOP/s without sparsity, from NVIDIA's datasheets of these boards; their tensor cores' figures with sparsity, halved.
 _H100: dict[Precision, float] = {"float32": 67, "tf32": 494.5, "bfloat16": 989}

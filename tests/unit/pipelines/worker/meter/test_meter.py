@@ -3,7 +3,7 @@
 import pytest
 
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from pipelines.bench.measure import macs
+from medmamba.cost import macs
 from pipelines.worker.checkpoint.usage import USAGE, Usage, read_usage, usage_bytes
 from pipelines.worker.meter.peak import peak_images_per_s
 from pipelines.worker.meter.speed import LAST_STEPS, Meter, _over_ranks

@@ -1,7 +1,8 @@
 """One seam to a folder and to S3, and what goes with it: leases, services that are away, full disks."""
 
+from data_shards.store.folder import FileStore
+from data_shards.store.open import open_store
 from data_shards.store.store import (
-    FileStore,
     Store,
     StoreAwayError,
     StoreError,
@@ -9,7 +10,6 @@ from data_shards.store.store import (
     StoreKeyError,
     StorePathError,
     checked_key,
-    open_store,
 )
 
 __all__ = [

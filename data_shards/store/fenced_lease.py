@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from data_shards.store.claims import Claim, Claims
 from data_shards.store.holder import Holder, this_process
 from data_shards.store.lease import LeaseError
 from data_shards.store.store import Store, StoreError, StoreKeyError
@@ -21,7 +21,8 @@ from data_shards.store.store import Store, StoreError, StoreKeyError
 TTL_S = 45.0  # with WATCH_S and the second in which stores count, a dead holder is replaced within a minute
 WATCH_S = 5.0  # a lease that looks old is watched for so long: after an outage its holder renews it first
 SETTLE_S = 2.0  # how long a write may take to be seen, where a store cannot say who was first
-_GRAIN_S = 2.0  # stores count in whole seconds, once for the object and once for the present
+GRAIN_S = 2.0  # stores count in whole seconds, once for the object and once for the present
+_RENEW_S = 4.0  # for the requests of one renewal together
 _log = logging.getLogger(__name__)
 
 
@@ -40,24 +41,12 @@ def is_lost(check: Callable[[], None]) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a lease object says."""
-
-    token: str
-    holder: Holder
-    since: str
-    ttl_s: float
-    renewals: int = 0
-    is_over: bool = False
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-
 class FencedLease:
-    """A held lease. `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
+    """A lease that this process holds. `number` grows with each takeover; `before` is the claim of a holder that died,
+    else None."""
 
     def __init__(self, store: Store, prefix: str, *, what: str, ttl_s: float, on_lost: Callable[[], None] | None):
-        self._store, self._prefix, self._what, self._on_lost = store, prefix, what, on_lost
+        self._claims, self._what, self._on_lost = Claims(store, prefix), what, on_lost
         self._claim = Claim(
             secrets.token_hex(16), this_process(), datetime.now(UTC).isoformat(timespec="seconds"), ttl_s
         )
@@ -82,7 +71,7 @@ class FencedLease:
         with self._lock:
             self._look()
             if self._good_until - _now() < for_s:
-                self._write(self._store)
+                self._write(self._claims)
                 self._look()
 
     def note(self, **about: Any) -> None:
@@ -90,10 +79,75 @@ class FencedLease:
         with self._lock:
             self._look()
             self._claim = replace(self._claim, about={**self._claim.about, **about})
-            self._write(self._store)
+            self._write(self._claims)
+
+    def take(self, *, remedy: str, wait_s: float, say: Callable[[str], None]) -> None:
+        """Waits until this process holds the lease; LeaseError where a holder is alive after `wait_s`."""
+        claims, watch = self._claims, _Watch(self._claims)
+        began, pause_s, is_told = time.monotonic(), 0.05, False
+        while True:
+            number = claims.last()
+            found = claims.read(number) if number else None
+            if found is None or found.is_over or found.holder.is_dead or watch.is_abandoned(number, found):
+                if self.claim(number + 1, found):
+                    self.before = None if found is None or found.is_over else found
+                    return
+            elif time.monotonic() - began > wait_s and watch.is_alive(found):
+                raise LeaseError(f"{self._held_by(found)}: {remedy}")
+            elif not is_told:
+                say(f"{self._held_by(found)}; waiting for it")
+                is_told = True
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(1.0, 1.5 * pause_s)
+
+    def claim(self, number: int, found: Claim | None) -> bool:
+        """Whether this process has won this number, nobody has a higher one, and the claim before is as `found`."""
+        claims, began = self._claims, _now()
+        self.number = number  # from here on it is given back, whatever happens
+        if claims.write(number, self._claim, if_absent=True):
+            self._good_until = began + self._claim.ttl_s - GRAIN_S
+            if not claims.store.conditional:
+                time.sleep(SETTLE_S)
+            numbers, ours = claims.numbers(), claims.read(number)
+            if ours is not None and ours.token == self._claim.token:
+                # A number below the highest may have been free because its object was removed: then it holds nothing.
+                # A holder renews and then looks; we write and then look. So one of the two always sees the other.
+                if max(numbers, default=0) == number and _is_unchanged(claims, number - 1, found):
+                    for lower in numbers:
+                        if lower < number:
+                            claims.remove(lower)
+                    return True
+                claims.remove(number)
+        self.number = 0
+        return False
+
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews the lease from another thread while the block lasts."""
+        keeper = threading.Thread(target=self._keep, name=f"lease {self._claims.prefix}", daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            keeper.join()
+
+    def give_back(self) -> None:
+        """Ends the lease, if this process has claimed it; where the store cannot be reached it ends by itself."""
+        if not self.number:
+            return
+        with contextlib.suppress(StoreError), self._lock:
+            claims = self._claims.within(_RENEW_S)
+            found = claims.read(self.number)
+            if not self._lost and found is not None and found.token == self._claim.token:
+                # The object stays: a number that came back could be mistaken for an older holder's.
+                claims.write(self.number, replace(self._claim, is_over=True))
+
+    def _held_by(self, found: Claim) -> str:
+        return f"{self._what} is held by {found.holder} since {found.since}"
 
     def _look(self) -> None:
-        if not self._lost and max(_numbers(self._store, self._prefix), default=0) != self.number:
+        if not self._lost and self._claims.last() != self.number:
             self._lose()
         if self._lost:
             raise LostLeaseError(
@@ -102,15 +156,14 @@ class FencedLease:
             )
 
     def _lose(self) -> None:
-        number = max(_numbers(self._store, self._prefix), default=0)
-        found = _read(self._store, self._prefix, number)
+        found = self._claims.read(self._claims.last())
         self._lost = str(found.holder) if found else "another process"
 
-    def _write(self, store: Store) -> None:
+    def _write(self, claims: Claims) -> None:
         began = _now()  # its age counts from before it was written
         self._claim = replace(self._claim, renewals=self._claim.renewals + 1)
-        store.put(_key(self._prefix, self.number), _to_json(self._claim))
-        self._good_until = began + self._claim.ttl_s - _GRAIN_S
+        claims.write(self.number, self._claim)
+        self._good_until = began + self._claim.ttl_s - GRAIN_S
 
     def _keep(self) -> None:
         """Renews until the lease is given back, or another process has taken it."""
@@ -119,9 +172,9 @@ class FencedLease:
             wait_s = self._claim.ttl_s / 5
             try:
                 with self._lock:
-                    store = self._store._impatient()
-                    if max(_numbers(store, self._prefix), default=0) == self.number:
-                        self._write(store)
+                    claims = self._claims.within(_RENEW_S)
+                    if claims.last() == self.number:
+                        self._write(claims)
                         is_told = False
                         continue
                     self._lose()
@@ -137,35 +190,29 @@ class FencedLease:
                 self._on_lost()
             return
 
-    def _give_back(self) -> None:
-        with contextlib.suppress(StoreError), self._lock:  # where this fails it ends by itself
-            store = self._store._impatient()
-            found = _read(store, self._prefix, self.number)
-            if not self._lost and found is not None and found.token == self._claim.token:
-                # The object stays: a number that came back could be mistaken for an older holder's.
-                store.put(_key(self._prefix, self.number), _to_json(replace(self._claim, is_over=True)))
-
 
 def is_held(store: Store, prefix: str, number: int) -> bool:
     """Whether the claim `number` of the lease `prefix` still holds, as far as one look can tell.
 
     It is the last one, was not given back, and was renewed within its time by a process that is not known to be dead.
     """
-    last = max(_numbers(store, prefix), default=0)
-    return last == number and _holder(store, prefix, last) is not None
+    claims = Claims(store, prefix)
+    last = claims.last()
+    return last == number and _holder(claims, last) is not None
 
 
 def current_holder(store: Store, prefix: str) -> Holder | None:
     """The process that holds the lease `prefix`, as far as one look can tell; None where nobody does."""
-    return _holder(store, prefix, max(_numbers(store, prefix), default=0))
+    claims = Claims(store, prefix)
+    return _holder(claims, claims.last())
 
 
-def _holder(store: Store, prefix: str, number: int) -> Holder | None:
-    found = _read(store, prefix, number)
+def _holder(claims: Claims, number: int) -> Holder | None:
+    found = claims.read(number)
     if found is None or found.is_over or found.holder.is_dead:
         return None
     try:
-        return found.holder if store.age_s(_key(prefix, number)) <= found.ttl_s + WATCH_S else None
+        return found.holder if claims.age_s(number) <= found.ttl_s + WATCH_S else None
     except StoreKeyError:  # somebody has taken over meanwhile
         return None
 
@@ -208,78 +255,31 @@ def fenced_lease(
     """
     held = FencedLease(store, prefix, what=what, ttl_s=ttl_s, on_lost=on_lost)
     try:
-        _take(held, remedy=remedy, wait_s=wait_s, say=say)
-        keeper = threading.Thread(target=held._keep, name=f"lease {prefix}", daemon=True)
-        keeper.start()
-        try:
+        held.take(remedy=remedy, wait_s=wait_s, say=say)
+        with held.renewed():
             yield held
-        finally:
-            held._ended.set()
-            keeper.join()
     finally:
-        if held.number:
-            held._give_back()
+        held.give_back()
 
 
-def _take(held: FencedLease, *, remedy: str, wait_s: float, say: Callable[[str], None]) -> None:
-    store, prefix, watch = held._store, held._prefix, _Watch(held._store)
-    began, pause_s, is_told = time.monotonic(), 0.05, False
-    while True:
-        number = max(_numbers(store, prefix), default=0)
-        found = _read(store, prefix, number) if number else None
-        if found is None or found.is_over or found.holder.is_dead or watch.is_abandoned(_key(prefix, number), found):
-            if _claimed(held, number + 1, found):
-                held.before = None if found is None or found.is_over else found
-                return
-        elif time.monotonic() - began > wait_s and watch.is_alive(found):
-            raise LeaseError(f"{_told(held, found)}: {remedy}")
-        elif not is_told:
-            say(f"{_told(held, found)}; waiting for it")
-            is_told = True
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(1.0, 1.5 * pause_s)
-
-
-def _claimed(held: FencedLease, number: int, found: Claim | None) -> bool:
-    """Whether this process has won the claim of this number, nobody has a higher one, and `found` is as it was."""
-    store, key, began = held._store, _key(held._prefix, number), _now()
-    held.number = number  # from here on it is given back, whatever happens
-    if store.put(key, _to_json(held._claim), if_absent=True):
-        held._good_until = began + held._claim.ttl_s - _GRAIN_S
-        if not store.conditional:
-            time.sleep(SETTLE_S)
-        numbers, ours = _numbers(store, held._prefix), _read(store, held._prefix, number)
-        if ours is not None and ours.token == held._claim.token:
-            # A number below the highest may have been free because its object was removed: then it holds nothing.
-            # A holder renews and then looks; we write and then look. So one of the two always sees the other.
-            if max(numbers, default=0) == number and _is_unchanged(held, number - 1, found):
-                for lower in numbers:
-                    if lower < number:
-                        store.delete(_key(held._prefix, lower))
-                return True
-            store.delete(key)
-    held.number = 0
-    return False
-
-
-def _is_unchanged(held: FencedLease, number: int, found: Claim | None) -> bool:
+def _is_unchanged(claims: Claims, number: int, found: Claim | None) -> bool:
     if found is None or found.is_over:
         return True
-    now = _read(held._store, held._prefix, number)
+    now = claims.read(number)
     return now is None or now.renewals == found.renewals or now.is_over
 
 
 class _Watch:
     """What a process that waits has seen of the claim it waits for."""
 
-    def __init__(self, store: Store):
-        self._store, self._place = store, this_process().place
+    def __init__(self, claims: Claims):
+        self._claims, self._place = claims, this_process().place
         self._tag, self._since, self._last, self._renewals = "", 0.0, 0.0, 0
 
-    def is_abandoned(self, key: str, found: Claim) -> bool:
+    def is_abandoned(self, number: int, found: Claim) -> bool:
         """Whether the claim was not renewed for its time, nor for WATCH_S before our eyes."""
         try:
-            age_s, tag = self._store.age_s(key), f"{key} {self._store.tag(key)}"
+            age_s, tag = self._claims.age_s(number), self._claims.tag(number)
         except StoreKeyError:
             return False  # somebody has taken over meanwhile
         now = time.monotonic()
@@ -292,36 +292,6 @@ class _Watch:
     def is_alive(self, found: Claim) -> bool:
         """Whether the holder certainly is, so that waiting longer may not help."""
         return self._renewals > 0 or found.holder.place == self._place != ""
-
-
-def _told(held: FencedLease, found: Claim) -> str:
-    return f"{held._what} is held by {found.holder} since {found.since}"
-
-
-def _key(prefix: str, number: int) -> str:
-    return f"{prefix}/{number:08d}.json"
-
-
-def _numbers(store: Store, prefix: str) -> list[int]:
-    names = (key.rpartition("/")[2].removesuffix(".json") for key in store.list(f"{prefix}/"))
-    return [int(name) for name in names if name.isdigit()]
-
-
-def _read(store: Store, prefix: str, number: int) -> Claim | None:
-    """The claim of this number; None where there is none, or something that is not one."""
-    try:
-        data = store.get(_key(prefix, number))
-    except StoreKeyError:
-        return None
-    try:
-        found = json.loads(data)
-        return Claim(**{**found, "holder": Holder(**found["holder"])})
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def _to_json(claim: Claim) -> bytes:
-    return json.dumps(asdict(claim), indent=1).encode()
 
 
 def _now() -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data_shards.store.store import Store, StoreError, StoreKeyError
 
+_RENEW_S = 4.0  # for the requests of one renewal together
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +45,43 @@ class Lease:
                 "work: run again once no other conversion of this dataset runs; what is finished is kept"
             )
 
+    def take(self, *, until: float) -> None:
+        """Waits until this process holds the lease; LeaseError where another's is fresh at `until` (monotonic)."""
+        store, key = self._store, self._key
+        while True:
+            found = _read(store, key)
+            if found is None or _is_over(store, key, found):
+                self._write(store)
+                time.sleep(self._settle_s)
+                if self._is_ours(store):
+                    return
+                found = _read(store, key) or {"owner": "another driver"}
+            if time.monotonic() > until:
+                raise LeaseError(
+                    f"{found['owner']} is at work in {store.uri} (its lease {key} is fresh): wait until it has "
+                    f"finished; if it was killed, its lease ends {found.get('ttl_s', self._ttl_s):g} s after it was "
+                    "last renewed"
+                )
+            time.sleep(min(1.0, self._ttl_s / 10))
+
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews the lease from another thread while the block lasts."""
+        keeper = threading.Thread(target=self._keep, name=f"lease {self._key}", daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            keeper.join()
+
+    def give_back(self) -> None:
+        """Ends the lease; where the store cannot be reached it ends by itself."""
+        store = self._store.with_patience(_RENEW_S)
+        with contextlib.suppress(StoreError):
+            if not self._lost and self._is_ours(store):
+                store.delete(self._key)
+
     def _write(self, store: Store) -> None:
         began = time.monotonic()  # its age counts from before it was written
         content = {"owner": self._owner, "ttl_s": self._ttl_s, "token": self._token}
@@ -65,19 +103,13 @@ class Lease:
         """Renews until it has ended, or somebody else has taken it."""
         while not self._ended.wait(self._ttl_s / 3):
             try:
-                store = self._store._impatient()
+                store = self._store.with_patience(_RENEW_S)
                 if not self._is_ours(store):
                     self._lost = "another driver has taken it"
                     return
                 self._write(store)
             except StoreError as error:  # `check` knows how long it has been
                 _log.info("the lease %s could not be renewed: %s", self._key, error)
-
-    def _give_back(self) -> None:
-        store = self._store._impatient()
-        with contextlib.suppress(StoreError):  # then it ends by itself
-            if not self._lost and self._is_ours(store):
-                store.delete(self._key)
 
 
 @contextlib.contextmanager
@@ -108,15 +140,12 @@ def lease(
         LeaseError: another driver holds it.
     """
     held = Lease(store, key, owner, ttl_s=ttl_s, settle_s=settle_s)
-    _take(held, settle_s=settle_s, until=time.monotonic() + wait_s)
-    keeper = threading.Thread(target=held._keep, name=f"lease {key}", daemon=True)
-    keeper.start()
+    held.take(until=time.monotonic() + wait_s)
     try:
-        yield held
+        with held.renewed():
+            yield held
     finally:
-        held._ended.set()
-        keeper.join()
-        held._give_back()
+        held.give_back()
 
 
 @contextlib.contextmanager
@@ -127,24 +156,6 @@ def one_driver(store: Store, key: str, owner: str, *, wait_s: float = 0.0) -> It
         return
     with lease(store, key, owner, wait_s=wait_s) as held:
         yield held
-
-
-def _take(held: Lease, *, settle_s: float, until: float) -> None:
-    store, key = held._store, held._key
-    while True:
-        found = _read(store, key)
-        if found is None or _is_over(store, key, found):
-            held._write(store)
-            time.sleep(settle_s)
-            if held._is_ours(store):
-                return
-            found = _read(store, key) or {"owner": "another driver"}
-        if time.monotonic() > until:
-            raise LeaseError(
-                f"{found['owner']} is at work in {store.uri} (its lease {key} is fresh): wait until it has finished; "
-                f"if it was killed, its lease ends {found.get('ttl_s', held._ttl_s):g} s after it was last renewed"
-            )
-        time.sleep(min(1.0, held._ttl_s / 10))
 
 
 def _is_over(store: Store, key: str, found: dict[str, Any]) -> bool:

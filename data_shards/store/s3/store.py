@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
+import math
 import operator
 import secrets
 import time
@@ -12,25 +14,30 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from data_shards.store.outage import PATIENCE_S, span
 from data_shards.store.s3.client import LONGEST_PAUSE_S, SILENCE_S, Tries, connect, store_outage
+from data_shards.store.s3.conditional import (
+    ONLY_IF_ABSENT,
+    heeds_conditions,
+    is_conflict,
+    is_there,
+    is_unknown,
+    learn_conditions,
+)
 from data_shards.store.s3.errors import DamagedError, ReplacedError, code_of, explain, failures
 from data_shards.store.s3.read import Reading
 from data_shards.store.s3.upload import MULTIPART_BYTES, Parts, comparable_etag, etag_of, size_of
-from data_shards.store.store import Store, StoreAwayError, StoreError, StoreKeyError, checked_key, tell_unconditional
+from data_shards.store.store import Store, StoreAwayError, StoreError, StoreKeyError, checked_key
 
 RESUME = "run the same command to resume"
 _WINDOW_BYTES = 16 << 20
-_EXISTS = ("PreconditionFailed", "412")
 _MARKERS = {  # how the next page is asked for: argument -> where the last page tells it
     "list_objects_v2": {"ContinuationToken": "NextContinuationToken"},
     "list_multipart_uploads": {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
 }
 _T = TypeVar("_T")
-# (endpoint, bucket) -> whether it heeds If-None-Match; asked once per process.
-_heeds: dict[tuple[str, str], bool] = {}
 
 
 class S3Store(Store):
@@ -46,18 +53,27 @@ class S3Store(Store):
     unless the bucket encrypts with keys of KMS or of the customer. A range alone and a listing have no checksum in S3:
     whoever reads a range needs a digest of his own.
 
-    Conditions: radosgw 16 heeds If-None-Match for whole objects but not at the end of an upload in parts. There two
-    writers of one large object both win, and the later one's stays.
+    Conditions: see conditional.py. Where a server does not heed them at the end of an upload in parts, two writers of
+    one large object both win, and the later one's stays.
     """
 
     is_local = False
 
-    def __init__(self, bucket: str, prefix: str, *, patience_s: float = PATIENCE_S, silence_s: float = SILENCE_S):
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        *,
+        patience_s: float = PATIENCE_S,
+        silence_s: float = SILENCE_S,
+        left_s: float = math.inf,
+    ):
+        """`left_s`: for how long from now attempts of all operations together may begin."""
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._root = f"{prefix}/" if prefix else ""
-        self.patience_s, self._silence_s = patience_s, silence_s
-        self._until = float("inf")  # of all operations together
+        self.patience_s, self.silence_s = patience_s, silence_s
+        self._until = time.monotonic() + left_s
 
     @property
     def conditional(self) -> bool:
@@ -154,14 +170,24 @@ class S3Store(Store):
     def path(self, key: str) -> None:
         return None
 
+    def at(self, *parts: str) -> Self:
+        return self._with(prefix="/".join(filter(None, [self.prefix, *map(checked_key, parts)])))
+
+    def with_patience(self, total_s: float) -> Self:
+        """See Store; an attempt also ends when the server has been silent for `total_s`."""
+        return self._with(silence_s=min(total_s, self.silence_s), left_s=min(total_s, self._left_s))
+
+    def __reduce__(self):
+        return functools.partial(type(self), **self._settings()), ()
+
     @property
     def client(self) -> Any:
         """boto3's client of this process."""
         with self._errors("cannot connect"):
-            return connect(self._silence_s).client
+            return connect(self.silence_s).client
 
     def _put_whole(self, key: str, body: bytes, *, if_absent: bool) -> bool:
-        place, condition = self._place(key), {"IfNoneMatch": "*"} if if_absent else {}
+        place, condition = self._place(key), ONLY_IF_ABSENT if if_absent else {}
         checksum = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         tries = self._tries()
         while True:
@@ -176,11 +202,11 @@ class S3Store(Store):
                 condition = {"IfMatch": answer["ETag"]} if if_absent else {}
                 raise DamagedError(f"the server stored other bytes than were sent (its ETag is {tag})")
             except failures() as error:
-                if if_absent and code_of(error) in _EXISTS:
+                if if_absent and is_there(error):
                     tries.answered()
                     # An attempt whose answer was lost may have written it: then these are our bytes.
                     return tries.unsure and self.holds(key, body)
-                if condition and code_of(error) == "NotImplemented":
+                if condition and is_unknown(error):
                     self._learn(False)
                     condition = {}
                     continue
@@ -209,21 +235,21 @@ class S3Store(Store):
 
     def _completed(self, parts: Parts, key: str, data: bytes | Path, *, if_absent: bool) -> bool | None:
         """True: written; False: another object was there first; None: the server wants all parts again."""
-        tries, condition = self._tries(), {"IfNoneMatch": "*"} if if_absent else {}
+        tries, condition = self._tries(), ONLY_IF_ABSENT if if_absent else {}
         while True:
             try:
                 parts.complete(tries.client(), **condition)
                 tries.answered()
                 return True
             except failures() as error:
-                is_there, is_lost = code_of(error) in _EXISTS, code_of(error) in ("NoSuchUpload", "404")
-                if (is_there or is_lost) and tries.unsure and self.holds(key, data):
+                exists, is_lost = is_there(error), code_of(error) in ("NoSuchUpload", "404")
+                if (exists or is_lost) and tries.unsure and self.holds(key, data):
                     return True  # by an attempt whose answer was lost
-                if is_there:
+                if exists:
                     return False
-                if is_lost or code_of(error) == "ConditionalRequestConflict":
+                if is_lost or is_conflict(error):
                     return None
-                if condition and code_of(error) == "NotImplemented":
+                if condition and is_unknown(error):
                     self._learn(False)
                     condition = {}
                     continue
@@ -298,16 +324,15 @@ class S3Store(Store):
 
     def _tries(self) -> Tries:
         until = min(time.monotonic() + self.patience_s, self._until)
-        return Tries(self.bucket, until=until, patience_s=self.patience_s, silence_s=self._silence_s)
+        return Tries(self.bucket, until=until, patience_s=self.patience_s, silence_s=self.silence_s)
 
     @property
     def _heeds(self) -> bool | None:
         """What is known of the server's conditional writes."""
-        return _heeds.get((self.client.meta.endpoint_url, self.bucket))
+        return heeds_conditions(self.client.meta.endpoint_url, self.bucket)
 
     def _learn(self, heeds: bool) -> None:
-        if _heeds.setdefault((self.client.meta.endpoint_url, self.bucket), heeds) is heeds is False:
-            tell_unconditional(self)
+        learn_conditions(self.client.meta.endpoint_url, self.bucket, heeds, uri=self.uri)
 
     def _heeds_conditions(self) -> bool:
         key = f".probe-{secrets.token_hex(8)}"
@@ -318,10 +343,16 @@ class S3Store(Store):
             with contextlib.suppress(StoreError):
                 self.delete(key)
 
-    def _impatient(self) -> Store:
-        impatient = S3Store(self.bucket, self.prefix, patience_s=self.patience_s, silence_s=4)
-        impatient._until = time.monotonic() + 4
-        return impatient
+    @property
+    def _left_s(self) -> float:
+        return self._until - time.monotonic()
+
+    def _settings(self) -> dict[str, Any]:
+        times = {"patience_s": self.patience_s, "silence_s": self.silence_s, "left_s": self._left_s}
+        return {"bucket": self.bucket, "prefix": self.prefix, **times}
+
+    def _with(self, **changes: Any) -> Self:
+        return type(self)(**{**self._settings(), **changes})
 
     def _place(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._root + checked_key(key)}
@@ -335,7 +366,7 @@ class S3Store(Store):
                 raise StoreKeyError(f"{self.uri} has no object {key}") from error
             reason = explain(error, bucket=self.bucket, uri=self.uri)
             away_s = store_outage(self.bucket).away_s
-            if self._until == float("inf") and 0 < self.patience_s - LONGEST_PAUSE_S <= away_s:
+            if math.isinf(self._until) and 0 < self.patience_s - LONGEST_PAUSE_S <= away_s:
                 reason += f"; the wait of {span(self.patience_s)} (--placement.patience-s) is over; {RESUME}"
                 raise StoreAwayError(f"{self.uri}: {doing}: {reason}") from error
             raise StoreError(f"{self.uri}: {doing}: {reason}") from error

@@ -85,7 +85,7 @@ def _marked_put(put):
 CHANGES = {
     "pipelines.worker.loop": change_loop,
     "pipelines.worker.launch": change_launch,
-    "data_shards.store.store": change_store,
+    "data_shards.store.folder": change_store,
     "data_shards.store.s3.store": change_store,
 }
 

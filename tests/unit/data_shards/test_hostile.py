@@ -380,7 +380,7 @@ def test_a_member_of_a_shard_that_is_not_a_plain_file_is_refused(kind):
 
 @pytest.mark.parametrize("key", ["a\0b", "", "..", "a/../b", "/a", 7, None, ["a"]])
 def test_what_is_no_key_is_named(key):
-    with pytest.raises(StoreError, match="is no key"):
+    with pytest.raises(StoreError, match="is not a key"):
         checked_key(key)
 
 

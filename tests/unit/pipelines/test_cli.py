@@ -352,7 +352,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["run", *DRY, "--run", ".hidden"], r"--run '\.hidden'"),
         (["run", *DRY, "--run", "x" * 101], "at most 100"),
         (["run", "--run", "nothing"], "there is no run 'nothing' in .* to go on with; name a recipe"),
-        (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is no store: give a folder or s3://"),
+        (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is not a store: give a folder or s3://"),
         (["status", "--store", "s3://"], "--store: 's3://' names no bucket"),
         (["status", "nothing"], "there is no run 'nothing'"),
         (["datasets", "bloodmnst"], "did you mean 'bloodmnist'"),
@@ -489,7 +489,7 @@ def test_a_record_that_cannot_be_is_named(capsys, key, changes):
 
 @pytest.mark.parametrize("place", ["../../../etc", "/etc", "", "a/../../b", "a\0b", 7, None, ["x"], {}])
 def test_a_place_in_a_record_leads_nowhere_outside_the_store(place):
-    with pytest.raises(ValueError, match="is no key"):
+    with pytest.raises(ValueError, match="is not a key"):
         open_store("store").at(place)
 
 

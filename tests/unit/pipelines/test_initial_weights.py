@@ -137,7 +137,7 @@ def test_a_registered_model_whose_files_were_replaced_is_not_used(models):
         (f"models:/{MODEL}@best", f"no such model version (it has version 1, 2 of {MODEL})"),
         (f"models:/{MODEL}/3", f"no such model version (it has version 1, 2 of {MODEL})"),
         ("models:/other@champion", "no such model version (it has no model other)"),
-        ("http://host/model", "is no store"),
+        ("http://host/model", "is not a store"),
     ],
 )
 def test_what_is_not_there_or_cannot_be_weights_is_told_before_any_work(source, told, models):

@@ -14,7 +14,8 @@ from absent_server import absent_server
 from fault_proxy import Schedule, fault_proxy
 
 from data_shards.store import StoreError, open_store
-from data_shards.store.fenced_lease import Claim, LostLeaseError, fenced_lease, is_lost
+from data_shards.store.claims import Claim, Claims
+from data_shards.store.fenced_lease import FencedLease, LostLeaseError, fenced_lease, is_lost
 from data_shards.store.holder import Holder, this_process
 from data_shards.store.lease import LeaseError
 
@@ -147,9 +148,9 @@ def test_a_holder_elsewhere_that_stopped_renewing_is_replaced_after_its_time(sto
 
 
 def test_a_dead_holder_elsewhere_is_replaced_within_a_minute():
-    from data_shards.store.fenced_lease import _GRAIN_S, TTL_S, WATCH_S
+    from data_shards.store.fenced_lease import GRAIN_S, TTL_S, WATCH_S
 
-    assert TTL_S + WATCH_S + _GRAIN_S + 2 < 60  # two looks, a second each
+    assert TTL_S + WATCH_S + GRAIN_S + 2 < 60  # two looks, a second each
 
 
 def test_a_holder_elsewhere_that_renews_is_told_of_as_soon_as_that_is_seen(folder):
@@ -222,22 +223,18 @@ def test_a_loss_is_reported_at_once(folder):
 
 def test_a_number_below_the_highest_holds_nothing(folder):
     """What a slow process sees whose list was old: it wins a number that was removed after others had gone on."""
-    from data_shards.store.fenced_lease import FencedLease, _claimed
-
     leave(folder, 9)
     slow = FencedLease(folder, "leases/x", what="-", ttl_s=45, on_lost=None)
-    assert not _claimed(slow, 4, None)
+    assert not slow.claim(4, None)
     assert list(claims(folder)) == ["leases/x/00000009.json"]
 
 
 def test_a_holder_that_renewed_while_another_took_it_for_dead_keeps_its_lease(folder):
-    from data_shards.store.fenced_lease import FencedLease, _claimed, _read
-
     leave(folder, 1)
-    seen = _read(folder, "leases/x", 1)
+    seen = Claims(folder, "leases/x").read(1)
     leave(folder, 1, renewals=1)
     late = FencedLease(folder, "leases/x", what="-", ttl_s=45, on_lost=None)
-    assert not _claimed(late, 2, seen)
+    assert not late.claim(2, seen)
     assert list(claims(folder)) == ["leases/x/00000001.json"]
 
 

@@ -7,14 +7,15 @@ import time
 import numpy as np
 import pytest
 from absent_server import absent_server
+from epochs import epoch_of
 
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
-from data_shards.loader import batches
 from data_shards.manifest import open_dataset
 from data_shards.store import StoreAwayError, StoreError, open_store, outage
 from data_shards.store.lease import lease
 from data_shards.store.outage import Notice, listening, span
+from data_shards.store.s3.store import S3Store
 
 
 @pytest.fixture
@@ -93,10 +94,20 @@ def test_a_short_hiccup_is_not_reported(server, s3, heard, monkeypatch):
 
 
 def test_the_patience_of_a_store_goes_where_it_goes(s3):
-    store = open_store(s3, patience_s=77)
-    assert store.at("runs", "a").patience_s == 77
-    assert pickle.loads(pickle.dumps(store.at("runs"))).patience_s == 77
-    assert store._impatient().patience_s == 77  # so that what a probe finds out is reported with the real patience
+    bucket, _, prefix = s3.removeprefix("s3://").partition("/")
+    store = S3Store(bucket, prefix, patience_s=77, silence_s=3)
+    made = store.at("runs", "a"), pickle.loads(pickle.dumps(store.at("runs"))), store.with_patience(60)
+    assert [(each.patience_s, each.silence_s) for each in made] == [(77, 3)] * 3
+
+
+@pytest.mark.parametrize("made", [lambda store: store.at("runs"), lambda store: pickle.loads(pickle.dumps(store))])
+def test_what_is_made_from_a_store_with_little_patience_ends_as_soon(server, s3, made):
+    store = made(open_store(s3, patience_s=60).with_patience(1))
+    server.leave()
+    began = time.monotonic()
+    with pytest.raises(StoreError):
+        store.head("key")
+    assert time.monotonic() - began < 10
 
 
 def test_a_lease_that_nobody_took_survives_an_outage_that_was_longer_than_it(open_server, s3, monkeypatch):
@@ -128,9 +139,9 @@ def test_a_conversion_and_the_reading_of_its_shards_survive_an_outage(server, s3
     shards[0].join()
     data = open_dataset(out)
     timer = away_for(server, 3)
-    found = list(batches(data, "test", batch=4, image_size=32, train=False))
+    found = list(epoch_of(data, "test", batch_size=4, image_size=32, train=False))
     timer.join()
-    kept = list(batches(open_dataset(whole), "test", batch=4, image_size=32, train=False))
+    kept = list(epoch_of(open_dataset(whole), "test", batch_size=4, image_size=32, train=False))
     assert all(np.array_equal(here.images, there.images) for here, there in zip(found, kept, strict=True))
     assert [bool(notice.over_after_s) for notice in heard] == [False, True, False, True]
 

@@ -8,7 +8,8 @@ import pytest
 from finished_run import finish
 
 from data_shards.store import open_store
-from data_shards.store.fenced_lease import TTL_S, Claim
+from data_shards.store.claims import Claim
+from data_shards.store.fenced_lease import TTL_S
 from data_shards.store.holder import Holder
 from pipelines.commands.status import read_status, winner_name
 from pipelines.placement import Placement

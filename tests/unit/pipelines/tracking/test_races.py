@@ -12,7 +12,8 @@ import pytest
 import registered
 
 from data_shards.store import open_store
-from data_shards.store.fenced_lease import Claim, LostLeaseError
+from data_shards.store.claims import Claim
+from data_shards.store.fenced_lease import LostLeaseError
 from data_shards.store.holder import Holder, this_process
 from pipelines.steps.promote import DECISION
 from pipelines.tracking import make_once, open_tracking

@@ -1,16 +1,27 @@
-"""Manifest -> batches. A name is imported on first use, so that a decoding process loads only its own module."""
+"""Manifest -> micro-batches. Names are imported on first use, so that a decoding process loads only its own module."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_shards.loader.rank_batches import CACHE_BYTES, Batch, Batches, GpuMemory, batches, read_images
+    from data_shards.loader.batch_plan import BatchPlan
+    from data_shards.loader.epoch import Epoch
+    from data_shards.loader.loader import CACHE_BYTES, Loader
+    from data_shards.loader.micro_batch import GpuMemory, MicroBatch
 
-__all__ = ["CACHE_BYTES", "Batch", "Batches", "GpuMemory", "batches", "read_images"]
+__all__ = ["CACHE_BYTES", "BatchPlan", "Epoch", "GpuMemory", "Loader", "MicroBatch"]
+
+_MODULES = {
+    "CACHE_BYTES": "loader",
+    "BatchPlan": "batch_plan",
+    "Epoch": "epoch",
+    "GpuMemory": "micro_batch",
+    "Loader": "loader",
+    "MicroBatch": "micro_batch",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from data_shards.loader import rank_batches
-
-    return getattr(rank_batches, name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

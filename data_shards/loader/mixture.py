@@ -15,7 +15,7 @@ from data_shards.store import Store
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """What `batches` takes in a dataset's place.
+    """What a Loader takes in a dataset's place.
 
     Classes of the same name are one class. `weights` share out the places of a training epoch, which has as many as
     all datasets have samples; None: each sample once. Evaluation takes each sample once in any case.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.loader import CACHE_BYTES, Batches, GpuMemory, batches
+from data_shards.loader import CACHE_BYTES, BatchPlan, Epoch, GpuMemory, Loader
 from data_shards.loader.pixels import Crop
 from pipelines.bench.peers.loaders import SEED, Delivered, Work, check, processor_s, tell
 
@@ -30,41 +30,39 @@ class Feed:
 
     def __init__(self, kind: str, work: Work):
         self.work = work if kind == "parts" else work.of_whole()
-        self._dataset, self._next = work.dataset, 0
-        self._crop = Crop(work.min_area) if kind == "parts" else None
-        self._cache_bytes = CACHE_BYTES if kind == "whole, kept" else 0
-        self._memory, self._arrived = _device()
+        memory, self._arrived = _device()
+        cache_bytes = CACHE_BYTES if kind == "whole, kept" else 0
+        self._loader = Loader(work.dataset, workers=work.workers, memory=memory, cache_bytes=cache_bytes)
+        crop = Crop(work.min_area) if kind == "parts" else None
+        self._plan = BatchPlan("train", work.batch, work.target, train=True, seed=SEED, crop=crop)
+        self._next = 0
         self.why_not = check(self._delivered(), self.work)
         if not self.why_not:  # all is decoded, and the processes that stay are there
-            self._read(self._stream())
+            self._read(self._epoch())
 
     def time(self) -> dict[str, float]:
         """Reads epochs for two seconds: their images, seconds, and seconds of processor time of all processes."""
         began, before, images = time.perf_counter(), processor_s(), 0
         while time.perf_counter() - began < _LEAST_S:
-            images += self._read(self._stream())
+            images += self._read(self._epoch())
         found = {"images": images, "seconds": time.perf_counter() - began}
         return {**found, "processor_s": processor_s() - before}
 
-    def _stream(self) -> Batches:
+    def _epoch(self) -> Epoch:
         self._next += 1
-        return batches(
-            self._dataset, "train", batch=self.work.batch, image_size=self.work.target, train=True, seed=SEED,
-            epoch=self._next - 1, crop=self._crop, workers=self.work.workers, memory=self._memory, next_epoch=True,
-            cache_bytes=self._cache_bytes,
-        )  # fmt: skip
+        return self._loader.epoch(self._plan, self._next - 1, next_epoch=True)
 
-    def _read(self, stream: Batches) -> int:
-        return sum(len(batch.index) for batch, *_ in self._arrived(stream))
+    def _read(self, epoch: Epoch) -> int:
+        return sum(len(batch.index) for batch, *_ in self._arrived(epoch))
 
     def _delivered(self) -> Delivered:
         number_at = np.empty(self.work.num, np.int64)
         number_at[self.work.positions] = np.arange(self.work.num)
-        for batch, images, _ in self._arrived(self._stream()):
+        for batch, images, _ in self._arrived(self._epoch()):
             yield number_at[batch.index].tolist(), images.cpu().numpy()
 
 
-def _device() -> tuple[GpuMemory, Callable[[Batches], Iterator[tuple[Any, ...]]]]:
+def _device() -> tuple[GpuMemory, Callable[[Epoch], Iterator[tuple[Any, ...]]]]:
     """The memory for batches, and how they come to the device; without a GPU they stay where they are."""
     import torch
 

@@ -84,9 +84,11 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     """
     import torch
 
+    from data_shards.loader import Loader
     from medmamba.checkpoint import load_model
     from medmamba.precision import set_precision
     from pipelines.worker.inference import infer
+    from pipelines.worker.transfer import batch_memory
 
     placement = Placement.model_validate(payload["placement"])
     torch.set_num_threads(placement.threads)
@@ -95,19 +97,25 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
         stored, digest = payload["model"]
         _fetch(stored, folder)
         model, _, card = load_model(folder, scan=placement.scan, device=placement.device, digest=digest)
-        return infer(
-            model,
+        device = torch.device(placement.device)
+        loader = Loader(
             open_dataset(payload["dataset"], digest=payload["digest"]),
-            "test",
-            micro_batch=payload["micro_batch"],
-            image_size=card["image_size"],
             rank=rank,
             ranks=placement.workers,
-            device=torch.device(placement.device),
             workers=placement.loader_workers,
             disk_bytes=placement.cache_bytes,
-            progress=_poster(payload["board"], rank),
+            memory=batch_memory(device),
         )
+        with loader:
+            return infer(
+                model,
+                loader,
+                "test",
+                micro_batch=payload["micro_batch"],
+                image_size=card["image_size"],
+                device=device,
+                progress=_poster(payload["board"], rank),
+            )
 
 
 def _poster(board: Any, rank: int) -> Callable[[int], None]:
@@ -285,17 +293,17 @@ def _pixels(
     data: Dataset, wanted: list[tuple[str, np.ndarray]], config: EvaluateConfig, show: Any
 ) -> Iterator[np.ndarray]:
     """Of each (split, positions in it): the images' flattened pixels in [0, 1], one row each."""
-    from data_shards.loader import read_images
+    from data_shards.loader import Loader
 
     done, total = 0, sum(len(index) for _, index in wanted)
-    for split, index in wanted:
-        parts = []
-        for first in range(0, len(index), _READ_AT_ONCE):
-            parts.append(
-                read_images(data, split, index[first : first + _READ_AT_ONCE], image_size=config.baseline_side)
-            )
-            done += len(parts[-1])
-            if show is not None:
-                show.progress("baselines", {"done": done, "total": total, "unit": "images read"})
-        images = np.concatenate(parts)
-        yield images.reshape(len(images), -1).astype(np.float32) / 255
+    with Loader(data) as loader:
+        for split, index in wanted:
+            parts = []
+            for first in range(0, len(index), _READ_AT_ONCE):
+                at = index[first : first + _READ_AT_ONCE]
+                parts.append(loader.read(split, at, image_size=config.baseline_side))
+                done += len(parts[-1])
+                if show is not None:
+                    show.progress("baselines", {"done": done, "total": total, "unit": "images read"})
+            images = np.concatenate(parts)
+            yield images.reshape(len(images), -1).astype(np.float32) / 255

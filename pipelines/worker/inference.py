@@ -7,25 +7,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from data_shards.loader import batches
-from data_shards.manifest import Dataset
+from data_shards.loader import BatchPlan, Loader
 from medmamba.preprocess import preprocess
-from pipelines.worker.transfer import batch_memory, prefetched
+from pipelines.worker.transfer import prefetched
 
 
 @torch.no_grad()
 def infer(
     forward: Callable[[torch.Tensor], torch.Tensor],
-    data: Dataset,
+    loader: Loader,
     split: str,
     *,
     micro_batch: int,
     image_size: int,
-    rank: int,
-    ranks: int,
     device: torch.device,
-    workers: int = 1,
-    disk_bytes: int = 0,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns this rank's (index (n,) int64, labels (n,C) uint8 multi-hot, logits (n,C) float32), padding removed.
@@ -33,11 +28,8 @@ def infer(
     Every rank runs `forward` equally often, so that a `forward` with collectives in it cannot hang.
     """
     indices, labels, logits, masks = [], [], [], []
-    stream = batches(
-        data, split, batch=micro_batch * ranks, micro=micro_batch, image_size=image_size, rank=rank, ranks=ranks,
-        train=False, workers=workers, disk_bytes=disk_bytes, memory=batch_memory(device),
-    )  # fmt: skip
-    for batch, images, _ in prefetched(stream, device):
+    plan = BatchPlan(split, micro_batch * loader.ranks, image_size, train=False, micro_batch=micro_batch)
+    for batch, images, _ in prefetched(loader.epoch(plan), device):
         # They stay on the device until the end: to fetch them would be to wait for it after every batch.
         logits.append(forward(preprocess(images)).float().clone())
         masks.append(batch.mask)

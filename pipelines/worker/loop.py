@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from data_shards.loader import batches
+from data_shards.loader import BatchPlan, Loader
 from data_shards.loader.pixels import Crop
 from data_shards.manifest import Dataset
 from medmamba.checkpoint import description
@@ -91,7 +91,15 @@ def train_loop(
         warn=report.warn, stored=control.saved, patience_s=placement.patience_s,
     )  # fmt: skip
     control.begin(state.step)
-    with metered(config, engine, usage, profiler) as meter, writer:
+    plan = BatchPlan(
+        "train", train.batch_size, train.image_size, train=True, micro_batch=train.micro_batch, seed=train.seed,
+        sampling=train.sampling, crop=Crop(train.augment.crop) if train.augment.crop else None,
+    )  # fmt: skip
+    loader = Loader(
+        data, rank=engine.rank, ranks=engine.ranks, workers=placement.loader_workers,
+        disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
+    )  # fmt: skip
+    with metered(config, engine, usage, profiler) as meter, writer, loader:
 
         def keep(losses: list[torch.Tensor]) -> None:
             """Writes a checkpoint of the step that was just made; `losses` are those of the epoch."""
@@ -102,21 +110,15 @@ def train_loop(
         while state.epoch < train.epochs and not state.is_stale(train.patience):
             losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
             meter.begin_epoch()
-            stream = batches(
-                data, "train", batch=train.batch_size, micro=train.micro_batch, image_size=train.image_size,
-                rank=engine.rank, ranks=engine.ranks, seed=train.seed, epoch=state.epoch, start=state.consumed,
-                train=True, sampling=train.sampling, crop=Crop(train.augment.crop) if train.augment.crop else None,
-                workers=placement.loader_workers, disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
-                next_epoch=state.epoch + 1 < train.epochs,
-            )  # fmt: skip
-            steps = len(losses) + len(stream) // accumulation
+            epoch = loader.epoch(plan, state.epoch, start=state.consumed, next_epoch=state.epoch + 1 < train.epochs)
+            steps = len(losses) + len(epoch) // accumulation
             rate = learning_rate(
                 train.optim, step=max(state.step - 1, 0), steps_per_epoch=steps, epochs=train.epochs
             )  # of the last step, in case that none of this epoch is left
-            keys = data.index("train").key[stream.order]
+            keys = data.index("train").key[epoch.order]
             watched = watch_steps(engine.guard, state, keys, train.batch_size, checkpoints.names, report.warn)
             engine.model.train()
-            arriving = prefetched(meter.fetched(stream, steps - len(losses)), engine.device)
+            arriving = prefetched(meter.fetched(epoch, steps - len(losses)), engine.device)
             for position, (batch, images, labels) in enumerate(control.fetched(arriving)):
                 nth = position % accumulation
                 # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
@@ -156,7 +158,7 @@ def train_loop(
             meter.end_training()
             with meter.validating(), control.busy("validating"):
                 forward = control.counted(engine.infer)
-                found = validate(engine, data, "val", config, objective.weights, placement.loader_workers, forward)
+                found = validate(engine, loader, data, "val", config, objective.weights, forward)
             state.epoch, state.consumed, state.losses = state.epoch + 1, 0, []
             metrics = {
                 "epoch": state.epoch,
@@ -185,11 +187,11 @@ def train_loop(
 
 def validate(
     engine: Engine,
+    loader: Loader,
     data: Dataset,
     split: str,
     config: TrainStepConfig,
     weights: torch.Tensor | None,
-    workers: int,
     forward: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
     """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all.
@@ -198,8 +200,8 @@ def validate(
     """
     engine.model.eval()
     part = infer(
-        forward, data, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
-        rank=engine.rank, ranks=engine.ranks, device=engine.device, workers=workers,
+        forward, loader, split, micro_batch=config.train.micro_batch, image_size=config.train.image_size,
+        device=engine.device,
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))
     task = data.manifest.task

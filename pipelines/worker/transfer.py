@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
-from data_shards.loader import Batch, GpuMemory
+from data_shards.loader import GpuMemory, MicroBatch
 from data_shards.loader.pixel_file import memory_bytes
 
 # Steps that the host may be ahead of the GPU: enough to keep it busy, few enough that their images take little memory.
@@ -19,7 +19,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of this proce
 # Locked memory cannot be used for anything else; a ring that would take more is copied from batch by batch.
 _LOCKED_SHARE = 1 / 16
 
-Arrived = tuple[Batch, torch.Tensor, torch.Tensor]
+Arrived = tuple[MicroBatch, torch.Tensor, torch.Tensor]
 
 
 def batch_memory(device: torch.device) -> GpuMemory | None:
@@ -50,7 +50,7 @@ def page_locked(memory: np.ndarray, device: torch.device) -> Callable[[], None] 
     return unlock
 
 
-def prefetched(stream: Iterable[Batch], device: torch.device) -> Iterator[Arrived]:
+def prefetched(stream: Iterable[MicroBatch], device: torch.device) -> Iterator[Arrived]:
     """Each batch with its images (B, H, W, C) and labels (B, num_classes), both uint8, on the device.
 
     For a GPU they are copied on a stream of their own while the step before is computed. The tensors are valid for what
@@ -62,7 +62,7 @@ def prefetched(stream: Iterable[Batch], device: torch.device) -> Iterator[Arrive
         return
     copies = _copy_stream(device)
     on_way: deque[tuple[Arrived, torch.cuda.Event]] = deque()
-    sources: deque[tuple[Batch, torch.cuda.Event]] = deque()  # held until they have been read
+    sources: deque[tuple[MicroBatch, torch.cuda.Event]] = deque()  # held until they have been read
     steps: deque[torch.cuda.Event] = deque()
     try:
         for batch in stream:
@@ -85,7 +85,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _sent(batch: Batch, copies: torch.cuda.Stream, device: torch.device) -> tuple[Arrived, torch.cuda.Event]:
+def _sent(batch: MicroBatch, copies: torch.cuda.Stream, device: torch.device) -> tuple[Arrived, torch.cuda.Event]:
     with torch.cuda.stream(copies):
         images = torch.from_numpy(batch.images).to(device, non_blocking=True)
         # From memory that is not locked the host would wait for the copies before this one.

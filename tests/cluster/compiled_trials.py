@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch._dynamo
 
-from data_shards.loader import Batch
+from data_shards.loader import MicroBatch
 from medmamba.config import ConvNetConfig
 from medmamba.model import build_model
 from pipelines.placement import Placement
@@ -25,10 +25,10 @@ PLACEMENT = Placement(
 )  # fmt: skip
 
 
-def batch() -> Batch:
+def batch() -> MicroBatch:
     rows = np.arange(4)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), dtype=np.uint8)
-    return Batch(images, np.eye(2, dtype=np.uint8)[rows % 2], rows, rows, rows >= 0, epoch=0, consumed=4)
+    return MicroBatch(images, np.eye(2, dtype=np.uint8)[rows % 2], rows, rows, rows >= 0, epoch=0, consumed=4)
 
 
 def loss(width: int) -> float:

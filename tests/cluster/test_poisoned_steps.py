@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
-from data_shards.loader import batches
+from data_shards.loader import BatchPlan, Loader
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 
@@ -70,14 +70,14 @@ def test_five_poisoned_steps_in_a_row_end_the_training_and_name_the_samples(data
     found = poisoned(dataset, tmp_path, 0, "whole", 2, "2,3,4,5,6")
     assert found["error"].startswith("5 steps in a row, up to step 6, had gradients that are not finite")
     data = open_dataset(dataset)
-    stream = batches(data, "train", batch=16, micro=4, image_size=32, train=True, seed=0, epoch=0)
-    keys = data.index("train").key[stream.order[5 * 16 : 6 * 16]]
+    epoch = Loader(data).epoch(BatchPlan("train", 16, 32, train=True, micro_batch=4))
+    keys = data.index("train").key[epoch.order[5 * 16 : 6 * 16]]
     assert f"Step 6 took the samples {' '.join(keys)}; there is no checkpoint yet. " in found["error"]
     assert "Lower train.optim.lr" in found["error"]
 
 
 def test_a_training_that_ends_in_its_second_epoch_names_the_last_good_checkpoint(dataset, tmp_path):
-    steps = len(batches(open_dataset(dataset), "train", batch=16, micro=16, image_size=32, train=True))
+    steps = len(Loader(open_dataset(dataset)).epoch(BatchPlan("train", 16, 32, train=True)))
     found = poisoned(dataset, tmp_path, 0, "flat", 1, ",".join(str(steps + n) for n in range(1, steps + 1)))
     assert f"; the last good checkpoint is step-{steps:010d}. Lower train.optim.lr" in found["error"]
     assert (tmp_path / f"checkpoints/step-{steps:010d}/train.json").is_file()

@@ -120,19 +120,17 @@ def make_images(work: Work) -> int:
 
 def ours(work: Work) -> Callable[[int], Delivered]:
     """This project's loader, from shards, nothing kept in memory."""
-    from data_shards.loader import batches
+    from data_shards.loader import BatchPlan
+    from data_shards.loader import Loader as ShardLoader
 
-    dataset = work.dataset
+    loader = ShardLoader(work.dataset, workers=work.workers, processes=True, cache_bytes=0)
     number_at = np.empty(work.num, np.int64)
     number_at[work.positions] = np.arange(work.num)
     crop = Crop(work.min_area) if work.min_area else None
+    plan = BatchPlan("train", work.batch, work.target, train=True, seed=SEED, crop=crop)
 
     def epoch(number: int) -> Delivered:
-        stream = batches(
-            dataset, "train", batch=work.batch, image_size=work.target, train=True, seed=SEED, epoch=number, crop=crop,
-            workers=work.workers, processes=True, cache_bytes=0,
-        )  # fmt: skip
-        for batch in stream:
+        for batch in loader.epoch(plan, number):
             yield number_at[batch.index].tolist(), batch.images
 
     return epoch

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_shards.loader import Batch
+from data_shards.loader import MicroBatch
 from data_shards.loader.augment import augment_drawn, augment_draws
 from medmamba.loss import classification_loss
 from medmamba.preprocess import normalise, to_float
@@ -32,7 +32,7 @@ class Objective:
     def __init__(self, train: TrainConfig, task: str, weights: torch.Tensor | None) -> None:
         self.train, self.task, self.weights = train, task, weights
 
-    def draws(self, batch: Batch) -> np.ndarray:
+    def draws(self, batch: MicroBatch) -> np.ndarray:
         """The random numbers that augmenting this micro-batch takes: (B, n) float32."""
         train = self.train
         return augment_draws(train.augment, seed=train.seed, epoch=batch.epoch, sample=batch.chance)

@@ -8,20 +8,18 @@ import sys
 
 import numpy as np
 
-from data_shards.loader import GpuMemory, batches
+from data_shards.loader import BatchPlan, GpuMemory, Loader
 from data_shards.manifest import open_dataset
 
 
 def main() -> None:
-    dataset = open_dataset(sys.argv[1])
+    memory = GpuMemory(lambda shape: np.empty(shape, np.uint8))
+    loader = Loader(open_dataset(sys.argv[1]), workers=2, memory=memory)
+    plan = BatchPlan("train", 6, 24, train=True, seed=4)
     first, last = int(sys.argv[2]), int(sys.argv[3])
     print("began", flush=True)
     for epoch in range(first, last + 1):
-        stream = batches(
-            dataset, "train", batch=6, image_size=24, train=True, seed=4, epoch=epoch, workers=2,
-            memory=GpuMemory(lambda shape: np.empty(shape, np.uint8)), next_epoch=epoch < last,
-        )  # fmt: skip
-        for batch in stream:
+        for batch in loader.epoch(plan, epoch, next_epoch=epoch < last):
             digest = hashlib.sha256(batch.images.tobytes() + batch.index.tobytes()).hexdigest()
             print(f"{epoch}:{batch.consumed} {digest}", flush=True)
 

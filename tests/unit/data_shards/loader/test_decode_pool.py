@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from epochs import epoch_of
 from tiny_sets import coded, npz_config, pixels
 
 from data_shards.convert import convert
-from data_shards.loader import batches
+from data_shards.loader import BatchPlan, Loader
 from data_shards.loader.decode_pool import DecodePool, DecodeProcessError
 from data_shards.loader.local_shard import ShardError
 from data_shards.loader.node_cache import cache_folder
@@ -178,29 +179,44 @@ def uri(tmp_path_factory) -> str:
     return str(folder / "out")
 
 
-def test_an_epoch_that_is_left_early_keeps_the_processes_for_the_next_and_they_end_with_the_dataset(uri):
-    dataset = open_dataset(uri)
-    options = {"batch": 6, "image_size": 16, "train": True, "processes": True, "cache_bytes": 0}
+def test_an_epoch_that_is_left_early_keeps_the_processes_for_the_next_and_they_end_with_the_loader(uri):
+    dataset, plan = open_dataset(uri), BatchPlan("train", 6, 16, train=True)
     before = set(children())
-    stream = iter(batches(dataset, "train", **options))
+    with Loader(dataset, processes=True, cache_bytes=0) as loader:
+        stream = iter(loader.epoch(plan))
+        next(stream)
+        ours = set(children()) - before
+        assert len(ours) == 1
+        stream.close()
+        whole = list(loader.epoch(plan, 1))
+        assert set(children()) - before == ours
+    assert set(children()) == before
+    plain = Loader(dataset, processes=False, cache_bytes=0).epoch(plan, 1)
+    assert [batch.index.tolist() for batch in whole] == [batch.index.tolist() for batch in plain]
+
+
+@pytest.mark.parametrize("ends", ["with the epoch", "with the loader"])
+def test_processes_that_were_in_use_when_the_loader_was_closed_end_when_they_are_given_back(uri, ends):
+    before = set(children())
+    loader = Loader(open_dataset(uri), processes=True, cache_bytes=0)
+    stream = iter(loader.epoch(BatchPlan("train", 6, 16, train=True)))
     next(stream)
-    ours = set(children()) - before
-    assert len(ours) == 1
-    stream.close()
-    whole = list(batches(dataset, "train", epoch=1, **options))
-    assert set(children()) - before == ours
-    assert [batch.index.tolist() for batch in whole] == [
-        batch.index.tolist() for batch in batches(dataset, "train", epoch=1, **{**options, "processes": False})
-    ]
-    del dataset, stream, whole
-    gc.collect()
+    if ends == "with the epoch":
+        loader.close()
+        assert len(list(stream)) == 19
+    else:
+        stream.close()
+        assert len(set(children()) - before) == 1
+        del stream, loader
+        gc.collect()
     assert set(children()) == before
 
 
 def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_without_a_word(uri):
     script = (
-        "from data_shards.loader import batches\nfrom data_shards.manifest import open_dataset\n"
-        f"stream = iter(batches(open_dataset({uri!r}), 'train', batch=4, image_size=16, train=True, processes=True))\n"
+        "from data_shards.loader import BatchPlan, Loader\nfrom data_shards.manifest import open_dataset\n"
+        f"loader = Loader(open_dataset({uri!r}), processes=True)\n"
+        "stream = iter(loader.epoch(BatchPlan('train', 4, 16, train=True)))\n"
         "next(stream)"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
@@ -208,16 +224,16 @@ def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_without_a_word(uri):
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
-def test_two_streams_of_a_dataset_may_run_side_by_side(uri):
-    dataset = open_dataset(uri)
-    options = {"batch": 9, "image_size": 16, "processes": True, "cache_bytes": 0}
-    train, val = (iter(batches(dataset, split, train=split == "train", **options)) for split in ("train", "val"))
+def test_two_epochs_of_a_loader_may_run_side_by_side(uri):
+    dataset, options = open_dataset(uri), {"batch_size": 9, "image_size": 16}
+    loader = Loader(dataset, processes=True, cache_bytes=0)
+    train, val = (iter(epoch_of(loader, split, train=split == "train", **options)) for split in ("train", "val"))
     mixed = [next(train), next(val), next(train)]
-    inline = {**options, "workers": 0, "processes": None}
-    alone = list(batches(dataset, "train", train=True, **inline))
+    inline = {**options, "workers": 0, "cache_bytes": 0}
+    alone = list(epoch_of(dataset, "train", train=True, **inline))
     assert np.array_equal(mixed[0].images, alone[0].images)
     assert np.array_equal(mixed[2].images, alone[1].images)
-    assert np.array_equal(mixed[1].images, next(iter(batches(dataset, "val", train=False, **inline))).images)
+    assert np.array_equal(mixed[1].images, next(iter(epoch_of(dataset, "val", train=False, **inline))).images)
 
 
 def test_a_damaged_shard_is_the_same_error_from_a_process(tmp_path):
@@ -225,7 +241,9 @@ def test_a_damaged_shard_is_the_same_error_from_a_process(tmp_path):
     convert(npz_config(tmp_path), store)
     store.put("shards/train-00002.tar", store.get("shards/train-00002.tar")[:-1] + b"x")
     with pytest.raises(ShardError, match=r"shards/train-00002\.tar .* under another --run"):
-        list(batches(open_dataset(store), "train", batch=25, image_size=16, train=True, workers=2, processes=True))
+        list(
+            epoch_of(open_dataset(store), "train", batch_size=25, image_size=16, train=True, workers=2, processes=True)
+        )
 
 
 def read_until_killed(uri: str, state: str, lines_until_kill: int | None, delay_s: float) -> list[list[str]]:

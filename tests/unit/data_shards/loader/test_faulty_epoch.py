@@ -6,15 +6,15 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
+from epochs import epoch_of
 from fault_proxy import KINDS, Schedule, fault_proxy
 
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert
-from data_shards.loader import batches
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 
-EPOCH = {"batch": 32, "image_size": 28, "seed": 3, "epoch": 1}
+EPOCH = {"batch_size": 32, "image_size": 28, "seed": 3, "epoch": 1}
 
 
 def written(store) -> dict[str, bytes]:
@@ -25,7 +25,7 @@ def seen(store) -> dict[str, list]:
     """The batches of an epoch of each split."""
     dataset = open_dataset(store)
     return {
-        split: list(batches(dataset, split, train=split == "train", workers=3, **EPOCH))
+        split: list(epoch_of(dataset, split, train=split == "train", workers=3, **EPOCH))
         for split in ("train", "val", "test")
     }
 
@@ -35,7 +35,7 @@ def check_complete(dataset, epoch) -> int:
     for split, found in epoch.items():
         index = np.concatenate([batch.index[batch.mask] for batch in found])
         in_split = len(dataset.index(split))
-        wanted = in_split // EPOCH["batch"] * EPOCH["batch"] if split == "train" else in_split
+        wanted = in_split // EPOCH["batch_size"] * EPOCH["batch_size"] if split == "train" else in_split
         assert len(index) == len(set(index.tolist())) == wanted
     return sum(int(batch.mask.sum()) for found in epoch.values() for batch in found)
 

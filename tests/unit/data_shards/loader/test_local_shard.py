@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from epochs import epoch_of
 from tiny_sets import npz_config
 
 from data_shards.convert import convert
-from data_shards.loader import batches
 from data_shards.loader.local_shard import LocalShards, ShardError
 from data_shards.loader.node_cache import DigestError, NodeCache, cache_folder
 from data_shards.manifest import Dataset, ShardEntry, open_dataset
@@ -232,9 +232,9 @@ def test_batches_of_a_dataset_that_does_not_fit_are_those_of_one_that_does(uri, 
     remote = open_store(s3)
     for key in open_store(uri).list():
         remote.put(key, open_store(uri).get(key))
-    options = {"batch": 10, "image_size": 16, "train": True, "workers": 2, "processes": True}
+    options = {"batch_size": 10, "image_size": 16, "train": True, "workers": 2, "processes": True}
     expected, found = (
-        [batch.images.tobytes() for batch in batches(open_dataset(store), "train", disk_bytes=100_000, **options)]
+        [batch.images.tobytes() for batch in epoch_of(open_dataset(store), "train", disk_bytes=100_000, **options)]
         for store in (uri, s3)
     )
     assert found == expected

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from epochs import epoch_of
 from tiny_sets import npz_config
 
 from data_shards.convert import convert
-from data_shards.loader import batches
 from data_shards.loader.mixture import mix
 from data_shards.loader.order import even_quotas, mixed, shuffled, visits
 from data_shards.manifest import Dataset, open_dataset
@@ -35,7 +35,9 @@ def datasets(uris) -> list[Dataset]:
 
 
 def read(dataset, **options):
-    return list(batches(dataset, "train", **{"batch": 9, "micro": 3, "image_size": 12, "train": True, **options}))
+    return list(
+        epoch_of(dataset, "train", **{"batch_size": 9, "micro_batch": 3, "image_size": 12, "train": True, **options})
+    )
 
 
 def test_a_mixed_order_keeps_its_quotas_and_repeats_a_sample_only_when_all_have_come():
@@ -91,8 +93,8 @@ def test_a_mixture_joins_classes_by_name_and_gives_each_image_its_own(datasets):
     mixture = mix(datasets)
     assert mixture.classes == ("a", "b", "c", "z")
     assert mixture.index("train").labels.sum(0).tolist() == [20, 20, 2, 15]
-    found = read(mixture, batch=57)
-    alone = [list(batches(d, "train", batch=1, image_size=12, train=False)) for d in datasets]
+    found = read(mixture, batch_size=57)
+    alone = [list(epoch_of(d, "train", batch_size=1, image_size=12, train=False)) for d in datasets]
     images = np.concatenate([batch.images for one in alone for batch in one])
     for batch in found:
         assert np.array_equal(batch.images, images[batch.index])
@@ -100,9 +102,9 @@ def test_a_mixture_joins_classes_by_name_and_gives_each_image_its_own(datasets):
 
 
 def test_weights_share_out_the_places_of_an_epoch(datasets):
-    found = np.concatenate([batch.index for batch in read(mix(datasets, [2, 1]), batch=57)])
+    found = np.concatenate([batch.index for batch in read(mix(datasets, [2, 1]), batch_size=57)])
     assert (np.count_nonzero(found < 27), np.count_nonzero(found >= 27)) == (38, 19)
-    evaluated = list(batches(mix(datasets, [2, 1]), "train", batch=57, image_size=12, train=False))
+    evaluated = list(epoch_of(mix(datasets, [2, 1]), "train", batch_size=57, image_size=12, train=False))
     assert sorted(evaluated[0].index.tolist()) == list(range(57))
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from epochs import epoch_of
 from tiny_sets import npz_config
 
 from data_shards.convert import convert
-from data_shards.loader import GpuMemory, batches, pixels
+from data_shards.loader import BatchPlan, GpuMemory, Loader, pixels
 from data_shards.loader.node_cache import NodeCache, cache_folder
 from data_shards.loader.pixel_file import PixelFile, file_bytes, pixel_key
 from data_shards.loader.pixels import stretched
@@ -63,7 +64,7 @@ def opened(key: str = KEY, num: int = 10, limit_bytes: int = 0, **options) -> Pi
 
 def expected(uri: str) -> np.ndarray:
     """The 120 images, decoded here and now."""
-    (batch,) = batches(open_dataset(uri), "train", batch=120, image_size=24, train=False, workers=0)
+    (batch,) = epoch_of(open_dataset(uri), "train", batch_size=120, image_size=24, train=False, workers=0)
     return batch.images
 
 
@@ -110,36 +111,32 @@ def test_the_name_stands_for_the_bytes_the_size_and_the_boot(monkeypatch, tmp_pa
 
 
 def test_a_second_process_of_the_machine_decodes_nothing(uri, cache, decoded):
-    options = {"batch": 12, "image_size": 24, "train": True, "workers": 1, "processes": False}
-    for number in (120, 0):  # two trials, each with a dataset of its own
+    options = {"batch_size": 12, "image_size": 24, "train": True}
+    for number in (120, 0):  # two trials, each with a loader of its own
         decoded.clear()
-        dataset = open_dataset(uri)
-        found = [
-            b.images.tobytes()
-            for epoch in (0, 1)
-            for b in batches(dataset, "train", epoch=epoch, memory=GPU, **options)
-        ]
+        loader = Loader(open_dataset(uri), memory=GPU, workers=1, processes=False)
+        found = [b.images.tobytes() for epoch in (0, 1) for b in epoch_of(loader, "train", epoch=epoch, **options)]
         assert len(decoded) == number
         plain = [
-            b.images.tobytes() for epoch in (0, 1) for b in batches(open_dataset(uri), "train", epoch=epoch, **options)
+            b.images.tobytes() for epoch in (0, 1) for b in epoch_of(open_dataset(uri), "train", epoch=epoch, **options)
         ]
         assert found == plain
     assert len(files(cache)) == 1
 
 
 def test_nothing_is_kept_of_random_parts_without_a_gpu_or_where_it_is_not_wanted(uri, cache):
-    options = {"batch": 60, "image_size": 24, "train": True, "workers": 0}
-    list(batches(open_dataset(uri), "train", **options))
-    list(batches(open_dataset(uri), "train", memory=GPU, crop=pixels.Crop(0.3), **options))
-    list(batches(open_dataset(uri), "train", memory=GPU, cache_bytes=0, **options))
+    options = {"batch_size": 60, "image_size": 24, "train": True, "workers": 0}
+    list(epoch_of(open_dataset(uri), "train", **options))
+    list(epoch_of(open_dataset(uri), "train", memory=GPU, crop=pixels.Crop(0.3), **options))
+    list(epoch_of(open_dataset(uri), "train", memory=GPU, cache_bytes=0, **options))
     assert files(cache) == []
 
 
 def test_without_a_place_for_the_file_batches_come_all_the_same(uri, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    options = {"batch": 120, "image_size": 24, "train": False, "workers": 0}
-    (batch,) = batches(open_dataset(uri), "train", memory=GPU, **options)
+    options = {"batch_size": 120, "image_size": 24, "train": False, "workers": 0}
+    (batch,) = epoch_of(open_dataset(uri), "train", memory=GPU, **options)
     assert np.array_equal(batch.images, expected(uri))
 
 
@@ -193,11 +190,10 @@ def test_two_processes_that_fill_one_file_at_once_read_the_same(uri, cache):
 
 @pytest.mark.parametrize("limit_bytes", [60 * (24 * 24 + 1), 100], ids=["half of the images", "none"])
 def test_the_limit_is_kept_and_what_does_not_fit_is_decoded_each_time(uri, cache, decoded, limit_bytes):
-    options = {"batch": 120, "image_size": 24, "train": False, "workers": 0}
-    dataset = open_dataset(uri)
+    loader = Loader(open_dataset(uri), workers=0, memory=GPU, disk_bytes=limit_bytes, cache_bytes=1)
     for _ in range(2):
         decoded.clear()
-        (batch,) = batches(dataset, "train", memory=GPU, disk_bytes=limit_bytes, cache_bytes=1, **options)
+        (batch,) = loader.epoch(BatchPlan("train", 120, 24, train=False))
         assert len(decoded) in ((120, 60) if limit_bytes > 100 else (120,))
         assert np.array_equal(batch.images, expected(uri))
     assert sum(path.stat().st_size for path in files(cache)) <= limit_bytes

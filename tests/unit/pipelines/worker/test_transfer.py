@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.loader import Batch
+from data_shards.loader import MicroBatch
 from pipelines.worker.transfer import batch_memory, page_locked, prefetched
 
 CPU = torch.device("cpu")
 
 
-def batch(number: int, images: np.ndarray) -> Batch:
+def batch(number: int, images: np.ndarray) -> MicroBatch:
     images[:] = np.random.default_rng(number).integers(0, 256, images.shape, dtype=np.uint8)
     return made(number, images)
 
 
-def made(number: int, images: np.ndarray) -> Batch:
+def made(number: int, images: np.ndarray) -> MicroBatch:
     index = np.arange(len(images))
     labels = np.full((len(images), 3), number, np.uint8)
-    return Batch(images, labels, index, index, index >= 0, 0, len(images) * (number + 1))
+    return MicroBatch(images, labels, index, index, index >= 0, 0, len(images) * (number + 1))
 
 
 def test_on_a_cpu_a_batch_is_used_where_it_is_and_none_is_asked_for_ahead():

@@ -7,7 +7,6 @@ which every image was found to come once and to be the picture that PIL makes of
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ import numpy as np
 
 from data_shards.loader import CACHE_BYTES, BatchPlan, Epoch, GpuMemory, Loader
 from data_shards.loader.pixels import Crop
-from pipelines.bench.peers.loaders import SEED, Delivered, Work, check, processor_s, tell
+from pipelines.bench.work import SEED, Delivered, Work, check, processor_s, read_work, tell
 
 KINDS = ("whole, decoded", "whole, kept", "parts")
 _LEAST_S = 2.0  # an epoch of small images is over too soon to be timed
@@ -84,10 +83,10 @@ def feed_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[
 
 
 def main() -> None:
-    """The kind argv[1] on the work in the folder argv[2]: lines of JSON as `bench_loaders.main` prints them."""
+    """The kind argv[1] on the work in the folder argv[2]: lines of JSON as `loading.main` prints them."""
     folder = Path(sys.argv[2])
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # what is kept goes with the folder
-    feed = Feed(sys.argv[1], Work(**json.loads((folder / "work.json").read_text())))
+    feed = Feed(sys.argv[1], read_work(str(folder)))
     tell({"why_not": feed.why_not})
     if not feed.why_not:
         for _ in sys.stdin:

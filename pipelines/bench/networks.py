@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,39 @@ COSTED_SIDES = (112, 224, 384, 512)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
+@dataclass(frozen=True)
+class BenchArguments:
+    """Measure training and inference speed, latency of one image, memory and kernel launches, and count the cost.
+
+    Every scan backend is first held to its definition in float64; one that is wrong gets no speed.
+    """
+
+    networks: tuple[str, ...] = ()
+    """T, S, B, nano; empty: T on a GPU, nano on a CPU."""
+    batches: tuple[int, ...] = ()
+    """Images per step; empty: 128 on a GPU, 16 on a CPU."""
+    sides: tuple[int, ...] = ()
+    """Height and width of an image; empty: 224 on a GPU, 64 on a CPU."""
+    precisions: tuple[str, ...] = ()
+    """float32, bfloat16; empty: bfloat16 on a GPU, float32 on a CPU."""
+    backends: tuple[str, ...] = ()
+    """Backends of the scan; empty: all that can run here, and mamba_ssm on a GPU in any case."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Through torch.compile; its first step takes a minute."""
+    combo: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compiled with Inductor's combo_kernels: fewer launches, for single images; implies --compile."""
+    compare: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Other networks in the same run (needs the extra compare)."""
+    repeats: int = 10
+    """Timed runs, of which the median counts."""
+    out: str = ""
+    """File for the figures as JSON, written again after each row."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print JSON instead of tables."""
+
+
 def bench(argv: Sequence[str]) -> int:
     """Measure speed, memory and cost of the networks on this machine; `bench data`: of the loader."""
     if argv[:1] == ["data"]:
@@ -27,56 +61,22 @@ def bench(argv: Sequence[str]) -> int:
 
         return bench_data(argv[1:])
 
-    def arguments(
-        networks: tuple[str, ...] = (),
-        batches: tuple[int, ...] = (),
-        sides: tuple[int, ...] = (),
-        precisions: tuple[str, ...] = (),
-        backends: tuple[str, ...] = (),
-        device: str = "auto",
-        compile: tyro.conf.FlagCreatePairsOff[bool] = False,
-        combo: tyro.conf.FlagCreatePairsOff[bool] = False,
-        compare: tyro.conf.FlagCreatePairsOff[bool] = False,
-        repeats: int = 10,
-        out: str = "",
-        json: tyro.conf.FlagCreatePairsOff[bool] = False,
-    ) -> dict[str, Any]:
-        """Measure training and inference speed, latency of one image, memory and kernel launches, and tell the cost.
-
-        Every scan backend is first held to its definition in float64; one that is wrong gets no speed.
-
-        Args:
-            networks: T, S, B, nano; empty: T on a GPU, nano on a CPU.
-            batches: Images per step; empty: 128 on a GPU, 16 on a CPU.
-            sides: Height and width of an image; empty: 224 on a GPU, 64 on a CPU.
-            precisions: float32, bfloat16; empty: bfloat16 on a GPU, float32 on a CPU.
-            backends: Backends of the scan; empty: all that can run here, and mamba_ssm on a GPU in any case.
-            device: cpu, cuda or auto.
-            compile: Through torch.compile; its first step takes a minute.
-            combo: Compiled with Inductor's combo_kernels: fewer launches, for single images; implies --compile.
-            compare: Other networks in the same run (needs the extra compare).
-            repeats: Timed runs, of which the median counts.
-            out: File for the figures as JSON, written anew after each row.
-            json: Print JSON instead of tables.
-        """
-        return dict(locals())
-
-    asked = parse(arguments, "bench", argv)
+    asked = parse(BenchArguments, "bench", argv)
     _check_values(asked)
     cases, told = _cases(asked), Terminal()
-    if asked["out"]:
-        _check_out(asked["out"])
-    figures = {**_machine(cases[0].device), "rows": [], "cost": _cost(asked["networks"])}
+    if asked.out:
+        _check_out(asked.out)
+    figures = {**_machine(cases[0].device), "rows": [], "cost": _cost(asked.networks)}
     rows: list = []
     try:
-        for row in _measure(cases, asked["repeats"], told):
+        for row in _measure(cases, asked.repeats, told):
             rows.append(row)
             remember(row, figures["device"])
-            _write(asked["out"], rows, figures)
+            _write(asked.out, rows, figures)
     except KeyboardInterrupt:
         told.say(f"bench: interrupted after {len(rows)} of {len(cases)} rows")
-        _write(asked["out"], rows, figures)
-    if asked["json"]:
+        _write(asked.out, rows, figures)
+    if asked.json:
         print(json.dumps(figures, indent=2))
     else:
         _show(rows, figures)
@@ -111,46 +111,46 @@ def _check_out(out: str) -> None:
         raise UsageError(f"bench: --out {out}: {error.strerror}; name a file that can be written") from None
 
 
-def _check_values(asked: dict[str, Any]) -> None:
+def _check_values(asked: BenchArguments) -> None:
     from medmamba.config import VARIANTS
     from medmamba.model import MIN_SIDE
     from medmamba.ops.ss2d_scan import backends
 
     for name, known in (("networks", VARIANTS), ("precisions", _SHORT), ("backends", backends())):
-        if unknown := [value for value in asked[name] if value not in known]:
+        if unknown := [value for value in getattr(asked, name) if value not in known]:
             raise UsageError(f"bench: --{name} {unknown[0]}: there are {', '.join(known)}")
     for name, least in (("batches", 1), ("sides", MIN_SIDE)):
-        if wrong := [value for value in asked[name] if value < least]:
+        if wrong := [value for value in getattr(asked, name) if value < least]:
             raise UsageError(f"bench: --{name} {wrong[0]}: at least {least} is needed")
-    if asked["repeats"] < 1:
-        raise UsageError(f"bench: --repeats {asked['repeats']}: a median needs at least 1")
+    if asked.repeats < 1:
+        raise UsageError(f"bench: --repeats {asked.repeats}: a median needs at least 1")
 
 
-def _cases(asked: dict[str, Any]) -> list:
+def _cases(asked: BenchArguments) -> list:
     import torch
 
     from medmamba.ops.ss2d_scan import backends
     from pipelines.bench.measure import COMPARED, Case
 
-    device = asked["device"]
+    device = asked.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"bench: --device {device}: choose cpu, or cuda where torch sees a GPU")
     gpu = device == "cuda"
-    names = asked["networks"] or (("T",) if gpu else ("nano",))
-    precisions = asked["precisions"] or (("bfloat16",) if gpu else ("float32",))
+    names = asked.networks or (("T",) if gpu else ("nano",))
+    precisions = asked.precisions or (("bfloat16",) if gpu else ("float32",))
     # The definition is there to be right; it is measured only when it is asked for.
-    scans = asked["backends"] or [n for n, why in backends(device).items() if n != "reference" and why is None]
-    if gpu and not asked["backends"] and "mamba_ssm" not in scans:
+    scans = list(asked.backends) or [n for n, why in backends(device).items() if n != "reference" and why is None]
+    if gpu and not asked.backends and "mamba_ssm" not in scans:
         scans.append("mamba_ssm")  # upstream's arithmetic belongs in the comparison, and be it with why it is missing
     sizes = list(
-        itertools.product(asked["batches"] or ((128,) if gpu else (16,)), asked["sides"] or ((224,) if gpu else (64,)))
+        itertools.product(asked.batches or ((128,) if gpu else (16,)), asked.sides or ((224,) if gpu else (64,)))
     )
     cases = [
-        Case(network, batch, side, precision, scan, device, asked["compile"] or asked["combo"], asked["combo"])
+        Case(network, batch, side, precision, scan, device, asked.compile or asked.combo, asked.combo)
         for (batch, side), precision in itertools.product(sizes, precisions)
-        for network, scan in [*itertools.product(names, scans), *((n, "") for n in COMPARED if asked["compare"])]
+        for network, scan in [*itertools.product(names, scans), *((n, "") for n in COMPARED if asked.compare)]
     ]
     return list(dict.fromkeys(cases))
 

@@ -62,13 +62,14 @@ def job_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def staged_packages() -> Iterator[Path]:
-    """A temporary folder with a copy of the three packages: code and data files, no caches, nothing else."""
+    """A temporary folder with a copy of the three packages: code and data files; no caches and no benchmark's peers."""
     with scratch("submit") as folder:
         for name in PACKAGES:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"package {name} is not installed"
             assert spec.origin is not None, f"package {name} has no __init__"
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbi", "*.nbc", ".*", "tests")
+            # "peers" is pipelines/bench/peers: a cluster has none of the projects that it compares with.
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbi", "*.nbc", ".*", "tests", "peers")
             shutil.copytree(Path(spec.origin).parent, folder / name, ignore=ignored)
         yield folder
 

@@ -1,19 +1,8 @@
-"""What `medmamba bench data` compares at conversion: files into shards, by this project and by what else a user takes.
-
-Each is run in a process of its own (`python -m pipelines.bench.peers.writers NAME FOLDER`) on the same images. What it
-wrote is then read again: every image must be there once, with the coded bytes of its file. Only this project looks for
-copies and undecodable images, splits by group, and can be killed; its time includes that.
-"""
+"""Writers of other projects that `medmamba bench data` compares with; each is imported when it is asked for."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 import tarfile
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,24 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.config import DataConfig
-from data_shards.convert import convert
-from data_shards.decode import stored_bytes
-from data_shards.shard import read_samples
-from data_shards.store import open_store
-from pipelines.bench.peers.loaders import Work, processor_s, tell
+from pipelines.bench.work import Work
 
 _SHARD_IMAGES = 1000  # of those that count images
 _SHARD_BYTES = "64MB"
-
-
-def ours(work: Work, out: Path) -> None:
-    """This project's conversion, with the firewall, in local processes."""
-    source = f"{work.folder}/images"
-    config = DataConfig(dataset="bench", layout="csv", source=source, split_column="split", leaks={"datasets": "off"})
-    context = get_context("spawn")
-    with ProcessPoolExecutor(work.workers, mp_context=context) as pool:
-        convert(config, open_store(str(out)), run_tasks=lambda run, tasks: pool.map(run, tasks))
 
 
 def webdataset_writer(work: Work, out: Path) -> None:
@@ -127,7 +102,8 @@ def _in_parts(write: Callable[[list[Path], Path, int], None], work: Work, out: P
             each.result()
 
 
-def _of_tars(out: Path) -> Iterator[bytes]:
+def of_tars(out: Path) -> Iterator[bytes]:
+    """The coded images in tars of webdataset samples."""
     for path in sorted(out.rglob("*.tar")):
         with tarfile.open(path) as tar:
             for info in tar:
@@ -135,87 +111,17 @@ def _of_tars(out: Path) -> Iterator[bytes]:
                     yield tar.extractfile(info).read()  # type: ignore[union-attr]
 
 
-def _of_ours(out: Path) -> Iterator[bytes]:
-    for path in sorted((out / "shards").glob("train-*.tar")):
-        yield from (sample["image"] for sample in read_samples(path))
-
-
-def _of_mosaic(out: Path) -> Iterator[bytes]:
+def of_mosaic(out: Path) -> Iterator[bytes]:
+    """The coded images in shards of MosaicML Streaming."""
     import streaming
 
     for folder in sorted(out.iterdir()):
         yield from (row["image"] for row in streaming.LocalDataset(str(folder)))
 
 
-def _of_litdata(out: Path) -> Iterator[bytes]:
+def of_litdata(out: Path) -> Iterator[bytes]:
+    """The coded images in chunks of LitData."""
     import litdata
 
     dataset = litdata.StreamingDataset(str(out))
     yield from (dataset[i]["image"] for i in range(len(dataset)))
-
-
-WRITERS: dict[str, tuple[Callable[[Work, Path], None], Callable[[Path], Iterator[bytes]]]] = {
-    "medmamba": (ours, _of_ours),
-    "webdataset ShardWriter": (webdataset_writer, _of_tars),
-    "img2dataset writer": (img2dataset_writer, _of_tars),
-    "Ray Data": (ray_data, _of_tars),
-    "LitData optimize": (litdata_optimize, _of_litdata),
-    "MosaicML MDSWriter": (mosaic_streaming, _of_mosaic),
-}
-
-
-def measure(name: str, work: Work) -> dict[str, Any]:
-    """The figures of a writer: images/s, its processor time and bytes written; or `why_not`."""
-    write, read = WRITERS[name]
-    with tempfile.TemporaryDirectory(dir=work.folder) as folder:
-        return _measured(write, read, work, Path(folder), kept_as_is=name != "medmamba")
-
-
-def _measured(
-    write: Callable[[Work, Path], None],
-    read: Callable[[Path], Iterator[bytes]],
-    work: Work,
-    out: Path,
-    *,
-    kept_as_is: bool,
-) -> dict[str, Any]:
-    began, before = time.perf_counter(), processor_s()
-    try:
-        write(work, out)
-    except ImportError as error:
-        return {"why_not": f"cannot be imported: {error}"}
-    except Exception as error:
-        return {"why_not": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    seconds, used = time.perf_counter() - began, processor_s() - before
-    if wrong := check(read(out), work, kept_as_is=kept_as_is):
-        return {"why_not": f"wrong: {wrong}"}
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return {
-        "images_per_s": work.num / seconds,
-        "processor_s_per_1000": 1000 * used / work.num,
-        "bytes_written": written,
-    }
-
-
-def check(images: Iterator[bytes], work: Work, *, kept_as_is: bool) -> str:
-    """What is wrong with what was written; empty where the bytes of each file are there just once.
-
-    This project cuts metadata out of a file (`kept_as_is` False), and is held to what is left then.
-    """
-    digest = hashlib.sha256
-    expected = Counter(
-        digest(data if kept_as_is else stored_bytes(data)[0]).digest() for data in (p.read_bytes() for p in work.files)
-    )
-    found = Counter(digest(data).digest() for data in images)
-    missing, extra = (expected - found).total(), (found - expected).total()
-    return f"{missing} images are missing and {extra} are none of the files" if missing or extra else ""
-
-
-def main() -> None:
-    """Measures one writer on the work that lies in a folder; told as a line of JSON."""
-    work = Work(**json.loads((Path(sys.argv[2]) / "work.json").read_text()))
-    tell({"why_not": "", **measure(sys.argv[1], work)})
-
-
-if __name__ == "__main__":
-    main()

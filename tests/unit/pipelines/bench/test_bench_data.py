@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from pipelines.bench.conversion import check as written_right
+from pipelines.bench.conversion import measure
 from pipelines.bench.feed import KINDS, feed_table
-from pipelines.bench.peers.loaders import LOADERS, Loader, Work, check, make_images, summarise
-from pipelines.bench.peers.writers import check as written_right
-from pipelines.bench.peers.writers import measure
+from pipelines.bench.loading import LOADERS, TimedLoader
+from pipelines.bench.work import Work, check, make_images, summarise
 from pipelines.cli import main
 
 
@@ -33,7 +34,7 @@ def delivered(work: Work, numbers: list[int]):
 @pytest.mark.parametrize("name", ["medmamba", "DataLoader over PIL", "webdataset"])
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_a_loader_that_delivers_each_image_once_has_figures(works, name, kind):
-    loader = Loader(name, works[kind])
+    loader = TimedLoader(name, works[kind])
     assert loader.why_not == ""
     assert [loader.time_epoch()["images"] for _ in range(2)] == [12, 12]
     del loader
@@ -59,7 +60,7 @@ def test_a_loader_that_is_not_installed_says_so(works, monkeypatch):
         raise ModuleNotFoundError("No module named 'streaming'")
 
     monkeypatch.setitem(LOADERS, "MosaicML Streaming", absent)
-    assert Loader("MosaicML Streaming", works["png"]).why_not == "cannot be imported: No module named 'streaming'"
+    assert TimedLoader("MosaicML Streaming", works["png"]).why_not == "cannot be imported: No module named 'streaming'"
 
 
 def test_bench_data_prints_json_and_nothing_else(capsys):

@@ -1,7 +1,10 @@
 """What `medmamba submit` refuses before it sends anything, and what it would send."""
 
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -143,5 +146,23 @@ def test_the_three_packages_are_shipped_without_caches_and_nothing_else():
         assert {path.suffix for path in files} <= {".py", ".toml", ".cpp", ".cu", ".md"}
         assert not any("__pycache__" in path.parts for path in files)
         assert (folder / "pipelines" / "cluster" / "job.py").is_file()
+        assert not (folder / "pipelines" / "bench" / "peers").exists()
         assert sum(path.stat().st_size for path in files) < 5 << 20  # Ray refuses more than 100 MiB
     assert not folder.exists()
+
+
+def test_what_is_shipped_measures_this_project_and_says_of_others_that_they_are_missing():
+    script = (
+        "from pipelines.bench.data import bench_data; from pipelines.bench.loading import TimedLoader; "
+        "from pipelines.bench.measure import Case, measure; import pipelines; print(pipelines.__file__); "
+        "print(TimedLoader('webdataset', None).why_not); "
+        "print(measure(Case('resnet50', 1, 64, 'float32', '', 'cpu', False), repeats=1).why_not)"
+    )
+    with staged_packages() as folder:
+        env = {**os.environ, "PYTHONPATH": str(folder)}
+        command = [sys.executable, "-c", script]
+        told = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
+        where, loader, network = told.splitlines()
+        assert where.startswith(str(folder))
+    assert loader == "cannot be imported: No module named 'pipelines.bench.peers'"
+    assert network == "the networks of other projects are not shipped to a cluster"

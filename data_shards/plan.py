@@ -14,7 +14,7 @@ from data_shards.split import SPLITS
 
 if TYPE_CHECKING:
     from data_shards.config import DataConfig
-    from data_shards.source import Row
+    from data_shards.source.row import Row
 
 # One encoder for all: json.dumps would build one for each of several hundred thousand keys.
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode

@@ -27,7 +27,7 @@ from data_shards.store import Store, StoreKeyError
 
 if TYPE_CHECKING:
     from data_shards.config import DataConfig
-    from data_shards.source import ImageSet
+    from data_shards.source.row import ImageSet
 
 IMAGE_MEMBERS = ("png", "jpg")
 FIRST_OFFSET = tarfile.BLOCKSIZE  # of an image: a header is before it

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_shards.decode import UndecodableImage, decode
-from data_shards.source import ImageSet, Row
+from data_shards.source.row import ImageSet, Row
 
 NUM_BITS = 168
 _WORDS = 3

@@ -18,7 +18,7 @@ from data_shards.config import LeakConfig, plain_name
 from data_shards.fields import Count, Key, Label, SplitName, explained
 from data_shards.leakage.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
-from data_shards.source import Row
+from data_shards.source.row import Row
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError
 

@@ -25,7 +25,7 @@ from data_shards.leakage.report import OtherDataset
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
 from data_shards.rules import RULES
-from data_shards.source import ImageSet, Row
+from data_shards.source.row import ImageSet, Row
 from data_shards.split import SPLITS
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from data_shards.config import DataConfig
 from data_shards.decode import dicom
-from data_shards.source.open import Row
+from data_shards.source.row import Row
 
 _log = logging.getLogger(__name__)
 # Headers are read by threads, as a store far away takes some 20 ms to answer. So many are asked for ahead: all at once

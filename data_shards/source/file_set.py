@@ -12,8 +12,8 @@ import numpy as np
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, dicom
 from data_shards.source.dicom_rows import with_frames
-from data_shards.source.files.open import Files
-from data_shards.source.open import Row
+from data_shards.source.files.files import Files
+from data_shards.source.row import Row
 
 # What one read fetches at least, from a DICOM file or one whose name does not say what it is: at planning most headers
 # lie in the first, at conversion most slices in one. Files that are named as pictures are read whole.

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data_shards.config import DataConfig
-from data_shards.labels import relabelled
-from data_shards.source.files.open import cached, copy_stamp, local_copy
-from data_shards.source.open import Row
+from data_shards.source.files.cache import cached, copy_stamp, local_copy
+from data_shards.source.labels import relabelled
+from data_shards.source.row import Row
 from data_shards.split import SPLITS
 
 

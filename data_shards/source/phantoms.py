@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_shards.config import PhantomConfig
+from data_shards.source.row import Row
 
 CLASSES = ("no lesion", "smooth ellipse", "spiculated mass")
 
@@ -107,3 +108,31 @@ def _displayed(echo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     shown = (shown - shown.mean()) / max(float(shown.std()), 1e-6)
     grey = rng.uniform(85, 140) + rng.uniform(26, 40) * shown
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+
+
+class PhantomSet:
+    """The synthetic images; a patient is a group."""
+
+    def __init__(self, config: PhantomConfig, seed: int):
+        self._config, self._seed = config, seed
+        self.classes: tuple[str, ...] = CLASSES
+        self.task: str = "multiclass"
+        self.notes: tuple[str, ...] = ()
+        self.splits_from = ""
+        self.rows = [
+            Row(f"patient{patient:05d}", image, (diagnosis(patient),), None, f"patient{patient:05d}")
+            for patient in range(config.num_patients)
+            for image in range(config.images_per_patient)
+        ]
+
+    def read(self, row: Row) -> np.ndarray:
+        """uint8 (side, side)."""
+        return phantom(self._config, self._seed, int(row.where.removeprefix("patient")), row.frame)
+
+    def inside(self, row: Row) -> str:
+        """See ImageSet; there is no file."""
+        return row.where
+
+    def stamp(self, row: Row) -> str:
+        """See ImageSet: a phantom is a function of its settings."""
+        return f"{self._config.model_dump_json()}|{self._seed}|{row.where}"

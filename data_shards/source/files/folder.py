@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data_shards.source.files.cache import file_stamp
 from data_shards.source.files.links import ENDLESS, ENDLESS_NOTE, MOST_LINKED, NOWHERE
 from data_shards.source.files.litter import left_out, named_note, note_of
-from data_shards.source.files.open import file_stamp
 
 
 class _Listing(NamedTuple):

@@ -10,9 +10,10 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+from data_shards.source.files.cache import cached, file_stamp
+from data_shards.source.files.files import with_parents
 from data_shards.source.files.links import ENDLESS_NOTE, NOWHERE, follow
 from data_shards.source.files.litter import named_note, note_of, without_litter
-from data_shards.source.files.open import cached, file_stamp, with_parents
 from data_shards.source.files.ranged_file import RangedFile
 
 _PART_BYTES = 64 << 20

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from data_shards.source.files.cache import cached
+from data_shards.source.files.files import with_parents
 from data_shards.source.files.links import ENDLESS_NOTE, follow
 from data_shards.source.files.litter import left_out, named_note, note_of, without_litter
-from data_shards.source.files.open import cached, with_parents
 
 _CHUNK_BYTES = 1 << 20
 # Coded images shrink by a few percent, tables tenfold. Deflate reaches 1:1032, and bombs come close to it.

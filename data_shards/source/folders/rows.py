@@ -10,14 +10,16 @@ from collections.abc import Sequence
 
 from data_shards.config import DataConfig
 from data_shards.decode.dicom import named_as_image
-from data_shards.labels import ClassEdits, grouped_by_path, relabelled
 from data_shards.source.file_set import FileSet
+from data_shards.source.files.files import Files
 from data_shards.source.files.links import broken_links
-from data_shards.source.files.open import Files, NestedFiles, open_files
+from data_shards.source.files.nested import NestedFiles
+from data_shards.source.files.open import open_files
 from data_shards.source.folders.layout import ClassFolder, read_layout
 from data_shards.source.folders.tree import FolderTree, class_name
+from data_shards.source.labels import ClassEdits, grouped_by_path, relabelled
 from data_shards.source.lookalikes import described, folded, plainness, trimmed
-from data_shards.source.open import Row
+from data_shards.source.row import Row
 from data_shards.split import SPLITS, split_word
 
 

@@ -8,12 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
-from data_shards.labels import composed, grouped_by_path, option
+from data_shards.options import option
 from data_shards.source.file_set import FileSet
+from data_shards.source.files.files import Files
 from data_shards.source.files.links import broken_links
-from data_shards.source.files.open import Files, open_files
+from data_shards.source.files.open import open_files
+from data_shards.source.labels import composed, grouped_by_path
 from data_shards.source.lookalikes import described, folded, trimmed
-from data_shards.source.open import Row
+from data_shards.source.row import Row
 from data_shards.source.table.image_paths import Places, find_images
 from data_shards.source.table.label_cells import read_labels, says_missing
 from data_shards.source.table.text_table import ENDINGS, Table, tables_among

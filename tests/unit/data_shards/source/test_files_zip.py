@@ -16,7 +16,8 @@ from original_layouts import central_entry, image, patched, write, zip_of
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage
 from data_shards.source import open_source
-from data_shards.source.files.open import cached, open_files
+from data_shards.source.files.cache import cached
+from data_shards.source.files.open import open_files
 
 FILES = {f"{c}/{c} ({i}).png": image(10 * j + i, "L") for j, c in enumerate(("benign", "malignant")) for i in range(4)}
 SECOND = "benign/benign (1).png"

@@ -1,0 +1,32 @@
+"""Options of the command line and names, as a message shows them."""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from collections.abc import Sequence
+
+_SHOWN = 10  # names in a message at most
+_CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode's categories of what ends a line or cannot be seen, tabs among them
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for a message, the first ones if there are many."""
+    shown = ", ".join(name or "'' (no label)" for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def option(name: str, *values: str) -> str:
+    """An option of the command line with its values, as a shell takes them."""
+    return " ".join([f"--data.{name}", *map(quoted, values)])
+
+
+def quoted(value: str) -> str:
+    """The value as one types it in a shell, in one line: `'a b'`, and `$'a\\nb'` for a line feed in it."""
+    if not any(unicodedata.category(c) in _CONTROLS for c in value):
+        return shlex.quote(value)
+    plain = value.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n").replace("\t", r"\t")
+    coded = (
+        "".join(f"\\x{byte:02x}" for byte in c.encode()) if unicodedata.category(c) in _CONTROLS else c for c in plain
+    )
+    return f"$'{''.join(coded)}'"

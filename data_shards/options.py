@@ -30,3 +30,15 @@ def quoted(value: str) -> str:
         "".join(f"\\x{byte:02x}" for byte in c.encode()) if unicodedata.category(c) in _CONTROLS else c for c in plain
     )
     return f"$'{''.join(coded)}'"
+
+
+def printable(text: str) -> str:
+    """The text with whatever a terminal would act upon, or could not show, spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def listing_command(verb: str, dataset: str, name: str, uri: str) -> str:
+    """The command that lists what a conversion into `uri` left out (`medmamba shards <verb>`), with file names."""
+    place = f"/datasets/{dataset}/{name}"
+    store = f" --store {shlex.quote(uri.removesuffix(place))}" if uri.endswith(place) else ""
+    return f"medmamba shards {verb} {dataset}/{name} --names{store}"

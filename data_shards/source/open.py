@@ -11,11 +11,11 @@ from typing import Any
 from data_shards import catalog
 from data_shards.config import DataConfig
 from data_shards.source import phantoms
-from data_shards.source.folders.rows import open_folders
+from data_shards.source.folders.rows import list_folders
 from data_shards.source.labels import check_settings
-from data_shards.source.npz import NpzSet
+from data_shards.source.npz import open_npz
 from data_shards.source.row import ImageSet
-from data_shards.source.table.rows import open_csv
+from data_shards.source.table.rows import list_table
 from data_shards.store import open_store
 
 # As a setting: no such column, whatever the catalogue says.
@@ -27,20 +27,29 @@ _OF_TABLES = ("csv", "image_column", "label_column", "group_column", "split_colu
 def open_source(config: DataConfig) -> ImageSet:
     """The image set that `config` describes.
 
-    Raises ValueError with the value, the rule and a remedy: unknown dataset, no such source, an empty class folder, a
+    Raises ValueError with the value, the rule and a remedy: unknown dataset, missing source, an empty class folder, a
     table without a column, a row without its file, a label out of range, a damaged file.
     """
     classes_named = bool(config.classes)
     config = resolved(config)
     check_settings(config)
     if config.layout == "phantoms":
-        return phantoms.PhantomSet(config.phantoms, config.seed)
+        return phantoms.draw_phantoms(config.phantoms, config.seed)
     _require_source(config)
     if config.layout == "npz":
-        return NpzSet(config)
+        return open_npz(config)
     if config.layout == "csv":
-        return open_csv(config, classes_named=classes_named)
-    return open_folders(config)
+        return list_table(config, classes_named=classes_named).image_set(config)
+    return list_folders(config).image_set(config)
+
+
+def check_folders(config: DataConfig) -> None:
+    """ValueError where the folders of a `folders` set cannot be read as classes: by their names, without any image."""
+    config = resolved(config)
+    if config.layout == "folders":
+        check_settings(config)
+        _require_source(config)
+        list_folders(config)
 
 
 def check_source(config: DataConfig) -> None:

@@ -7,10 +7,12 @@ drawn apart from its class, and lesions lie anywhere, so single pixels tell next
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from data_shards.config import PhantomConfig
-from data_shards.source.row import Row
+from data_shards.source.row import ImageSet, Row
 
 CLASSES = ("no lesion", "smooth ellipse", "spiculated mass")
 
@@ -110,29 +112,31 @@ def _displayed(echo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
 
-class PhantomSet:
-    """The synthetic images; a patient is a group."""
+@dataclass(frozen=True)
+class PhantomReader:
+    """Draws the synthetic images."""
 
-    def __init__(self, config: PhantomConfig, seed: int):
-        self._config, self._seed = config, seed
-        self.classes: tuple[str, ...] = CLASSES
-        self.task: str = "multiclass"
-        self.notes: tuple[str, ...] = ()
-        self.splits_from = ""
-        self.rows = [
-            Row(f"patient{patient:05d}", image, (diagnosis(patient),), None, f"patient{patient:05d}")
-            for patient in range(config.num_patients)
-            for image in range(config.images_per_patient)
-        ]
+    config: PhantomConfig
+    seed: int
 
     def read(self, row: Row) -> np.ndarray:
         """uint8 (side, side)."""
-        return phantom(self._config, self._seed, int(row.where.removeprefix("patient")), row.frame)
+        return phantom(self.config, self.seed, int(row.where.removeprefix("patient")), row.frame)
 
     def inside(self, row: Row) -> str:
-        """See ImageSet; there is no file."""
+        """See Reader; there is no file."""
         return row.where
 
     def stamp(self, row: Row) -> str:
-        """See ImageSet: a phantom is a function of its settings."""
-        return f"{self._config.model_dump_json()}|{self._seed}|{row.where}"
+        """See Reader: a phantom is a function of its settings."""
+        return f"{self.config.model_dump_json()}|{self.seed}|{row.where}"
+
+
+def draw_phantoms(config: PhantomConfig, seed: int) -> ImageSet:
+    """The synthetic images; a patient is a group."""
+    rows = [
+        Row(f"patient{patient:05d}", image, (diagnosis(patient),), None, f"patient{patient:05d}")
+        for patient in range(config.num_patients)
+        for image in range(config.images_per_patient)
+    ]
+    return ImageSet(rows, CLASSES, "multiclass", (), PhantomReader(config, seed))

@@ -8,14 +8,16 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from data_shards.store import StoreError, open_store
 from data_shards.store.disk import DiskFullError, full_disk, is_full, says_full, size_text
 
 
 def copy_stamp(uri: str, path: Path) -> str:
-    """A text that changes when the source `uri` is replaced, of which `path` is the local file (`local_copy`).
+    """A text that changes when the source `uri` is replaced, of which `path` is the local file (`local_file`).
 
     That of an s3:// object is the same on every machine: its copies lie in a folder named after address, size and tag.
     """
@@ -34,28 +36,76 @@ def file_stamp(path: Path) -> str:
     return f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}|{found.st_ino}"
 
 
-def local_copy(uri: str) -> Path:
-    """The local file of a source that is one file; an s3:// object is fetched once per machine."""
+class LocalFile(Protocol):
+    """A file that every machine can have at hand. It can be pickled."""
+
+    def path(self) -> Path:
+        """Where it is on this machine; it is fetched or unpacked there first, if need be."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A file that is local already, or on a disk that all machines share."""
+
+    place: Path
+    size_bytes: int
+    mtime_ns: int
+
+    def path(self) -> Path:
+        """See LocalFile. StoreError where the file is another one by now, or is gone."""
+        try:
+            found = self.place.stat()
+        except OSError as error:
+            raise StoreError(f"{self.place} was there when it was listed and cannot be found now: {error}") from error
+        if (found.st_size, found.st_mtime_ns) != (self.size_bytes, self.mtime_ns):
+            raise StoreError(f"{self.place} changed while it was read: run again when it is complete")
+        return self.place
+
+
+def on_disk(path: Path) -> OnDisk:
+    """A local file in the version that it has now. OSError where it cannot be looked at."""
+    found = path.stat()
+    return OnDisk(path, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An s3:// object in the version that it had when it was first looked at, fetched once per machine."""
+
+    uri: str
+    size_bytes: int
+    tag: str | None
+
+    def path(self) -> Path:
+        """See LocalFile. StoreError where the object is another one by now."""
+        # A replaced object has another tag, so an old copy is never taken for the new one.
+        identity = f"{self.uri}|{self.size_bytes}|{self.tag}"
+        name = self.uri.rpartition("/")[2]
+        key = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{name}"
+        return cached(key, self._fetch, size_bytes=self.size_bytes)
+
+    def _fetch(self, target: Path) -> None:
+        parent, _, name = self.uri.rpartition("/")
+        store = open_store(parent)
+        store.fetch(name, target)
+        if store.tag(name) != self.tag:
+            raise StoreError(f"{self.uri} changed while it was fetched: run again when it is complete")
+
+
+def local_file(uri: str) -> LocalFile:
+    """The source `uri`, which is one file, as a local one. ValueError where it is a folder or is not there."""
     if not uri.startswith("s3://"):
         path = local_path(uri)
         if path.is_dir():
             raise ValueError(f"{path} is a folder, but this layout is one file: name the file in --data.source")
-        return path
+        return on_disk(path)
     parent, _, name = uri.rpartition("/")
     store = open_store(parent)
     size = store.head(name)
     if size is None:
         raise ValueError(f"{uri} was not found: there is no such object; check --data.source")
-    # A replaced object has another tag, so an old copy is never taken for the new one.
-    tag = store.tag(name)
-    identity = f"{uri}|{size}|{tag}"
-
-    def fetch(target: Path) -> None:
-        store.fetch(name, target)
-        if store.tag(name) != tag:
-            raise StoreError(f"{uri} changed while it was fetched: run again when it is whole")
-
-    return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{name}", fetch, size_bytes=size)
+    return Fetched(uri, size, store.tag(name))
 
 
 def cached(key: str, write: Callable[[Path], None], *, size_bytes: int | None = None) -> Path:

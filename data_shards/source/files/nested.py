@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import posixpath
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
 
-from data_shards.source.files.files import Files, with_parents
+from data_shards.source.files.cache import LocalFile
+from data_shards.source.files.files import FileReader, Files, with_parents
 
 
-class NestedFiles:
+class _Place(NamedTuple):
+    """Which of the readers has a file, and what the file is to it."""
+
+    reader: int
+    name: str
+    place: Any
+
+
+@dataclass(frozen=True)
+class NestedReader:
+    """Reads files, and those of the zips among them."""
+
+    readers: tuple[FileReader, ...]
+
+    def read(self, name: str, place: _Place) -> bytes:
+        """The complete file."""
+        return self.readers[place.reader].read(place.name, place.place)
+
+    def open(self, name: str, place: _Place, *, buffer_bytes: int) -> BinaryIO:
+        """See FileReader."""
+        return self.readers[place.reader].open(place.name, place.place, buffer_bytes=buffer_bytes)
+
+    def stamp(self, name: str, place: _Place) -> str:
+        """See FileReader."""
+        return self.readers[place.reader].stamp(place.name, place.place)
+
+
+class NestedFiles(Files):
     """Files, and those of the zips among them at the paths that unpacking each zip beside itself would give.
 
     Where somebody has done so and kept the zip, the unpacked file counts, once.
@@ -17,6 +45,9 @@ class NestedFiles:
 
     def __init__(self, outer: Files, zips: dict[str, Files], called: str):
         self.zips = sorted(zips)
+        among = [outer, *zips.values()]
+        self._numbers = {id(files): number for number, files in enumerate(among)}
+        self.reader = NestedReader(tuple(files.reader for files in among))
         self._homes = {name: (outer, name) for name in outer.names if name not in zips}
         unpacked = set(self._homes)
         folders = list(outer.folders)
@@ -38,22 +69,12 @@ class NestedFiles:
         self.notes = (*outer.notes, *inner)
         self.broken = {path: files.broken[name] for path, (files, name) in self._homes.items() if name in files.broken}
 
-    def read(self, name: str) -> bytes:
-        """The whole file."""
-        files, inside = self._homes[name]
-        return files.read(inside)
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
+    def place(self, name: str) -> _Place:
         """See Files."""
         files, inside = self._homes[name]
-        return files.open(inside, buffer_bytes=buffer_bytes)
+        return _Place(self._numbers[id(files)], inside, files.place(inside))
 
-    def local(self, name: str) -> Path:
+    def local(self, name: str) -> LocalFile:
         """See Files."""
         files, inside = self._homes[name]
         return files.local(inside)
-
-    def stamp(self, name: str) -> str:
-        """See Files."""
-        files, inside = self._homes[name]
-        return files.stamp(inside)

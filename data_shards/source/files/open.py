@@ -6,7 +6,7 @@ Zips among them count as if they had been unpacked where they are, and links as 
 
 from __future__ import annotations
 
-from data_shards.source.files.cache import copy_stamp, local_copy, local_path
+from data_shards.source.files.cache import copy_stamp, local_file, local_path
 from data_shards.source.files.files import Files
 from data_shards.source.files.folder import FolderFiles
 from data_shards.source.files.nested import NestedFiles
@@ -34,9 +34,9 @@ def _open(uri: str) -> Files:
             f"{uri} is compressed, so single images cannot be read out of it: unpack it, to a folder or a .tar"
         )
     if uri.lower().endswith(".tar"):
-        return TarFiles(path := local_copy(uri), copy_stamp(uri, path))
+        return TarFiles(archive := local_file(uri), copy_stamp(uri, archive.path()))
     if uri.lower().endswith(".zip"):
-        return ZipFiles(local_copy(uri))
+        return ZipFiles(local_file(uri))
     if uri.startswith("s3://"):
         store = open_store(uri)
         assert isinstance(store, S3Store), uri

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import functools
 import io
-from pathlib import Path
+from dataclasses import dataclass
 from typing import BinaryIO
 
-from data_shards.source.files.cache import local_copy
-from data_shards.source.files.files import with_parents
+from data_shards.source.files.cache import LocalFile, local_file
+from data_shards.source.files.files import Files, with_parents
 from data_shards.source.files.litter import left_out, note_of
 from data_shards.source.files.ranged_file import RangedFile
 from data_shards.store import StoreError
 from data_shards.store.s3.store import S3Store
 
 
-class StoreFiles:
+@dataclass(frozen=True)
+class StoreReader:
+    """Reads the objects of a store."""
+
+    store: S3Store
+
+    def read(self, name: str, place: str | None) -> bytes:
+        """The complete object."""
+        return self.store.get(name)
+
+    def open(self, name: str, place: str | None, *, buffer_bytes: int) -> BinaryIO:
+        """The object, of which only what is asked for is fetched."""
+        parts = RangedFile(functools.partial(self._part, name), functools.partial(self._size, name))
+        return io.BufferedReader(parts, buffer_bytes)
+
+    def stamp(self, name: str, place: str | None) -> str:
+        """See FileReader."""
+        return f"{self.store.uri}/{name}|{place}" if place else ""
+
+    def _part(self, name: str, start: int, length: int) -> bytes:
+        return self.store.get(name, start=start, length=length)
+
+    def _size(self, name: str) -> int:
+        size = self.store.head(name)
+        if size is None:
+            raise StoreError(f"{self.store.uri}/{name} was there when it was listed and is no more: run again")
+        return size
+
+
+class StoreFiles(Files):
     """The objects below an s3:// prefix, each fetched when it is read."""
 
     def __init__(self, store: S3Store):
-        self._store = store
+        self._store, self.reader = store, StoreReader(store)
         tags, litter = {}, set()
         for key, tag in store.raw_tags():
             if outside := left_out(key, folder=key.endswith("/")):
@@ -35,29 +64,10 @@ class StoreFiles:
             raise ValueError(f"{store.uri} was not found: there is no object; check --data.source")
         self.folders = with_parents([key.rstrip("/") for key in keys if key.endswith("/")], self.names)
 
-    def read(self, name: str) -> bytes:
-        """The whole object."""
-        return self._store.get(name)
-
-    def local(self, name: str) -> Path:
-        """See Files."""
-        return local_copy(f"{self._store.uri}/{name}")
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
-        """The object, of which only what is asked for is fetched."""
-        parts = RangedFile(functools.partial(self._part, name), functools.partial(self._size, name))
-        return io.BufferedReader(parts, buffer_bytes)
-
-    def stamp(self, name: str) -> str:
+    def place(self, name: str) -> str | None:
         """See Files: the ETag that the object had when the prefix was listed."""
-        tag = self._tags[name]
-        return f"{self._store.uri}/{name}|{tag}" if tag else ""
+        return self._tags[name]
 
-    def _part(self, name: str, start: int, length: int) -> bytes:
-        return self._store.get(name, start=start, length=length)
-
-    def _size(self, name: str) -> int:
-        size = self._store.head(name)
-        if size is None:
-            raise StoreError(f"{self._store.uri}/{name} was there when it was listed and is no more: run again")
-        return size
+    def local(self, name: str) -> LocalFile:
+        """See Files."""
+        return local_file(f"{self._store.uri}/{name}")

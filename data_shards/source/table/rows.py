@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
 from data_shards.options import option
-from data_shards.source.file_set import FileSet
+from data_shards.source.file_set import FileList
 from data_shards.source.files.files import Files
 from data_shards.source.files.links import broken_links
 from data_shards.source.files.open import open_files
@@ -24,7 +24,7 @@ from data_shards.split import split_of_cell
 _MOST_WORDS = 20  # in a remedy
 
 
-def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
+def list_table(config: DataConfig, *, classes_named: bool = True) -> FileList:
     """A set whose table, CSV, TSV or XLSX, names each image, its label, and maybe its group and split.
 
     Rows without a file, and of classes that are left out, say nothing about classes, groups and splits. A class that
@@ -55,7 +55,7 @@ def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
         *labels.notes,
         *_alike_groups(groups.values(), table),
     )
-    return FileSet(files, table.folder, rows, config, classes=labels.classes, notes=notes)
+    return FileList(files, table.folder, rows, labels.classes, notes)
 
 
 def _from_table(table: Table, file: str) -> str:

@@ -1,6 +1,6 @@
 """What a shard worker needs before its first image: CPU seconds and memory, on a table of many rows.
 
-    python tests/bench/shard_worker.py [--rows 100000] [--files 200] [--shard 10000] [--folder /tmp/shard-worker] [--json]
+    python tests/bench/shard_worker.py [--rows 100000] [--files 200] [--shard 10000] [--folder /tmp/worker] [--json]
 
 The set is a CSV whose rows name links to few generated images of 16 px. A new process imports what a worker imports
 (its base), unpickles the task of one shard and runs it up to the first image; `read` is what reading and coding all

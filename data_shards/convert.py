@@ -20,16 +20,9 @@ import numpy as np
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
-from data_shards.leakage import (
-    LEAKS,
-    Copy,
-    DuplicatesError,
-    LeakReport,
-    guard,
-    read_report,
-    refuse_elsewhere,
-)
+from data_shards.leakage import LEAKS, Copy, DuplicatesError, LeakReport, read_report, refuse_elsewhere
 from data_shards.leakage.fingerprint import Fingerprints
+from data_shards.leakage.guard import guard
 from data_shards.leakage.page import LEAKS_PAGE, page
 from data_shards.leakage.scan import (
     FINGERPRINTS,

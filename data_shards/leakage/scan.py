@@ -21,8 +21,8 @@ import numpy as np
 from data_shards.bounded_table import TableError, read_bounded
 from data_shards.config import DataConfig
 from data_shards.fields import KEY, MAX_CLASSES
+from data_shards.leakage.duplicates import OtherDataset
 from data_shards.leakage.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
-from data_shards.leakage.report import OtherDataset
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
 from data_shards.rules import RULES

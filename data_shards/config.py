@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -94,6 +94,8 @@ class DataConfig(BaseModel):
     """Which images, with which labels, in which splits, cut into shards how. Everything here decides the bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    WHEREABOUTS: ClassVar[frozenset[str]] = frozenset({"source"})
+    """Settings that say where something is: a finished step or dataset stays the same when they change."""
 
     dataset: str = "phantoms"
     """A dataset of the catalogue (`medmamba datasets`), or a new name of your own together with `layout`."""
@@ -166,6 +168,21 @@ class DataConfig(BaseModel):
     """How DICOM files become images; they may lie in a `folders` or `csv` set beside others."""
     phantoms: PhantomConfig = PhantomConfig()
     """The synthetic images, used where `dataset` is phantoms."""
+
+    def identity(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The settings that decide the bytes, as JSON values under the names that they first had.
+
+        Not among them is what names a conversion, says where its source is, or judges it: `name`, `source`,
+        `max_quarantine` and `leaks.datasets`. Without `defaults` only settings that differ from theirs, so that a
+        setting that is added later changes nothing for those who do without it.
+        """
+        leaks = self.leaks.model_copy(update={"datasets": LeakConfig().datasets})
+        ignored = {"name", "max_quarantine", *self.WHEREABOUTS}
+        found = self.model_copy(update={"leaks": leaks}).model_dump(
+            mode="json", exclude=ignored, exclude_defaults=not defaults
+        )
+        found.get("leaks", {}).pop("datasets", None)
+        return found
 
     @field_validator("dataset", "name")
     @classmethod

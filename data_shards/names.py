@@ -6,7 +6,6 @@ of this is written to a store.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -18,14 +17,13 @@ from data_shards.config import DataConfig
 from data_shards.leakage import Finding, LeakReport, named_labels
 from data_shards.leakage.scan import stored_samples
 from data_shards.manifest import Dataset
-from data_shards.plan import digest_of, sample_key
+from data_shards.plan import sample_key
 from data_shards.shard import Quarantined, ShardPart
 from data_shards.source import ImageSet, Row, open_source, resolved
 from data_shards.source.files.open import open_files
 from data_shards.source.table.text_table import ENDINGS
 from data_shards.store import Store, StoreKeyError
 
-SETTINGS = "config.json"
 IN_SHARD, QUARANTINED, DROPPED = "in shard", "quarantined", "dropped"
 
 
@@ -66,37 +64,6 @@ class Places:
     notes: tuple[str, ...] = ()
     """What else its owner should know."""
     image_set: ImageSet | None = field(default=None, repr=False)
-
-
-def settings_on_record(out: Store) -> tuple[DataConfig, str]:
-    """The settings that a dataset, finished or not, was made with, without its salt; and the digest of that.
-
-    Raises ValueError where they are missing or damaged.
-    """
-    try:
-        flat = json.loads(out.get(SETTINGS))
-        nested: dict = {}
-        for key, value in flat.items():
-            part, _, name = key.rpartition(".")
-            model = getattr(DataConfig(), part, None) if part else DataConfig()
-            if name in getattr(
-                type(model), "model_fields", ()
-            ):  # not the number of the rules, nor a setting of another release
-                (nested.setdefault(part, {}) if part else nested)[name] = value
-        if nested.get("dataset") != out.uri.rsplit("/", 2)[-2]:
-            raise ValueError(f"it is of the dataset {nested.get('dataset')!r}")
-        salt = str(nested.pop("salt", ""))
-        return DataConfig.model_validate(nested), salt
-    except (StoreKeyError, ValueError, AttributeError, TypeError, ValidationError, RecursionError) as error:
-        raise ValueError(
-            f"{out.uri}/{SETTINGS} does not hold the settings of a dataset ({' '.join(str(error).split())[:120]}): "
-            "restore it, or run `medmamba shard` with the same settings, which says what differs"
-        ) from error
-
-
-def salt_digest(salt: str) -> str:
-    """What a store keeps of a salt, by which it is recognised."""
-    return digest_of(salt)[:12] if salt else ""
 
 
 def samples(dataset: Dataset, report: LeakReport) -> list[Sample]:
@@ -157,7 +124,7 @@ def find(config: DataConfig, wanted: Collection[str]) -> Places:
         keys = (sample_key(config.dataset, config.salt, row.where, row.frame) for row in rows)
         for row, key in zip(rows, keys, strict=True):
             if key in wanted:
-                places[key] = Place(row.where, row.frame, f"{base}{image_set.inside(row)}", row)
+                places[key] = Place(row.where, row.frame, f"{base}{image_set.reader.inside(row)}", row)
         unlisted = len(rows) - len(places)
         if len(places) < len(wanted) and resolved(config).layout in ("folders", "csv"):
             places = {**_by_path(config, wanted), **places}
@@ -169,11 +136,6 @@ def with_labels(sample: Sample, place: Place | None, image_set: ImageSet | None)
     if sample.labels or place is None or place.row is None or image_set is None:
         return sample
     return replace(sample, labels=named_labels(place.row.labels, image_set.classes))
-
-
-def printable(text: str) -> str:
-    """The text with whatever a terminal would act upon, or could not show, spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _base(config: DataConfig) -> str:

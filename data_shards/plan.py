@@ -14,12 +14,10 @@ from data_shards.split import SPLITS
 
 if TYPE_CHECKING:
     from data_shards.config import DataConfig
-    from data_shards.source import Row
+    from data_shards.source.row import Row
 
 # One encoder for all: json.dumps would build one for each of several hundred thousand keys.
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
-# What names a conversion, says where its source stands, or judges it, without changing a byte of it.
-_NOT_IN_THE_BYTES = {"name", "source", "max_quarantine"}
 _DEFAULTS = 2  # 2: shards end by size, copies of an image are dealt out together
 # What a sample takes in a tar beside its image: three headers, its label and JSON, and what fills up the blocks.
 _OVERHEAD_BYTES = 3072
@@ -59,11 +57,7 @@ def config_digest(config: DataConfig) -> str:
     Settings at their default are left out, so that a setting added later does not move the version of datasets made
     before. The defaults themselves may therefore change only together with _DEFAULTS (a test holds them).
     """
-    # Whether copies in other datasets are told or refused changes no byte either.
-    leaks = config.leaks.model_copy(update={"datasets": type(config.leaks)().datasets})
-    config = config.model_copy(update={"leaks": leaks})
-    settings = config.model_dump(mode="json", exclude=_NOT_IN_THE_BYTES, exclude_defaults=True)
-    return digest_of([_DEFAULTS, settings])
+    return digest_of([_DEFAULTS, config.identity(defaults=False)])
 
 
 def shard_digest(plan: ShardPlan, config: DataConfig) -> str:

@@ -13,6 +13,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from data_shards.store import Store, StoreKeyError
 
 if TYPE_CHECKING:
     from data_shards.config import DataConfig
-    from data_shards.source import ImageSet
+    from data_shards.source.row import Reader
 
 IMAGE_MEMBERS = ("png", "jpg")
 FIRST_OFFSET = tarfile.BLOCKSIZE  # of an image: a header is before it
@@ -76,9 +77,21 @@ class ShardPart(BaseModel):
     ]
     """How many pixels have each of the 256 values: three rows for RGB; grey counts in each of them."""
     stamps: str = ""
-    """Digest of the stamps that its images' files had before they were read (`ImageSet.stamp`); empty: not known."""
+    """Digest of the stamps that its images' files had before they were read (`Reader.stamp`); empty: not known."""
     flaws: dict[str, Count] = {}
     """What is wrong with source files that lost no pixel, and how many there are of each."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write; it can be pickled and holds no rows but the shard's."""
+
+    reader: Reader
+    plan: ShardPlan
+    config: DataConfig
+    task: str
+    """What a label means: multiclass, ordinal or multilabel."""
+    out: Store
 
 
 def tar_key(name: str) -> str:
@@ -91,19 +104,18 @@ def part_key(name: str) -> str:
     return f"parts/{name}.json"
 
 
-def find_shard(
-    plan: ShardPlan, config: DataConfig, out: Store, *, image_set: ImageSet | None = None
-) -> ShardPart | None:
-    """The finished shard of exactly this plan, if the store has it, and no file of `image_set` was replaced since.
+def find_shard(task: ShardTask) -> ShardPart | None:
+    """The finished shard of exactly this task, if the store has it and no file of it was replaced since.
 
-    A commit mark that cannot be its is none.
+    A commit mark that cannot belong to it is ignored.
     """
+    plan, out = task.plan, task.out
     try:
         part = ShardPart.model_validate_json(out.get(part_key(plan.name)), strict=True)
     except (StoreKeyError, ValidationError):
         return None
-    finished = part.plan == shard_digest(plan, config) and out.head(tar_key(plan.name)) == part.bytes
-    if finished and part.stamps and image_set is not None and part.stamps != _stamps(plan, image_set):
+    finished = part.plan == shard_digest(plan, task.config) and out.head(tar_key(plan.name)) == part.bytes
+    if finished and part.stamps and part.stamps != _stamps(plan, task.reader):
         return None
     return part if finished and _is_of(part, plan) else None
 
@@ -122,34 +134,34 @@ def _is_of(part: ShardPart, plan: ShardPlan) -> bool:
     )
 
 
-def _stamps(plan: ShardPlan, image_set: ImageSet) -> str:
+def _stamps(plan: ShardPlan, reader: Reader) -> str:
     """A digest that changes when the file of any of the plan's images is replaced; "" where one has no stamp."""
-    stamps = [image_set.stamp(planned.row) for planned in plan.rows]
+    stamps = [reader.stamp(planned.row) for planned in plan.rows]
     # With the keys, which are salted: nobody can hold a guessed name to it.
     return digest_of([[planned.key for planned in plan.rows], stamps]) if all(stamps) else ""
 
 
-def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: Store) -> ShardPart:
-    """Encodes the rows of a plan into one tar in the store, then writes its commit mark.
+def write_shard(task: ShardTask) -> ShardPart:
+    """Encodes the rows of a plan into one tar in the store, then writes its commit mark. Runs in any process.
 
-    An image that cannot be decoded is set aside in the part's `quarantine` with its reason.
+    An image that cannot be decoded is listed in the part's `quarantine` with its reason.
     """
-    tar = _Tar()
-    stamps = _stamps(plan, image_set)
+    plan, tar = task.plan, _Tar()
+    stamps = _stamps(plan, task.reader)
     samples: list[Sample] = []
     quarantine: list[Quarantined] = []
     flaws: dict[str, int] = {}
     histogram_CV = np.zeros((3, 256), np.int64)
     for planned in plan.rows:
         try:
-            image, member, pixels_HWC, flaw = stored(image_set.read(planned.row), max_side=config.max_side)
+            image, member, pixels_HWC, flaw = stored(task.reader.read(planned.row), max_side=task.config.max_side)
         except UndecodableImage as error:
             quarantine.append(Quarantined(key=planned.key, reason=error.reason))
             continue
         if flaw:
             flaws[flaw] = flaws.get(flaw, 0) + 1
         members = {member: image, "json": _facts(planned, plan.split)}
-        if image_set.task != "multilabel":
+        if task.task != "multilabel":
             members["cls"] = str(planned.row.labels[0]).encode()
         offset = tar.add(planned.key, members)[member]
         samples.append(
@@ -160,7 +172,7 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
     part = ShardPart(
         name=plan.name,
         split=plan.split,
-        plan=shard_digest(plan, config),
+        plan=shard_digest(plan, task.config),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         samples=tuple(samples),
@@ -169,8 +181,8 @@ def write_shard(plan: ShardPlan, image_set: ImageSet, config: DataConfig, out: S
         stamps=stamps,
         flaws=flaws,
     )
-    out.ensure(tar_key(plan.name), data)
-    out.ensure(part_key(plan.name), part.model_dump_json().encode())
+    task.out.ensure(tar_key(plan.name), data)
+    task.out.ensure(part_key(plan.name), part.model_dump_json().encode())
     return part
 
 

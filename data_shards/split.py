@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_shards.labels import option
+from data_shards.options import option
 
 SPLITS = ("train", "val", "test")
 # What a folder or a cell of a table may call them, in lower case.

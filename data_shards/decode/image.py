@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from data_shards.decode.foreign import kind_of
 from data_shards.decode.lost_pixels import examine
-from data_shards.decode.undecodable import UndecodableImage as UndecodableImage
+from data_shards.decode.undecodable import UndecodableImage
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 # Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_shards.decode import UndecodableImage, decode
-from data_shards.source import ImageSet, Row
+from data_shards.source.row import Reader, Row
 
 NUM_BITS = 168
 _WORDS = 3
@@ -45,7 +45,7 @@ class Fingerprints:
         return len(self.state)
 
 
-def fingerprint(image_set: ImageSet, rows: Sequence[Row], *, max_side: int | None = None) -> Fingerprints:
+def fingerprint(reader: Reader, rows: Sequence[Row], *, max_side: int | None = None) -> Fingerprints:
     """The fingerprints of these rows' images, as a shard would hold them."""
     state = np.zeros(len(rows), np.uint8)
     pixels = np.zeros((len(rows), 2), np.uint64)
@@ -53,7 +53,7 @@ def fingerprint(image_set: ImageSet, rows: Sequence[Row], *, max_side: int | Non
     thumbnails = np.zeros((len(rows), _SIDE, _SIDE), np.uint8)
     for i, row in enumerate(rows):
         try:
-            source = image_set.read(row)
+            source = reader.read(row)
             image = decode(source, max_side=max_side)
         except UndecodableImage:
             continue  # it goes into quarantine when its shard is made

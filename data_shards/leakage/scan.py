@@ -13,6 +13,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,12 +21,12 @@ import numpy as np
 from data_shards.bounded_table import TableError, read_bounded
 from data_shards.config import DataConfig
 from data_shards.fields import KEY, MAX_CLASSES
+from data_shards.leakage.duplicates import OtherDataset
 from data_shards.leakage.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
-from data_shards.leakage.report import OtherDataset
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
 from data_shards.rules import RULES
-from data_shards.source import ImageSet, Row
+from data_shards.source.row import ImageSet, Reader, Row
 from data_shards.split import SPLITS
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
@@ -46,12 +47,8 @@ _SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
 _COLUMNS = tuple(_SHAPES)
 _WORTH_KEEPING_S = 2.0  # a chunk that took less is sooner done again after a kill than written by every conversion
 _ID_BYTES = 16
-
-
-def chunks(num: int) -> list[tuple[int, int]]:
-    """Images [start, end) of each task: enough tasks for many workers, of at most 4,096 images."""
-    step = min(4096, max(32, -(-num // 64)))
-    return [(start, min(start + step, num)) for start in range(0, num, step)]
+# Of one task, and about so many tasks.
+_FEWEST_IMAGES, _MOST_IMAGES, _TASKS = 32, 4096, 64
 
 
 class Scan:
@@ -65,7 +62,8 @@ class Scan:
 
     def __init__(self, image_set: ImageSet, config: DataConfig, out: Store):
         settings = digest_of([RULES, config.salt, config.max_side, config.dicom.model_dump(mode="json")])
-        self.ids = [image_id(settings, image_set.stamp(row), row.frame) for row in image_set.rows]
+        self.ids = [image_id(settings, image_set.reader.stamp(row), row.frame) for row in image_set.rows]
+        self._image_set, self._max_side, self._out = image_set, config.max_side, out
         num = len(self.ids)
         self.prints = Fingerprints(
             *(np.zeros((num, *shape), kind) for shape, kind in (_SHAPES[name] for name in _COLUMNS))
@@ -79,6 +77,17 @@ class Scan:
     def missing(self) -> np.ndarray:
         """Positions of the rows that have still to be looked at, in order."""
         return np.flatnonzero(~self._found)
+
+    def tasks(self) -> list[ScanTask]:
+        """The rows that have still to be looked at: enough tasks for many workers, of at most 4,096 images."""
+        missing = self.missing
+        step = min(_MOST_IMAGES, max(_FEWEST_IMAGES, -(-len(missing) // _TASKS)))
+        return [self._task(missing[start : start + step]) for start in range(0, len(missing), step)]
+
+    def _task(self, positions: np.ndarray) -> ScanTask:
+        among = positions.tolist()
+        rows, ids = [self._image_set.rows[i] for i in among], [self.ids[i] for i in among]
+        return ScanTask(self._image_set.reader, rows, positions, ids, self._max_side, self._out)
 
     def add(self, positions: np.ndarray, prints: Fingerprints) -> None:
         """Fingerprints of the rows at these positions."""
@@ -122,15 +131,29 @@ def image_id(settings: str, stamp: str, frame: int) -> str:
     return digest_of([settings, stamp, frame])[:32] if stamp else ""
 
 
-def scan_chunk(
-    image_set: ImageSet, rows: Sequence[Row], ids: Sequence[str], *, max_side: int | None, out: Store
-) -> Fingerprints:
-    """The fingerprints of some rows; where they took long they are kept at once, as the driver may be killed."""
+@dataclass(frozen=True)
+class ScanTask:
+    """Rows whose images are to be looked at; it can be pickled and holds no other rows."""
+
+    reader: Reader
+    rows: Sequence[Row]
+    positions: np.ndarray
+    """Where these rows are among those of the image set."""
+    ids: Sequence[str]
+    max_side: int | None
+    out: Store
+
+
+def scan_rows(task: ScanTask) -> tuple[np.ndarray, Fingerprints]:
+    """Positions and fingerprints of the task's rows. Runs in any process.
+
+    Where they took long they are kept in the store at once, as the driver may be killed.
+    """
     began = time.monotonic()
-    found = fingerprint(image_set, rows, max_side=max_side)
+    found = fingerprint(task.reader, task.rows, max_side=task.max_side)
     if time.monotonic() - began > _WORTH_KEEPING_S:
-        _keep(ids, found, out)
-    return found
+        _keep(task.ids, found, task.out)
+    return task.positions, found
 
 
 def _keep(ids: Sequence[str], prints: Fingerprints, out: Store) -> str:

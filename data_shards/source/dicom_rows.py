@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from data_shards.config import DataConfig
 from data_shards.decode import dicom
-from data_shards.source.open import Row
+from data_shards.source.row import Row
 
 _log = logging.getLogger(__name__)
 # Headers are read by threads, as a store far away takes some 20 ms to answer. So many are asked for ahead: all at once
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 _AT_ONCE, _AHEAD = 16, 4096
 
 
-def with_frames(rows: Sequence[Row], open_file: Callable[[str], BinaryIO], config: DataConfig) -> list[Row]:
+def with_frames(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO], config: DataConfig) -> list[Row]:
     """The rows, with one for every frame of each DICOM file, and with groups for them if the set names none.
 
     The group is the patient ID, else that of another file of the same study, else the study, else the file: whatever
@@ -29,7 +29,7 @@ def with_frames(rows: Sequence[Row], open_file: Callable[[str], BinaryIO], confi
     Raises ValueError where most of the files are DICOM and the extra for it is not installed, and where all belong to
     one patient, so that no split could be drawn.
     """
-    found = _found([row.where for row in rows if not dicom.named_as_image(row.where)], open_file)
+    found = _found([row for row in rows if not dicom.named_as_image(row.where)], open_file)
     if not found:
         return list(rows)
     if not dicom.usable() and len(found) > len(rows) / 2:
@@ -49,12 +49,12 @@ def with_frames(rows: Sequence[Row], open_file: Callable[[str], BinaryIO], confi
     return expanded
 
 
-def _found(wheres: Sequence[str], open_file: Callable[[str], BinaryIO]) -> dict[str, dicom.Facts]:
+def _found(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO]) -> dict[str, dicom.Facts]:
     """What is known of those files that are DICOM, by their path."""
 
-    def facts(where: str) -> dicom.Facts | None:
+    def facts(row: Row) -> dicom.Facts | None:
         try:
-            with open_file(where) as file:
+            with open_file(row) as file:
                 return dicom.facts(file) if dicom.is_dicom(file) else None
         except OSError:  # told when the image is read
             return None
@@ -62,9 +62,9 @@ def _found(wheres: Sequence[str], open_file: Callable[[str], BinaryIO]) -> dict[
     found: dict[str, dicom.Facts] = {}
     # Outside of the threads, as filters of warnings are the process's.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="headers") as pool:
-        for start in range(0, len(wheres), _AHEAD):
-            ahead = wheres[start : start + _AHEAD]
-            found |= {where: known for where, known in zip(ahead, pool.map(facts, ahead), strict=True) if known}
+        for start in range(0, len(rows), _AHEAD):
+            ahead = rows[start : start + _AHEAD]
+            found |= {row.where: known for row, known in zip(ahead, pool.map(facts, ahead), strict=True) if known}
     return found
 
 

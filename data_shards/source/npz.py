@@ -12,66 +12,79 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_shards.config import DataConfig
-from data_shards.labels import relabelled
-from data_shards.source.files.open import cached, copy_stamp, local_copy
-from data_shards.source.open import Row
+from data_shards.source.files.cache import LocalFile, cached, copy_stamp, local_file
+from data_shards.source.labels import relabelled
+from data_shards.source.row import ImageSet, Row
 from data_shards.split import SPLITS
 
 
-class NpzSet:
-    """The images of one .npz file; compressed arrays are unpacked once per machine, to be mapped into memory."""
+class NpzReader:
+    """Reads the images of one .npz file; compressed arrays are unpacked once per machine, to be mapped into memory."""
 
-    def __init__(self, config: DataConfig):
-        self._path = local_copy(config.source)
-        self._stamp = copy_stamp(config.source, self._path)
-        self.task: str = config.task
-        self.splits_from = ""
-        splits, notes = _splits_there(self._path)
-        labels = {split: _labels(self._path, split, config.task) for split in splits}
-        if any(of_split.one_hot for of_split in labels.values()):
-            notes.append(f"labels of {self._path.name} are one-hot: each row's column with the 1 is its class")
-        indices = {split: of_split.indices for split, of_split in labels.items()}
-        classes = _index_names(config) or _numbered_classes(self._path, labels)
-        self._images = {split: _images(self._path, split) for split in splits}
-        rows = []
-        for split in splits:
-            images = self._images[split]
-            if len(images) != len(indices[split]):
-                raise ValueError(
-                    f"{self._path.name} has {len(images)} {split}_images but {len(indices[split])} {split}_labels: "
-                    "each image needs one row of labels, so write the file again"
-                )
-            for i, found in enumerate(indices[split]):
-                self._check(found, len(classes), split, i)
-                rows.append(Row(f"{split}_images/{i}", 0, found, split, None))
-        self.rows, self.classes, edited = relabelled(rows, classes, config, self._path.name)
-        self.notes: tuple[str, ...] = (*notes, *edited)
+    def __init__(self, file: LocalFile, stamp: str):
+        self._file, self._stamp = file, stamp
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}}  # a mapped array would be pickled with all its pixels
+
+    def array(self, split: str) -> np.ndarray:
+        """The images of a split, (n, H, W) or (n, H, W, C). ValueError where they are damaged."""
+        if split not in self._arrays:
+            self._arrays[split] = _images(self._file.path(), split)
+        return self._arrays[split]
 
     def read(self, row: Row) -> np.ndarray:
         """uint8 (H, W) or (H, W, 3)."""
-        array, _, index = row.where.partition("_images/")
-        return np.ascontiguousarray(self._images[array][int(index)])
+        split, _, index = row.where.partition("_images/")
+        return np.ascontiguousarray(self.array(split)[int(index)])
 
     def inside(self, row: Row) -> str:
-        """See ImageSet: the array and the image's place in it."""
+        """See Reader: the array and the image's place in it."""
         return row.where
 
     def stamp(self, row: Row) -> str:
-        """See ImageSet: that of the .npz, of which a part cannot be replaced alone."""
+        """See Reader: that of the .npz, of which a part cannot be replaced alone."""
         return f"{self._stamp}|{row.where}" if self._stamp else ""
 
-    def _check(self, labels: tuple[int, ...], num_classes: int, split: str, index: int) -> None:
-        bad = [label for label in labels if not 0 <= label < num_classes]
-        if bad:
+
+def open_npz(config: DataConfig) -> ImageSet:
+    """The images of one .npz file in the layout of MedMNIST."""
+    file = local_file(config.source)
+    path = file.path()
+    reader = NpzReader(file, copy_stamp(config.source, path))
+    splits, notes = _splits_there(path)
+    labels = {split: _labels(path, split, config.task) for split in splits}
+    if any(of_split.one_hot for of_split in labels.values()):
+        notes.append(f"labels of {path.name} are one-hot: each row's column with the 1 is its class")
+    classes = _index_names(config) or _numbered_classes(path, labels)
+    rows = []
+    for split in splits:
+        indices, num_images = labels[split].indices, len(reader.array(split))
+        if num_images != len(indices):
             raise ValueError(
-                f"label {bad[0]} at {split}_labels[{index}] of {self._path.name} is out of range: there are "
-                f"{num_classes} classes, so labels are 0 to {num_classes - 1}; fix the file or --data.classes"
+                f"{path.name} has {num_images} {split}_images but {len(indices)} {split}_labels: each image needs one "
+                "row of labels, so write the file again"
             )
+        for i, found in enumerate(indices):
+            _check_range(found, len(classes), f"{split}_labels[{i}] of {path.name}")
+            rows.append(Row(f"{split}_images/{i}", 0, found, split, None))
+    made = relabelled(rows, classes, config, path.name)
+    return ImageSet(made.rows, made.classes, config.task, (*notes, *made.notes), reader)
+
+
+def _check_range(labels: tuple[int, ...], num_classes: int, at: str) -> None:
+    bad = [label for label in labels if not 0 <= label < num_classes]
+    if bad:
+        raise ValueError(
+            f"label {bad[0]} at {at} is out of range: there are {num_classes} classes, so labels are 0 to "
+            f"{num_classes - 1}; fix the file or --data.classes"
+        )
 
 
 class _Labels(NamedTuple):

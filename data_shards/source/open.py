@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from data_shards import catalog
-from data_shards.config import DataConfig, PhantomConfig
-from data_shards.labels import check_settings
+from data_shards.config import DataConfig
 from data_shards.source import phantoms
+from data_shards.source.folders.rows import list_folders
+from data_shards.source.labels import check_settings
+from data_shards.source.npz import open_npz
+from data_shards.source.row import ImageSet
+from data_shards.source.table.rows import list_table
 from data_shards.store import open_store
 
 # As a setting: no such column, whatever the catalogue says.
@@ -23,66 +24,32 @@ NO_COLUMN = "-"
 _OF_TABLES = ("csv", "image_column", "label_column", "group_column", "split_column", "split_values")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One image. `where` is its path inside the set; `labels` are class indices; unknown split and group are None."""
-
-    where: str
-    frame: int
-    labels: tuple[int, ...]
-    split: str | None
-    group: str | None
-
-
-class ImageSet(Protocol):
-    """What a source gives: its rows in an order that depends on the set alone, and the image of each."""
-
-    classes: tuple[str, ...]
-    task: str
-    notes: tuple[str, ...]
-    """What its owner should be told of it, a sentence each: file names may stand there."""
-    splits_from: str
-    """Where its splits come from, in a clause without file names; empty where there is nothing to say."""
-
-    @property
-    def rows(self) -> list[Row]: ...
-
-    def read(self, row: Row) -> bytes | np.ndarray:
-        """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C)."""
-        ...
-
-    def inside(self, row: Row) -> str:
-        """Where the row's file is inside the source, as its owner finds it there."""
-        ...
-
-    def stamp(self, row: Row) -> str:
-        """A text that changes when the row's file is replaced, found without reading it; "" where that is unknown."""
-        ...
-
-
 def open_source(config: DataConfig) -> ImageSet:
     """The image set that `config` describes.
 
-    Raises ValueError with the value, the rule and a remedy: unknown dataset, no such source, an empty class folder, a
+    Raises ValueError with the value, the rule and a remedy: unknown dataset, missing source, an empty class folder, a
     table without a column, a row without its file, a label out of range, a damaged file.
     """
     classes_named = bool(config.classes)
     config = resolved(config)
     check_settings(config)
     if config.layout == "phantoms":
-        return PhantomSet(config.phantoms, config.seed)
+        return phantoms.draw_phantoms(config.phantoms, config.seed)
     _require_source(config)
     if config.layout == "npz":
-        from data_shards.source.npz import NpzSet
-
-        return NpzSet(config)
+        return open_npz(config)
     if config.layout == "csv":
-        from data_shards.source.table.rows import open_csv
+        return list_table(config, classes_named=classes_named).image_set(config)
+    return list_folders(config).image_set(config)
 
-        return open_csv(config, classes_named=classes_named)
-    from data_shards.source.folders.rows import open_folders
 
-    return open_folders(config)
+def check_folders(config: DataConfig) -> None:
+    """ValueError where the folders of a `folders` set cannot be read as classes: by their names, without any image."""
+    config = resolved(config)
+    if config.layout == "folders":
+        check_settings(config)
+        _require_source(config)
+        list_folders(config)
 
 
 def check_source(config: DataConfig) -> None:
@@ -139,31 +106,3 @@ def resolved(config: DataConfig) -> DataConfig:
     if config.layout == "phantoms" and config.classes != phantoms.CLASSES:
         raise ValueError(f"classes are {config.classes}, but phantoms are {phantoms.CLASSES}: leave --data.classes out")
     return config
-
-
-class PhantomSet:
-    """The synthetic images; a patient is a group."""
-
-    def __init__(self, config: PhantomConfig, seed: int):
-        self._config, self._seed = config, seed
-        self.classes: tuple[str, ...] = phantoms.CLASSES
-        self.task: str = "multiclass"
-        self.notes: tuple[str, ...] = ()
-        self.splits_from = ""
-        self.rows = [
-            Row(f"patient{patient:05d}", image, (phantoms.diagnosis(patient),), None, f"patient{patient:05d}")
-            for patient in range(config.num_patients)
-            for image in range(config.images_per_patient)
-        ]
-
-    def read(self, row: Row) -> np.ndarray:
-        """uint8 (side, side)."""
-        return phantoms.phantom(self._config, self._seed, int(row.where.removeprefix("patient")), row.frame)
-
-    def inside(self, row: Row) -> str:
-        """See ImageSet; there is no file."""
-        return row.where
-
-    def stamp(self, row: Row) -> str:
-        """See ImageSet: a phantom is a function of its settings."""
-        return f"{self._config.model_dump_json()}|{self._seed}|{row.where}"

@@ -7,9 +7,12 @@ drawn apart from its class, and lesions lie anywhere, so single pixels tell next
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from data_shards.config import PhantomConfig
+from data_shards.source.row import ImageSet, Row
 
 CLASSES = ("no lesion", "smooth ellipse", "spiculated mass")
 
@@ -107,3 +110,33 @@ def _displayed(echo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     shown = (shown - shown.mean()) / max(float(shown.std()), 1e-6)
     grey = rng.uniform(85, 140) + rng.uniform(26, 40) * shown
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PhantomReader:
+    """Draws the synthetic images."""
+
+    config: PhantomConfig
+    seed: int
+
+    def read(self, row: Row) -> np.ndarray:
+        """uint8 (side, side)."""
+        return phantom(self.config, self.seed, int(row.where.removeprefix("patient")), row.frame)
+
+    def inside(self, row: Row) -> str:
+        """See Reader; there is no file."""
+        return row.where
+
+    def stamp(self, row: Row) -> str:
+        """See Reader: a phantom is a function of its settings."""
+        return f"{self.config.model_dump_json()}|{self.seed}|{row.where}"
+
+
+def draw_phantoms(config: PhantomConfig, seed: int) -> ImageSet:
+    """The synthetic images; a patient is a group."""
+    rows = [
+        Row(f"patient{patient:05d}", image, (diagnosis(patient),), None, f"patient{patient:05d}")
+        for patient in range(config.num_patients)
+        for image in range(config.images_per_patient)
+    ]
+    return ImageSet(rows, CLASSES, "multiclass", (), PhantomReader(config, seed))

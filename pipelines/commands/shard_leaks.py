@@ -196,7 +196,7 @@ class _Pictures:
                 shard, offset, size = self._at[copy.key]
                 return decode(self._out.get(tar_key(shard), start=offset, length=size), examined=True)
             if place is not None and place.row is not None and self._places.image_set is not None:
-                return decode(self._places.image_set.read(place.row))
+                return decode(self._places.image_set.reader.read(place.row))
         except UndecodableImage:
             return None
         return None

@@ -20,19 +20,17 @@ from data_shards.config import DataConfig
 from data_shards.leakage import read_report
 from data_shards.manifest import MANIFEST, open_dataset
 from data_shards.names import (
-    SETTINGS,
     Place,
     Places,
     Sample,
     find,
-    printable,
     quarantined,
     quarantined_so_far,
-    salt_digest,
     samples,
-    settings_on_record,
     with_labels,
 )
+from data_shards.options import printable
+from data_shards.settings import SETTINGS, salt_digest, settings_on_record
 from data_shards.store import Store, StoreKeyError
 from pipelines.commands.arguments import UsageError, parse
 from pipelines.commands.predicted import Predicted, read_predicted

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from data_shards.config import DataConfig
 from data_shards.convert import convert
 from data_shards.manifest import MANIFEST
-from data_shards.source import check_source, open_source, resolved
+from data_shards.source import check_folders, check_source
 from data_shards.split import SPLITS
 from data_shards.store import Store
 from pipelines.flow import StepContext
@@ -40,8 +40,7 @@ def check_images(config: DataConfig, store: Store) -> None:
     if store.at("datasets", config.dataset, config.name).head(MANIFEST) is not None:
         return
     check_source(config)
-    if resolved(config).layout == "folders":
-        open_source(config)
+    check_folders(config)
 
 
 def logged(facts: dict) -> dict[str, int]:

@@ -91,7 +91,7 @@ def workers_of(ray_address: str) -> list[int]:
             environ = (folder / "environ").read_bytes()
         except OSError:  # ended while we looked
             continue
-        if title.startswith(("ray::write_one", "ray::scan_one")) and f":{port}".encode() in environ:
+        if title.startswith(("ray::write_shard", "ray::scan_rows")) and f":{port}".encode() in environ:
             found.append(int(folder.name))
     return found
 

@@ -20,7 +20,7 @@ import numpy as np
 from data_shards.config import DicomConfig
 from data_shards.decode.dicom.header import first_element, num_frames_there, opened
 from data_shards.decode.dicom.objects import object_name
-from data_shards.decode.image import UndecodableImage
+from data_shards.decode.undecodable import UndecodableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

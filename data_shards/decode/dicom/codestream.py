@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 
 from data_shards.decode import jpeg
-from data_shards.decode.image import UndecodableImage
 from data_shards.decode.lost_pixels import examine_jpeg2000, refuse_zeros
+from data_shards.decode.undecodable import UndecodableImage
 
 Shape = tuple[int, int, int]
 """Rows, columns and samples per pixel."""

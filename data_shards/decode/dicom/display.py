@@ -16,7 +16,7 @@ import numpy as np
 
 from data_shards.config import DicomConfig
 from data_shards.decode.dicom.tables import lookup_table, places, pointwise
-from data_shards.decode.image import UndecodableImage
+from data_shards.decode.undecodable import UndecodableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

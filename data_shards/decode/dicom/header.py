@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from data_shards.decode.image import UndecodableImage
+from data_shards.decode.undecodable import UndecodableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -10,7 +10,8 @@ import numpy as np
 
 from data_shards.decode.dicom.codestream import check_jpeg, check_jpeg2000, complete
 from data_shards.decode.dicom.header import UNDEFINED_LENGTH, Opened, num_frames_there, number
-from data_shards.decode.image import MAX_PIXELS, UndecodableImage
+from data_shards.decode.image import MAX_PIXELS
+from data_shards.decode.undecodable import UndecodableImage
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.decode.image import UndecodableImage
+from data_shards.decode.undecodable import UndecodableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data_shards.source.files.cache import OnDisk, file_stamp, on_disk
+from data_shards.source.files.files import Files
 from data_shards.source.files.links import ENDLESS, ENDLESS_NOTE, MOST_LINKED, NOWHERE
 from data_shards.source.files.litter import left_out, named_note, note_of
-from data_shards.source.files.open import file_stamp
 
 
 class _Listing(NamedTuple):
@@ -22,14 +24,40 @@ class _Listing(NamedTuple):
     """Whether a link led here."""
 
 
-class FolderFiles:
+@dataclass(frozen=True)
+class FolderReader:
+    """Reads the files below a local folder."""
+
+    folder: Path
+
+    def read(self, name: str, place: None = None) -> bytes:
+        """The complete file."""
+        with self.open(name, buffer_bytes=-1) as file:
+            return file.read()
+
+    def open(self, name: str, place: None = None, *, buffer_bytes: int) -> BinaryIO:
+        """See FileReader."""
+        path = self.folder / name
+        try:
+            return path.open("rb", buffering=buffer_bytes)
+        except OSError as error:
+            if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
+                raise OSError(error.errno, NOWHERE if error.errno == errno.ENOENT else ENDLESS) from error
+            raise
+
+    def stamp(self, name: str, place: None = None) -> str:
+        """See FileReader; of a link, that of what it leads to."""
+        return file_stamp(self.folder / name)
+
+
+class FolderFiles(Files):
     """The files below a local folder, links followed wherever they lead but not in a circle.
 
     ValueError where a folder cannot be read: its images would be missing without anybody knowing.
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self._folder, self.reader = folder, FolderReader(folder)
         self._litter: set[str] = set()
         self._endless: list[str] = []
         self._special: list[str] = []
@@ -90,28 +118,12 @@ class FolderFiles:
         self.folders.append(name)
         return [_Listing(name, real, at.above | {real}, linked or at.linked)]
 
-    def read(self, name: str) -> bytes:
-        """The complete file."""
-        with self.open(name, buffer_bytes=-1) as file:
-            return file.read()
+    def place(self, name: str) -> None:
+        """See Files: the name is enough."""
 
-    def local(self, name: str) -> Path:
+    def local(self, name: str) -> OnDisk:
         """See Files."""
-        return self._folder / name
-
-    def stamp(self, name: str) -> str:
-        """See Files; of a link, that of what it leads to."""
-        return file_stamp(self._folder / name)
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
-        """The file, of which only what is asked for is read."""
-        path = self._folder / name
-        try:
-            return path.open("rb", buffering=buffer_bytes)
-        except OSError as error:
-            if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
-                raise OSError(error.errno, NOWHERE if error.errno == errno.ENOENT else ENDLESS) from error
-            raise
+        return on_disk(self._folder / name)
 
 
 def _why_broken(path: str) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import hashlib
 import io
 import tarfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from data_shards.source.files.archive import ArchiveReader, Unpacked, archive_identity
+from data_shards.source.files.cache import LocalFile, file_stamp
+from data_shards.source.files.files import Broken, Files, with_parents
 from data_shards.source.files.links import ENDLESS_NOTE, NOWHERE, follow
 from data_shards.source.files.litter import named_note, note_of, without_litter
-from data_shards.source.files.open import cached, file_stamp, with_parents
 from data_shards.source.files.ranged_file import RangedFile
 
 _PART_BYTES = 64 << 20
@@ -32,14 +32,64 @@ class _Place(NamedTuple):
         return self.offset + sum(length for _, length in self.parts)
 
 
-class TarFiles:
+class TarReader(ArchiveReader):
+    """Reads the members of an uncompressed tar."""
+
+    def __init__(self, archive: LocalFile, stamp: str):
+        super().__init__(archive)
+        self._stamp = stamp
+
+    def read(self, name: str, place: _Place | Broken) -> bytes:
+        """The complete file."""
+        place = _readable(place)
+        return self._part(place, 0, place.size)
+
+    def open(self, name: str, place: _Place | Broken, *, buffer_bytes: int) -> BinaryIO:
+        """The file, of which only what is asked for is read."""
+        place = _readable(place)
+        size = place.size
+        return io.BufferedReader(RangedFile(functools.partial(self._part, place), lambda: size), buffer_bytes)
+
+    def stamp(self, name: str, place: _Place | Broken) -> str:
+        """See FileReader: that of the archive, so that all its members change when it is written again."""
+        return f"{self._stamp}|{place}" if self._stamp and isinstance(place, _Place) else ""
+
+    def unpack(self, name: str, place: _Place, target: Path) -> None:
+        """Writes the file to a path of this machine."""
+        with target.open("wb") as out:
+            for start in range(0, place.size, _PART_BYTES):
+                out.write(self._part(place, start, _PART_BYTES))
+
+    def _part(self, place: _Place, start: int, length: int) -> bytes:
+        end = max(start, min(start + length, place.size))
+        found, offset = bytearray(end - start), place.offset
+        with self.path.open("rb") as file:
+            for begin, size in place.parts:
+                first, last = max(begin, start), min(begin + size, end)
+                if first < last:
+                    file.seek(offset + first - begin)
+                    found[first - start : last - start] = file.read(last - first)
+                offset += size
+        return bytes(found)
+
+
+def _readable(place: _Place | Broken) -> _Place:
+    if isinstance(place, Broken):
+        raise place.error()
+    return place
+
+
+class TarFiles(Files):
     """The members of an uncompressed tar. As when it is unpacked, of a name that is there twice the last one counts.
 
     ValueError where the archive is damaged, ends too early, or has names that lead out of it.
     """
 
-    def __init__(self, path: Path, stamp: str = ""):
-        self._path, self._stamp = path, stamp or file_stamp(path)
+    reader: TarReader
+
+    def __init__(self, archive: LocalFile, stamp: str = ""):
+        self._path = path = archive.path()
+        self.reader = TarReader(archive, stamp or file_stamp(path))
         # With those that are left out: a link may lead to them.
         self._places: dict[str, _Place] = {}
         self._links: dict[str, str] = {}
@@ -114,49 +164,15 @@ class TarFiles:
             )
         return "/".join(parts) or "."
 
-    def read(self, name: str) -> bytes:
-        """The complete file."""
-        return self._part(name, 0, self._place(name).size)
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
-        """The file, of which only what is asked for is read."""
-        size = self._place(name).size
-        return io.BufferedReader(RangedFile(functools.partial(self._part, name), lambda: size), buffer_bytes)
-
-    def stamp(self, name: str) -> str:
-        """See Files: that of the archive, so that all its members change when it is written again."""
-        return f"{self._stamp}|{self._places[name]}" if self._stamp and name in self._places else ""
-
-    def local(self, name: str) -> Path:
+    def place(self, name: str) -> _Place | Broken:
         """See Files."""
-        place, stat = self._place(name), self._path.stat()
-        identity = f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{place.offset}"
+        return Broken(self.broken[name]) if name in self.broken else self._places[name]
 
-        def copy(target: Path) -> None:
-            with target.open("wb") as out:
-                for start in range(0, place.size, _PART_BYTES):
-                    out.write(self._part(name, start, _PART_BYTES))
-
-        key = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}"
-        return cached(key, copy, size_bytes=place.size)
-
-    def _place(self, name: str) -> _Place:
-        if name in self.broken:
-            raise OSError(errno.ENOENT, self.broken[name])
-        return self._places[name]
-
-    def _part(self, name: str, start: int, length: int) -> bytes:
-        place = self._place(name)
-        end = max(start, min(start + length, place.size))
-        found, offset = bytearray(end - start), place.offset
-        with self._path.open("rb") as file:
-            for begin, size in place.parts:
-                first, last = max(begin, start), min(begin + size, end)
-                if first < last:
-                    file.seek(offset + first - begin)
-                    found[first - start : last - start] = file.read(last - first)
-                offset += size
-        return bytes(found)
+    def local(self, name: str) -> Unpacked:
+        """See Files."""
+        place = _readable(self.place(name))
+        identity = f"{archive_identity(self._path)}|{place.offset}"
+        return Unpacked(self.reader, name, place, identity, place.size)
 
 
 def _has_end(tar: tarfile.TarFile, path: Path) -> bool:

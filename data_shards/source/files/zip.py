@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import functools
 import io
 import os
 import re
@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from data_shards.source.files.archive import ArchiveReader, Unpacked, archive_identity
+from data_shards.source.files.cache import LocalFile
+from data_shards.source.files.files import Broken, Files, with_parents
 from data_shards.source.files.links import ENDLESS_NOTE, follow
 from data_shards.source.files.litter import left_out, named_note, note_of, without_litter
-from data_shards.source.files.open import cached, with_parents
 
 _CHUNK_BYTES = 1 << 20
 # Coded images shrink by a few percent, tables tenfold. Deflate reaches 1:1032, and bombs come close to it.
@@ -40,7 +42,7 @@ _NAME_IS_UTF8, _ENCRYPTED = 0x800, 0x1
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, EOFError, IndexError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Member:
     raw_name: bytes
     offset: int
@@ -50,16 +52,99 @@ class _Member:
     deflated: bool
 
 
-class ZipFiles:
+class ZipReader(ArchiveReader):
+    """Reads the members of a zip with pread on one handle: threads and forked processes may share it."""
+
+    def __init__(self, archive: LocalFile, called: str):
+        super().__init__(archive)
+        self._called = called
+
+    @functools.cached_property
+    def _file(self) -> io.FileIO:
+        return self.path.open("rb", buffering=0)
+
+    def read(self, name: str, place: _Member | Broken) -> bytes:
+        """The complete file. OSError where its bytes are not those that were packed."""
+        return b"".join(self._chunks(_readable(place)))
+
+    def open(self, name: str, place: _Member | Broken, *, buffer_bytes: int) -> BinaryIO:
+        """The complete file in memory: only its end shows whether its bytes are those that were packed."""
+        return io.BytesIO(self.read(name, place))
+
+    def stamp(self, name: str, place: _Member | Broken) -> str:
+        """See FileReader: by the checksum of its bytes, which the table of contents holds."""
+        return "" if isinstance(place, Broken) else f"{name}|{place.size_bytes}|{place.crc}"
+
+    def unpack(self, name: str, place: _Member, target: Path) -> None:
+        """Writes the file to a path of this machine. ValueError where there is no room or it is damaged."""
+        free = shutil.disk_usage(target.parent).free
+        if place.size_bytes > free:
+            raise ValueError(
+                f"{name} in {self._called} unpacks to {place.size_bytes:,} bytes, but {target.parent} has "
+                f"{free:,} free: make room, or set XDG_CACHE_HOME to a larger disk"
+            )
+        try:
+            with target.open("wb") as out:
+                out.writelines(self._chunks(place))
+        except OSError as error:
+            raise ValueError(
+                f"{name} in {self._called} cannot be unpacked into {target.parent}: "
+                f"{error.strerror or error}; get the archive again, or make room"
+            ) from error
+
+    def _chunks(self, member: _Member) -> Iterator[bytes]:
+        crc, size = 0, 0
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS) if member.deflated else None
+        for coded in self._coded(member):
+            try:
+                # One byte more than declared shows that there is more than declared; a bomb goes off no further.
+                part = inflate.decompress(coded, member.size_bytes - size + 1) if inflate else coded
+            except zlib.error as error:
+                raise _damaged() from error
+            crc, size = zlib.crc32(part, crc), size + len(part)
+            if size > member.size_bytes:
+                raise _damaged()
+            yield part
+        if size != member.size_bytes or crc != member.crc:
+            raise _damaged()
+
+    def _coded(self, member: _Member) -> Iterator[bytes]:
+        # The local header repeats the name: a class folder must not change with a byte in the table of contents.
+        header = self._pread(_HEADER_BYTES + len(member.raw_name), member.offset)
+        if not header.startswith(b"PK\3\4") or header[_HEADER_BYTES:] != member.raw_name:
+            raise _damaged()
+        at = member.offset + _HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26))
+        left = member.coded_bytes
+        while left:
+            part = self._pread(min(left, _CHUNK_BYTES), at)
+            if not part:
+                raise _damaged()
+            yield part
+            at, left = at + len(part), left - len(part)
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
+
+
+def _readable(place: _Member | Broken) -> _Member:
+    if isinstance(place, Broken):
+        raise place.error()
+    return place
+
+
+class ZipFiles(Files):
     """The members of a zip. `called` is how messages name it, where it was found inside another archive.
 
-    Reads with pread on one handle: threads and forked processes may share it. Raises ValueError with the value, the
-    rule and a remedy for whatever makes the archive as a whole unfit; a single damaged member is an OSError when read.
+    Raises ValueError with the value, the rule and a remedy for whatever makes the complete archive unfit; a single
+    damaged member is an OSError when read.
     """
 
-    def __init__(self, path: Path, *, called: str = ""):
-        self._path, self._called = path, called or str(path)
-        self._file = path.open("rb", buffering=0)
+    reader: ZipReader
+
+    def __init__(self, archive: LocalFile, *, called: str = ""):
+        self._path = archive.path()
+        self._called = called or str(self._path)
+        self.reader = ZipReader(archive, self._called)
         # With those that are left out: a link may lead to them.
         self._members: dict[str, _Member] = {}
         self.broken: dict[str, str] = {}
@@ -113,46 +198,15 @@ class ZipFiles:
         folders += linked.folders
         return linked.endless
 
-    def _member(self, name: str) -> _Member:
-        if name in self.broken:
-            raise OSError(errno.ENOENT, self.broken[name])
-        return self._members[name]
+    def place(self, name: str) -> _Member | Broken:
+        """See Files."""
+        return Broken(self.broken[name]) if name in self.broken else self._members[name]
 
-    def read(self, name: str) -> bytes:
-        """The whole file. OSError where its bytes are not those that were packed."""
-        return b"".join(self._chunks(name))
-
-    def open(self, name: str, *, buffer_bytes: int) -> BinaryIO:
-        """The whole file in memory: only its end shows whether its bytes are those that were packed."""
-        return io.BytesIO(self.read(name))
-
-    def stamp(self, name: str) -> str:
-        """See Files: by the checksum of its bytes, which the table of contents holds."""
-        member = self._members.get(name)  # none of a link to nothing
-        return f"{name}|{member.size_bytes}|{member.crc}" if member else ""
-
-    def local(self, name: str) -> Path:
-        """The file, unpacked into the machine's cache."""
-        member, found = self._member(name), self._path.stat()
-        identity = f"{self._path.resolve()}|{found.st_size}|{found.st_mtime_ns}|{member.offset}|{member.crc}"
-
-        def unpack(target: Path) -> None:
-            free = shutil.disk_usage(target.parent).free
-            if member.size_bytes > free:
-                raise ValueError(
-                    f"{name} in {self._called} unpacks to {member.size_bytes:,} bytes, but {target.parent} has "
-                    f"{free:,} free: make room, or set XDG_CACHE_HOME to a larger disk"
-                )
-            try:
-                with target.open("wb") as out:
-                    out.writelines(self._chunks(name))
-            except OSError as error:
-                raise ValueError(
-                    f"{name} in {self._called} cannot be unpacked into {target.parent}: "
-                    f"{error.strerror or error}; get the archive again, or make room"
-                ) from error
-
-        return cached(f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{PurePosixPath(name).name}", unpack)
+    def local(self, name: str) -> Unpacked:
+        """See Files."""
+        member = _readable(self.place(name))
+        identity = f"{archive_identity(self._path)}|{member.offset}|{member.crc}"
+        return Unpacked(self.reader, name, member, identity)
 
     def _contents(self) -> list[zipfile.ZipInfo]:
         try:
@@ -179,39 +233,6 @@ class ZipFiles:
             end, before = member.offset + _HEADER_BYTES + member.coded_bytes, name
         if end > self._path.stat().st_size:
             raise ValueError(f"{self._called} ends in the middle of {before!r}: get it again")
-
-    def _chunks(self, name: str) -> Iterator[bytes]:
-        member, crc, size = self._member(name), 0, 0
-        inflate = zlib.decompressobj(-zlib.MAX_WBITS) if member.deflated else None
-        for coded in self._coded(member):
-            try:
-                # One byte more than declared shows that there is more than declared; a bomb goes off no further.
-                part = inflate.decompress(coded, member.size_bytes - size + 1) if inflate else coded
-            except zlib.error as error:
-                raise _damaged() from error
-            crc, size = zlib.crc32(part, crc), size + len(part)
-            if size > member.size_bytes:
-                raise _damaged()
-            yield part
-        if size != member.size_bytes or crc != member.crc:
-            raise _damaged()
-
-    def _coded(self, member: _Member) -> Iterator[bytes]:
-        # The local header repeats the name: a class folder must not change with a byte in the table of contents.
-        header = self._pread(_HEADER_BYTES + len(member.raw_name), member.offset)
-        if not header.startswith(b"PK\3\4") or header[_HEADER_BYTES:] != member.raw_name:
-            raise _damaged()
-        at = member.offset + _HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26))
-        left = member.coded_bytes
-        while left:
-            part = self._pread(min(left, _CHUNK_BYTES), at)
-            if not part:
-                raise _damaged()
-            yield part
-            at, left = at + len(part), left - len(part)
-
-    def _pread(self, length: int, offset: int) -> bytes:
-        return os.pread(self._file.fileno(), length, offset)
 
 
 def _damaged() -> OSError:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_shards.config import DataConfig
-from data_shards.labels import ClassEdits
 from data_shards.source.folders.splits import DROP, listed, meaning, origin, said, say_which, split_of_each, typed
 from data_shards.source.folders.tree import FolderTree, class_name, joined, loose
+from data_shards.source.labels import ClassEdits
 from data_shards.split import SPLIT_WORDS, SPLITS, split_word
 
 _TABLE = "list the images in a table with a split column (--data.layout csv)"

@@ -10,19 +10,21 @@ from collections.abc import Sequence
 
 from data_shards.config import DataConfig
 from data_shards.decode.dicom import named_as_image
-from data_shards.labels import ClassEdits, grouped_by_path, relabelled
-from data_shards.source.file_set import FileSet
+from data_shards.source.file_set import FileList
+from data_shards.source.files.files import Files
 from data_shards.source.files.links import broken_links
-from data_shards.source.files.open import Files, NestedFiles, open_files
+from data_shards.source.files.nested import NestedFiles
+from data_shards.source.files.open import open_files
 from data_shards.source.folders.layout import ClassFolder, read_layout
 from data_shards.source.folders.tree import FolderTree, class_name
+from data_shards.source.labels import ClassEdits, grouped_by_path, relabelled
 from data_shards.source.lookalikes import described, folded, plainness, trimmed
-from data_shards.source.open import Row
+from data_shards.source.row import Row
 from data_shards.split import SPLITS, split_word
 
 
-def open_folders(config: DataConfig) -> FileSet:
-    """A set with one folder per class, or one per class of each split (see `folder_layout`).
+def list_folders(config: DataConfig) -> FileList:
+    """A set with one folder per class, or one per class of each split (see `layout.read_layout`).
 
     Files beside the class folders are none of its images. ValueError where the folders could be read in two ways, a
     class is missing, empty or not named, or the splits have different classes.
@@ -38,7 +40,7 @@ def open_folders(config: DataConfig) -> FileSet:
         raise ValueError(f"{error}; {''.join(broken_links(broken))}; each may be such a folder") from None
 
 
-def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileSet:
+def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileList:
     layout = read_layout(tree, config)
     if isinstance(files, NestedFiles) and not layout.splits_from:
         _check_zips(files.zips, config)
@@ -60,7 +62,7 @@ def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileSet:
     notes = (*layout.notes, *broken, *_merged(layout.folders), *made.notes)
     root = f"{layout.root}/" if layout.root else ""
     grouped = grouped_by_path(made.rows, config)
-    return FileSet(files, root, grouped, config, classes=made.classes, notes=notes, splits_from=layout.splits_from)
+    return FileList(files, root, grouped, made.classes, notes, layout.splits_from)
 
 
 def _check_zips(zips: Sequence[str], config: DataConfig) -> None:

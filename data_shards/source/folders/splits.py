@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_shards.config import DataConfig
-from data_shards.labels import quoted
+from data_shards.options import quoted
 from data_shards.source.folders.tree import composed, loose
 from data_shards.split import SPLITS, split_word
 

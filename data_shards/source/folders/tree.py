@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 
-from data_shards.source.files.open import Files
+from data_shards.source.files.files import Files
 
 # Files with these endings describe a set; they are not images of it.
 _DOCUMENTS = frozenset({

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_shards.config import DataConfig
-from data_shards.labels import ClassEdits, composed, edit_notes, listed, option, require_named
+from data_shards.options import listed, option
+from data_shards.source.labels import ClassEdits, composed, edit_notes, require_named
 from data_shards.source.lookalikes import described, folded, trimmed
 from data_shards.source.table.text_table import Table
 

@@ -8,12 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from data_shards.config import DataConfig
-from data_shards.labels import composed, grouped_by_path, option
-from data_shards.source.file_set import FileSet
+from data_shards.options import option
+from data_shards.source.file_set import FileList
+from data_shards.source.files.files import Files
 from data_shards.source.files.links import broken_links
-from data_shards.source.files.open import Files, open_files
+from data_shards.source.files.open import open_files
+from data_shards.source.labels import composed, grouped_by_path
 from data_shards.source.lookalikes import described, folded, trimmed
-from data_shards.source.open import Row
+from data_shards.source.row import Row
 from data_shards.source.table.image_paths import Places, find_images
 from data_shards.source.table.label_cells import read_labels, says_missing
 from data_shards.source.table.text_table import ENDINGS, Table, tables_among
@@ -22,7 +24,7 @@ from data_shards.split import split_of_cell
 _MOST_WORDS = 20  # in a remedy
 
 
-def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
+def list_table(config: DataConfig, *, classes_named: bool = True) -> FileList:
     """A set whose table, CSV, TSV or XLSX, names each image, its label, and maybe its group and split.
 
     Rows without a file, and of classes that are left out, say nothing about classes, groups and splits. A class that
@@ -53,7 +55,7 @@ def open_csv(config: DataConfig, *, classes_named: bool = True) -> FileSet:
         *labels.notes,
         *_alike_groups(groups.values(), table),
     )
-    return FileSet(files, table.folder, rows, config, classes=labels.classes, notes=notes)
+    return FileList(files, table.folder, rows, labels.classes, notes)
 
 
 def _from_table(table: Table, file: str) -> str:

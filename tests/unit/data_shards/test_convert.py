@@ -16,8 +16,9 @@ import pytest
 from tiny_sets import coded, npz_config, pixels
 
 from data_shards.config import DataConfig, DicomConfig
-from data_shards.convert import convert, key_map, write_one
+from data_shards.convert import convert, key_map
 from data_shards.manifest import MANIFEST, open_dataset
+from data_shards.shard import write_shard
 from data_shards.store import open_store
 from data_shards.verify import verify
 
@@ -110,9 +111,23 @@ def test_other_settings_under_the_same_name_are_an_error_that_names_each_of_them
     changed = config.model_copy(update={"samples_per_shard": 5, "salt": "secret"})
     with pytest.raises(ValueError, match=r"data\.salt: '' -> '\w+'; data\.samples_per_shard: 8 -> 5.*--data\.name"):
         convert(changed, store)
-    with pytest.raises(ValueError, match=r"data\.source"):
-        convert(config.model_copy(update={"source": "/elsewhere.npz"}), store)
     assert contents(store) == before
+
+
+def no_tasks(task, items):
+    raise AssertionError("something is converted again")
+
+
+def test_a_finished_set_whose_source_moved_is_the_same_and_nothing_is_converted_again(tmp_path, caplog):
+    config, store = folder_config(tmp_path / "set", bad=0), open_store(str(tmp_path / "out"))
+    first, before = convert(config, store), contents(store)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    moved = config.model_copy(update={"source": str(tmp_path / "moved")})
+    assert convert(moved, store, run_tasks=no_tasks) == {**first, "made": 0, "kept": first["num_shards"]}
+    assert contents(store) == before
+    assert f"{tmp_path}/moved is not read" in caplog.text
+    with pytest.raises(ValueError, match=r"other settings \(data\.seed: 0 -> 1\)"):
+        convert(moved.model_copy(update={"seed": 1}), store)
 
 
 def test_a_setting_that_came_later_is_no_drift_while_it_is_at_its_default(tmp_path):
@@ -255,7 +270,7 @@ def test_samples_of_several_labels_and_of_none_keep_them(tmp_path):
 def test_a_shard_is_written_without_torch(tmp_path):
     script = "import sys, data_shards.convert, data_shards.loader.loader; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-    assert write_one.__module__ == "data_shards.convert"  # a worker finds it by name
+    assert write_shard.__module__ == "data_shards.shard"  # a worker finds it by name
 
 
 def test_on_s3_the_bytes_are_those_of_a_folder(tmp_path, s3):

@@ -26,8 +26,8 @@ from data_shards.config import DataConfig
 from data_shards.convert import convert
 from data_shards.loader.draws import uniforms
 from data_shards.loader.order import even_quotas, mixed, shuffled
-from data_shards.names import settings_on_record
 from data_shards.plan import config_digest
+from data_shards.settings import settings_on_record
 from data_shards.store import open_store
 
 DIGITS = 16

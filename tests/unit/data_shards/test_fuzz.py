@@ -12,6 +12,7 @@ import resource
 import tarfile
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from data_shards.leakage.scan import FINGERPRINTS, stored_digests
 from data_shards.loader.local_shard import LocalShards
 from data_shards.manifest import INDEX, MANIFEST, manifest_digest, open_dataset
 from data_shards.plan import plan_shards
-from data_shards.shard import ShardPart, find_shard, part_key, read_samples, tar_key, write_shard
+from data_shards.shard import ShardPart, ShardTask, find_shard, part_key, read_samples, tar_key, write_shard
 from data_shards.source import open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, open_store
@@ -239,7 +240,7 @@ def opened(config):
 def read_all(config):
     images = result_of(opened, config)
     for row in images.rows[:20] if images else ():
-        source = result_of(images.read, row)
+        source = result_of(images.reader.read, row)
         if source is not None:
             result_of(decode, source)
 
@@ -352,10 +353,9 @@ def a_shard() -> dict[str, Any]:
     (plan,) = plan_shards(images.rows, ["train"] * 6, config)
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
-        write_shard(plan, images, config, store)
+        write_shard(ShardTask(images, plan, config, images.task, store))
         return {
-            "plan": plan,
-            "config": config,
+            "task": ShardTask(images, plan, config, images.task, store),
             "tar": store.get(tar_key(plan.name)),
             "part": store.get(part_key(plan.name)),
         }
@@ -372,9 +372,10 @@ def check_shard(data):
 @in_folder
 def check_part(folder, data):
     store = open_store(str(folder))
-    store.put(tar_key(SHARD["plan"].name), SHARD["tar"])
-    store.put(part_key(SHARD["plan"].name), data)
-    found = find_shard(SHARD["plan"], SHARD["config"], store)
+    task = replace(SHARD["task"], out=store)
+    store.put(tar_key(task.plan.name), SHARD["tar"])
+    store.put(part_key(task.plan.name), data)
+    found = find_shard(task)
     assert found is None or isinstance(found, ShardPart)
 
 

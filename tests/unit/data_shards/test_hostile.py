@@ -10,6 +10,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from data_shards.loader.node_cache import NodeCache
 from data_shards.loader.pixels import cropped, stretched
 from data_shards.manifest import INDEX, MANIFEST, ManifestError, index_bytes, manifest_digest, open_dataset
 from data_shards.plan import plan_shards
-from data_shards.shard import find_shard, part_key, read_samples, tar_key, write_shard
+from data_shards.shard import ShardTask, find_shard, part_key, read_samples, tar_key, write_shard
 from data_shards.store import StoreError, checked_key, open_store
 
 
@@ -299,8 +300,8 @@ def half_made():
     (plan,) = plan_shards(images.rows, ["train"] * 6, config)
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
-        write_shard(plan, images, config, store)
-        return plan, config, {key: store.get(key) for key in store.list()}
+        write_shard(ShardTask(images, plan, config, images.task, store))
+        return ShardTask(images, plan, config, images.task, store), {key: store.get(key) for key in store.list()}
 
 
 @pytest.mark.parametrize(
@@ -314,13 +315,14 @@ def half_made():
     ],
 )  # fmt: skip
 def test_a_commit_mark_that_cannot_be_its_shards_is_none(tmp_path, place, value):
-    plan, config, objects = half_made()
+    task, objects = half_made()
     store = open_store(str(tmp_path))
+    task = replace(task, out=store)
     for key, data in objects.items():
         store.put(key, data)
-    assert find_shard(plan, config, store) is not None
-    edit(store, part_key(plan.name), place, value)
-    assert find_shard(plan, config, store) is None
+    assert find_shard(task) is not None
+    edit(store, part_key(task.plan.name), place, value)
+    assert find_shard(task) is None
 
 
 @pytest.mark.parametrize("kept", ["huge shape", "huge ids", "other type", "pickle", "too short", "state"])

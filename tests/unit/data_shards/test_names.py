@@ -13,7 +13,8 @@ from data_shards.config import DataConfig, LeakConfig
 from data_shards.convert import convert, key_map
 from data_shards.leakage import read_report
 from data_shards.manifest import open_dataset
-from data_shards.names import Sample, find, quarantined, samples, settings_on_record
+from data_shards.names import Sample, find, quarantined, samples
+from data_shards.settings import settings_on_record
 from data_shards.store import Store, open_store
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny_sets import coded, in_memory_set, pixels
 
 from data_shards.config import DataConfig
 from data_shards.plan import plan_shards
-from data_shards.shard import find_shard, part_key, pixel_histogram, read_samples, tar_key, write_shard
+from data_shards.shard import ShardTask, find_shard, part_key, pixel_histogram, read_samples, tar_key, write_shard
 from data_shards.store import open_store
 
 CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", samples_per_shard=100)
@@ -21,7 +22,7 @@ CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", sampl
 def written(tmp_path):
     images, store = in_memory_set(), open_store(str(tmp_path))
     (plan,) = plan_shards(images.rows, ["train"] * len(images.rows), CONFIG)
-    part = write_shard(plan, images, CONFIG, store)
+    part = write_shard(ShardTask(images, plan, CONFIG, images.task, store))
     return images, store, plan, part, store.get(tar_key(plan.name))
 
 
@@ -85,14 +86,15 @@ def test_the_part_tells_size_and_digest_of_the_tar(written):
 
 
 def test_a_finished_shard_is_found_and_one_of_another_plan_or_size_is_not(written):
-    _, store, plan, part, tar = written
-    assert find_shard(plan, CONFIG, store) == part
-    assert find_shard(plan, CONFIG.model_copy(update={"max_side": 10}), store) is None
+    images, store, plan, part, tar = written
+    task = ShardTask(images, plan, CONFIG, images.task, store)
+    assert find_shard(task) == part
+    assert find_shard(replace(task, config=CONFIG.model_copy(update={"max_side": 10}))) is None
     store.put(tar_key(plan.name), tar[:-1])
-    assert find_shard(plan, CONFIG, store) is None
+    assert find_shard(task) is None
     store.put(tar_key(plan.name), tar)
     store.put(part_key(plan.name), b'{"name": "train-0')
-    assert find_shard(plan, CONFIG, store) is None
+    assert find_shard(task) is None
 
 
 def test_an_undecodable_image_goes_into_quarantine_with_its_reason_and_the_others_stay(tmp_path):
@@ -100,7 +102,7 @@ def test_an_undecodable_image_goes_into_quarantine_with_its_reason_and_the_other
     bad = images.rows[4].where
     images.images[bad] = coded(pixels(4))[:40]
     (plan,) = plan_shards(images.rows, ["train"] * len(images.rows), CONFIG)
-    part = write_shard(plan, images, CONFIG, store)
+    part = write_shard(ShardTask(images, plan, CONFIG, images.task, store))
     (entry,) = part.quarantine
     assert entry.key == next(planned.key for planned in plan.rows if planned.row.where == bad)
     assert entry.reason
@@ -114,7 +116,7 @@ def test_a_multilabel_shard_has_lists_of_labels_and_no_single_class(tmp_path):
     labels = [(0, 1), (), (1,)]
     images.rows = [type(row)(row.where, 0, label, None, None) for row, label in zip(images.rows, labels, strict=True)]
     (plan,) = plan_shards(images.rows, ["test"] * 3, CONFIG)
-    write_shard(plan, images, CONFIG, store)
+    write_shard(ShardTask(images, plan, CONFIG, images.task, store))
     tar = store.get(tar_key(plan.name))
     assert b".cls" not in tar
     assert sorted(tuple(sample["labels"]) for sample in read_samples(tar)) == sorted(labels)
@@ -123,7 +125,7 @@ def test_a_multilabel_shard_has_lists_of_labels_and_no_single_class(tmp_path):
 def test_what_is_no_whole_shard_says_so(tmp_path):
     images, store = in_memory_set(3), open_store(str(tmp_path))
     (plan,) = plan_shards(images.rows, ["test"] * 3, CONFIG)
-    write_shard(plan, images, CONFIG, store)
+    write_shard(ShardTask(images, plan, CONFIG, images.task, store))
     tar = store.get(tar_key(plan.name))
     for damaged in (b"", tar[:700], tar.replace(b".json", b".jsom"), tar.replace(b'"key"', b"'key'"), b"\xff" * 2000):
         with pytest.raises(ValueError, match=r"no whole tar|not one image and a \.json"):

@@ -15,7 +15,7 @@ from data_shards.source import Row
 
 @dataclass
 class InMemorySet:
-    """Images by their path; what `write_shard` needs of an image set."""
+    """Images by their path: an image set and its own reader."""
 
     rows: list[Row]
     images: dict[str, np.ndarray | bytes]
@@ -24,6 +24,10 @@ class InMemorySet:
     notes: tuple[str, ...] = ()
     splits_from: str = ""
     reads: list[str] = field(default_factory=list)
+
+    @property
+    def reader(self) -> InMemorySet:
+        return self
 
     def read(self, row: Row) -> np.ndarray | bytes:
         self.reads.append(row.where)

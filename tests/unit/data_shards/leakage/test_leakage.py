@@ -78,7 +78,7 @@ def test_a_set_without_copies_is_reported_as_such(tmp_path):
 def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_any_shard_is_written(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]))
-    with pytest.raises(LeakError, match=r"2 times copies of one image") as caught:
+    with pytest.raises(LeakError, match=r"2 times duplicates of one image") as caught:
         convert(config, store)
     told = str(caught.value)
     assert "'copy in train.png' (train, label 'a') = 'test0.png' (test, label 'a'): equal pixels" in told
@@ -223,7 +223,8 @@ def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_
 
 
 def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_shards.leakage.report.MOST_FINDINGS", 5)
+    for module in ("duplicates", "guard"):
+        monkeypatch.setattr(f"data_shards.leakage.{module}.MOST_FINDINGS", 5)
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
     rows = [*distinct(), *COPIES]
@@ -265,8 +266,8 @@ def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_l
 
 
 def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_shards.leakage.report.MOST_COPIES", 4)
-    monkeypatch.setattr("data_shards.leakage.report.MOST_COPIES_IN_ALL", 10)
+    monkeypatch.setattr("data_shards.leakage.duplicates.MOST_COPIES", 4)
+    monkeypatch.setattr("data_shards.leakage.duplicates.MOST_COPIES_IN_ALL", 10)
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", many_copies(20)), leaks=LeakConfig(across="report")), store)
     (finding,) = read_report(store).findings

@@ -11,8 +11,8 @@ import pytest
 from tiny_sets import coded, npz_config, pixels
 
 from data_shards.config import DataConfig, LeakConfig, PhantomConfig
-from data_shards.convert import convert, scan_one
-from data_shards.leakage.scan import FOLDER
+from data_shards.convert import convert
+from data_shards.leakage.scan import FOLDER, scan_rows
 from data_shards.store import Store, open_store
 
 
@@ -23,7 +23,7 @@ class Looks:
         self.images = 0
 
     def __call__(self, run, tasks):
-        self.images += sum(len(task[2]) for task in tasks) if run is scan_one else 0
+        self.images += sum(len(task.rows) for task in tasks) if run is scan_rows else 0
         return map(run, tasks)
 
 

@@ -16,7 +16,8 @@ from original_layouts import central_entry, image, patched, write, zip_of
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage
 from data_shards.source import open_source
-from data_shards.source.files.open import cached, open_files
+from data_shards.source.files.cache import cached
+from data_shards.source.files.open import open_files
 
 FILES = {f"{c}/{c} ({i}).png": image(10 * j + i, "L") for j, c in enumerate(("benign", "malignant")) for i in range(4)}
 SECOND = "benign/benign (1).png"
@@ -42,7 +43,7 @@ def test_a_zip_gives_the_rows_and_bytes_of_the_folder(tmp_path, stored):
     zipped = folders(saved(tmp_path, zip_of(FILES | litter, stored=stored)))
     unpacked = folders(write(tmp_path / "set", FILES))
     assert zipped.rows == unpacked.rows
-    assert [zipped.read(row) for row in zipped.rows] == [unpacked.read(row) for row in unpacked.rows]
+    assert [zipped.reader.read(row) for row in zipped.rows] == [unpacked.reader.read(row) for row in unpacked.rows]
 
 
 def test_nothing_of_a_zip_is_unpacked_but_a_zip_inside_it_and_that_once(tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_a_zip_in_a_tar_counts_too(tmp_path):
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
     images = folders(tmp_path / "set.tar")
-    assert [images.read(row) for row in images.rows] == [FILES[name] for name in sorted(FILES)]
+    assert [images.reader.read(row) for row in images.rows] == [FILES[name] for name in sorted(FILES)]
 
 
 def test_a_damaged_member_is_the_fault_of_one_image(tmp_path):
@@ -121,9 +122,9 @@ def test_a_damaged_member_is_the_fault_of_one_image(tmp_path):
         for row in images.rows:
             if row.where == SECOND:
                 with pytest.raises(UndecodableImage, match="damaged in its zip"):
-                    images.read(row)
+                    images.reader.read(row)
             else:
-                assert images.read(row) == FILES[row.where]
+                assert images.reader.read(row) == FILES[row.where]
 
 
 @pytest.mark.parametrize("claimed", [1, 100_000], ids=["less", "more"])
@@ -131,7 +132,7 @@ def test_a_member_that_is_not_as_long_as_it_says_is_damaged(tmp_path, claimed):
     data = zip_of(FILES)
     images = folders(saved(tmp_path, patched(data, central_entry(data, SECOND) + 24, struct.pack("<I", claimed))))
     with pytest.raises(UndecodableImage, match="damaged in its zip"):
-        images.read(next(row for row in images.rows if row.where == SECOND))
+        images.reader.read(next(row for row in images.rows if row.where == SECOND))
 
 
 def test_a_table_that_is_damaged_in_its_zip_is_named(tmp_path):

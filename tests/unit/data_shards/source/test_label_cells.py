@@ -6,7 +6,7 @@ import shlex
 import pytest
 from table_sets import labelled, names, opened, write
 
-from data_shards.labels import option
+from data_shards.options import option
 
 NFC, NFD = "\u00e9", "e\u0301"
 

@@ -69,7 +69,7 @@ def test_a_medmnist_file_keeps_its_official_splits_and_pixels(shared_dir, name, 
     with np.load(path) as arrays:
         row = images.rows[-1]
         assert row.where == f"test_images/{counts[2] - 1}"
-        assert np.array_equal(images.read(row), arrays["test_images"][-1])
+        assert np.array_equal(images.reader.read(row), arrays["test_images"][-1])
         assert row.labels == tuple(arrays["test_labels"][-1].tolist())
 
 
@@ -84,7 +84,7 @@ def test_the_blood_cells_come_from_their_tar_with_smears_as_groups(shared_dir):
     assert len({row.group for row in images.rows}) == 364
     with tarfile.open(path) as tar:
         for row in images.rows[::200]:
-            assert images.read(row) == tar.extractfile(f"bccd_cells/{row.where}").read()
+            assert images.reader.read(row) == tar.extractfile(f"bccd_cells/{row.where}").read()
     splits = splits_of(images)
     smears = {s: {row.group for row, home in zip(images.rows, splits, strict=True) if home == s} for s in set(splits)}
     assert not smears["train"] & smears["test"]
@@ -101,7 +101,7 @@ def test_the_blood_cells_are_the_same_rows_from_tar_from_folder_and_from_the_csv
     for source in (tmp_path, tmp_path / "bccd_cells", tmp_path / "bccd_cells" / "cells.csv"):
         images = open_source(DataConfig(source=str(source), **CELLS))
         assert images.rows == rows
-        assert decode(images.read(rows[0])).shape[2] == 3
+        assert decode(images.reader.read(rows[0])).shape[2] == 3
     folders = open_source(DataConfig(dataset="bccd", layout="folders", source=str(path)))
     assert [row.where for row in folders.rows] == [row.where for row in rows]
 
@@ -109,8 +109,8 @@ def test_the_blood_cells_are_the_same_rows_from_tar_from_folder_and_from_the_csv
 def test_phantoms_are_drawn_by_row_and_split_by_patient():
     images = open_source(DataConfig(phantoms=PhantomConfig(num_patients=30)))
     assert len(images.rows) == 120
-    assert images.read(images.rows[7]).shape == (64, 64)
-    assert not np.array_equal(images.read(images.rows[0]), images.read(images.rows[1]))
+    assert images.reader.read(images.rows[7]).shape == (64, 64)
+    assert not np.array_equal(images.reader.read(images.rows[0]), images.reader.read(images.rows[1]))
     homes = {}
     for row, split in zip(images.rows, splits_of(images), strict=True):
         assert homes.setdefault(row.group, split) == split
@@ -131,7 +131,7 @@ def test_folders_of_classes_leave_out_what_only_looks_like_a_class(tmp_path):
     images = open_source(config(write(tmp_path, FOLDERS | litter), layout="folders"))
     assert images.classes == ("benign", "malignant")
     assert [row.where for row in images.rows] == sorted(FOLDERS)
-    assert images.read(images.rows[3]) == FOLDERS["benign/benign (3).png"]
+    assert images.reader.read(images.rows[3]) == FOLDERS["benign/benign (3).png"]
 
 
 def test_a_tar_and_a_folder_that_wraps_the_set_give_the_same_rows(tmp_path):
@@ -140,7 +140,7 @@ def test_a_tar_and_a_folder_that_wraps_the_set_give_the_same_rows(tmp_path):
     write(tmp_path, {"b.tar": tar_of(inner)})
     wrapped = open_source(config(tmp_path / "b.tar", layout="folders"))
     assert wrapped.rows == plain.rows
-    assert wrapped.read(wrapped.rows[0]) == plain.read(plain.rows[0])
+    assert wrapped.reader.read(wrapped.rows[0]) == plain.reader.read(plain.rows[0])
 
 
 def test_sources_on_s3_give_the_same_rows(tmp_path, s3, shared_dir):
@@ -155,12 +155,12 @@ def test_sources_on_s3_give_the_same_rows(tmp_path, s3, shared_dir):
         there = open_source(config(f"{s3}/set", layout=layout))
         here = open_source(config(local, layout=layout))
         assert there.rows == here.rows
-        assert there.read(there.rows[2]) == here.read(here.rows[2])
+        assert there.reader.read(there.rows[2]) == here.reader.read(here.rows[2])
     assert open_source(config(f"{s3}/set/table.csv", layout="csv")).rows == here.rows
     for source in ("set.tar", "set.zip", "parts"):
         there = open_source(config(f"{s3}/{source}", layout="folders"))
         assert there.rows == open_source(config(local, layout="folders")).rows
-        assert there.read(there.rows[2]) == FOLDERS[there.rows[2].where]
+        assert there.reader.read(there.rows[2]) == FOLDERS[there.rows[2].where]
     assert len(open_source(DataConfig(dataset="breastmnist", source=f"{s3}/b.npz")).rows) == 780
 
 
@@ -215,7 +215,7 @@ def test_a_replaced_npz_is_read_anew(tmp_path):
     open_source(config(path, layout="npz"))
     npz(path, train_images=np.ones((4, 8, 8), np.uint8))
     images = open_source(config(path, layout="npz"))
-    assert images.read(images.rows[0]).all()
+    assert images.reader.read(images.rows[0]).all()
 
 
 ONE_HOT = np.eye(2)[[0, 1, 0, 1]]
@@ -261,7 +261,7 @@ def test_an_npz_with_train_and_test_has_its_validation_drawn_from_train(tmp_path
 def test_pixels_in_fortran_order_are_the_same_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 6, 3), dtype=np.uint8)
     images = open_source(config(npz(tmp_path / "a.npz", train_images=np.asfortranarray(pixels)), layout="npz"))
-    read = images.read(images.rows[2])
+    read = images.reader.read(images.rows[2])
     assert np.array_equal(read, pixels[2])
     assert read.flags.c_contiguous
 
@@ -416,7 +416,7 @@ def test_an_image_that_is_there_but_cannot_be_read_has_a_reason(tmp_path):
     (tmp_path / name).symlink_to(tmp_path / "nowhere")
     images = open_source(config(tmp_path, layout="folders"))
     with pytest.raises(UndecodableImage) as caught:
-        images.read(next(row for row in images.rows if row.where == name))
+        images.reader.read(next(row for row in images.rows if row.where == name))
     assert caught.value.reason == "cannot be read: a link to a file that is not there"
 
 

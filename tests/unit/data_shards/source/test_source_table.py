@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from table_sets import opened, table_of, write
 
-from data_shards.labels import option
+from data_shards.options import option
 from data_shards.split import split_of_cell
 
 

@@ -35,7 +35,7 @@ def test_a_cache_without_room_names_itself_and_what_the_copy_takes(small_disk, t
         member.size = 5 << 20
         archive.addfile(member, io.BytesIO(bytes(member.size)))
     with pytest.raises(DiskFullError) as error:
-        open_files(str(tar)).local("a.npz")
+        open_files(str(tar)).local("a.npz").path()
     assert f"the disk of {small_disk}/medmamba/sources " in str(error.value)
     assert "5.0 MiB needed" in str(error.value)
     assert "XDG_CACHE_HOME" in str(error.value)

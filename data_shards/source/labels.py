@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from data_shards.config import DataConfig
-
-if TYPE_CHECKING:
-    from data_shards.source import Row
-
-_SHOWN = 10  # names in a message at most
-_CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode's categories of what ends a line or cannot be seen, tabs among them
+from data_shards.options import listed
+from data_shards.source.row import Row
 
 
 class ClassEdits:
@@ -178,25 +173,3 @@ def check_settings(config: DataConfig) -> None:
 def composed(name: str) -> str:
     """The name in Unicode's form NFC: an accent is a part of its letter, however the source coded it."""
     return unicodedata.normalize("NFC", name)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The names for a message, the first ones if there are many."""
-    shown = ", ".join(name or "'' (no label)" for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-def option(name: str, *values: str) -> str:
-    """An option of the command line with its values, as a shell takes them."""
-    return " ".join([f"--data.{name}", *map(quoted, values)])
-
-
-def quoted(value: str) -> str:
-    """The value as one types it in a shell, in one line: `'a b'`, and `$'a\\nb'` for a line feed in it."""
-    if not any(unicodedata.category(c) in _CONTROLS for c in value):
-        return shlex.quote(value)
-    plain = value.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n").replace("\t", r"\t")
-    coded = (
-        "".join(f"\\x{byte:02x}" for byte in c.encode()) if unicodedata.category(c) in _CONTROLS else c for c in plain
-    )
-    return f"$'{''.join(coded)}'"

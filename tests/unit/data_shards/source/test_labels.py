@@ -6,9 +6,9 @@ from pydantic import ValidationError
 from table_sets import labelled, names, opened, table_of, write
 
 from data_shards.config import DataConfig
-from data_shards.labels import check_settings
 from data_shards.plan import config_digest
 from data_shards.source import check_source
+from data_shards.source.labels import check_settings
 
 
 def folders(folder, found, **fields):

@@ -1,0 +1,129 @@
+"""`config.json` beside a dataset: the settings that it was made with, by which it is recognised or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_shards.config import DataConfig
+from data_shards.manifest import open_dataset
+from data_shards.plan import config_digest, digest_of
+from data_shards.rules import RULES, RULES_KEY, SPLITS_KEY, changes_since
+from data_shards.store import Store, StoreKeyError
+
+SETTINGS = "config.json"
+_log = logging.getLogger(__name__)
+
+
+def salt_digest(salt: str) -> str:
+    """What a store keeps of a salt, by which it is recognised."""
+    return digest_of(salt)[:12] if salt else ""
+
+
+def settings_bytes(config: DataConfig, splits_from: str) -> bytes:
+    """The file: all settings as flat dotted keys, the number of the rules, and where the splits came from."""
+    settings = _flat(config.model_dump(mode="json"), config.salt)
+    return json.dumps({**settings, RULES_KEY: RULES, SPLITS_KEY: splits_from}, indent=1).encode()
+
+
+def settings_on_record(out: Store) -> tuple[DataConfig, str]:
+    """The settings that a dataset, finished or not, was made with, without its salt; and the digest of that.
+
+    Raises ValueError where they are missing or damaged.
+    """
+    try:
+        flat = json.loads(out.get(SETTINGS))
+        nested: dict = {}
+        for key, value in flat.items():
+            part, _, name = key.rpartition(".")
+            model = getattr(DataConfig(), part, None) if part else DataConfig()
+            if name in getattr(
+                type(model), "model_fields", ()
+            ):  # not the number of the rules, nor a setting of another release
+                (nested.setdefault(part, {}) if part else nested)[name] = value
+        if nested.get("dataset") != out.uri.rsplit("/", 2)[-2]:
+            raise ValueError(f"it is of the dataset {nested.get('dataset')!r}")
+        salt = str(nested.pop("salt", ""))
+        return DataConfig.model_validate(nested), salt
+    except (StoreKeyError, ValueError, AttributeError, TypeError, ValidationError, RecursionError) as error:
+        raise ValueError(
+            f"{out.uri}/{SETTINGS} does not hold the settings of a dataset ({' '.join(str(error).split())[:120]}): "
+            "restore it, or run `medmamba shard` with the same settings, which says what differs"
+        ) from error
+
+
+def refuse_drift(config: DataConfig, out: Store) -> None:
+    """ValueError where the finished dataset in the store was made with other settings.
+
+    Another source is none of them: the images may have been moved, and a finished dataset is not made from them again.
+    """
+    wanted = _flat(config.identity(), config.salt)
+    stored = _stored(out)
+    # What was no setting yet when the dataset was made is at its default. Without them only the explanation is lost:
+    # the manifest knows the digest of its settings.
+    found = wanted if stored is None else {**_flat(DataConfig().identity(), ""), **stored}
+    ignored = {*(_flat(config.model_dump(mode="json"), "").keys() - wanted.keys()), RULES_KEY, SPLITS_KEY}
+    changed = [
+        f"data.{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
+        for key in sorted((wanted.keys() | found.keys()) - ignored)
+        if found.get(key) != wanted.get(key)
+    ]
+    if not changed and open_dataset(out).manifest.config_sha256 != config_digest(config):
+        changed = ["settings that are no longer on record"]
+    if changed:
+        raise ValueError(
+            f"{out.uri} holds a dataset made with other settings ({'; '.join(changed)}): set them back, or give the "
+            "new dataset a name of its own with --data.name"
+        )
+    _notice_source(config, out, stored or {})
+    _notice_rules(out, stored or {})
+
+
+def splits_from(store: Store) -> str:
+    """Where the splits of a finished dataset came from; "" where that is not on record."""
+    found = (_stored(store) or {}).get(SPLITS_KEY, "")
+    return found if isinstance(found, str) else ""
+
+
+def _flat(settings: dict[str, Any], salt: str) -> dict[str, Any]:
+    """The settings as flat dotted keys. The salt only as a digest, for it must not lie beside the keys it hides."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {**flat, "salt": salt_digest(salt)}
+
+
+def _stored(out: Store) -> dict[str, Any] | None:
+    """The settings beside a dataset; None where there are none, or something else."""
+    try:
+        found = json.loads(out.get(SETTINGS))
+    except (StoreKeyError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _notice_source(config: DataConfig, out: Store, stored: dict[str, Any]) -> None:
+    """Says that the images are not read again, for somebody may have meant another image set."""
+    if config.source and config.source != stored.get("source", config.source):
+        _log.warning(
+            "%s was converted from %s and is complete: %s is not read; if it is another image set, give it a name of "
+            "its own with --data.name",
+            out.uri,
+            stored["source"],
+            config.source,
+        )
+
+
+def _notice_rules(out: Store, stored: dict[str, Any]) -> None:
+    """Says what a new conversion of the same images would do differently; the finished dataset stays as it is."""
+    changes = changes_since(stored)
+    if changes:
+        _log.warning(
+            "%s was converted by earlier rules and stays valid; a new conversion (--data.name NEW under another --run) "
+            "would differ: %s",
+            out.uri,
+            "; ".join(changes),
+        )

@@ -53,8 +53,27 @@ class Claim:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Fence:
+    """A lease as the workers of its holder know it: they see that another process has taken it, and renew nothing."""
+
+    store: Store
+    prefix: str
+    number: int
+    what: str
+
+    def check(self) -> None:
+        """Raises LostLeaseError once another process has taken the lease; asks the store."""
+        number = max(_numbers(self.store, self.prefix), default=0)
+        if number != self.number:
+            found = _read(self.store, self.prefix, number)
+            raise LostLeaseError(_taken_over(self.what, str(found.holder) if found else "another process"))
+
+
 class FencedLease:
-    """A held lease. `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
+    """A held lease; a pickle of it holds its Fence.
+
+    `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
 
     def __init__(self, store: Store, prefix: str, *, what: str, ttl_s: float, on_lost: Callable[[], None] | None):
         self._store, self._prefix, self._what, self._on_lost = store, prefix, what, on_lost
@@ -67,6 +86,9 @@ class FencedLease:
         self._ended = threading.Event()
         self.number = 0
         self.before: Claim | None = None
+
+    def __reduce__(self) -> tuple[type[Fence], tuple[Store, str, int, str]]:
+        return Fence, (self._store, self._prefix, self.number, self._what)
 
     @property
     def is_lost(self) -> bool:
@@ -96,10 +118,7 @@ class FencedLease:
         if not self._lost and max(_numbers(self._store, self._prefix), default=0) != self.number:
             self._lose()
         if self._lost:
-            raise LostLeaseError(
-                f"{self._what} was taken over by {self._lost} while this process was paused or the store out of "
-                "reach: what is finished is kept; run the same command again once the other has ended"
-            )
+            raise LostLeaseError(_taken_over(self._what, self._lost))
 
     def _lose(self) -> None:
         number = max(_numbers(self._store, self._prefix), default=0)
@@ -292,6 +311,13 @@ class _Watch:
     def is_alive(self, found: Claim) -> bool:
         """Whether the holder certainly is, so that waiting longer may not help."""
         return self._renewals > 0 or found.holder.place == self._place != ""
+
+
+def _taken_over(what: str, by: str) -> str:
+    return (
+        f"{what} was taken over by {by} while this process was paused or the store out of reach: what is finished is "
+        "kept; run the same command again once the other has ended"
+    )
 
 
 def _told(held: FencedLease, found: Claim) -> str:

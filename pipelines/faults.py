@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
     if any(sign in text for sign in (*_WORKER_LOST, *_NODE_LOST)):
         return _lost(text, step)
     return (
-        f"unexpected {type(_innermost(error)).__name__}: {_first_line(error)}; if it comes again, report it as a defect"
+        f"unexpected {type(innermost(error)).__name__}: {_first_line(error)}; if it comes again, report it as a defect"
     )
 
 
@@ -106,8 +107,19 @@ def kept_reason(error: BaseException, *, step: str, places: Sequence[str | Path]
         return str(getattr(mistake, "public", "")) or f"refused; {ON_THE_TERMINAL}"
     reason = " ".join(fault_line(error, step=step, places=places).split())
     if step == "shard" and reason.startswith("unexpected "):
-        return f"unexpected {type(_innermost(error)).__name__}; {ON_THE_TERMINAL}"
+        return f"unexpected {type(innermost(error)).__name__}; {ON_THE_TERMINAL}"
     return reason
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raises what a task or a training worker raised as a user's mistake, in place of Ray's wrapping of it."""
+    try:
+        yield
+    except Exception as error:
+        if not _wrapped(error):
+            raise
+        raise users_mistake(error) or error from None
 
 
 def users_mistake(error: BaseException) -> ValueError | None:
@@ -194,7 +206,7 @@ def _lost(text: str, step: str) -> str:
     return f"{_who(step)} was killed or crashed (kill, out of memory, or a fault in native code): {RESUME}"
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
     """The error out of Ray's wrapping, which says nothing."""
     while inside := _wrapped(error):
         error = inside[0]
@@ -202,7 +214,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(_innermost(error)).strip().splitlines() or ["no message"]
+    lines = str(innermost(error)).strip().splitlines() or ["no message"]
     return lines[0][:_LONGEST]
 
 

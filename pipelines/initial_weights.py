@@ -11,20 +11,17 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self, TypeVar
 
 from data_shards.manifest import Manifest, open_dataset
 from data_shards.store import Store, StoreError, open_store
-from medmamba.config import ConvNetConfig, MedMambaConfig
+from medmamba.config import ConvNetConfig, MedMambaConfig, ModelConfig
 from pipelines.flow import DriftError, StepContext
 from pipelines.flow.record import read_identity
 from pipelines.flow.runner import step_folder
 from pipelines.override import flatten
 from pipelines.scratch import scratch
-from pipelines.worker.config import TrainStepConfig
-
-if TYPE_CHECKING:
-    from pipelines.recipes import Recipe
+from pipelines.worker.config import TrainConfig, TrainStepConfig
 
 FOLDER, ORIGIN = "weights", "origin.json"
 KINDS = (
@@ -32,6 +29,24 @@ KINDS = (
     "checkpoint file of the paper's code (.pth), models:/NAME@ALIAS or models:/NAME/VERSION"
 )
 _REGISTERED = re.compile(r"models:/(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d*))")
+
+
+class Training(Protocol):
+    """What a recipe says of its training."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The network."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """How its weights are found."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self:
+        """The same recipe with other fields."""
+
+
+Recipe = TypeVar("Recipe", bound=Training)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class InitialWeights:
         folder.put(ORIGIN, _json({"uri": self.uri, "digest": self.digest}), if_absent=True)
 
 
-def weights_of_run(recipe: Recipe, store: Store, run: str, *, kept_source: str = "") -> InitialWeights | None:
+def weights_of_run(recipe: Training, store: Store, run: str, *, kept_source: str = "") -> InitialWeights | None:
     """The weights that the trainings of `run` start from; None where they start from random ones.
 
     `kept_source` is the `train.init` that the run was begun with: asked for the same again, it keeps its weights, and
@@ -178,21 +193,6 @@ def begin_from(config: TrainStepConfig, shard: dict, context: StepContext) -> di
 def kept_uri(config: TrainStepConfig, store: Store) -> str:
     """Where workers find the weights of a step's config; empty where it starts from random ones."""
     return store.at(FOLDER, config.train.init).uri if config.train.init else ""
-
-
-def read_kept(uri: str, digest: str) -> tuple[dict, Mapping[str, Any]]:
-    """(state, card) of weights that the store keeps. ValueError where they are damaged."""
-    from medmamba.checkpoint import MODEL, WEIGHTS, model_digest, parse_model
-
-    folder = open_store(uri)
-    weights, described = folder.get(WEIGHTS), folder.get(MODEL)
-    if model_digest(weights, described) != digest:
-        raise ValueError(
-            f"{uri} has other weights than its name says: they were damaged or replaced; delete that folder, and run "
-            "the same command to get them again from train.init"
-        )
-    state, _, card = parse_model(weights, described, where=uri)
-    return state, card
 
 
 def _registered(source: str, store: Store) -> InitialWeights:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pipelines.flow import Step
 from pipelines.recipes import Recipe
 from pipelines.steps import evaluate, promote, register, shard, train, tune
-from pipelines.steps.tune import TuneStepConfig
+from pipelines.steps.search import TuneStepConfig
 from pipelines.worker.config import TrainStepConfig
 
 

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,9 +41,26 @@ def is_lost(check: Callable[[], None]) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Fence:
+    """A lease as the workers of its holder know it: they see that another process has taken it, and renew nothing."""
+
+    claims: Claims
+    number: int
+    what: str
+
+    def check(self) -> None:
+        """Raises LostLeaseError once another process has taken the lease; asks the store."""
+        number = self.claims.last()
+        if number != self.number:
+            found = self.claims.read(number)
+            raise LostLeaseError(_taken_over(self.what, str(found.holder) if found else "another process"))
+
+
 class FencedLease:
-    """A lease that this process holds. `number` grows with each takeover; `before` is the claim of a holder that died,
-    else None."""
+    """A lease that this process holds; a pickle of it holds its Fence.
+
+    `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
 
     def __init__(self, store: Store, prefix: str, *, what: str, ttl_s: float, on_lost: Callable[[], None] | None):
         self._claims, self._what, self._on_lost = Claims(store, prefix), what, on_lost
@@ -56,6 +73,9 @@ class FencedLease:
         self._ended = threading.Event()
         self.number = 0
         self.before: Claim | None = None
+
+    def __reduce__(self) -> tuple[type[Fence], tuple[Claims, int, str]]:
+        return Fence, (self._claims, self.number, self._what)
 
     @property
     def is_lost(self) -> bool:
@@ -150,10 +170,7 @@ class FencedLease:
         if not self._lost and self._claims.last() != self.number:
             self._lose()
         if self._lost:
-            raise LostLeaseError(
-                f"{self._what} was taken over by {self._lost} while this process was paused or the store out of "
-                "reach: what is finished is kept; run the same command again once the other has ended"
-            )
+            raise LostLeaseError(_taken_over(self._what, self._lost))
 
     def _lose(self) -> None:
         found = self._claims.read(self._claims.last())
@@ -292,6 +309,13 @@ class _Watch:
     def is_alive(self, found: Claim) -> bool:
         """Whether the holder certainly is, so that waiting longer may not help."""
         return self._renewals > 0 or found.holder.place == self._place != ""
+
+
+def _taken_over(what: str, by: str) -> str:
+    return (
+        f"{what} was taken over by {by} while this process was paused or the store out of reach: what is finished is "
+        "kept; run the same command again once the other has ended"
+    )
 
 
 def _now() -> float:

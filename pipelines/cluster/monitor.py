@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Why a training is asked to stop, once it has written a checkpoint. The group starts again after the last two.
-INTERRUPTED, TIME_UP, RESIZED, PREEMPTED = "interrupted", "time", "resize", "preemption"
-STOPS = (INTERRUPTED, TIME_UP, RESIZED, PREEMPTED)
+# Why a training is asked to stop, once it has written a checkpoint. A rank that cannot continue asks for the first, and
+# says why afterwards. The group starts again after the last two.
+FAILED, INTERRUPTED, TIME_UP, RESIZED, PREEMPTED = "failed", "interrupted", "time", "resize", "preemption"
+STOPS = (FAILED, INTERRUPTED, TIME_UP, RESIZED, PREEMPTED)
 RESTARTING = (RESIZED, PREEMPTED)
 SLOW_S = 900.0  # what compiling, a store that is away, or a large validation may take without a sign of progress
 TIMES_LONGEST = 5  # a micro-batch on a loaded machine may take so many times as long as the longest so far

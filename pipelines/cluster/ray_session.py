@@ -20,7 +20,7 @@ from pipelines.cluster.dashboard import dashboard_beside_node
 from pipelines.cluster.reaper import Process, children, ended_with_driver, is_alive
 from pipelines.cluster.scan_choice import ScanChoice
 from pipelines.cluster.shipment import PASSED_VARIABLES, refuse_secrets
-from pipelines.faults import RESUME, causes
+from pipelines.faults import RESUME, causes, unwrapped
 from pipelines.placement import NO_DEMAND, Demand, Node, Placement, PlacementConfig, resolve
 
 # Of these two an embedded Ray has one each; it does not survive their end.
@@ -256,10 +256,8 @@ def _scan_backend(placement: Placement) -> str:
 
     gpus = 1 if placement.device == "cuda" else 0
     task: Any = ray.remote(num_cpus=min(1.0, placement.cpus_per_worker), num_gpus=gpus)(_resolve_backend)
-    try:
+    with unwrapped():
         return ray.get(task.remote(placement.scan, placement.device))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ValueError) else error from None
 
 
 def _resolve_backend(name: str, device: str) -> str:

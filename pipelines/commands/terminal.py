@@ -114,7 +114,7 @@ class Terminal:
             self.begin(values["begin"])
         elif "finished_epoch" in values:
             self.say(_epoch_line(name, values))
-            if "gpu_memory_gib" in values:
+            if {"gpu_memory_gib", "step_ms"} <= values.keys():  # no step where an earlier process made them all
                 self.say(_gpu_line(name, values))
         elif "warning" in values:
             self.say(f"{name}: {values['warning']}")

@@ -7,7 +7,7 @@ from data_shards.loader.augment_config import AugmentConfig
 from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.recipes.recipe import Recipe
-from pipelines.steps.tune import SearchSpace, TuneConfig
+from pipelines.steps.search import SearchSpace, TuneConfig
 from pipelines.worker.config import TrainConfig
 
 # The paper states none.

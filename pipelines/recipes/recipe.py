@@ -7,7 +7,7 @@ from medmamba.config import MedMambaConfig, ModelConfig
 from pipelines.steps.evaluate import EvaluateConfig
 from pipelines.steps.promote import GateConfig
 from pipelines.steps.register import RegisterConfig
-from pipelines.steps.tune import TuneConfig
+from pipelines.steps.search import TuneConfig
 from pipelines.worker.config import TrainConfig
 
 

@@ -8,7 +8,7 @@ from medmamba.config import MedMambaConfig
 from medmamba.optim import OptimConfig
 from pipelines.recipes.recipe import Recipe
 from pipelines.steps.evaluate import EvaluateConfig
-from pipelines.steps.tune import SearchSpace, TuneConfig
+from pipelines.steps.search import SearchSpace, TuneConfig
 from pipelines.worker.config import TrainConfig
 
 

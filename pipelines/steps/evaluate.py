@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store
-from pipelines.cluster.board import Watch, hear_outages, post
+from pipelines.cluster.board import Watch
+from pipelines.faults import unwrapped
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.worker.job import EvaluateJob
 
 PREDICTIONS = "predictions.parquet"
 BASELINES = {
@@ -53,8 +56,14 @@ def run(
     params = config.model_dump()
     with context.tracking.running(out, run=context.run, step="evaluate", check=context.check, params=params) as run_id:
         data = open_dataset(dataset, digest=shard["digest"])
-        model = (context.store.at(train["model"]), train["digest"])
-        labels, logits = _infer(config, placement, dataset, model, data, context)
+        job = EvaluateJob(
+            name="evaluate",
+            placement=placement,
+            dataset=(dataset, shard["digest"]),
+            model=(context.store.at(train["model"]), train["digest"]),
+            micro_batch=config.micro_batch,
+        )
+        labels, logits = _infer(job, len(data.index("test")), context)
         scores = _scores(logits, data.manifest.task)
         table = _parquet(data, scores)
         out.put(PREDICTIONS, table)
@@ -77,7 +86,7 @@ def run(
     }
 
 
-def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def evaluate_rank(job: EvaluateJob, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`).
 
     CheckpointError where the model's files have not the digest that the training recorded.
@@ -90,16 +99,16 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
     from pipelines.worker.inference import infer
     from pipelines.worker.transfer import batch_memory
 
-    placement = Placement.model_validate(payload["placement"])
+    placement = job.placement
     torch.set_num_threads(placement.threads)
     set_precision("float32")  # a metric must not depend on the device it is measured on
-    with hear_outages(payload["board"], "evaluate"), scratch("model") as folder:
-        stored, digest = payload["model"]
+    with job.posting_outages(), scratch("model") as folder:
+        stored, digest = job.model
         _fetch(stored, folder)
         model, _, card = load_model(folder, scan=placement.scan, device=placement.device, digest=digest)
         device = torch.device(placement.device)
         loader = Loader(
-            open_dataset(payload["dataset"], digest=payload["digest"]),
+            open_dataset(job.dataset[0], digest=job.dataset[1]),
             rank=rank,
             ranks=placement.workers,
             workers=placement.loader_workers,
@@ -111,38 +120,32 @@ def evaluate_rank(payload: dict[str, Any], rank: int) -> tuple[np.ndarray, np.nd
                 model,
                 loader,
                 "test",
-                micro_batch=payload["micro_batch"],
+                micro_batch=job.micro_batch,
                 image_size=card["image_size"],
                 device=device,
-                progress=_poster(payload["board"], rank),
+                progress=_poster(job, rank),
             )
 
 
-def _poster(board: Any, rank: int) -> Callable[[int], None]:
+def _poster(job: EvaluateJob, rank: int) -> Callable[[int], None]:
     """Posts how many images this rank has done so far: a task that runs again begins at 0, and counts once."""
     done = 0
 
     def progress(images: int) -> None:
         nonlocal done
         done += images
-        post(board, "evaluate", {"rank": rank, "images": done})
+        job.post(rank=rank, images=done)
 
     return progress
 
 
-def _infer(
-    config: EvaluateConfig,
-    placement: Placement,
-    dataset: Store,
-    model: tuple[Store, str],
-    data: Dataset,
-    context: StepContext,
-) -> tuple[np.ndarray, np.ndarray]:
+def _infer(job: EvaluateJob, total: int, context: StepContext) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and logits of the `total` samples of the test split, from as many Ray tasks as there are workers."""
     import ray
 
     from pipelines.worker.inference import join
 
-    total = len(data.index("test"))
+    placement = job.placement
     done: dict[int, int] = {}
 
     def show(name: str, values: dict) -> None:
@@ -154,20 +157,11 @@ def _infer(
 
     with Watch(show) as board:
         context.show.begin(f"starting {placement.workers} evaluation task{'s' if placement.workers > 1 else ''}")
-        payload = {
-            "placement": placement.model_dump(),
-            "dataset": dataset,
-            "digest": data.digest,
-            "model": model,
-            "micro_batch": config.micro_batch,
-            "board": board,
-        }
+        posting = replace(job, board=board)
         gpus = 1 if placement.device == "cuda" else 0
         task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=gpus, max_retries=2)(evaluate_rank)
-        try:
-            parts = ray.get([task.remote(payload, rank) for rank in range(placement.workers)])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ValueError) else error from None
+        with unwrapped():
+            parts = ray.get([task.remote(posting, rank) for rank in range(placement.workers)])
     return join(parts, total, "test")
 
 

@@ -10,6 +10,7 @@ from data_shards.manifest import MANIFEST
 from data_shards.source import check_folders, check_source
 from data_shards.split import SPLITS
 from data_shards.store import Store
+from pipelines.faults import unwrapped
 from pipelines.flow import StepContext
 from pipelines.placement import Placement
 
@@ -71,9 +72,9 @@ def ray_map(task: Callable, items: list) -> Iterator:
     try:
         while pending:
             (finished,), pending = ray.wait(pending, num_returns=1)
-            yield ray.get(finished)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ValueError) else error from None
+            with unwrapped():
+                found = ray.get(finished)
+            yield found
     finally:
         for reference in pending:
             ray.cancel(reference)

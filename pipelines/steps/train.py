@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,16 +16,17 @@ from data_shards.manifest import open_dataset
 from data_shards.store import Store
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.cluster import ray_internals
-from pipelines.cluster.board import Watch, hear_outages, post
+from pipelines.cluster.board import Watch
 from pipelines.cluster.monitor import RESTARTING, SLOW_S, Limits
 from pipelines.cluster.stops import Stops
 from pipelines.costs import cost_facts, cost_line, read_prices
-from pipelines.faults import RESUME, users_mistake
+from pipelines.faults import RESUME, unwrapped
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.tracking import Tracking
 from pipelines.tracking.outbox import Outbox
 from pipelines.worker.checkpoint.resume import find_resume
 from pipelines.worker.checkpoint.stored import Checkpoints, Found
@@ -33,12 +35,24 @@ from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.worker.engine.first_format import find_old_checkpoint
 from pipelines.worker.group.control import Control, OwnFlags, SharedFlags, Stopped
 from pipelines.worker.group.stop_flag import wants_to_stop
+from pipelines.worker.job import TrainJob, run_job
 from pipelines.worker.state import ResumeError, state_of, training_digest
 
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"
 PATIENCE_MARGIN_S = 60.0  # a rank that waits for the store says itself that it has waited enough
 SLOW = "medmamba.slow"  # tag of a run that is far below what its network benches at: why
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedJob(TrainJob):
+    """The training of a run."""
+
+    tracking: Tracking
+    run_id: str
+    """Its run in MLflow."""
+    profile: bool
+    """Whether a few steps are profiled."""
 
 
 def run(
@@ -66,21 +80,23 @@ def run(
         context.tracking.log_params(run_id, {"init": origin})
         prices = read_prices(placement.prices)
         worked_hours = _check_resume(out, placement, (shard["digest"], training_digest(complete)), context)
-        payload = {
-            "config": resolved.model_dump(),
-            "placement": placement.model_dump(),
-            "dataset": (context.store.at(shard["data"]), shard["digest"]),
-            "init": kept_uri(resolved, context.store),
-            "run_id": run_id,
-            "tracking": context.tracking,
-            "out": out,
-            "profile": context.profile,
-        }
+        job = LoggedJob(
+            name="train",
+            placement=placement,
+            dataset=(context.store.at(shard["data"]), shard["digest"]),
+            config=resolved,
+            out=out,
+            init=kept_uri(resolved, context.store),
+            check=context.check,
+            tracking=context.tracking,
+            run_id=run_id,
+            profile=context.profile,
+        )
         out.delete(PROFILE)  # of an earlier process, which was interrupted
         # A checkpoint in the old format resumes on as many workers as wrote it.
         least = placement.workers if begun_training(out)[1] else placement.workers_min or placement.workers
         sizes = resolved.train.sizes(least, placement.workers)
-        _fit(payload, placement, sizes, worked_hours, context)
+        _fit(job, sizes, worked_hours, context)
         with scratch("result") as folder:
             last = Checkpoints(out).newest(folder, say=context.show.say)
             assert last is not None, "the training ended without a checkpoint"
@@ -115,48 +131,32 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
         )
 
 
-def ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
+def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker; returns why and where it stopped, nothing where it came to its end.
 
-    Raises Stopped where the group stops in order to begin again.
+    `settings` has a LoggedJob as "job". Raises Stopped where the group stops in order to begin again.
     """
     import ray.train
     import torch
 
-    from pipelines.worker.launch import RayReporter, train_on_dataset
     from pipelines.worker.meter.speed_check import speed_check
 
+    job: LoggedJob = settings["job"]
     place = ray.train.get_context()
     rank, ranks = place.get_world_rank(), place.get_world_size()
-    out, board = payload["out"], payload["board"]
-    config = TrainStepConfig.model_validate(payload["config"])
     # A group may have fewer workers than the driver's placement.
-    placement = Placement.model_validate({**payload["placement"], "workers": ranks})
-    control = ray_control(rank, ranks, placement, board)
+    placement = Placement.model_validate({**job.placement.model_dump(), "workers": ranks})
+    job = replace(job, placement=placement)
+    outbox = Outbox(job.tracking, job.run_id, begin=lambda what: job.post(begin=what))
 
-    outbox = Outbox(payload["tracking"], payload["run_id"], begin=lambda what: post(board, "train", {"begin": what}))
-
-    def reporter(rank: int) -> RayReporter:
-        if rank > 0:
-            return RayReporter(_nobody, rank)
+    def judge() -> Callable[[dict[str, float]], str]:
         gpu = torch.cuda.get_device_name() if placement.device == "cuda" else ""
-        judge = tagging(speed_check(config, placement, gpu), outbox)
-        return RayReporter(_nobody, rank, board=board, name="train", judge=judge)
+        return tagging(speed_check(job.config, placement, gpu), outbox)
 
+    control = ray_control(rank, ranks, placement, job.board)
+    keep = functools.partial(keep_profile, job.out) if job.profile else None
     try:
-        # While the outbox waits for MLflow at the end, nobody expects progress of the rank any more.
-        with hear_outages(board, "train"), outbox, control:
-            train_on_dataset(
-                config,
-                placement,
-                payload["dataset"],
-                reporter,
-                Checkpoints(out),
-                journal=outbox,
-                init=payload["init"],
-                keep_profile=functools.partial(keep_profile, out) if payload["profile"] else None,
-                control=control,
-            )
+        run_job(job, outbox, control, judge=judge, keep_profile=keep)
     except Stopped as stopped:
         if stopped.reason in RESTARTING:
             raise
@@ -177,10 +177,6 @@ def ray_control(rank: int, ranks: int, placement: Placement, board: Any) -> Cont
     )
 
 
-def _nobody(metrics: dict[str, float]) -> None:
-    """Ray Train has no use for metrics: the driver reads everything from the last checkpoint."""
-
-
 def keep_profile(out: Store, summary: dict[str, Any], trace: Path) -> None:
     """Stores a profile, from the worker, in the step's folder; the summary last."""
     out.put(TRACE, trace.read_bytes())
@@ -199,7 +195,7 @@ def tagging(check: Callable[[dict[str, float]], str], outbox: Outbox) -> Callabl
     return judge
 
 
-def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours: float, context: StepContext) -> None:
+def _fit(job: LoggedJob, sizes: Sequence[int], worked_hours: float, context: StepContext) -> None:
     """Trains with as many workers as the largest of `sizes`, or with fewer where nodes are lost.
 
     Raises SystemExit where the training stopped at a checkpoint because this process was told to end.
@@ -208,12 +204,13 @@ def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours
 
     from pipelines.worker.group.process_group import GroupConfig
 
+    placement = job.placement
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     with Watch(context.show.progress) as board, scratch("ray-train") as folder:
         board.count_from.remote(worked_hours)
         trainer = _trainer(board, sizes, placement)(
             ray_worker,
-            train_loop_config={**payload, "board": board},
+            train_loop_config={"job": replace(job, board=board)},
             backend_config=GroupConfig(placement.backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
@@ -229,11 +226,8 @@ def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours
         workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
         context.show.begin(f"starting {workers}")  # until their first step
         stops = Stops(board, context.show.say, until=context.until)
-        try:
-            with stops.heeded():
-                result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise users_mistake(error) or error from None
+        with unwrapped(), stops.heeded():
+            result = trainer.fit()
     stops.raise_if_ended(result.return_value)
 
 

@@ -6,10 +6,9 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import is_lost
@@ -17,99 +16,17 @@ from pipelines.cluster.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
-from pipelines.override import flatten, override
+from pipelines.override import override
 from pipelines.placement import Placement
+from pipelines.steps.search import TuneStepConfig, chooser, search_space
 from pipelines.steps.train import check_batches
 from pipelines.sweep.ledger import Ledger, TrialRecord
 from pipelines.sweep.pickled import drop_pickled
-from pipelines.sweep.suggestion import lies_in, misfit, suggest
-from pipelines.sweep.trial import trial
+from pipelines.sweep.suggestion import misfit
+from pipelines.sweep.trial import TrialJob, trial
 from pipelines.tracking import Tracking, TrackingError
 from pipelines.tracking.outbox import Outbox
-from pipelines.worker.config import TrainStepConfig
-
-
-class SearchSpace(BaseModel):
-    """What a sweep tries. An empty value leaves that field as the recipe has it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    lr: tuple[float, ...] = (3e-4, 5e-3)
-    """Lowest and highest train.optim.lr, drawn log-uniformly."""
-    weight_decay: tuple[float, ...] = (1e-5, 1e-1)
-    """Lowest and highest train.optim.weight_decay, drawn log-uniformly."""
-    drop_path: tuple[float, ...] = (0.0, 0.3)
-    """Lowest and highest model.drop_path, drawn uniformly (MedMamba only)."""
-    batch_size: tuple[int, ...] = ()
-    """Values of train.batch_size to choose from; each a multiple of train.micro_batch."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> SearchSpace:
-        for name in ("lr", "weight_decay", "drop_path"):
-            bounds = getattr(self, name)
-            if len(bounds) not in (0, 2):
-                raise ValueError(f"{name} {bounds}: give the lowest and the highest value, or none not to search it")
-            if bounds and bounds[0] >= bounds[1]:
-                raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; swap them")
-            if bounds and bounds[0] <= 0 and name != "drop_path":
-                raise ValueError(f"{name} {bounds}: it is drawn log-uniformly, so it must be above 0; raise the lowest")
-        return self
-
-    def bounds(self, start: TrainStepConfig) -> dict[str, tuple[float, ...]]:
-        """Dotted key of the recipe -> its lowest and highest value, of what is searched and `start` has."""
-        named = {
-            "train.optim.lr": self.lr,
-            "train.optim.weight_decay": self.weight_decay,
-            "model.drop_path": self.drop_path,
-        }
-        own = flatten(start.model_dump())
-        return {key: bounds for key, bounds in named.items() if bounds and key in own}
-
-
-class TuneConfig(BaseModel):
-    """How hyperparameters are searched (`recipe.tune`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    trials: int = Field(8, ge=1)
-    """Trials in the sweep. The first one is the recipe as it stands, where that lies in the space."""
-    epochs: int = Field(5, ge=1)
-    """Epochs of the longest trial."""
-    grace_epochs: int = Field(1, ge=1)
-    """Epochs every trial gets before ASHA may stop it."""
-    reduction_factor: int = Field(3, ge=2)
-    """ASHA lets one in this many trials go on at each rung."""
-    seed: int = Field(0, ge=0)
-    """Seed of the search."""
-    space: SearchSpace = SearchSpace()
-    """What is searched."""
-
-
-class TuneStepConfig(BaseModel):
-    """Identity of a sweep: the recipe it starts from, and how it searches."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start: TrainStepConfig
-    tune: TuneConfig
-
-    @model_validator(mode="after")
-    def _searchable(self) -> TuneStepConfig:
-        for size in self.tune.space.batch_size:
-            if size % self.start.train.micro_batch:
-                raise ValueError(
-                    f"tune.space.batch_size {size} is no multiple of train.micro_batch {self.start.train.micro_batch}; "
-                    f"choose multiples, or lower micro_batch"
-                )
-        searched = self.tune.space.bounds(self.start)
-        if not searched and not self.tune.space.batch_size:
-            raise ValueError(
-                "tune.space is empty: give at least one field a range, or run the workflow without a sweep"
-            )
-        for key, bounds in searched.items():
-            for bound in bounds:
-                override(self.start, {key: bound})  # a trial must not be what finds out
-        return self
+from pipelines.worker.state import rank
 
 
 def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepContext, *, shard: dict) -> dict:
@@ -125,18 +42,20 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
         config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
         check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
         tracking.log_params(parent, {"init": begin_from(config.start, shard, context)})
-        payload = {
-            "config": override(config.start, {"train.epochs": config.tune.epochs}).model_dump(),
-            "trials": config.tune.trials,
-            "out": out,
-            "placement": placement.for_trial().model_dump(),
-            "dataset": (context.store.at(shard["data"]), shard["digest"]),
-            "init": kept_uri(config.start, context.store),
-            "parent": parent,
-            "tracking": tracking,
-        }
+        job = TrialJob(
+            name="tune",
+            placement=placement.for_trial(),
+            dataset=(context.store.at(shard["data"]), shard["digest"]),
+            config=override(config.start, {"train.epochs": config.tune.epochs}),
+            out=out,
+            init=kept_uri(config.start, context.store),
+            check=context.check,
+            tracking=tracking,
+            parent=parent,
+            trials=config.tune.trials,
+        )
         try:
-            ledger, errors = _sweep(config, payload, placement, out, context)
+            ledger, errors = _sweep(config, job, placement.trials, context)
             runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
             trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])
@@ -164,23 +83,11 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
     }
 
 
-def search_space(config: TuneStepConfig) -> dict[str, Any]:
-    """Dotted key of the recipe -> the distribution that Optuna draws it from."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    space = config.tune.space
-    drawn: dict[str, Any] = {
-        key: FloatDistribution(bounds[0], bounds[1], log=key != "model.drop_path")
-        for key, bounds in space.bounds(config.start).items()
-    }
-    return drawn | ({"train.batch_size": CategoricalDistribution(space.batch_size)} if space.batch_size else {})
-
-
 def _sweep(
-    config: TuneStepConfig, payload: dict, placement: Placement, out: Store, context: StepContext
+    config: TuneStepConfig, job: TrialJob, at_once: int, context: StepContext
 ) -> tuple[Ledger, dict[int, BaseException]]:
     """Runs what is left of the sweep; returns its ledger, and the errors of the trials that failed now."""
-    tune, space = config.tune, search_space(config)
+    tune, space, out = config.tune, search_space(config), job.out
     ledger = Ledger(out, check=context.check)
     ledger.read(functools.partial(misfit, space=space, trials=tune.trials, epochs=tune.epochs), context.show.say)
     drop_pickled(out, ledger, context.show.say)
@@ -191,42 +98,28 @@ def _sweep(
         return ledger, {}
     from pipelines.sweep.seams import Asha, Keeper, Search, run_trials
 
-    payload["tracking"].reopen_trials(payload["parent"])
-    search = Search(ledger, numbers, _chooser(config, space, ledger, context))
-    keeper = Keeper(ledger, payload["tracking"], payload["parent"], trials=tune.trials, epochs=tune.epochs)
+    job.tracking.reopen_trials(job.parent)
+    search = Search(ledger, numbers, chooser(config, space, ledger, context.show.say))
+    keeper = Keeper(ledger, job.tracking, job.parent, trials=tune.trials, epochs=tune.epochs)
     asha = Asha(tune.epochs, tune.grace_epochs, tune.reduction_factor)
     asha.refill(ledger)
-    at_once = min(placement.trials, len(numbers))
+    at_once = min(at_once, len(numbers))
     with Watch(context.show.progress) as board:
         context.show.begin(f"starting {len(numbers)} trials, {at_once} at once")  # until the first step of one
-        trainable = _trainable({**payload, "board": board}, placement.for_trial())
+        trainable = _trainable(replace(job, board=board))
         run_trials(trainable, search, asha, keeper, trials=len(numbers), at_once=at_once)
     if left := set(ledger.to_do(tune.trials)) - keeper.errors.keys():
         raise ValueError(f"the sweep was ended with {len(left)} of {tune.trials} trials left; {RESUME}")
     return ledger, keeper.errors
 
 
-def _chooser(
-    config: TuneStepConfig, space: dict[str, Any], ledger: Ledger, context: StepContext
-) -> Callable[[int], dict[str, Any]]:
-    """What returns the overrides of a new trial, by its number."""
-    begun = {record.number for record in ledger.records()}
-    recipe = [] if 1 in begun else _recipe_point(config, space, context)
-
-    def choose(number: int) -> dict[str, Any]:
-        if number == 1 and recipe:
-            return recipe[0]
-        return suggest(space, seed=config.tune.seed, number=number, over=ledger.over())
-
-    return choose
-
-
-def _trainable(payload: dict, placement: Placement) -> Any:
+def _trainable(job: TrialJob) -> Any:
     """What Tune runs for each trial, with the resources of one."""
     from ray import tune
 
+    placement = job.placement
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
-    return tune.with_resources(functools.partial(trial, payload=payload), resources)
+    return tune.with_resources(functools.partial(trial, sweep=job), resources)
 
 
 def _resumed(ledger: Ledger, trials: int) -> str:
@@ -261,20 +154,6 @@ def _check_reasons(ledger: Ledger, errors: Mapping[int, BaseException]) -> None:
         ) from errors.get(failed[0].number)
 
 
-def _recipe_point(config: TuneStepConfig, space: dict[str, Any], context: StepContext) -> list[dict[str, Any]]:
-    """The recipe's own values as the first trial, where they lie in the space: a sweep never does worse than it.
-
-    Says aloud where they do not.
-    """
-    own = flatten(config.start.model_dump())
-    point = {key: own[key] for key in space}
-    for key, value in point.items():
-        if not lies_in(space[key], value):
-            context.show.say(f"the recipe is not a trial of its sweep: its {key} {value:g} is outside tune.space")
-            return []
-    return [point]
-
-
 def _row(record: TrialRecord, config: TuneStepConfig) -> dict:
     shown = {key: record.last[key] for key in ("val_auc", "val_loss", "val_accuracy") if key in record.last}
     best = {f"best_{name}": record.best[f"val_{name}"] for name in ("auc", "loss") if record.best}
@@ -294,4 +173,4 @@ def _winner(trials: list[dict]) -> dict:
     if not finished:
         reasons = "; ".join(sorted({str(row["error"]) for row in trials}))
         raise ValueError(f"all {len(trials)} trials of the sweep failed: {reasons}")
-    return max(finished, key=lambda row: (row["metrics"]["best_auc"], -row["metrics"]["best_loss"]))
+    return max(finished, key=lambda row: rank(row["metrics"], "best_"))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_shards.fields import explained
 from data_shards.store import Store, StoreError
 from pipelines.flow.record import to_json
+from pipelines.worker.state import rank
 
 TRIALS = "trials"
 State = Literal["running", "ended", "stopped", "diverged", "failed"]
@@ -82,13 +83,8 @@ class TrialRecord(BaseModel):
 
     @property
     def best(self) -> Mapping[str, float]:
-        """The metrics of its best epoch (`is_better`), whatever came after it; empty before the first."""
+        """The metrics of its best epoch (`rank`), whatever came after it; empty before the first."""
         return max((each.metrics for each in self.epochs), key=rank, default={})
-
-
-def rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    """What epochs, and trials by their best one, are compared by: a higher AUC; with equal AUC a lower loss."""
-    return metrics["val_auc"], -metrics["val_loss"]
 
 
 class Ledger:

@@ -16,7 +16,7 @@ from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from pipelines.faults import kept_reason
+from pipelines.faults import innermost, kept_reason
 from pipelines.scratch import scratch
 from pipelines.sweep.ledger import Ledger, State, trial_name
 from pipelines.tracking import Tracking, TrackingError
@@ -125,7 +125,7 @@ class Keeper(_Unkept, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = _error_of(trial)
         self.errors[trial.config["number"]] = error
-        state: State = "diverged" if isinstance(getattr(error, "cause", error), TrainingError) else "failed"
+        state: State = "diverged" if isinstance(innermost(error), TrainingError) else "failed"
         self.ledger.end(trial.config["number"], state, kept_reason(error, step="tune"))
 
 

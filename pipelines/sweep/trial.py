@@ -3,67 +3,73 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from pipelines.cluster.board import hear_outages, post
 from pipelines.override import override
-from pipelines.placement import Placement
 from pipelines.sweep.ledger import checkpoint_folder, trial_name
+from pipelines.tracking import Tracking
 from pipelines.tracking.outbox import Outbox
-from pipelines.worker.config import TrainStepConfig
+from pipelines.worker.checkpoint.stored import Checkpoints
+from pipelines.worker.job import TrainJob, run_job
+
+if TYPE_CHECKING:
+    from pipelines.placement import Placement
+    from pipelines.worker.group.control import Control
 
 
-def trial(chosen: dict[str, Any], payload: dict[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrialJob(TrainJob):
+    """What all trials of a sweep have in common: `config` is the recipe's, `out` is the sweep's."""
+
+    tracking: Tracking
+    parent: str
+    """The sweep's run in MLflow."""
+    trials: int
+
+    def chosen(self, number: int, trial_id: str, overrides: dict[str, Any]) -> TrialJob:
+        """That of one trial."""
+        return replace(
+            self,
+            name=trial_name(number, self.trials),
+            config=override(self.config, overrides),
+            out=checkpoint_folder(self.out, trial_id),
+        )
+
+
+def trial(chosen: dict[str, Any], sweep: TrialJob) -> None:
     """What Ray Tune runs for each trial. `chosen` is what `Search.suggest` returned.
 
     It resumes from its own newest checkpoint. Epochs that the driver's ledger has are not reported again.
     """
-    from pipelines.worker.checkpoint.stored import Checkpoints
-    from pipelines.worker.launch import RayReporter, train_on_dataset, world_of_one
+    from pipelines.worker.launch import world_of_one
 
     gc.collect()  # the actor may have run a trial before, whose engine refers to itself
-    config = override(TrainStepConfig.model_validate(payload["config"]), chosen["overrides"])
-    placement = Placement.model_validate(payload["placement"])
-    name = trial_name(chosen["number"], payload["trials"])
-    board, tracking = payload["board"], payload["tracking"]
+    job = sweep.chosen(chosen["number"], chosen["id"], chosen["overrides"])
     # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
     outbox = Outbox(
-        tracking,
-        lambda: tracking.find_trial(payload["parent"], chosen["id"], chosen["overrides"], name=name),
-        begin=lambda what: post(board, name, {"begin": what}),
+        job.tracking,
+        lambda: job.tracking.find_trial(job.parent, chosen["id"], chosen["overrides"], name=job.name),
+        begin=lambda what: job.post(begin=what),
     )
 
     def send(metrics: dict[str, float]) -> None:
         outbox.settle()  # where ASHA ends the trial, its process may be gone a moment later
         _report(metrics, recorded=chosen["recorded"])
 
-    def reporter(rank: int) -> RayReporter:
-        return RayReporter(send, rank, board=board, name=name)
-
-    world_of_one(placement.backend)
-    checkpoints = Checkpoints(checkpoint_folder(payload["out"], chosen["id"]))
-    begun = checkpoints.newest_state()
-    control = _control(placement)
-    with control, hear_outages(board, name), outbox:
-        if begun:
+    def begin() -> None:
+        """A driver that was killed may not have heard of the last epochs: ASHA decides about them before another one is
+        made."""
+        if begun := Checkpoints(job.out).newest_state():
             outbox.resume(begun["history"], begun.get("unsent", ()))
-            # A driver that was killed may not have heard of the last epochs. ASHA decides about them before another one
-            # is made.
             for epoch, metrics in enumerate(begun["history"], 1):
                 send({**metrics, "epoch": epoch})
-        train_on_dataset(
-            config,
-            placement,
-            payload["dataset"],
-            reporter,
-            checkpoints,
-            journal=outbox,
-            init=payload["init"],
-            control=control,
-        )
+
+    world_of_one(job.placement.backend)
+    run_job(job, outbox, _control(job.placement), send=send, begin=begin)
 
 
-def _control(placement: Placement) -> Any:
+def _control(placement: Placement) -> Control:
     """What tells a trial when to write a checkpoint. Nobody asks it for anything else, so it needs no board."""
     from pipelines.worker.group.control import Control, OwnFlags
 

@@ -119,13 +119,13 @@ class Outbox(Journal):
         self.check()
 
     def _put(self, entry: Entry) -> None:
-        self.check()
         with self._changed:
             self._entries.append(entry)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
                 self._thread.start()
+        self.check()  # the entry is kept for the next checkpoint all the same
 
     def _send_all(self) -> None:
         try:

@@ -4,11 +4,17 @@ known to have arrived there. The loop knows no MLflow; pipelines.tracking.outbox
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 
 class Journal:
-    """A record that nobody reads. Rank 0 alone keeps one."""
+    """A record that nobody reads. Rank 0 alone keeps one. A context manager: the block is the training."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Closes it; after an error, without waiting for long."""
 
     def resume(self, history: Iterable[Mapping[str, float]], unsent: Iterable[Mapping[str, Any]] = ()) -> None:
         """Before the first epoch of a training that resumes: completes the record of the epochs before.

@@ -13,9 +13,9 @@ from data_shards.store import Store
 from medmamba.finetune import choose_head, freeze, start_from
 from medmamba.model import build_model
 from pipelines.cluster.board import post
-from pipelines.initial_weights import read_kept
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.worker.checkpoint.initial import read_kept
 from pipelines.worker.checkpoint.resume import Resume, find_resume
 from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainStepConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -27,11 +26,12 @@ from pipelines.worker.engine.compile_cache import NOTICE, CompileCache, is_compi
 from pipelines.worker.engine.engine import Engine
 from pipelines.worker.engine.objective import Objective
 from pipelines.worker.engine.step_guard import TrainingError, watch_steps
-from pipelines.worker.group.control import Stopped, UntilTheEnd
+from pipelines.worker.group.control import UntilTheEnd
 from pipelines.worker.inference import infer, join
 from pipelines.worker.journal import Journal
 from pipelines.worker.meter.profile import StepProfiler
 from pipelines.worker.meter.speed import metered
+from pipelines.worker.saver import Saver
 from pipelines.worker.state import TrainState, training_digest
 from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_device
 
@@ -100,13 +100,7 @@ def train_loop(
         disk_bytes=placement.cache_bytes, memory=batch_memory(engine.device),
     )  # fmt: skip
     with metered(config, engine, usage, profiler) as meter, writer, loader:
-
-        def keep(losses: list[torch.Tensor]) -> None:
-            """Writes a checkpoint of the step that was just made; `losses` are those of the epoch."""
-            with meter.writing():
-                state.unsent = journal.unsent()
-                writer.save(state, meter.usage_now(engine.ranks), torch.stack(losses))
-
+        saver = Saver(state, engine, writer, control=control, journal=journal, meter=meter)
         while state.epoch < train.epochs and not state.is_stale(train.patience):
             losses = list(torch.tensor(state.losses, dtype=torch.float32, device=engine.device))
             meter.begin_epoch()
@@ -135,48 +129,31 @@ def train_loop(
                 if compiled is not None:
                     compiled.remember()
                 watched.step(state.step)
-                writer.check()
-                _check_journal(journal, functools.partial(keep, losses), engine)
                 latest.put(losses[-1])
                 meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
+                left = (train.epochs - state.epoch) * steps - len(losses)
                 report.progress(
                     epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
-                    images_per_s=meter.images_per_s_last, wait_share=meter.wait_share_last,
-                    left_s=meter.left_s((train.epochs - state.epoch) * steps - len(losses)),
+                    **meter.last_steps(left),
                 )  # fmt: skip
-                wanted = control.wants(state.step, writer)
-                if wanted.checkpoint or wanted.stop:
-                    keep(losses)
-                if wanted.stop:
-                    with control.busy("writing a checkpoint"):
-                        writer.finish()
-                        engine.gather(None)  # a rank that ends first would end the others
-                    raise Stopped(wanted.stop, state.step)
+                saver.look(losses)
 
             step_losses = torch.stack(losses).tolist()
             made = watched.made(step_losses)
             meter.end_training()
             with meter.validating(), control.busy("validating"):
-                forward = control.counted(engine.infer)
+                forward = saver.looking(control.counted(engine.infer), losses)
                 found = validate(engine, loader, data, "val", config, objective.weights, forward)
             state.epoch, state.consumed, state.losses = state.epoch + 1, 0, []
             metrics = {
-                "epoch": state.epoch,
-                "step": state.step,
-                "train_loss": sum(made) / len(made),
-                "learning_rate": rate,
-                "images_per_s": meter.images_per_s,
-                **({"skipped_steps": len(step_losses) - len(made)} if len(made) < len(step_losses) else {}),
+                "epoch": state.epoch, "step": state.step, "train_loss": sum(made) / len(made), "learning_rate": rate,
+                **meter.speed(), **_skipped(step_losses, made),
                 **{f"val_{name}": value for name, value in found.items()},
-            }
-            if state.is_better(metrics):
-                state.best, state.best_epoch, state.best_step = metrics, state.epoch, state.step
-            state.history.append(metrics)
+            }  # fmt: skip
+            state.add(metrics)
             figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
             with meter.writing(), control.busy("writing a checkpoint"):
-                journal.epoch({**metrics, **figures}, step_losses)
-                state.unsent = journal.unsent()
-                writer.save(state, meter.usage)  # between two epochs there are no losses to resume with
+                saver.end_epoch({**metrics, **figures}, step_losses)
                 report.epoch({**metrics, **figures}, step_losses)
         with control.busy("writing the last checkpoint"):
             writer.finish()
@@ -231,14 +208,9 @@ def _class_weights(config: TrainStepConfig, data: Dataset, device: torch.device)
     return torch.as_tensor(class_weights([per_class[name] for name in data.manifest.classes]), device=device)
 
 
-def _check_journal(journal: Journal, keep: Callable[[], None], engine: Engine) -> None:
-    """Raises what the journal has failed with for good, after a checkpoint where this rank can write one alone."""
-    try:
-        journal.check()
-    except Exception:
-        if engine.ranks == 1 or engine.placement.zero_stage == 0:
-            keep()
-        raise
+def _skipped(losses: list[float], made: list[float]) -> dict[str, float]:
+    """How many steps of an epoch were skipped, by its name; nothing where none was."""
+    return {"skipped_steps": len(losses) - len(made)} if len(made) < len(losses) else {}
 
 
 def _seed(seed: int, step: int, micro_batch: int) -> None:

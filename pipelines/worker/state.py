@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,11 +16,24 @@ from data_shards.fields import Sha256, explained
 from data_shards.store import checked_key
 from pipelines.placement import Placement
 
+FORMAT = 1
+"""Of the train.json that this version writes. In every format `format` and `digest` mean the same."""
+_NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no such numbers
+_WITH_FLOATS = ("losses", "unsent", "best", "history")  # a step that was skipped has the loss NaN
 _Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class ResumeError(ValueError):
     """A checkpoint that cannot be continued exactly."""
+
+
+class NewerFormatError(ResumeError):
+    """A checkpoint of a later version. It is not damaged, so an older one must not take its place."""
+
+
+def rank(metrics: Mapping[str, float], prefix: str = "val_") -> tuple[float, float]:
+    """What epochs, and trials by their best one, are compared by: a higher AUC; with equal AUC a lower loss."""
+    return metrics[f"{prefix}auc"], -metrics[f"{prefix}loss"]
 
 
 @dataclass
@@ -49,10 +63,14 @@ class TrainState:
         return patience > 0 and self.epoch - self.best_epoch >= patience
 
     def is_better(self, metrics: dict[str, float]) -> bool:
-        """Higher validation AUC; equal AUC: lower validation loss."""
-        if not self.best:
-            return True
-        return (metrics["val_auc"], -metrics["val_loss"]) > (self.best["val_auc"], -self.best["val_loss"])
+        """Whether an epoch with these metrics is better than all before (`rank`)."""
+        return not self.best or rank(metrics) > rank(self.best)
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Takes the metrics of the epoch that has just ended."""
+        if self.is_better(metrics):
+            self.best, self.best_epoch, self.best_step = metrics, self.epoch, self.step
+        self.history.append(metrics)
 
 
 class _Described(BaseModel):
@@ -60,6 +78,7 @@ class _Described(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+    format: Annotated[int, Field(ge=1)] = FORMAT
     epoch: _Whole = 0
     consumed: _Whole = 0
     step: _Whole = 0
@@ -92,6 +111,7 @@ def describe(
 ) -> dict[str, Any]:
     """The fields of train.json, except digests. `placement` is for people: a resume may have another one."""
     return {
+        "format": FORMAT,
         **asdict(state),
         "seed": seed,
         "ranks": placement.workers,
@@ -103,28 +123,74 @@ def describe(
 
 
 def described_bytes(described: Mapping[str, Any]) -> bytes:
-    """train.json: the fields and their digest."""
-    return json.dumps({**described, "digest": _digest_of(described)}, indent=2, sort_keys=True).encode()
+    """train.json: the fields and their digest. Numbers that are not finite are written by name, as strings."""
+    named = {name: _by_name(value) for name, value in described.items()}
+    written = {**named, "digest": _digest_of(named)}
+    return json.dumps(written, indent=2, sort_keys=True, allow_nan=False).encode()
 
 
-FIELDS = frozenset(_Described.model_fields) - {"flat", "unsent"}  # of a train.json that this version writes
+# Of every train.json in this project's present layout of checkpoints.
+FIELDS = frozenset(_Described.model_fields) - {"flat", "format", "unsent"}
 
 
 def read_described(data: bytes, *, remedy: str = "") -> dict[str, Any]:
-    """The fields of a train.json; raises ResumeError, which ends with the remedy, where it was edited or damaged."""
+    """The fields of a train.json; raises ResumeError, which ends with the remedy, where it was edited or damaged.
+
+    NewerFormatError where a later version wrote it.
+    """
     remedy = remedy and f"; {remedy}"
     try:
-        described = json.loads(data)
+        written = json.loads(data)
+        _check_format(written)
+        described = _with_numbers(written)
         _Described.model_validate(described)
+    except NewerFormatError:
+        raise
     except ValidationError as error:
         raise ResumeError(f"train.json cannot be used ({explained(error)}){remedy}") from error
     except (ValueError, RecursionError) as error:
         raise ResumeError(f"train.json is torn ({error}){remedy}") from error
-    if "digest" in described and described["digest"] != _digest_of(described):
+    if "digest" in written and written["digest"] != _digest_of(written):
         raise ResumeError(
             f"train.json was edited or damaged after it was written: its digest is that of other values{remedy}"
         )
     return described
+
+
+def _check_format(written: Any) -> None:
+    """Raises NewerFormatError for an intact train.json of a later version; a damaged one has another digest."""
+    found = written.get("format") if isinstance(written, dict) else None
+    if isinstance(found, int) and found > FORMAT and written.get("digest") == _digest_of(written):
+        raise NewerFormatError(
+            f"the checkpoint of step {written.get('step')} has format {found}, and this version reads formats up to "
+            f"{FORMAT}: a later version wrote it; resume with that version, or use another --run NAME"
+        )
+
+
+def _by_name(value: Any) -> Any:
+    """The same JSON value, with the names of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _by_name(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_by_name(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _with_numbers(written: Any) -> Any:
+    """The fields of a train.json, with the numbers that it has by name."""
+    if not isinstance(written, dict):
+        return written
+    return {name: _numbers(value) if name in _WITH_FLOATS else value for name, value in written.items()}
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_numbers(each) for each in value]
+    return _NAMED.get(value, value) if isinstance(value, str) else value
 
 
 def _digest_of(described: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from data_shards.store import Store, StoreKeyError
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.worker.checkpoint.usage import USAGE
-from pipelines.worker.state import FIELDS, ResumeError, described_bytes, file_digest, read_described
+from pipelines.worker.state import FIELDS, NewerFormatError, ResumeError, described_bytes, file_digest, read_described
 
 FOLDER = "checkpoints"
 STATE, MOMENTS = "train.json", "moments.safetensors"
@@ -43,10 +43,13 @@ class Found:
 
 
 class Checkpoints:
-    """The checkpoints of the training that has the folder `out` of the store."""
+    """The checkpoints of the training that has the folder `out` of the store.
 
-    def __init__(self, out: Store) -> None:
-        self.out = out
+    `check` raises where another driver has taken the run over: nothing is written to it then.
+    """
+
+    def __init__(self, out: Store, *, check: Callable[[], None] = lambda: None) -> None:
+        self.out, self._check = out, check
         # Digests of stored files, by checkpoint, as far as they were written or compared here.
         self._digests: dict[str, dict[str, str]] = {}
 
@@ -61,12 +64,15 @@ class Checkpoints:
         """The newest complete checkpoint, its files fetched into `folder` where the store is not local; None where the
         training has not written any.
 
-        One that is damaged is passed over, and `say` gets a line about it. ResumeError where all of them are.
+        One that is damaged is passed over, and `say` gets a line about it. ResumeError where all of them are,
+        NewerFormatError where a later version has written to them.
         """
         names = self.names()
         for name in reversed(names):
             try:
                 return self._fetch(name, folder)
+            except NewerFormatError:
+                raise
             except ResumeError as error:
                 say(f"checkpoint {name} is damaged ({error}); trying the one before it")
         if names:
@@ -95,6 +101,7 @@ class Checkpoints:
         which is this one or stored already. Raises StoreError.
         """
         assert set(files) == set(FILES), f"a checkpoint consists of {FILES}"
+        self._check()
         name, best = name_of(step), name_of(described["best_step"])
         self._remove([other for other in self._folders() if other > name])  # passed over because they are damaged
         digests = {file: file_digest(path) for file, path in files.items()}
@@ -110,11 +117,13 @@ class Checkpoints:
         self._digests[name] = digests
         digests_of_best = {file: of_best[file] for file in OF_MODEL} if described["best_epoch"] else {}
         data = described_bytes({**described, "digests": digests, "best_digests": digests_of_best})
+        self._check()  # the files may have taken minutes
         self.out.put(f"{FOLDER}/{name}/{STATE}", data)
         self._prune()
 
     def keep_model(self, step: int, files: Mapping[str, Path]) -> None:
         """Stores a model without what a resume needs, for later checkpoints to name as their best."""
+        self._check()
         for file in OF_MODEL:
             self.out.put(f"{FOLDER}/{name_of(step)}/{file}", files[file])
         self._digests[name_of(step)] = {file: file_digest(files[file]) for file in OF_MODEL}

@@ -13,6 +13,7 @@ import torch
 
 from data_shards.store import StoreAwayError, StoreError, StorePathError
 from data_shards.store.disk import DiskFullError
+from data_shards.store.fenced_lease import LostLeaseError
 from data_shards.store.outage import PATIENCE_S
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
@@ -152,7 +153,7 @@ class CheckpointWriter:
         while True:
             try:
                 write()
-            except (DiskFullError, StoreAwayError, StorePathError):  # waiting does not help, or no more
+            except (DiskFullError, LostLeaseError, StoreAwayError, StorePathError):  # waiting does not help, or no more
                 raise
             except StoreError as error:
                 gone_s = time.monotonic() - began_s

@@ -14,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from pipelines.cluster.monitor import STOPS, Beat, Orders
+from pipelines.cluster.monitor import FAILED, STOPS, Beat, Orders
 
 BEAT_S = 1.0
 CHECKPOINT = 1
@@ -59,12 +59,26 @@ class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
 class UntilTheEnd:
     """Asks for nothing and tells nobody: checkpoints at the ends of epochs only, to the last one."""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        """After the training."""
+
     def begin(self, step: int) -> None:
         """Where the training begins: after how many steps, 0 or those of a checkpoint."""
 
     def wants(self, step: int, writer: Writer) -> Wants:
-        """What all ranks must do now that they have made this step, counted from the beginning of the training."""
+        """What all ranks must do now that they have made this step, counted from the beginning of the training.
+
+        It may be asked again about the same step, by all ranks equally often: in a validation.
+        """
         return NOTHING
+
+    def give_up(self) -> bool:
+        """This rank cannot continue: all of them must stop at a checkpoint of one step (`wants`), after which this one
+        says why. Returns whether anything tells them."""
+        return False
 
     def saved(self, step: int) -> None:
         """Rank 0, in any thread: a checkpoint of that step is complete in the store."""
@@ -164,10 +178,11 @@ class Control(UntilTheEnd):
         self._flags, self._lock = 0, threading.Lock()
         self._asked = 0  # checkpoints that others asked for
         self._due_since, self._steps_since = clock(), 0
+        self._asked_since = 0  # questions of the training since it was last told of a checkpoint
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, daemon=True)
 
-    def __enter__(self) -> Control:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -189,19 +204,26 @@ class Control(UntilTheEnd):
 
     def wants(self, step: int, writer: Writer) -> Wants:
         """See UntilTheEnd."""
-        self._step, self._steps_since = step, self._steps_since + 1
-        self.at("training")
+        if step != self._step:
+            self._step, self._steps_since = step, self._steps_since + 1
+            self.at("training")
+        self._asked_since += 1
         if self._is_due() and not writer.is_busy:
             self._set(CHECKPOINT)
         found = self._union.of(self._flags)
         stop = next((name for name, bit in BITS.items() if found & bit), "")
-        # Until the answer to a request comes, each step repeats it; the checkpoint it is about is written by then.
-        if not stop and (not found or self._steps_since <= self._union.lag):
+        # Until the answer to a request comes, each question repeats it; the checkpoint it is about is written by then.
+        if not stop and (not found or self._asked_since <= self._union.lag):
             return NOTHING
         with self._lock:
             self._flags &= ~CHECKPOINT
-        self._due_since, self._steps_since = self._clock(), 0
+        self._due_since, self._steps_since, self._asked_since = self._clock(), 0, 0
         return Wants(checkpoint=True, stop=stop)
+
+    def give_up(self) -> bool:
+        """See UntilTheEnd."""
+        self._set(BITS[FAILED])
+        return True
 
     def saved(self, step: int) -> None:
         """See UntilTheEnd."""

@@ -87,6 +87,7 @@ class Meter:
 
     def _restart(self) -> None:
         self._steps, self._waited_s, self._trained_s = 0, 0.0, 0.0
+        self._is_counted = False
         self._epoch_began_s = self._training_clock()
         self._looks = deque([self._now()])
 
@@ -135,6 +136,7 @@ class Meter:
         ended_s = self._training_clock()
         self._trained_s = ended_s - self._epoch_began_s
         images = self._steps * self._images
+        self._is_counted = True
         self._own.epochs += 1
         self._own.images += images
         if self._epochs > 1:
@@ -144,10 +146,10 @@ class Meter:
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
-        """Around the validation after an epoch."""
-        began_s = self._clock()
+        """Around the validation after an epoch; a checkpoint that is written meanwhile counts as one."""
+        began_s, written_s = self._clock(), self._writing_s
         yield
-        self._validation_s = self._clock() - began_s
+        self._validation_s = self._clock() - began_s - (self._writing_s - written_s)
         self._own.validation_s += self._validation_s
         self._aside_s += self._validation_s
 
@@ -176,17 +178,33 @@ class Meter:
         return _over_ranks([part.figures for part in parts])
 
     def usage_now(self, ranks: int) -> Usage:
-        """What was used up to now, in the middle of an epoch, if all ranks used what this one did."""
-        held_s = self._clock() - self._began_s
-        now: dict[str, Any] = {"images": self._own.images + self._steps * self._images, "wall_s": held_s}
+        """What was used up to now, in the middle of an epoch or of its validation, if all ranks used what this one did.
+
+        Whoever resumes there counts the epoch.
+        """
+        held_s, own = self._clock() - self._began_s, self._own
+        images = own.images + (0 if self._is_counted else self._steps * self._images)
+        now: dict[str, Any] = {"images": images, "epochs": own.epochs - self._is_counted, "wall_s": held_s}
         if self._gpu:
             now |= {"gpu_s": {self._gpu.name: held_s * ranks}, "energy_j": self._gpu.energy_j() * ranks}
-        return self._before.plus(self._own.model_copy(update=now))
+        return self._before.plus(own.model_copy(update=now))
 
     @property
     def images_per_s(self) -> float:
         """Of the epoch's training part, once it has ended."""
         return self._steps * self._images / self._trained_s if self._trained_s > 0 else 0.0
+
+    def speed(self) -> dict[str, float]:
+        """`images_per_s` by its name; nothing where an earlier process has made all steps of the epoch."""
+        return {"images_per_s": self.images_per_s} if self._steps else {}
+
+    def last_steps(self, left: int) -> dict[str, float]:
+        """What the last steps say, for whoever watches: their speed, and how long the `left` ones take at it."""
+        return {
+            "images_per_s": self.images_per_s_last,
+            "wait_share": self.wait_share_last,
+            "left_s": self.left_s(left),
+        }
 
     @property
     def images_per_s_last(self) -> float:
@@ -219,17 +237,20 @@ class Meter:
         return Look(now.steps - then.steps, now.at_s - then.at_s, now.waited_s - then.waited_s)
 
     def _figures(self) -> dict[str, float]:
-        """This rank's figures of the epoch."""
+        """This rank's figures of the epoch: of its steps only what this process has made."""
         trained_s = max(self._trained_s, 1e-9)
-        return {
+        of_steps = {
             "images_per_s": self.images_per_s,
             "images_per_s_last": self.images_per_s_last,
             "step_ms": 1e3 * trained_s / max(self._steps, 1),
             "data_wait_share": self._waited_s / trained_s,
             "data_wait_share_last": self.wait_share_last,
+            **({"mfu": self.images_per_s / self._peak} if self._peak else {}),
+        }
+        return {
+            **(of_steps if self._steps else {}),
             "validation_s": self._validation_s,
             **({"checkpoint_s": self._written_s} if self._epochs > 1 else {}),
-            **({"mfu": self.images_per_s / self._peak} if self._peak else {}),
             **self._seen,
         }
 

@@ -32,7 +32,8 @@ class SpeedCheck:
         self._epochs += 1
         # Workers start and compile in the first steps of a process.
         is_settled = self._epochs > 1 or figures["step"] / figures["epoch"] >= 2 * LAST_STEPS
-        if self.reference is None or self._is_over or not is_settled:
+        is_measured = "images_per_s_last" in figures  # not where an earlier process made all steps of the epoch
+        if self.reference is None or self._is_over or not is_settled or not is_measured:
             return ""
         self._is_over = True
         expected, speed = self.reference.images_per_s * self.placement.workers, figures["images_per_s_last"]

@@ -13,7 +13,7 @@ from data_shards.convert import RefusedError
 from data_shards.store import StoreFullError
 from data_shards.store.disk import DiskFullError
 from pipelines import faults
-from pipelines.faults import RESUME, causes, fault_line, has_more, kept_reason, users_mistake
+from pipelines.faults import RESUME, causes, fault_line, has_more, kept_reason, unwrapped, users_mistake
 
 KILLED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\nThe actor is dead because "
@@ -169,3 +169,27 @@ def test_a_value_error_that_a_library_raised_is_unexpected():
 def test_no_ray_is_imported_to_explain_a_fault():
     code = "import sys, pipelines.faults; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WrappedValueError(ValueError("lower it")),
+        WrappedError("the group failed", worker_failures={1: WrappedError("x", cause=ValueError("lower it"))}),
+    ],
+    ids=["task", "training worker"],
+)
+def test_what_a_worker_refused_is_raised_in_place_of_rays_error(error):
+    with pytest.raises(ValueError, match=r"^lower it$") as told, unwrapped():
+        raise error
+    assert type(told.value) is ValueError
+    assert told.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "error", [WrappedError("x", cause=KeyError("ours")), ZeroDivisionError("ours")], ids=["wrapped", "the driver's own"]
+)
+def test_what_nobody_can_mend_in_a_recipe_stays_the_error_it_is(error):
+    with pytest.raises(type(error)) as told, unwrapped():
+        raise error
+    assert told.value is error

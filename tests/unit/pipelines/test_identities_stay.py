@@ -23,7 +23,7 @@ from pipelines.cli import main
 from pipelines.flow import DriftError, plan_steps
 from pipelines.override import difference, flatten, override
 from pipelines.recipes import RECIPES, Recipe, recipe
-from pipelines.steps.tune import TuneStepConfig, search_space
+from pipelines.steps.search import TuneStepConfig, search_space
 from pipelines.sweep.ledger import Ledger
 from pipelines.sweep.suggestion import misfit
 from pipelines.worker.config import TrainStepConfig

@@ -22,11 +22,12 @@ from medmamba.model import build_model
 from pipelines.cli import WORKFLOW_FILE, main
 from pipelines.flow import DriftError, StepContext
 from pipelines.flow.record import to_json
-from pipelines.initial_weights import begin_from, find_weights, kept_uri, pinned, read_kept, weights_of_run
+from pipelines.initial_weights import begin_from, find_weights, kept_uri, pinned, weights_of_run
 from pipelines.override import override
 from pipelines.recipes import recipe
 from pipelines.tracking import open_tracking
 from pipelines.tracking.registry import IntegrityError, by_number, move_alias
+from pipelines.worker.checkpoint.initial import read_kept
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 from pipelines.workflows import WORKFLOWS
 

@@ -7,12 +7,12 @@ from pydantic import BaseModel
 
 from data_shards.catalog import card
 from pipelines.commands.terminal import Terminal
-from pipelines.flow import StepContext, plan_steps
+from pipelines.flow import plan_steps
 from pipelines.flow.runner import in_order
 from pipelines.override import override
 from pipelines.placement import PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
-from pipelines.steps.tune import TuneStepConfig, _recipe_point, search_space
+from pipelines.steps.search import TuneStepConfig, recipe_point, search_space
 from pipelines.workflows import WORKFLOWS, until
 
 
@@ -82,16 +82,15 @@ def test_until_keeps_a_step_and_what_it_needs():
 def test_a_recipe_lies_in_its_own_search_space(name, capsys):
     """So that it is the first trial of its sweep."""
     steps = {step.name: step.config for step in WORKFLOWS["release"](recipe(name))}
-    (point,) = recipe_point(steps["tune"])
+    (point,) = first_point(steps["tune"])
     assert point["train.optim.lr"] == recipe(name).train.optim.lr
 
 
 def test_a_recipe_outside_its_search_space_is_told(capsys):
     config = override(recipe("quickstart"), {"train.optim.lr": 0.1})
-    assert recipe_point({step.name: step.config for step in WORKFLOWS["release"](config)}["tune"]) == []
+    assert first_point({step.name: step.config for step in WORKFLOWS["release"](config)}["tune"]) == []
     assert "train.optim.lr 0.1 is outside tune.space" in capsys.readouterr().err
 
 
-def recipe_point(config: TuneStepConfig) -> list[dict]:
-    context = StepContext(None, "run", None, None, Terminal())
-    return _recipe_point(config, search_space(config), context)
+def first_point(config: TuneStepConfig) -> list[dict]:
+    return recipe_point(config, search_space(config), Terminal().say)

@@ -8,16 +8,8 @@ from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
 from pipelines.override import override
 from pipelines.recipes import recipe
-from pipelines.steps.tune import (
-    SearchSpace,
-    TuneConfig,
-    TuneStepConfig,
-    _check_reasons,
-    _end_run,
-    _row,
-    _winner,
-    search_space,
-)
+from pipelines.steps.search import SearchSpace, TuneConfig, TuneStepConfig, search_space
+from pipelines.steps.tune import _check_reasons, _end_run, _row, _winner
 from pipelines.sweep.ledger import Ledger, TrialEpoch, TrialRecord
 from pipelines.sweep.suggestion import suggest
 from pipelines.tracking import open_tracking

@@ -201,14 +201,16 @@ def test_the_packaged_model_refuses_to_be_loaded_without_its_digest(package):
 @pytest.mark.parametrize("name", [WEIGHTS, MODEL])
 def test_an_evaluation_refuses_weights_that_are_not_those_of_the_training(release, name):
     from pipelines.placement import Placement
+    from pipelines.worker.job import EvaluateJob
 
     store, train = release[0], registered.facts(release[0], "evaluated", auc=0.9)["train"]
     store.put(f"{train['model']}/{name}", store.get(f"{train['model']}/{name}") + b" ")
     placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
     model = (store.at(train["model"]), train["digest"])
-    payload = {"placement": placement.model_dump(), "model": model, "board": None}
+    dataset = (store.at("datasets"), "0" * 64)  # not looked at: the model is refused first
+    job = EvaluateJob(name="evaluate", placement=placement, dataset=dataset, model=model, micro_batch=8)
     with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is on record"):
-        evaluate_rank(payload, 0)
+        evaluate_rank(job, 0)
 
 
 def test_the_version_carries_its_baselines_for_the_gate(release):

@@ -1,12 +1,15 @@
 """What train.json says of a training, and that nothing else is taken for it."""
 
+import hashlib
 import json
+import math
 
 import pytest
 
 from pipelines.placement import Placement
 from pipelines.worker.state import (
     FIELDS,
+    NewerFormatError,
     ResumeError,
     TrainState,
     check_same_data,
@@ -36,8 +39,46 @@ def edited(described: dict, **changes: object) -> bytes:
 
 def test_a_state_is_read_as_it_was_written(described):
     assert state_of(read_described(json.dumps(described).encode())) == STATE
-    assert set(described) == FIELDS | {"seed", "unsent"}
+    assert set(described) == FIELDS | {"format", "seed", "unsent"}
     assert (described["seed"], described["ranks"]) == (5, 1)
+
+
+NOT_FINITE = TrainState(
+    losses=[0.5, math.nan, math.inf, -math.inf], best={"val_auc": 0.9, "val_loss": math.nan},
+    history=[{"epoch": 1, "val_auc": math.nan}], unsent=[{"step_losses": [math.nan, 1.0], "tags": {"a": "b"}}],
+)  # fmt: skip
+
+
+def refuse(name: str) -> None:
+    """RFC 8259 has no NaN and no Infinity; Python's parser takes them unless it is given this."""
+    raise AssertionError(name)
+
+
+def test_losses_that_are_not_finite_are_written_as_json_and_read_as_numbers():
+    data = described_bytes(describe(NOT_FINITE, seed=5, placement=PLACEMENT, manifest="5" * 64))
+    json.loads(data, parse_constant=refuse)
+    assert repr(state_of(read_described(data))) == repr(NOT_FINITE)
+
+
+def test_the_nan_of_earlier_code_is_read():
+    fields = describe(NOT_FINITE, seed=5, placement=PLACEMENT, manifest="5" * 64)
+    del fields["format"]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    data = json.dumps({**fields, "digest": digest}).encode()
+    assert b"NaN" in data
+    assert repr(state_of(read_described(data))) == repr(NOT_FINITE)
+
+
+def test_a_train_json_of_a_later_version_is_refused_with_a_remedy(described):
+    later = {name: value for name, value in described.items() if name != "digest"} | {"format": 2}
+    with pytest.raises(NewerFormatError, match=r"step 32 has format 2, .* up to 1: .*resume with that version"):
+        read_described(described_bytes(later))
+
+
+@pytest.mark.parametrize("found", [0, -1, "1", None, 1.5])
+def test_a_format_that_cannot_be_is_refused(described, found):
+    with pytest.raises(ResumeError, match=r"train\.json cannot be used \(format"):
+        read_described(edited(described, format=found))
 
 
 def test_other_data_is_refused(described):
@@ -50,7 +91,7 @@ def test_other_data_is_refused(described):
     ("field", "value"),
     [
         ("epoch", 9), ("step", 31), ("losses", [0.1]), ("best", {"val_auc": 1.0, "val_loss": 0.0}), ("history", []),
-        ("seed", 6), ("digests", {}), ("manifest", "n" * 64), ("note", "x"), ("digest", "0" * 64),
+        ("seed", 6), ("format", 2), ("digests", {}), ("manifest", "n" * 64), ("note", "x"), ("digest", "0" * 64),
     ],
 )  # fmt: skip
 def test_an_edited_train_json_is_refused_with_the_remedy(described, field, value):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load
 
 from data_shards.store import FileStore, StoreError
+from data_shards.store.fenced_lease import LostLeaseError
 from pipelines.placement import Placement
 from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.checkpoint.usage import Usage
@@ -127,6 +128,19 @@ def test_a_store_that_stays_away_ends_the_training_with_its_error(store):
         written.save(state(1), Usage())
     with pytest.raises(StoreError, match="the store is away"):
         written.check()
+
+
+def test_a_run_that_another_driver_has_ends_the_training_at_once(store):
+    def check() -> None:
+        raise LostLeaseError("run 'r' was taken over")
+
+    lines: list[str] = []
+    written = CheckpointWriter(
+        Checkpoints(store, check=check), engine(), model_json=b"{}", about=ABOUT, warn=lines.append, patience_s=60.0
+    )
+    with pytest.raises(LostLeaseError), written:
+        written.save(state(1), Usage())
+    assert lines == list(store.list()) == []
 
 
 def test_what_waiting_cannot_help_ends_the_training_at_once(store):

@@ -1,15 +1,21 @@
 """Checkpoints in the store: complete or not there, the newest usable one is found, older ones go."""
 
+import base64
 import json
+import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_shards.store import Store, open_store
+from data_shards.store.fenced_lease import LostLeaseError, fenced_lease
 from pipelines.placement import Placement
 from pipelines.worker.checkpoint.resume import find_resume
 from pipelines.worker.checkpoint.stored import FILES, FOLDER, Checkpoints
-from pipelines.worker.state import ResumeError, TrainState, describe, described_bytes
+from pipelines.worker.state import NewerFormatError, ResumeError, TrainState, describe, described_bytes
 
 PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
 
@@ -211,6 +217,65 @@ def test_a_hostile_train_json_opens_nothing(checkpoints, tmp_path, out, changes)
     out.put(f"{FOLDER}/step-0000000001/train.json", described_bytes(described))
     with pytest.raises(ResumeError, match="all 1 checkpoints"):
         Checkpoints(out).newest(tmp_path / "fetched")
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_not_trained_over(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    written(checkpoints, tmp_path, 2)
+    described = {**checkpoints.newest_state(), "format": 2}
+    del described["digest"]
+    out.put(f"{FOLDER}/step-0000000002/train.json", described_bytes(described))
+    lines: list[str] = []
+    with pytest.raises(NewerFormatError, match=r"step 2 has format 2, .*resume with that version"):
+        Checkpoints(out).newest(tmp_path / "fetched", say=lines.append)
+    assert lines == []
+
+
+def test_a_checkpoint_from_before_formats_had_numbers_is_read(checkpoints, tmp_path, out):
+    written(checkpoints, tmp_path, 1)
+    described = checkpoints.newest_state()
+    for name in ("format", "digest"):
+        del described[name]
+    out.put(f"{FOLDER}/step-0000000001/train.json", described_bytes(described))
+    assert Checkpoints(out).newest(tmp_path / "fetched").described["step"] == 1
+
+
+DRIVER = """
+import base64, pickle, sys
+from data_shards.store import open_store
+from data_shards.store.fenced_lease import fenced_lease
+with fenced_lease(open_store(sys.argv[1]), "leases/r", what="run 'r'", remedy="-", wait_s=0, ttl_s=1) as held:
+    print(base64.b64encode(pickle.dumps(held.check)).decode(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """A process that holds the lease of a run, and what it hands its workers to ask."""
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "leased")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process, pickle.loads(base64.b64decode(process.stdout.readline()))
+    process.send_signal(signal.SIGCONT)
+    process.communicate("end\n", timeout=30)
+
+
+def test_the_workers_of_a_paused_driver_whose_run_was_taken_over_write_nothing(driver, tmp_path, out):
+    process, check = driver
+    workers = Checkpoints(out, check=check)
+    written(workers, tmp_path, 1)
+    process.send_signal(signal.SIGSTOP)
+    written(workers, tmp_path, 2)  # the run is still its own
+    before = sorted(out.list())
+    lease = fenced_lease(
+        open_store(str(tmp_path / "leased")), "leases/r", what="run 'r'", remedy="-", wait_s=60, ttl_s=45
+    )
+    with lease:
+        with pytest.raises(LostLeaseError, match=r"run 'r' was taken over by .* while this process was paused"):
+            written(workers, tmp_path, 3)
+        with pytest.raises(LostLeaseError):
+            workers.keep_model(3, {name: tmp_path / name for name in FILES})
+    assert sorted(out.list()) == before
 
 
 def test_a_train_json_without_a_field_is_damaged(checkpoints, tmp_path, out):

@@ -8,7 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.cluster.monitor import INTERRUPTED, PREEMPTED, RESIZED, STOPS, TIME_UP, Beat, Member, Monitor, Orders
+from pipelines.cluster.monitor import (
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    RESIZED,
+    STOPS,
+    TIME_UP,
+    Beat,
+    Member,
+    Monitor,
+    Orders,
+)
 from pipelines.worker.group.control import BITS, CHECKPOINT, NOTHING, Control, OwnFlags, Stopped, UntilTheEnd, Wants
 
 
@@ -86,6 +97,25 @@ def test_an_end_of_the_run_counts_before_a_restart(first):
     for stop in (RESIZED, PREEMPTED, first):
         control._obey(Orders(0, stop))
     assert control.wants(1, Idle()).stop == first
+
+
+def test_a_validation_asks_about_the_step_before_it_without_making_steps():
+    control = Control(0, OwnFlags(), checkpoint_steps=4)
+    assert asked(control, range(1, 4)) == []
+    with control.busy("validating"):
+        assert not any(control.wants(3, Idle()).checkpoint for _ in range(10))
+        assert (control._doing, control._slow) == ("validating", True)
+        control._obey(Orders(0, INTERRUPTED))
+        assert control.wants(3, Idle()) == Wants(checkpoint=True, stop=INTERRUPTED)
+    assert asked(Control(0, OwnFlags(), checkpoint_steps=4), range(4, 9)) == [7]
+
+
+def test_a_rank_that_cannot_continue_stops_all_before_anybody_else_does():
+    control = Control(0, OwnFlags())
+    control._obey(Orders(0, INTERRUPTED))
+    assert control.give_up()
+    assert control.wants(1, Idle()) == Wants(checkpoint=True, stop=FAILED)
+    assert not UntilTheEnd().give_up()
 
 
 def test_every_reason_to_stop_has_a_flag_of_its_own():

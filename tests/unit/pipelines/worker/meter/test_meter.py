@@ -215,3 +215,31 @@ def test_the_peak_is_known_for_a_few_gpus_and_for_medmamba_only():
     for gpu, precision in [("NVIDIA H200 NVL", "bfloat16"), ("", "float32"), ("Tesla V100-SXM2-32GB", "bfloat16")]:
         assert peak_images_per_s(tiny, 224, gpu, precision) is None
     assert peak_images_per_s(ConvNetConfig(), 224, "NVIDIA H200", "bfloat16") is None
+
+
+def test_an_epoch_whose_steps_were_all_made_before_has_no_speed(clock):
+    meter = Meter(8, clock=clock, peak_images_per_s=100.0)
+    train(meter, clock, 0)
+    with meter.validating():
+        clock.now_s += 3
+    assert meter.speed() == {}
+    assert meter.epoch() == {"validation_s": 3.0}
+    train(meter, clock, 4)
+    assert meter.speed() == {"images_per_s": pytest.approx(16.0)}
+    assert "mfu" in meter.epoch()
+
+
+def test_a_checkpoint_within_a_validation_counts_once_and_the_epoch_is_left_to_whoever_resumes(clock):
+    meter = Meter(8, clock=clock)
+    train(meter, clock, 10)
+    with meter.validating():
+        clock.now_s += 3
+        now = meter.usage_now(1)
+        with meter.writing():
+            clock.now_s += 2
+        clock.now_s += 1
+    assert (now.images, now.epochs, now.wall_s) == (80, 0, pytest.approx(8.0))
+    meter.epoch()
+    assert (meter.usage.images, meter.usage.epochs) == (80, 1)
+    assert (meter.usage.validation_s, meter.usage.checkpoint_s) == (pytest.approx(4.0), pytest.approx(2.0))
+    assert meter.usage.images_per_s == pytest.approx(16.0)

@@ -9,6 +9,8 @@ import os
 import sys
 from contextlib import AbstractContextManager
 
+import torch.distributed as dist
+
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.config import MedMambaConfig
@@ -66,6 +68,7 @@ class Fails(Journal):
 def main() -> None:
     dataset, out, zero_stage, when = sys.argv[1:]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
     job = TrainJob(
         name="train",
         placement=Placement(

@@ -58,9 +58,7 @@ class Fence:
 
 
 class FencedLease:
-    """A lease that this process holds; a pickle of it holds its Fence.
-
-    `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
+    """A held lease. `number` grows with each takeover; `before` is the claim of a holder that died, else None."""
 
     def __init__(self, store: Store, prefix: str, *, what: str, ttl_s: float, on_lost: Callable[[], None] | None):
         self._claims, self._what, self._on_lost = Claims(store, prefix), what, on_lost
@@ -74,8 +72,10 @@ class FencedLease:
         self.number = 0
         self.before: Claim | None = None
 
-    def __reduce__(self) -> tuple[type[Fence], tuple[Claims, int, str]]:
-        return Fence, (self._claims, self.number, self._what)
+    @property
+    def fence(self) -> Fence:
+        """What the workers of this process ask."""
+        return Fence(self._claims, self.number, self._what)
 
     @property
     def is_lost(self) -> bool:
@@ -316,6 +316,12 @@ def _taken_over(what: str, by: str) -> str:
         f"{what} was taken over by {by} while this process was paused or the store out of reach: what is finished is "
         "kept; run the same command again once the other has ended"
     )
+
+
+def fenced_check(check: Callable[[], None]) -> Callable[[], None]:
+    """The `check` of a lease as workers ask it, in other processes; any other function as it is."""
+    held = getattr(check, "__self__", None)
+    return held.fence.check if isinstance(held, FencedLease) else check
 
 
 def _now() -> float:

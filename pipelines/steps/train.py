@@ -14,6 +14,7 @@ from typing import Any
 
 from data_shards.manifest import open_dataset
 from data_shards.store import Store
+from data_shards.store.fenced_lease import fenced_check
 from medmamba.config import MODEL, WEIGHTS
 from pipelines.cluster import ray_internals
 from pipelines.cluster.board import Watch
@@ -87,7 +88,7 @@ def run(
             config=resolved,
             out=out,
             init=kept_uri(resolved, context.store),
-            check=context.check,
+            check=fenced_check(context.check),
             tracking=context.tracking,
             run_id=run_id,
             profile=context.profile,

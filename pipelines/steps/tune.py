@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_shards.store import Store
-from data_shards.store.fenced_lease import is_lost
+from data_shards.store.fenced_lease import fenced_check, is_lost
 from pipelines.cluster.board import Watch
 from pipelines.faults import RESUME
 from pipelines.flow import StepContext
@@ -49,7 +49,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             config=override(config.start, {"train.epochs": config.tune.epochs}),
             out=out,
             init=kept_uri(config.start, context.store),
-            check=context.check,
+            check=fenced_check(context.check),
             tracking=tracking,
             parent=parent,
             trials=config.tune.trials,

@@ -1,13 +1,16 @@
 """One rank of a training that is ended early: `stopped_rank.py DATASET OUT ZERO_STAGE WHEN`.
 
-WHEN is "validation": a stop is asked for as soon as the validation of the first epoch begins; "record": rank 0's record
-of the epochs fails for good after step 2; "never". Prints, as JSON, how the rank ended, and its validation batches.
+WHEN is "validation": a stop is asked for as soon as the validation of the first epoch begins; "checkpoint": only a
+checkpoint is, in each validation; "record": rank 0's record of the epochs fails for good after step 2; "never".
+Prints, as JSON, how the rank ended, and its validation batches.
 """
 
 import json
 import os
 import sys
 from contextlib import AbstractContextManager
+
+import torch.distributed as dist
 
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
@@ -18,7 +21,7 @@ from pipelines.placement import Placement
 from pipelines.tracking.client import PatienceError
 from pipelines.worker.checkpoint.stored import Checkpoints
 from pipelines.worker.config import TrainConfig, TrainStepConfig
-from pipelines.worker.group.control import BITS, Control, OwnFlags, SharedFlags, Stopped
+from pipelines.worker.group.control import BITS, CHECKPOINT, Control, OwnFlags, SharedFlags, Stopped
 from pipelines.worker.job import TrainJob, run_job
 from pipelines.worker.journal import Journal
 
@@ -28,16 +31,16 @@ CONFIG = TrainStepConfig(
 )
 
 
-class StopsInValidation(Control):
-    """Is asked to stop when a validation begins."""
+class AsksInValidation(Control):
+    """Is asked for something when a validation begins."""
 
-    asks = False
+    asks = 0
     batches = 0
 
     def busy(self, doing: str) -> AbstractContextManager[None]:
         """See Control."""
         if self.asks and doing == "validating":
-            self._set(BITS[INTERRUPTED])
+            self._set(self.asks)
         return super().busy(doing)
 
     def counted(self, work):
@@ -66,6 +69,7 @@ class Fails(Journal):
 def main() -> None:
     dataset, out, zero_stage, when = sys.argv[1:]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
     job = TrainJob(
         name="train",
         placement=Placement(
@@ -76,8 +80,8 @@ def main() -> None:
         config=CONFIG,
         out=open_store(out),
     )  # fmt: skip
-    control = StopsInValidation(rank, SharedFlags() if ranks > 1 else OwnFlags())
-    control.asks = when == "validation"
+    control = AsksInValidation(rank, SharedFlags() if ranks > 1 else OwnFlags())
+    control.asks = {"validation": BITS[INTERRUPTED], "checkpoint": CHECKPOINT}.get(when, 0)
     journal = Fails(2) if when == "record" and rank == 0 else Journal()
     ended = "end"
     try:

@@ -13,6 +13,7 @@ from data_shards.store import Store, open_store
 from pipelines.cluster.monitor import INTERRUPTED
 
 RANK = Path(__file__).parent / "stopped_rank.py"
+STAGE = "3"  # every rank holds a part of each weight
 WEIGHTS = ("weights.safetensors", "moments.safetensors")
 
 
@@ -25,16 +26,16 @@ def dataset(tmp_path_factory) -> Store:
 
 @pytest.fixture(scope="module")
 def undisturbed(dataset, tmp_path_factory) -> dict:
-    return run_ranks(RANK, 2, dataset.uri, str(tmp_path_factory.mktemp("whole")), "1", "never")
+    return run_ranks(RANK, 2, dataset.uri, str(tmp_path_factory.mktemp("whole")), STAGE, "never")
 
 
 def test_a_stop_in_a_validation_ends_it_at_once_and_nothing_of_the_epoch_is_lost(dataset, undisturbed, tmp_path):
     steps = undisturbed["step"] // 2
-    stopped = run_ranks(RANK, 2, dataset.uri, str(tmp_path), "1", "validation")
+    stopped = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "validation")
     assert (stopped["ended"], stopped["step"], stopped["epoch"]) == (INTERRUPTED, steps, 0)
     assert len(stopped["losses"]) == steps
     assert stopped["batches"] <= 2 < undisturbed["batches"] // 2
-    resumed = run_ranks(RANK, 2, dataset.uri, str(tmp_path), "1", "never")
+    resumed = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "never")
     assert (resumed["ended"], resumed["step"], resumed["epoch"]) == ("end", undisturbed["step"], 2)
     assert [resumed["digests"][name] for name in WEIGHTS] == [undisturbed["digests"][name] for name in WEIGHTS]
     assert "images_per_s" not in resumed["history"][0], "none of its steps was made by this process"
@@ -45,9 +46,15 @@ def test_a_stop_in_a_validation_ends_it_at_once_and_nothing_of_the_epoch_is_lost
     ]
 
 
+def test_a_checkpoint_within_a_validation_changes_nothing(dataset, undisturbed, tmp_path):
+    seen = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "checkpoint")
+    assert (seen["ended"], seen["batches"]) == ("end", undisturbed["batches"])
+    assert [seen["digests"][name] for name in WEIGHTS] == [undisturbed["digests"][name] for name in WEIGHTS]
+
+
 def test_a_record_that_fails_on_rank_0_stops_all_ranks_at_a_checkpoint(dataset, undisturbed, tmp_path):
-    stopped = run_ranks(RANK, 2, dataset.uri, str(tmp_path), "1", "record")
+    stopped = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "record")
     assert stopped["ended"] == "MLflow was away for too long"
     assert 3 <= stopped["step"] <= 5, "it failed after step 2, and the ranks are a step apart"
-    resumed = run_ranks(RANK, 2, dataset.uri, str(tmp_path), "1", "never")
+    resumed = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "never")
     assert [resumed["digests"][name] for name in WEIGHTS] == [undisturbed["digests"][name] for name in WEIGHTS]

@@ -241,11 +241,12 @@ def test_a_checkpoint_from_before_formats_had_numbers_is_read(checkpoints, tmp_p
 
 
 DRIVER = """
-import base64, pickle, sys
+import base64, sys
+from ray import cloudpickle
 from data_shards.store import open_store
-from data_shards.store.fenced_lease import fenced_lease
+from data_shards.store.fenced_lease import fenced_check, fenced_lease
 with fenced_lease(open_store(sys.argv[1]), "leases/r", what="run 'r'", remedy="-", wait_s=0, ttl_s=1) as held:
-    print(base64.b64encode(pickle.dumps(held.check)).decode(), flush=True)
+    print(base64.b64encode(cloudpickle.dumps(fenced_check(held.check))).decode(), flush=True)
     sys.stdin.readline()
 """
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from data_shards.manifest import Manifest, open_dataset
 from data_shards.store import Store, StoreError, open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
-from pipelines.flow import DriftError, StepContext
+from pipelines.flow import DriftError
 from pipelines.flow.record import read_identity
 from pipelines.flow.runner import step_folder
 from pipelines.override import flatten
 from pipelines.scratch import scratch
+from pipelines.tracking.leases import Driver
 from pipelines.worker.config import TrainStepConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ KINDS = (
     "checkpoint file of the paper's code (.pth), models:/NAME@ALIAS or models:/NAME/VERSION"
 )
 _REGISTERED = re.compile(r"models:/(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d*))")
+
+
+class InitialWeightsError(ValueError):
+    """`train.init` or `train.freeze` cannot be meant: says which, why and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def _since(source: str, store: Store, begun: str) -> str:
     )
 
 
-def begin_from(config: TrainStepConfig, shard: dict, context: StepContext) -> dict[str, str]:
+def begin_from(config: TrainStepConfig, shard: dict, context: Driver) -> dict[str, str]:
     """Tells the user what the training takes from its weights; returns their `uri`, `digest` and what became of `head`.
 
     Empty where it starts from random weights. ValueError: the head is new, and `train.freeze` would keep it random.

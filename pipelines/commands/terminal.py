@@ -15,6 +15,7 @@ from rich.text import Text
 
 from data_shards.store.outage import Notice
 from pipelines.commands.work_log import WorkLog
+from pipelines.wording import duration
 
 PLAIN_EVERY_S = 10.0
 SHOWN_WAIT = 0.05
@@ -222,13 +223,6 @@ def table(
 def console() -> Console:
     """Standard output; 110 columns where it is no terminal, so that a log keeps its tables whole."""
     return _Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 0:07, 12:30, 3:02:10."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _speed(values: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store
 from pipelines.cluster.board import Watch, hear_outages, post
-from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.steps.context import StepContext
 
 PREDICTIONS = "predictions.parquet"
 BASELINES = {

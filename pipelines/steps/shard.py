@@ -10,8 +10,8 @@ from data_shards.manifest import MANIFEST
 from data_shards.source import check_source, open_source, resolved
 from data_shards.split import SPLITS
 from data_shards.store import Store
-from pipelines.flow import StepContext
 from pipelines.placement import Placement
+from pipelines.steps.context import StepContext
 
 
 def run(config: DataConfig, placement: Placement, out: Store, context: StepContext) -> dict:

@@ -20,11 +20,11 @@ from pipelines.cluster.monitor import RESTARTING, SLOW_S, Limits
 from pipelines.cluster.stops import Stops
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import RESUME, users_mistake
-from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.steps.context import StepContext
 from pipelines.tracking.outbox import Outbox
 from pipelines.worker.checkpoint.resume import find_resume
 from pipelines.worker.checkpoint.stored import Checkpoints, Found

@@ -15,10 +15,10 @@ from data_shards.store import Store
 from data_shards.store.fenced_lease import is_lost
 from pipelines.cluster.board import Watch
 from pipelines.faults import RESUME
-from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
+from pipelines.steps.context import StepContext
 from pipelines.steps.train import check_batches
 from pipelines.sweep.ledger import Ledger, TrialRecord
 from pipelines.sweep.pickled import drop_pickled

@@ -19,12 +19,14 @@ from medmamba.checkpoint import export_upstream, load_model, save_model
 from medmamba.config import MedMambaConfig
 from medmamba.finetune import HEAD
 from medmamba.model import build_model
-from pipelines.cli import WORKFLOW_FILE, main
-from pipelines.flow import DriftError, StepContext
+from pipelines.cli import main
+from pipelines.commands.work.begun import WORKFLOW_FILE
+from pipelines.flow import DriftError
 from pipelines.flow.record import to_json
 from pipelines.initial_weights import begin_from, find_weights, kept_uri, pinned, read_kept, weights_of_run
 from pipelines.override import override
 from pipelines.recipes import recipe
+from pipelines.steps.context import StepContext
 from pipelines.tracking import open_tracking
 from pipelines.tracking.registry import IntegrityError, by_number, move_alias
 from pipelines.worker.config import TrainConfig, TrainStepConfig

@@ -7,11 +7,12 @@ from pydantic import BaseModel
 
 from data_shards.catalog import card
 from pipelines.commands.terminal import Terminal
-from pipelines.flow import StepContext, plan_steps
+from pipelines.flow import plan_steps
 from pipelines.flow.runner import in_order
 from pipelines.override import override
 from pipelines.placement import PlacementConfig
 from pipelines.recipes import RECIPES, Recipe, recipe
+from pipelines.steps.context import StepContext
 from pipelines.steps.tune import TuneStepConfig, _recipe_point, search_space
 from pipelines.workflows import WORKFLOWS, until
 

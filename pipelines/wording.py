@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
+def counted(number: float, noun: str, plural: str = "") -> str:
     """The number with its noun: "1 epoch", "1,200 epochs". `plural` is for nouns that do not just take an s."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+    amount = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{amount} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def duration(seconds: float) -> str:

@@ -32,7 +32,9 @@ def status(asked: StatusArguments) -> int:
     elif not rows:
         console().print(f"no runs in {store.uri} yet; `medmamba quickstart` makes one")
     else:
-        shown = [(r["run"], r["step"], r["state"], (r["finished"] or "")[:16], r["told"]) for r in rows]
+        shown = [
+            (r["run"], r["step"], r["state"], (r["finished"] or "")[:16].replace("T", " "), r["told"]) for r in rows
+        ]
         table(f"Runs in {store.uri}", ("run", "step", "state", "finished", "facts"), shown)
     return 0
 

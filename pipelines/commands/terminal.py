@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -221,8 +222,9 @@ def table(
 
 
 def console() -> Console:
-    """Standard output; 110 columns where it is no terminal, so that a log keeps its tables whole."""
-    return _Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    """Standard output; where it is not a terminal $COLUMNS wide, else 110, so that a log keeps its tables complete."""
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return _Console(highlight=False, markup=False, width=None if is_known else 110)
 
 
 def _speed(values: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data_shards.store import Store
 from pipelines.flow.step import Show
 from pipelines.placement import Placement
-from pipelines.tracking.client import Tracking
+from pipelines.tracking.runs import Tracking
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pipelines.cluster.board import Watch, hear_outages, post
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.steps.context import StepContext
+from pipelines.wording import counted
 
 PREDICTIONS = "predictions.parquet"
 BASELINES = {
@@ -145,7 +146,7 @@ def _infer(
         context.show.progress(name, {"done": sum(done.values()), "total": total, "unit": "images"})
 
     with Watch(show) as board:
-        context.show.begin(f"starting {placement.workers} evaluation task{'s' if placement.workers > 1 else ''}")
+        context.show.begin(f"starting {counted(placement.workers, 'evaluation task')}")
         payload = {
             "placement": placement.model_dump(),
             "dataset": dataset,

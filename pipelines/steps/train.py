@@ -26,6 +26,7 @@ from pipelines.placement import Placement
 from pipelines.scratch import scratch
 from pipelines.steps.context import StepContext
 from pipelines.tracking.outbox import Outbox
+from pipelines.wording import counted
 from pipelines.worker.checkpoint.resume import find_resume
 from pipelines.worker.checkpoint.stored import Checkpoints, Found
 from pipelines.worker.checkpoint.usage import USAGE, read_usage
@@ -110,8 +111,8 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
     held = data.manifest.splits["train"].samples
     if max(sizes) > held:
         raise ValueError(
-            f"train.batch_size {max(sizes)}: the training split holds {held} images, and an incomplete batch is "
-            f"dropped; use batches of at most {held}"
+            f"train.batch_size {max(sizes)}: the training split holds {counted(held, 'image')}, and an incomplete "
+            f"batch is dropped; use batches of at most {held}"
         )
 
 
@@ -226,7 +227,7 @@ def _fit(payload: dict, placement: Placement, sizes: Sequence[int], worked_hours
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
         )
-        workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
+        workers = counted(placement.workers, "training worker")
         context.show.begin(f"starting {workers}")  # until their first step
         stops = Stops(board, context.show.say, until=context.until)
         try:

@@ -26,6 +26,7 @@ from pipelines.sweep.suggestion import lies_in, misfit, suggest
 from pipelines.sweep.trial import trial
 from pipelines.tracking import Tracking, TrackingError
 from pipelines.tracking.outbox import Outbox
+from pipelines.wording import counted
 from pipelines.worker.config import TrainStepConfig
 
 
@@ -198,7 +199,8 @@ def _sweep(
     asha.refill(ledger)
     at_once = min(placement.trials, len(numbers))
     with Watch(context.show.progress) as board:
-        context.show.begin(f"starting {len(numbers)} trials, {at_once} at once")  # until the first step of one
+        begun = f"starting {counted(len(numbers), 'trial')}, {at_once} at once"
+        context.show.begin(begun)  # until the first step of one
         trainable = _trainable({**payload, "board": board}, placement.for_trial())
         run_trials(trainable, search, asha, keeper, trials=len(numbers), at_once=at_once)
     if left := set(ledger.to_do(tune.trials)) - keeper.errors.keys():
@@ -232,7 +234,8 @@ def _trainable(payload: dict, placement: Placement) -> Any:
 def _resumed(ledger: Ledger, trials: int) -> str:
     """The line about a sweep that resumes."""
     over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
-    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
+    kept = f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} kept"
+    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {kept}"
 
 
 def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
@@ -293,5 +296,6 @@ def _winner(trials: list[dict]) -> dict:
     finished = [row for row in trials if not row["error"] and "best_auc" in row["metrics"]]
     if not finished:
         reasons = "; ".join(sorted({str(row["error"]) for row in trials}))
-        raise ValueError(f"all {len(trials)} trials of the sweep failed: {reasons}")
+        which = "the only trial" if len(trials) == 1 else f"all {len(trials)} trials"
+        raise ValueError(f"{which} of the sweep failed: {reasons}")
     return max(finished, key=lambda row: (row["metrics"]["best_auc"], -row["metrics"]["best_loss"]))

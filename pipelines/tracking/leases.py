@@ -14,7 +14,8 @@ from typing import Protocol
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, fenced_lease
 from pipelines.flow import Show
-from pipelines.tracking.client import Tracking, TrackingError
+from pipelines.tracking.errors import TrackingError
+from pipelines.tracking.runs import Tracking
 
 RUN_WAIT_S = 120.0  # longer than a driver that died elsewhere keeps its lease
 MODEL_WAIT_S = 600.0  # twenty that register large models one after the other

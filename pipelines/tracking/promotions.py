@@ -29,9 +29,9 @@ from typing import Any, Literal
 from data_shards.store import Store, StoreKeyError
 from data_shards.store.fenced_lease import FencedLease, is_held
 from data_shards.store.holder import Holder, this_process
-from pipelines.tracking.client import IN_FLIGHT_S, RECENT_S
 from pipelines.tracking.leases import Driver, model_lease_key
 from pipelines.tracking.registry import Version, by_alias, by_number, move_alias
+from pipelines.tracking.runs import IN_FLIGHT_S, RECENT_S
 
 MOVE_S = 20.0  # the lease must last for longer than MLflow's client tries to move an alias
 State = Literal["begun", "moved", "void"]

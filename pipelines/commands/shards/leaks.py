@@ -23,6 +23,7 @@ from pipelines.commands.command import Command, Flag, JsonOption, StoreOption
 from pipelines.commands.shards.listing import check_target, place_text
 from pipelines.commands.shards.owner import Owner, dataset_in, find_places, owners_config
 from pipelines.commands.terminal import console, table
+from pipelines.wording import counted
 
 SHOWN = 10  # groups in the terminal
 _NO_PLACES = Places({}, None)
@@ -125,19 +126,23 @@ def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places
     if shown:
         columns = ("#", "group", "split", "label", "key", *(("file",) if asked.names else ()))
         rows = [row for i, finding in enumerate(shown, 1) for row in _rows(i, finding, asked, places)]
-        table(f"{len(shown):,} of {groups:,} groups, the worst first", columns, rows)
+        table(f"{len(shown):,} of {counted(groups, 'group')}, the worst first", columns, rows)
     if len(shown) < len(report.findings):
         hidden = len(report.findings) - len(shown)
-        console().print(f"and {hidden:,} more groups: --all prints them, --json has them", soft_wrap=True)
+        console().print(f"and {counted(hidden, 'more group')}: --all prints all, --json has all", soft_wrap=True)
     if report.more:
-        console().print(f"and {report.more:,} more groups that the report counts but does not list", soft_wrap=True)
+        console().print(
+            f"and {counted(report.more, 'more group')} that the report counts but does not list", soft_wrap=True
+        )
     if asked.names and (missing := _without_file(report, places)):
-        console().print(f"{missing:,} copies have no file in the source any more: it was removed or renamed")
+        console().print(
+            f"without a file in the source, because it was removed or renamed: {counted(missing, 'copy', 'copies')}"
+        )
     for note in places.notes:
         console().print(note, soft_wrap=True)
     where = asked.page or (f"{out.uri}/{LEAKS_PAGE}" if out.head(LEAKS_PAGE) is not None else "--page FILE.html")
     console().print(
-        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {where}", soft_wrap=True
+        f"policy {report.across}, {counted(len(report.dropped), 'image')} left out; pictures: {where}", soft_wrap=True
     )
 
 

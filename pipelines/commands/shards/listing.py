@@ -17,6 +17,7 @@ from pipelines.commands.arguments import UsageError
 from pipelines.commands.command import Flag, JsonOption, StoreOption
 from pipelines.commands.shards.predicted import Predicted
 from pipelines.commands.terminal import console, table
+from pipelines.wording import counted
 
 SHOWN = 20  # rows in the terminal
 COLUMNS = ("key", "path", "frame", "split", "label", "state", "reason", "file")
@@ -59,7 +60,10 @@ class Listing:
         for line in self._notes(rows):
             console().print(line, soft_wrap=True)
         if asked.out:
-            console().print(f"{len(rows):,} samples of {self.out.uri} are in {asked.out}", soft_wrap=True)
+            console().print(
+                f"{counted(len(rows), 'sample')} of {self.out.uri} {'is' if len(rows) == 1 else 'are'} in {asked.out}",
+                soft_wrap=True,
+            )
         return 0
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -85,9 +89,9 @@ class Listing:
             return
         if missing := sum(row["path"] is None for row in rows):
             why = "it was removed or renamed" if missing < len(rows) else "is that the right --source?"
-            yield f"{missing:,} of {len(rows):,} have no file in the source any more: {why}"
+            yield f"without a file in the source: {missing:,} of {counted(len(rows), 'sample')}: {why}"
         if self.places.unlisted:
-            yield f"{self.places.unlisted:,} images of the source are not in the dataset: they came later"
+            yield f"not in the dataset: {counted(self.places.unlisted, 'image')} of the source, added later"
         yield from (printable(note) for note in self.places.notes)
 
     def _name(self) -> str:

@@ -24,7 +24,7 @@ from pipelines.commands.work.options import Resolved, is_profiled
 from pipelines.commands.work_log import own_messages, work_log
 from pipelines.faults import has_more
 from pipelines.flow import Step, StepState, WorkflowError, plan_steps, run_steps
-from pipelines.initial_weights import InitialWeights, InitialWeightsError, pinned, weights_of_run
+from pipelines.initial_weights import InitialWeights, weights_of_run
 from pipelines.interrupt import interruptible
 from pipelines.override import flatten
 from pipelines.recipes import Recipe
@@ -48,7 +48,7 @@ def bring(work: Resolved, workflow: str, plan: Callable[[Recipe], list[Step]]) -
         ValueError: whatever was asked for cannot be done; UsageError where it cannot be meant.
     """
     init = _initial_weights(work)
-    values = pinned(work.values, init)
+    values = work.values.starting_from(init.digest) if init else work.values
     store = open_named(work.store, patience_s=work.placement.patience_s)
     if work.dry_run:
         dry_run(work, workflow, plan(values), store, init)
@@ -80,10 +80,7 @@ def _initial_weights(work: Resolved) -> InitialWeights | None:
         return None
     begun = read_begun(work.store, work.run)
     source = flatten(begun["recipe"]).get("train.init", "") if begun else ""
-    try:
-        return weights_of_run(work.values, open_named(work.store), work.run, kept_source=source)
-    except InitialWeightsError as error:
-        raise UsageError(str(error)) from error
+    return weights_of_run(work.values, open_named(work.store), work.run, kept_source=source)
 
 
 def _logged(work: Resolved, workflow: str, plan: Plan, store: Store, *, init: InitialWeights | None) -> list[StepState]:

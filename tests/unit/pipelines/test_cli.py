@@ -272,7 +272,7 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--placement.workers", "2"], r"batch_size 16 is no multiple of train\.micro_batch 16 x 2 workers; lower"),
+        (["--placement.workers", "2"], r"batch_size 16 is not a multiple of train\.micro_batch 16 x 2 workers; lower"),
         (["--placement.workers", "5"], r"--placement\.workers 5: one GPU per worker, and this Ray has 4; .*at most 4"),
         (["--placement.trials", "5"], r"--placement\.trials 5: one GPU per trial, and this Ray has 4"),
         (["--placement.cpus-per-worker", "9"], r"workers 1 x --placement\.cpus-per-worker 9 = 9 CPUs, .*has 8"),
@@ -416,6 +416,17 @@ def test_a_store_that_cannot_be_written_is_one_line_and_exit_code_1(capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("medmamba: /sys/medmamba: cannot write")
     assert "use another store" in last
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_the_table_of_status_fits_the_columns_that_there_are(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = {**NO, "reason": "test auc 0.5862 of version 1 is more than 0.01 below the baseline's 0.6000 (gate)"}
+    finish("store", "kidney-stones-2026-with-a-long-name", recipe("quickstart"), promote=long)
+    assert main(["status", "--store", "store"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 8
+    assert max(map(len, lines)) <= columns
 
 
 @pytest.mark.parametrize("argv", [["status"], ["predict", "a.png"], ["shards", "names"], ["train", *DRY]], ids=" ".join)

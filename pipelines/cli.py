@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from pipelines.cluster.stops import Paused
-from pipelines.commands.arguments import HelpShown, UsageError
 from pipelines.commands.bench import BENCH
 from pipelines.commands.bytecode import keep_bytecode
-from pipelines.commands.command import Command, check_name
 from pipelines.commands.completion import SHELLS, print_completion
 from pipelines.commands.datasets import DATASETS
 from pipelines.commands.predict import PREDICT
@@ -25,8 +23,10 @@ from pipelines.commands.shards.command import SHARDS
 from pipelines.commands.status import STATUS
 from pipelines.commands.step import EVALUATE, REGISTER, SHARD, TRAIN, TUNE
 from pipelines.commands.submit import submit_command
-from pipelines.commands.terminal import show_log_visibly, visible
-from pipelines.commands.work_log import work_log
+from pipelines.console.arguments import HelpShown, UsageError
+from pipelines.console.command import Command, check_name
+from pipelines.console.terminal import show_log_visibly, visible
+from pipelines.console.work_log import work_log
 from pipelines.faults import fault_line
 from pipelines.flow import DriftError, WorkflowError
 from pipelines.interrupt import HAS_TOLD, INTERRUPTED

@@ -22,8 +22,8 @@ import tyro
 from pipelines.bench.feed import KINDS, feed_table
 from pipelines.bench.peers.loaders import LOADERS, Work, make_images, save_work, summarise, told_in
 from pipelines.bench.peers.writers import WRITERS
-from pipelines.commands.arguments import UsageError, parse
-from pipelines.commands.terminal import Terminal, console, table
+from pipelines.console.arguments import UsageError, parse
+from pipelines.console.terminal import Terminal, console, table
 from pipelines.scratch import scratch
 
 _LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured

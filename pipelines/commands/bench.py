@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.commands.command import Command, read_words
+from pipelines.console.command import Command, read_words
 
 
 def bench(argv: list[str]) -> int:

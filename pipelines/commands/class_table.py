@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from data_shards.manifest import MANIFEST, Manifest
 from data_shards.split import SPLITS
 from data_shards.store import Store, StoreError
-from pipelines.commands.terminal import console, table
+from pipelines.console.terminal import console, table
 from pipelines.wording import counted
 
 _WIDTH = 80  # columns, on any terminal and in a log

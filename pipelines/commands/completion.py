@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipelines.commands.arguments import UsageError, unchecked
-from pipelines.commands.command import Command
+from pipelines.console.arguments import UsageError, unchecked
+from pipelines.console.command import Command
 from pipelines.placement import PlacementConfig
 from pipelines.recipes import Recipe
 

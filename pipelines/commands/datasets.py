@@ -16,9 +16,9 @@ import tyro
 
 from data_shards.catalog import DatasetCard, PublishedFile, card, names
 from data_shards.catalog.fetch import Verdict, check_room, fetch, verify
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, JsonOption
-from pipelines.commands.terminal import PLAIN_EVERY_S, Terminal, console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, JsonOption
+from pipelines.console.terminal import PLAIN_EVERY_S, Terminal, console, table
 from pipelines.recipes import RECIPES
 
 DEFAULT_FOLDER = "medmamba-data"
@@ -67,12 +67,14 @@ def datasets(asked: DatasetsArguments) -> int:
         rows = [(key, _readable(value)) for key, value in cards[0].model_dump(mode="json").items()]
         table(cards[0].title, ("field", "value"), rows)
     else:
-        shown = [
-            (c.name, c.modality, f"{len(c.classes)} ({c.task})", c.num_images or "", c.split_policy, c.licence)
-            for c in cards
-        ]
+        shown = [(c.name, c.modality, _classes(c), c.num_images or "", c.split_policy, c.licence) for c in cards]
         table("Datasets", ("name", "modality", "classes", "images", "split", "licence"), shown)
     return 0
+
+
+def _classes(known: DatasetCard) -> str:
+    num = len(known.classes)
+    return str(num) if known.task == "multiclass" else f"{num} ({known.task})"
 
 
 def fetch_files(asked: FetchArguments) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 import tyro
 
-from pipelines.commands.arguments import UsageError
 from pipelines.commands.classify import classify
-from pipelines.commands.command import Command, JsonOption, StoreOption
-from pipelines.commands.terminal import table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, JsonOption, StoreOption
+from pipelines.console.terminal import table
 
 
 @dataclass(frozen=True)

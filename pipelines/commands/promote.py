@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from data_shards.store import Store
-from pipelines.commands.command import Command, open_named
 from pipelines.commands.step import bring_step
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring
 from pipelines.commands.work.options import BEHAVIOUR, PromoteWork, Resolved
 from pipelines.commands.work.read import read_work
+from pipelines.console.command import Command, open_named
 from pipelines.flow import Record, Step
 from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder

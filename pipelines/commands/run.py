@@ -6,11 +6,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.commands.command import Command
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring, steps_until
 from pipelines.commands.work.options import BEHAVIOUR, RunWork
 from pipelines.commands.work.read import read_work
+from pipelines.console.command import Command
 
 
 def run(work: RunWork) -> int:

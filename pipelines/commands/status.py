@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import tyro
 
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, JsonOption, StoreOption
 from pipelines.commands.run_states import read_status
-from pipelines.commands.terminal import console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, JsonOption, StoreOption
+from pipelines.console.terminal import console, table
 
 
 @dataclass(frozen=True)

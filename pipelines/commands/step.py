@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-from pipelines.commands.command import Command
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring, steps_until
 from pipelines.commands.work.options import BEHAVIOUR, StepWork, TrainWork
 from pipelines.commands.work.read import read_work
+from pipelines.console.command import Command
 
 
 def bring_step(work: StepWork, *, step: str) -> int:

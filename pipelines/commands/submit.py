@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, check_name, read_arguments
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, check_name, read_arguments
 
 
 @dataclass(frozen=True)

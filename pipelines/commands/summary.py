@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from data_shards.store import Store
 from pipelines.commands.class_table import completed, print_classes
-from pipelines.commands.terminal import console, table
+from pipelines.console.terminal import console, table
 from pipelines.flow import Facts, Record, StepState
 from pipelines.steps.evaluate import BASELINES
 from pipelines.steps.facts import EvaluateFacts, ShardFacts, read_facts
@@ -92,10 +92,10 @@ def _print_metrics(facts: EvaluateFacts) -> None:
         if key in facts.baselines:
             found = facts.baselines[key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
-    table(title, ("", "AUC", "accuracy", "balanced", "sensitivity", "specificity", "F1"), rows)
+    table(title, ("", "AUC", "accuracy", "balanced", "sens.", "spec.", "F1"), rows)
     interval = facts.intervals.get("auc")
     for key, reason in facts.absent_baselines.items():
-        console().print(f"{BASELINES.get(key, 'baselines')}: not available ({reason})")
+        console().print(f"{BASELINES.get(key, 'baselines')}: not available ({reason})", soft_wrap=True)
     if interval:
         console().print(f"95 % interval of the network's AUC, by group: {interval[0]:.3f} to {interval[1]:.3f}")
     if facts.num_samples < FEW_TEST_IMAGES:

@@ -187,7 +187,7 @@ def promote(services: Services, facts: dict, told: Path, stop_before_move: bool,
     import data_shards.store.fenced_lease as fenced
     import pipelines.tracking.promotions as promotions
     from data_shards.store import open_store
-    from pipelines.commands.terminal import Terminal
+    from pipelines.console.terminal import Terminal
     from pipelines.steps import promote as step
     from pipelines.steps.context import StepContext
     from pipelines.tracking import open_tracking
@@ -215,7 +215,7 @@ def register(services: Services, run: str, before: dict, told: Path) -> None:
     """One contender: the register step of `run`, its facts as JSON in `told`."""
     os.environ.update(services.env)
     from data_shards.store import open_store
-    from pipelines.commands.terminal import Terminal
+    from pipelines.console.terminal import Terminal
     from pipelines.steps import register as step
     from pipelines.steps.context import StepContext
     from pipelines.tracking import open_tracking

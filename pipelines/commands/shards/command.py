@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, read_words
-from pipelines.commands.terminal import console
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, read_words
+from pipelines.console.terminal import console
 
 
 def shards(argv: list[str]) -> int:

@@ -18,11 +18,11 @@ from data_shards.manifest import MANIFEST, open_dataset, read_classes
 from data_shards.names import Places, samples
 from data_shards.shard import tar_key
 from data_shards.store import Store
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, Flag, JsonOption, StoreOption
 from pipelines.commands.shards.listing import check_target, place_text
 from pipelines.commands.shards.owner import Owner, dataset_in, find_places, owners_config
-from pipelines.commands.terminal import console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, Flag, JsonOption, StoreOption
+from pipelines.console.terminal import console, table
 from pipelines.wording import counted
 
 SHOWN = 10  # groups in the terminal

@@ -13,10 +13,10 @@ from typing import Any
 from data_shards.config import DataConfig
 from data_shards.names import Place, Places, Sample, printable, with_labels
 from data_shards.store import Store
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Flag, JsonOption, StoreOption
 from pipelines.commands.shards.predicted import Predicted
-from pipelines.commands.terminal import console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Flag, JsonOption, StoreOption
+from pipelines.console.terminal import console, table
 from pipelines.wording import counted
 
 SHOWN = 20  # rows in the terminal

@@ -15,8 +15,6 @@ from data_shards.leakage import read_report
 from data_shards.manifest import open_dataset
 from data_shards.names import Sample, samples
 from data_shards.store import Store
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command
 from pipelines.commands.shards.listing import Listing, ListingOptions, check_target
 from pipelines.commands.shards.owner import (
     Owner,
@@ -27,6 +25,8 @@ from pipelines.commands.shards.owner import (
     read_json,
 )
 from pipelines.commands.shards.predicted import read_predicted
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command
 
 _KEY = set("0123456789abcdef")
 

@@ -10,7 +10,7 @@ from data_shards.config import DataConfig
 from data_shards.manifest import MANIFEST
 from data_shards.names import SETTINGS, Places, find, salt_digest, settings_on_record
 from data_shards.store import Store, StoreKeyError
-from pipelines.commands.arguments import UsageError
+from pipelines.console.arguments import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

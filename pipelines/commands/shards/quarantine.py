@@ -12,11 +12,11 @@ from data_shards.leakage import read_report
 from data_shards.manifest import MANIFEST, Dataset, open_dataset
 from data_shards.names import Places, Sample, quarantined, quarantined_so_far, samples
 from data_shards.store import Store
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, Flag
 from pipelines.commands.shards.listing import Listing, ListingOptions, check_target
 from pipelines.commands.shards.owner import Owner, dataset_in, find_places, owners_config
-from pipelines.commands.terminal import console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, Flag
+from pipelines.console.terminal import console, table
 from pipelines.wording import counted
 
 

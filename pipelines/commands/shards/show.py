@@ -14,10 +14,10 @@ from rich.text import Text
 
 from data_shards.contact_sheet import chosen, fitted, sheet
 from data_shards.manifest import open_dataset
-from pipelines.commands.arguments import UsageError
-from pipelines.commands.command import Command, StoreOption
 from pipelines.commands.shards.owner import dataset_in
-from pipelines.commands.terminal import console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, StoreOption
+from pipelines.console.terminal import console, table
 from pipelines.wording import counted
 
 _SHOWN_SIDE = 16  # pixels, which are columns, of an image in the terminal

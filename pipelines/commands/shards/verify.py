@@ -9,9 +9,9 @@ import tyro
 
 from data_shards.manifest import MAKE_AGAIN, MANIFEST
 from data_shards.verify import verify as verify_dataset
-from pipelines.commands.command import Command, JsonOption, StoreOption
 from pipelines.commands.shards.owner import dataset_in
-from pipelines.commands.terminal import Terminal, console
+from pipelines.console.command import Command, JsonOption, StoreOption
+from pipelines.console.terminal import Terminal, console
 from pipelines.wording import counted
 
 

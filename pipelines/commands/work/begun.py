@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 from data_shards.store import Store
-from pipelines.commands.command import open_named
 from pipelines.commands.work.options import Resolved
+from pipelines.console.command import open_named
 from pipelines.workflows import WORKFLOWS
 
 WORKFLOW_FILE = "workflow.json"

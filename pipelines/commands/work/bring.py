@@ -12,16 +12,16 @@ from data_shards.store import Store
 from data_shards.store.disk import require_temporary_folder
 from data_shards.store.outage import listening
 from pipelines.cluster.ray_session import RaySessionError
-from pipelines.commands.arguments import UsageError
 from pipelines.commands.class_table import completed
-from pipelines.commands.command import open_named
 from pipelines.commands.summary import print_profile, print_summary
-from pipelines.commands.terminal import Terminal
 from pipelines.commands.work.begun import read_begun
 from pipelines.commands.work.connect import open_context
 from pipelines.commands.work.dry_run import dry_run
 from pipelines.commands.work.options import Resolved, is_profiled
-from pipelines.commands.work_log import own_messages, work_log
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import open_named
+from pipelines.console.terminal import Terminal
+from pipelines.console.work_log import own_messages, work_log
 from pipelines.faults import has_more
 from pipelines.flow import Step, StepState, WorkflowError, plan_steps, run_steps
 from pipelines.initial_weights import InitialWeights, weights_of_run

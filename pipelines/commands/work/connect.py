@@ -14,9 +14,9 @@ from typing import Any
 from data_shards.store import Store
 from medmamba.config import MedMambaConfig
 from pipelines.cluster.background import beside
-from pipelines.commands.terminal import Terminal
 from pipelines.commands.work.begun import write_begun
 from pipelines.commands.work.options import Resolved, TrainWork, is_profiled
+from pipelines.console.terminal import Terminal
 from pipelines.demand import RunDemand
 from pipelines.faults import lost_ray
 from pipelines.flow import Step, StepState, plan_steps

@@ -7,7 +7,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from pipelines.commands.command import Flag, JsonOption, StoreOption
+from pipelines.console.command import Flag, JsonOption, StoreOption
 from pipelines.placement import PlacementConfig
 from pipelines.recipes import Recipe
 from pipelines.tracking.leases import RUN_WAIT_S

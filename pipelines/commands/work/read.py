@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from data_shards.catalog import card
-from pipelines.commands.arguments import UsageError, of_kind, parse, peek, unchecked
-from pipelines.commands.command import Command, default_store
 from pipelines.commands.work.begun import RUN_NAME, read_begun
 from pipelines.commands.work.options import Resolved, TrainWork
+from pipelines.console.arguments import UsageError, of_kind, parse, peek, unchecked
+from pipelines.console.command import Command, default_store
 from pipelines.costs import read_prices
 from pipelines.override import difference, override, validated
 from pipelines.placement import PlacementConfig

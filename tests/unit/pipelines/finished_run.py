@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from data_shards.store import open_store
-from pipelines.commands.terminal import Terminal
 from pipelines.commands.work.begun import WORKFLOW_FILE
+from pipelines.console.terminal import Terminal
 from pipelines.flow import Step, WorkflowError, run_steps
 from pipelines.flow.record import to_json
 from pipelines.placement import Node, PlacementConfig, resolve

@@ -26,12 +26,12 @@ from pipelines.bench.measure import COMPARED, Case, Row
 from pipelines.bench.networks import _speed_table
 from pipelines.cli import VERBS, main
 from pipelines.cluster.stops import Paused
-from pipelines.commands import terminal
 from pipelines.commands.promote import PROMOTE, forced_steps
 from pipelines.commands.step import TRAIN
 from pipelines.commands.work.begun import WORKFLOW_FILE
 from pipelines.commands.work.connect import BEGAN, time_is_up
 from pipelines.commands.work.read import read_work
+from pipelines.console import terminal
 from pipelines.flow import run_steps
 from pipelines.flow.record import read_record
 from pipelines.override import override

@@ -11,7 +11,7 @@ BUSY = """
 import hashlib, os, signal, sys, threading, time
 from pipelines import interrupt
 from pipelines.commands.work import connect
-from pipelines.commands.terminal import Terminal
+from pipelines.console.terminal import Terminal
 connect.ENDING_S = float(sys.argv[1])
 ready = threading.Event()
 def meanwhile():

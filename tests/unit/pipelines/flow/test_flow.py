@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from data_shards.store import open_store
-from pipelines.commands.terminal import Terminal
+from pipelines.console.terminal import Terminal
 from pipelines.flow import DriftError, Step, WorkflowError, plan_steps, run_steps
 from pipelines.flow.runner import in_order
 from pipelines.interrupt import interruptible

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data_shards.store.outage import Notice
-from pipelines.commands.work_log import WorkLog
+from pipelines.console.work_log import WorkLog
 from pipelines.wording import duration
 
 PLAIN_EVERY_S = 10.0
@@ -207,14 +207,12 @@ def table(
 ) -> None:
     """Prints a table on standard output, folded to the width of the terminal, or to `width` where that is less.
 
-    Columns named in `numeric` are set flush right and never folded; nor is a key.
+    Columns named in `numeric` are set flush right and never folded; nor is a key or a name.
     """
     drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
-        is_number = column in numeric
-        drawn.add_column(
-            column, overflow="fold", justify="right" if is_number else "left", no_wrap=is_number or column == "key"
-        )
+        justify: Literal["left", "right"] = "right" if column in numeric else "left"
+        drawn.add_column(column, overflow="fold", justify=justify, no_wrap=column in ("key", "name", *numeric))
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     out = console()

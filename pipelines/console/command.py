@@ -13,7 +13,7 @@ import tyro
 
 from data_shards.store import Store, StoreError, open_store
 from data_shards.store.outage import PATIENCE_S
-from pipelines.commands.arguments import UsageError, parse
+from pipelines.console.arguments import UsageError, parse
 
 DEFAULT_STORE = "./medmamba-store"
 Flag = tyro.conf.FlagCreatePairsOff[bool]

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.commands.terminal import duration
+from pipelines.wording import counted, duration
 from pipelines.worker.checkpoint.usage import Usage
 
 
@@ -60,7 +60,7 @@ def cost_line(usage: Usage, epochs: int, prices: Mapping[str, float]) -> str:
     """One line for the user: time, sustained speed, GPU-hours, energy, price."""
     # Checkpoints of older versions do not say what was used until then.
     measured = f", the last {usage.epochs} of them" if 0 < usage.epochs < epochs else ""
-    parts = [f"trained {epochs} epoch{'s' if epochs > 1 else ''}{measured} in {duration(usage.wall_s)}"]
+    parts = [f"trained {counted(epochs, 'epoch')}{measured} in {duration(usage.wall_s)}"]
     parts.append(f"{usage.images_per_s:,.0f} images/s")
     if usage.gpu_s:
         parts.append(f"{usage.gpu_hours:.2f} GPU-hours")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipelines.wording import counted
+
 RESUME = "run the same command to resume"
 
 
@@ -32,7 +34,7 @@ class NoPlaceError(GroupFault):
 
     def __str__(self) -> str:
         return (
-            f"for {self.wait_s / 60:.0f} min there was no room for {self.workers} training "
-            f"worker{'s' if self.workers > 1 else ''} on the nodes of this Ray ({self.nodes}): add nodes, or let the "
-            f"training continue with fewer (--placement.workers-min), then {RESUME}"
+            f"for {self.wait_s / 60:.0f} min there was no room for "
+            f"{counted(self.workers, 'training worker')} on the nodes of this Ray ({self.nodes}): add nodes, or let "
+            f"the training continue with fewer (--placement.workers-min), then {RESUME}"
         )

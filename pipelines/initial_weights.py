@@ -11,16 +11,18 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol
 
 from data_shards.manifest import Manifest, open_dataset
 from data_shards.store import Store, StoreError, open_store
-from medmamba.config import ConvNetConfig, MedMambaConfig, ModelConfig
-from pipelines.flow import DriftError, StepContext
+from medmamba.config import ConvNetConfig, MedMambaConfig
+from pipelines.flow import DriftError
 from pipelines.flow.record import read_identity
 from pipelines.flow.runner import step_folder
-from pipelines.override import flatten
+from pipelines.override import ConfigError, flatten
 from pipelines.scratch import scratch
+from pipelines.tracking.leases import Driver
+from pipelines.wording import counted
 from pipelines.worker.config import TrainConfig, TrainStepConfig
 
 FOLDER, ORIGIN = "weights", "origin.json"
@@ -31,22 +33,20 @@ KINDS = (
 _REGISTERED = re.compile(r"models:/(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d*))")
 
 
-class Training(Protocol):
-    """What a recipe says of its training."""
+class Trained(Protocol):
+    """What of a recipe says how its network is trained."""
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> MedMambaConfig | ConvNetConfig:
         """The network."""
 
     @property
     def train(self) -> TrainConfig:
         """How its weights are found."""
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self:
-        """The same recipe with other fields."""
 
-
-Recipe = TypeVar("Recipe", bound=Training)
+class InitialWeightsError(ConfigError):
+    """`train.init` or `train.freeze` cannot be meant: says which, why and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class InitialWeights:
         folder.put(ORIGIN, _json({"uri": self.uri, "digest": self.digest}), if_absent=True)
 
 
-def weights_of_run(recipe: Training, store: Store, run: str, *, kept_source: str = "") -> InitialWeights | None:
+def weights_of_run(recipe: Trained, store: Store, run: str, *, kept_source: str = "") -> InitialWeights | None:
     """The weights that the trainings of `run` start from; None where they start from random ones.
 
     `kept_source` is the `train.init` that the run was begun with: asked for the same again, it keeps its weights, and
@@ -89,8 +89,9 @@ def weights_of_run(recipe: Training, store: Store, run: str, *, kept_source: str
 
     Raises:
         DriftError: the run was begun with other weights from another source.
-        ValueError: the weights were not found, they are damaged or of another network than `recipe.model`, or a pattern
-            of `train.freeze` makes no sense for it.
+        InitialWeightsError: the weights were not found, they are damaged or of another network than `recipe.model`, or
+            a pattern of `train.freeze` makes no sense for it.
+        ValueError: the store or MLflow does not answer, or what they hold was replaced.
     """
     if not recipe.train.init:
         return None
@@ -102,8 +103,11 @@ def weights_of_run(recipe: Training, store: Store, run: str, *, kept_source: str
     else:
         found = find_weights(recipe.train.init, store)
     if problem := network_difference(found.config, recipe.model):
-        raise ValueError(f"train.init {recipe.train.init} has another network than the recipe: {problem}")
-    check_frozen(parameter_names(recipe.model.model_copy(update={"num_classes": 1})), recipe.train.freeze)
+        raise InitialWeightsError(f"train.init {recipe.train.init} has another network than the recipe: {problem}")
+    try:
+        check_frozen(parameter_names(recipe.model.model_copy(update={"num_classes": 1})), recipe.train.freeze)
+    except ValueError as error:
+        raise InitialWeightsError(str(error)) from None
     if begun and begun != found.digest:
         raise DriftError(
             f"train.init {recipe.train.init} is {found.uri} with the weights {found.digest[:12]}, but run {run!r} was "
@@ -113,17 +117,11 @@ def weights_of_run(recipe: Training, store: Store, run: str, *, kept_source: str
     return found
 
 
-def pinned(recipe: Recipe, weights: InitialWeights | None) -> Recipe:
-    """The recipe whose `train.init` is the digest of the weights that were found: what identifies its steps."""
-    if weights is None:
-        return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"init": weights.digest})})
-
-
 def find_weights(source: str, store: Store) -> InitialWeights:
     """The weights that `source` (`train.init`) names now.
 
-    Raises ValueError (value, rule, remedy): not found, damaged, or replaced after they were registered.
+    Raises InitialWeightsError where they are not found or damaged, IntegrityError where they were replaced after they
+    were registered, and another ValueError where the store or MLflow does not answer.
     """
     if source.startswith("models:"):
         return _registered(source, store)
@@ -133,14 +131,14 @@ def find_weights(source: str, store: Store) -> InitialWeights:
         try:
             folder = open_store(place)
         except StoreError as error:
-            raise ValueError(f"train.init {source}: {error}") from None
+            raise InitialWeightsError(f"train.init {source}: {error}") from None
         if folder.head("model.json") is not None:
             return _from_folder(folder)
         parent, _, name = folder.uri.rpartition("/")
         if name and not parent.endswith(":/") and open_store(parent or "/").head(name) is not None:
             beside = name == "weights.safetensors" and open_store(parent).head("model.json") is not None
             return _from_folder(open_store(parent)) if beside else _from_file(open_store(parent or "/"), name)
-    raise ValueError(f"train.init {source}: no weights found at {' or '.join(places)}; {KINDS}")
+    raise InitialWeightsError(f"train.init {source}: no weights found at {' or '.join(places)}; {KINDS}")
 
 
 def _since(source: str, store: Store, begun: str) -> str:
@@ -157,7 +155,7 @@ def _since(source: str, store: Store, begun: str) -> str:
     )
 
 
-def begin_from(config: TrainStepConfig, shard: dict, context: StepContext) -> dict[str, str]:
+def begin_from(config: TrainStepConfig, shard: dict, context: Driver) -> dict[str, str]:
     """Tells the user what the training takes from its weights; returns their `uri`, `digest` and what became of `head`.
 
     Empty where it starts from random weights. ValueError: the head is new, and `train.freeze` would keep it random.
@@ -186,7 +184,7 @@ def begin_from(config: TrainStepConfig, shard: dict, context: StepContext) -> di
             "too good"
         )
     if frozen:
-        context.show.say(f"frozen: {len(frozen)} of {len(names)} parameters, with the BatchNorms among them")
+        context.show.say(f"frozen: {len(frozen)} of {counted(len(names), 'parameter')}, with the BatchNorms among them")
     return {"uri": kept.uri, "digest": kept.digest, "head": head.reason}
 
 
@@ -202,7 +200,7 @@ def _registered(source: str, store: Store) -> InitialWeights:
 
     asked = _REGISTERED.fullmatch(source)
     if asked is None:
-        raise ValueError(f"train.init {source}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise InitialWeightsError(f"train.init {source}: write models:/NAME@ALIAS or models:/NAME/VERSION")
     tracking, model = open_tracking(store), asked["model"]
     if asked["alias"]:
         version = by_alias(tracking, model, asked["alias"])
@@ -211,7 +209,7 @@ def _registered(source: str, store: Store) -> InitialWeights:
     if version is None:
         numbers = ", ".join(str(each.number) for each in versions(tracking, model))
         there = f"it has version {numbers} of {model}" if numbers else f"it has no model {model}"
-        raise ValueError(
+        raise InitialWeightsError(
             f"train.init {source}: MLflow at {tracking.address} has no such model version ({there}); name one that "
             "exists, or another store or MLFLOW_TRACKING_URI"
         )
@@ -232,7 +230,7 @@ def _from_folder(folder: Store) -> InitialWeights:
     from medmamba.checkpoint import MODEL, WEIGHTS
 
     if folder.head(WEIGHTS) is None:
-        raise ValueError(f"train.init: {folder.uri} has a {MODEL} but no {WEIGHTS}; {KINDS}")
+        raise InitialWeightsError(f"train.init: {folder.uri} has a {MODEL} but no {WEIGHTS}; {KINDS}")
     return _of_files(folder.uri, folder.get(WEIGHTS), folder.get(MODEL))
 
 
@@ -249,7 +247,7 @@ def _from_file(folder: Store, name: str) -> InitialWeights:
         try:
             state, config = load_upstream(path)
         except CheckpointError as error:
-            raise ValueError(f"train.init: {str(error).replace(str(path), uri)}") from error
+            raise InitialWeightsError(f"train.init: {str(error).replace(str(path), uri)}") from error
     return _of_files(uri, *model_files(state, config, {}))
 
 
@@ -259,7 +257,7 @@ def _of_files(uri: str, weights: bytes, described: bytes) -> InitialWeights:
     try:
         _, config, card = parse_model(weights, described, where=uri)
     except CheckpointError as error:
-        raise ValueError(f"train.init: {error}") from error
+        raise InitialWeightsError(f"train.init: {error}") from error
     files = {WEIGHTS: weights, MODEL: described}
     return InitialWeights(uri, model_digest(weights, described), config, card, files)
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.store.outage import PATIENCE_S
+from pipelines.wording import counted
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
 MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
@@ -149,7 +150,7 @@ class Placement(BaseModel):
         compiled = {"on": "compiled, ", "auto": "compiled if it pays, ", "off": ""}[self.compile]
         return (
             f"{self.workers} x {self.cpus_per_worker:g} CPU on {self.device}, ZeRO {self.zero_stage}, scan {scan}, "
-            f"{compiled}{self.trials} trials at once"
+            f"{compiled}{counted(self.trials, 'trial')} at once"
         )
 
     def for_trial(self) -> Placement:
@@ -187,8 +188,8 @@ def resolve(
     workers = config.workers or _auto_workers(config, nodes, device, demand, say=say)
     if config.workers_min > workers:
         raise ValueError(
-            f"--placement.workers-min {config.workers_min}: there are at most {workers} workers; lower it, or raise "
-            "--placement.workers"
+            f"--placement.workers-min {config.workers_min}: there can be no more than {counted(workers, 'worker')}; "
+            "lower it, or raise --placement.workers"
         )
     needed = config.workers_min or workers  # the others may come later
     cpus = _cpus_per_worker(config, nodes, needed, device)
@@ -261,7 +262,7 @@ def _auto_workers(
 
 
 def _of_all(count: int, most: int, device: Device) -> str:
-    return f"{count} of {most} GPUs" if device == "cuda" else f"{count} workers"
+    return f"{count} of {most} GPUs" if device == "cuda" else counted(count, "worker")
 
 
 def _cpus_per_worker(config: PlacementConfig, nodes: Sequence[Node], workers: int, device: Device) -> float:
@@ -340,4 +341,6 @@ def _rounded(cpus: float) -> float:
 
 
 def _told(nodes: Sequence[Node]) -> str:
-    return ", ".join(f"{node.cpus:g} CPUs" + (f" and {node.gpus:g} GPUs" if node.gpus else "") for node in nodes)
+    return ", ".join(
+        counted(node.cpus, "CPU") + (f" and {counted(node.gpus, 'GPU')}" if node.gpus else "") for node in nodes
+    )

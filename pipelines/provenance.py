@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def git_commit() -> str:
     if not commit or changes is None:
         return "unknown"
     return f"{commit}-dirty" if changes else commit
+
+
+def version() -> str:
+    """The version of this project, as `pyproject.toml` has it; "unknown" where only the packages are there (a job)."""
+    try:
+        return metadata.version("medmamba")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        file = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return str(tomllib.loads(file.read_text())["project"]["version"]) if file.is_file() else "unknown"
 
 
 def package_versions() -> dict[str, str]:

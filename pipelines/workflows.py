@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pipelines.flow import Step
 from pipelines.recipes import Recipe
 from pipelines.steps import evaluate, promote, register, shard, train, tune
+from pipelines.steps.facts import EvaluateFacts, PromoteFacts, RegisterFacts, ShardFacts, TrainFacts, TuneFacts
 from pipelines.steps.search import TuneStepConfig
 from pipelines.worker.config import TrainStepConfig
 
@@ -15,9 +16,9 @@ def release(recipe: Recipe) -> list[Step]:
     """Images in, a promoted model out: shard, tune, train with the winner, evaluate, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
-        Step("shard", shard.run, recipe.data, binds_on_refusal=False),
-        Step("tune", tune.run, TuneStepConfig(start=training, tune=recipe.tune), {"shard": "shard"}),
-        Step("train", train.run, training, {"shard": "shard", "tune": "tune"}),
+        Step("shard", shard.run, recipe.data, binds_on_refusal=False, facts=ShardFacts),
+        Step("tune", tune.run, TuneStepConfig(start=training, tune=recipe.tune), {"shard": "shard"}, facts=TuneFacts),
+        Step("train", train.run, training, {"shard": "shard", "tune": "tune"}, facts=TrainFacts),
         *_judge(recipe),
     ]
 
@@ -26,17 +27,24 @@ def direct(recipe: Recipe) -> list[Step]:
     """Without a sweep: shard, train with the recipe as it stands, evaluate, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
-        Step("shard", shard.run, recipe.data, binds_on_refusal=False),
-        Step("train", train.run, training, {"shard": "shard"}),
+        Step("shard", shard.run, recipe.data, binds_on_refusal=False, facts=ShardFacts),
+        Step("train", train.run, training, {"shard": "shard"}, facts=TrainFacts),
         *_judge(recipe),
     ]
 
 
 def _judge(recipe: Recipe) -> list[Step]:
     return [
-        Step("evaluate", evaluate.run, recipe.evaluate, {"shard": "shard", "train": "train"}),
-        Step("register", register.run, recipe.registry, {name: name for name in ("shard", "train", "evaluate")}, False),
-        Step("promote", promote.run, recipe.gate, {"register": "register"}, is_spread=False),
+        Step("evaluate", evaluate.run, recipe.evaluate, {"shard": "shard", "train": "train"}, facts=EvaluateFacts),
+        Step(
+            "register",
+            register.run,
+            recipe.registry,
+            {name: name for name in ("shard", "train", "evaluate")},
+            is_spread=False,
+            facts=RegisterFacts,
+        ),
+        Step("promote", promote.run, recipe.gate, {"register": "register"}, is_spread=False, facts=PromoteFacts),
     ]
 
 

@@ -17,9 +17,9 @@ from medmamba.config import MedMambaConfig
 from medmamba.loss import scores
 from medmamba.model import build_model
 from medmamba.preprocess import preprocess, resize_uint8
-from pipelines.commands.terminal import Terminal
-from pipelines.flow import StepContext
+from pipelines.console.terminal import Terminal
 from pipelines.steps import promote, register
+from pipelines.steps.context import StepContext
 from pipelines.steps.promote import GateConfig
 from pipelines.steps.register import RegisterConfig
 

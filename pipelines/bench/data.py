@@ -17,8 +17,8 @@ from pipelines.bench.feed import KINDS, feed_table
 from pipelines.bench.loading import LOADERS
 from pipelines.bench.timed_process import CONVERSION, FEED, TimedProcess
 from pipelines.bench.work import Work, make_images, save_work
-from pipelines.commands.arguments import UsageError, parse
-from pipelines.commands.terminal import Terminal, console, table
+from pipelines.console.arguments import UsageError, parse
+from pipelines.console.terminal import Terminal, console, table
 from pipelines.scratch import scratch
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import tyro
 
-from pipelines.commands.arguments import UsageError, parse
-from pipelines.commands.terminal import Terminal, console, table
+from pipelines.console.arguments import UsageError, parse
+from pipelines.console.terminal import Terminal, console, table
 from pipelines.worker.meter.bench_rows import remember
 
 COSTED_SIDES = (112, 224, 384, 512)
@@ -97,7 +97,7 @@ def _show(rows: list, figures: dict[str, Any]) -> None:
         if row.why_not:
             case = row.case
             told = f"{_named(case)}, batch {case.batch}, {case.side} px, {_how(case)}: not measured: {row.why_not}"
-            console().print(told, markup=False)
+            console().print(told, soft_wrap=True)
     table("Cost of one image", ("network", "side", "GMAC with scan", "scan updates", "parameters"), _cost_rows(figures))
 
 

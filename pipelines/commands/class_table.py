@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from data_shards.manifest import MANIFEST, Manifest
 from data_shards.split import SPLITS
 from data_shards.store import Store, StoreError
-from pipelines.commands.terminal import console, table
+from pipelines.console.terminal import console, table
+from pipelines.wording import counted
 
 _WIDTH = 80  # columns, on any terminal and in a log
 _MOST_CLASSES = 200
@@ -39,7 +40,12 @@ def print_classes(facts: dict[str, Any]) -> None:
     names = list(dict.fromkeys(name for split in splits for name in counts[split]))
     rows = [(name, *_row([counts[split].get(name, 0) for split in splits])) for name in names[:_MOST_CLASSES]]
     if len(names) > _MOST_CLASSES:
-        rows.append((f"({len(names) - _MOST_CLASSES} more classes: --json prints all)", *[""] * (len(splits) + 1)))
+        rows.append(
+            (
+                f"({counted(len(names) - _MOST_CLASSES, 'more class', 'more classes')}: --json prints all)",
+                *[""] * (len(splits) + 1),
+            )
+        )
     if samples:
         rows.append(("all images", *_row([samples[split] for split in splits])))
     table("Classes", ("class", *splits, "all"), rows, numeric=(*splits, "all"), width=_WIDTH)

@@ -1,12 +1,13 @@
-"""The verb datasets: the catalogue, and how the published files of a set come to this machine and are checked."""
+"""The command datasets: the catalog, and how the published files of a set come to this machine and are checked."""
 
 from __future__ import annotations
 
 import difflib
-import json as json_module
+import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -15,87 +16,79 @@ import tyro
 
 from data_shards.catalog import DatasetCard, PublishedFile, card, names
 from data_shards.catalog.fetch import Verdict, check_room, fetch, verify
-from pipelines.commands.arguments import UsageError, parse
-from pipelines.commands.terminal import PLAIN_EVERY_S, Terminal, console, table
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, JsonOption
+from pipelines.console.terminal import PLAIN_EVERY_S, Terminal, console, table
 from pipelines.recipes import RECIPES
 
 DEFAULT_FOLDER = "medmamba-data"
-Flag = tyro.conf.FlagCreatePairsOff[bool]
-Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-Paths = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE ...")]
 
 
-def datasets(argv: Sequence[str]) -> int:
-    """List the catalogue, show one dataset of it, or fetch or verify its files."""
-    argv = list(argv)
-    if argv[:1] == ["fetch"]:
-        return _fetch(argv[1:])
-    if argv[:1] == ["verify"]:
-        return _verify(argv[1:])
+@dataclass(frozen=True)
+class DatasetsArguments(JsonOption):
+    """What `datasets` takes."""
 
-    def arguments(name: Name = "", json: Flag = False) -> tuple[str, bool]:
-        """List the catalogue, or show one dataset of it.
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
+    """Dataset to show. Empty: all of the catalog."""
 
-        `medmamba datasets fetch NAME` gets its files, `medmamba datasets verify NAME FILE` checks files that you have;
-        each of the two has a --help of its own.
 
-        Args:
-            name: Dataset to show; empty lists all.
-            json: Print JSON.
-        """
-        return name, json
+@dataclass(frozen=True)
+class FetchArguments(JsonOption):
+    """What `datasets fetch` takes."""
 
-    name, as_json = parse(arguments, "datasets", argv)
-    cards = [_card(name)] if name else [card(each) for each in names()]
-    if as_json:
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """Dataset of the catalog."""
+    file: tuple[str, ...] = ()
+    """Which of its files (`medmamba datasets NAME` lists them). Empty: the smallest of several sizes, or all that make
+    up the set."""
+    to: str = ""
+    """Folder for the files. Empty: medmamba-data/NAME."""
+    mirror: str = ""
+    """Address of a folder that holds the same files, to take them from there; the checksums stay."""
+
+
+@dataclass(frozen=True)
+class VerifyArguments(JsonOption):
+    """What `datasets verify` takes."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """Dataset of the catalog."""
+    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE ...")]
+    """Files named as they were published, or folders with such files."""
+
+
+def datasets(asked: DatasetsArguments) -> int:
+    """Prints the catalog, or one dataset of it."""
+    cards = [_card(asked.name)] if asked.name else [card(each) for each in names()]
+    if asked.json:
         dumped = [each.model_dump(mode="json") for each in cards]
-        _print_json(dumped[0] if name else dumped)
-    elif name:
+        _print_json(dumped[0] if asked.name else dumped)
+    elif asked.name:
         rows = [(key, _readable(value)) for key, value in cards[0].model_dump(mode="json").items()]
         table(cards[0].title, ("field", "value"), rows)
     else:
-        shown = [
-            (c.name, c.modality, f"{len(c.classes)} ({c.task})", c.num_images or "", c.split_policy, c.licence)
-            for c in cards
-        ]
+        shown = [(c.name, c.modality, _classes(c), c.num_images or "", c.split_policy, c.licence) for c in cards]
         table("Datasets", ("name", "modality", "classes", "images", "split", "licence"), shown)
     return 0
 
 
-def _fetch(argv: Sequence[str]) -> int:
-    def arguments(
-        name: Name,
-        file: tuple[str, ...] = (),
-        to: str = "",
-        mirror: str = "",
-        json: Flag = False,
-    ) -> dict[str, Any]:
-        """Get the published files of a dataset: gone on with where it broke off, and checked against the catalogue.
+def _classes(known: DatasetCard) -> str:
+    num = len(known.classes)
+    return str(num) if known.task == "multiclass" else f"{num} ({known.task})"
 
-        Licence and citation are told first. Proxies are those of the environment (http_proxy, https_proxy, no_proxy).
-        A set that is private, or has no address, is told how to be placed by hand.
 
-        Args:
-            name: Dataset of the catalogue.
-            file: Which of its files (`medmamba datasets NAME` lists them); empty: the smallest of several sizes, or
-                all that make up the set.
-            to: Folder for the files; empty: medmamba-data/NAME.
-            mirror: Address of a folder that holds the same files, to take them from there; the checksums stay.
-            json: Print the result as JSON on standard output.
-        """
-        return dict(locals())
-
-    asked = parse(arguments, "datasets fetch", argv)
-    known = _card(asked["name"])
+def fetch_files(asked: FetchArguments) -> int:
+    """Gets files of a dataset and prints what to do with them; exit code 1 where they can only be placed by hand."""
+    known = _card(asked.name)
     if known.layout == "phantoms":
         raise UsageError("datasets fetch: phantoms are drawn on the spot; there is nothing to fetch")
-    if asked["mirror"] and not asked["mirror"].startswith(("http://", "https://")):
-        raise UsageError(f"datasets fetch: --mirror {asked['mirror']} is no address; give http://HOST/FOLDER")
+    if asked.mirror and not asked.mirror.startswith(("http://", "https://")):
+        raise UsageError(f"datasets fetch: --mirror {asked.mirror} is not an address; give http://HOST/FOLDER")
     if not known.files or known.licence == "none":
-        _tell_by_hand(known, asked["json"])
+        _tell_by_hand(known, asked.json)
         return 1
-    wanted = _wanted(known, asked["file"], asked["mirror"])
-    folder = Path(asked["to"] or f"{DEFAULT_FOLDER}/{known.name}").expanduser()
+    wanted = _wanted(known, asked.file, asked.mirror)
+    folder = Path(asked.to or f"{DEFAULT_FOLDER}/{known.name}").expanduser()
     terminal = Terminal()
     try:
         for line in (f"{known.title}: {known.licence}, {known.source}", *_terms(known)):
@@ -107,37 +100,51 @@ def _fetch(argv: Sequence[str]) -> int:
             verdicts[name] = fetch(published, folder / name, say=terminal.say, progress=_shown(terminal, name))
     finally:
         terminal.close()
-    _tell_fetched(known, folder, verdicts, asked["json"])
+    _tell_fetched(known, folder, verdicts, asked.json)
     return 0
 
 
-def _verify(argv: Sequence[str]) -> int:
-    def arguments(name: Name, paths: Paths, json: Flag = False) -> tuple[str, tuple[str, ...], bool]:
-        """Compare files that you have with the published ones, by the checksums and sizes of the catalogue.
-
-        Exit code 1 if one of them differs.
-
-        Args:
-            name: Dataset of the catalogue.
-            paths: Files named as they were published, or folders with such files.
-            json: Print JSON.
-        """
-        return name, paths, json
-
-    name, paths, as_json = parse(arguments, "datasets verify", argv)
-    known = _card(name)
-    if not paths:
+def verify_files(asked: VerifyArguments) -> int:
+    """Prints how files compare with the published ones; exit code 1 where one of them differs."""
+    known = _card(asked.name)
+    if not asked.paths:
         raise UsageError("datasets verify: name at least one file")
     if not known.files:
-        raise ValueError(f"{name} has no published files to compare with: {known.source}")
-    found = {path: published for each in paths for path, published in _published(known, Path(each).expanduser())}
+        raise ValueError(f"{asked.name} has no published files to compare with: {known.source}")
+    found = {path: published for each in asked.paths for path, published in _published(known, Path(each).expanduser())}
     verdicts = [verify(published, path) for path, published in found.items()]
-    if as_json:
+    if asked.json:
         _print_json([_as_json(str(verdict.path), verdict) for verdict in verdicts])
     else:
         shown = [(v.path, f"{v.size_bytes:,}", v.checked, v.fault or "as published") for v in verdicts]
-        table(f"Files of {name}", ("file", "bytes", "checked", "verdict"), shown)
+        table(f"Files of {asked.name}", ("file", "bytes", "checked", "verdict"), shown)
     return int(any(verdict.fault for verdict in verdicts))
+
+
+FETCH = Command(
+    "datasets fetch",
+    "Get the published files of a dataset, checked against the catalog; an interrupted download resumes.",
+    FetchArguments,
+    fetch_files,
+    "Licence and citation are printed first. Proxies are those of the environment (http_proxy, https_proxy, no_proxy). "
+    "For a set that is private, or has no address, it explains how to place the files by hand.",
+)
+VERIFY = Command(
+    "datasets verify",
+    "Compare files that you have with the published ones, by the checksums and sizes of the catalog.",
+    VerifyArguments,
+    verify_files,
+    "Exit code 1 if one of them differs.",
+)
+DATASETS = Command(
+    "datasets",
+    "List the catalog, show one dataset of it, or fetch or verify its files.",
+    DatasetsArguments,
+    datasets,
+    "`medmamba datasets fetch NAME` gets its files, `medmamba datasets verify NAME FILE` checks files that you have; "
+    "each of the two has a --help of its own.",
+    parts=lambda: (FETCH, VERIFY),
+)
 
 
 def _card(name: str) -> DatasetCard:
@@ -168,7 +175,7 @@ def _wanted(known: DatasetCard, files: Sequence[str], mirror: str) -> dict[str, 
 def _published(known: DatasetCard, path: Path) -> list[tuple[Path, PublishedFile]]:
     """The published files at a path."""
     if not path.exists():
-        raise ValueError(f"{path} is no such file: nothing lies there; check its name")
+        raise ValueError(f"{path} was not found; check its name")
     if path.is_dir():
         found = [(path / name, file) for name, file in known.files.items() if (path / name).is_file()]
     else:
@@ -253,7 +260,7 @@ def _as_json(name: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _next_command(known: DatasetCard, source: str) -> str:
-    """What a person does with the files: the recipe made for the set, else the paper's of its kind."""
+    """What users do with the files: the recipe made for the set, else the paper's of its kind."""
     own = [name for name, made in RECIPES.items() if made().data.dataset == known.name]
     recipe = own[0] if own else "paper-medmnist" if known.layout == "npz" else "paper"
     words = ["medmamba", "run", "direct", "--recipe", recipe, "--run", known.name]
@@ -293,4 +300,4 @@ def _facts(file: dict[str, Any]) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json_module.dumps(value, indent=2))
+    print(json.dumps(value, indent=2))

@@ -1,74 +1,53 @@
-"""Image files -> class probabilities by a registered model, the champion unless another alias is named."""
+"""The command predict: image files classified by a registered model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import tyro
 
-from data_shards.store import Store
-from pipelines.tracking import Tracking, open_tracking
-from pipelines.tracking.registry import Version, by_alias, loaded, models_with_alias
-
-
-def predict(
-    images: Sequence[Path],
-    *,
-    store: Store,
-    model: str = "",
-    alias: str = "champion",
-    tracking: Tracking | None = None,
-    device: str = "cpu",
-) -> list[dict[str, Any]]:
-    """One row per image: {"image", "class" (the most probable), "scores" {class: probability}, "model", "version"}.
-
-    `model` may be left out where only one has the alias. Raises ValueError for a file that is missing or no image
-    (naming it, before a model is loaded) and where no model, or more than one, has the alias. Raises
-    `registry.IntegrityError` where the model's files are not those that were registered.
-    """
-    import pandas as pd
-
-    pixels = [_read(Path(path)) for path in images]
-    store.reach()  # the model may lie there: an S3 that cannot be reached is named before MLflow waits for it
-    tracking = tracking or open_tracking(store)
-    version = find_model(tracking, model, alias)
-    with loaded(tracking, version, device=device) as registered:
-        frame = registered.predict(None, pd.DataFrame({"image": pd.Series(pixels, dtype=object)}))
-    return [
-        {
-            "image": str(path),
-            "class": str(frame.columns[int(row.argmax())]),
-            "scores": {str(name): float(score) for name, score in zip(frame.columns, row, strict=True)},
-            "model": version.model,
-            "version": version.number,
-        }
-        for path, row in zip(images, frame.to_numpy(), strict=True)
-    ]
+from pipelines.commands.classify import classify
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, JsonOption, StoreOption
+from pipelines.console.terminal import table
 
 
-def find_model(tracking: Tracking, model: str = "", alias: str = "champion") -> Version:
-    """The version of this alias; raises ValueError where the choice is none or not clear."""
-    names = [model] if model else models_with_alias(tracking, alias)
-    if len(names) > 1:
-        raise ValueError(f"{len(names)} models have a {alias}: {', '.join(names)}; say which with --model")
-    version = by_alias(tracking, names[0], alias) if names else None
-    if version is None:
-        raise ValueError(
-            f"no model{f' {model!r}' if model else ''} in MLflow at {tracking.address} has the alias {alias!r}: train "
-            "and promote one first (`medmamba run release`), or name another store, model or alias"
-        )
-    return version
+@dataclass(frozen=True)
+class PredictArguments(StoreOption, JsonOption):
+    """What `predict` takes."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files."""
+    model: str = ""
+    """Registered model. Empty: the only one that has the alias."""
+    alias: str = "champion"
+    """Which of its versions."""
 
 
-def _read(path: Path) -> np.ndarray:
-    """The pixels of an image file, decoded as the shards' images are."""
-    from data_shards.decode import decode
+def predict(asked: PredictArguments) -> int:
+    """Prints the probability of each class for each image."""
+    if not asked.images:
+        raise UsageError("predict: name at least one image file")
+    paths = [Path(path) for path in asked.images]
+    rows = classify(paths, store=asked.open_store(), model=asked.model, alias=asked.alias)
+    if asked.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print(rows)
+    return 0
 
-    try:
-        return decode(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): name an image file") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no image that can be decoded: {error}") from error
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    shown = []
+    for row in rows:
+        best = sorted(row["scores"].items(), key=lambda pair: -pair[1])
+        shown.append((row["image"], row["class"], "  ".join(f"{name} {value:.3f}" for name, value in best)))
+    table(f"{rows[0]['model']} version {rows[0]['version']}", ("image", "class", "probabilities"), shown)
+
+
+PREDICT = Command(
+    "predict", "Classify images with the champion.", PredictArguments, predict, "Prints the probability of each class."
+)

@@ -1,72 +1,42 @@
-"""What a store holds: runs, the states of their steps, and one clause about each."""
+"""The command status: the runs of a store, and how far their steps are."""
 
 from __future__ import annotations
 
-from data_shards.store import Store
-from data_shards.store.fenced_lease import current_holder
-from pipelines.flow.record import CONFIG, FAILURE, RECORD, Record, read_failure, read_record
-from pipelines.sweep.ledger import trial_name
-from pipelines.tracking.leases import run_lease_key
-from pipelines.tracking.promotions import abandoned_moves
-from pipelines.worker.checkpoint.stored import Checkpoints
+import json
+from dataclasses import dataclass
+
+import tyro
+
+from pipelines.commands.run_states import read_status
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, JsonOption, StoreOption
+from pipelines.console.terminal import console, table
 
 
-def read_status(store: Store, run: str = "") -> list[dict]:
-    """Rows {run, step, state, finished, seconds, told}, of one run or of all, in the order in which steps finished."""
-    begun: dict[tuple[str, str], set[str]] = {}
-    for key in store.list(f"runs/{run}/" if run else "runs/"):
-        parts = key.split("/")
-        if len(parts) == 4 and parts[3] in (CONFIG, RECORD, FAILURE):
-            begun.setdefault((parts[1], parts[2]), set()).add(parts[3])
-    rows, abandoned = [], abandoned_moves(store)
-    held = {name: current_holder(store, run_lease_key(name)) for name, _ in begun}
-    for (name, step), files in begun.items():
-        out = store.at("runs", name, step)
-        record = read_record(out) if RECORD in files else None
-        failure = read_failure(out) if record is None and FAILURE in files else None
-        rows.append(
-            {
-                "run": name,
-                "step": step,
-                "state": "done" if record else "failed" if failure else "running" if held[name] else "interrupted",
-                "finished": record.finished if record else None,
-                "seconds": record.seconds if record else None,
-                "told": failure.reason
-                if failure
-                else _told(record) or abandoned.get(f"runs/{name}/{step}", "") or _progress(out),
-            }
-        )
-    return sorted(rows, key=lambda row: (row["run"], row["finished"] or "9"))
+@dataclass(frozen=True)
+class StatusArguments(StoreOption, JsonOption):
+    """What `status` takes."""
+
+    run: tyro.conf.Positional[str] = ""
+    """Run to show. Empty: all."""
 
 
-def winner_name(facts: dict) -> str:
-    """The trial that won a sweep as users read it: "trial 3/8"; its id in records of before trials had numbers."""
-    return trial_name(facts.get("winner_number", 0), len(facts["trials"]), facts["winner_trial"])
+def status(asked: StatusArguments) -> int:
+    """Prints the steps of one run or of all, in the order in which they finished."""
+    store = asked.open_store()
+    rows = read_status(store, asked.run)
+    if asked.run and not rows:
+        raise UsageError(f"there is no run {asked.run!r} in {store.uri}; `medmamba status` lists the ones there are")
+    if asked.json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        console().print(f"no runs in {store.uri} yet; `medmamba quickstart` makes one")
+    else:
+        shown = [
+            (r["run"], r["step"], r["state"], (r["finished"] or "")[:16].replace("T", " "), r["told"]) for r in rows
+        ]
+        table(f"Runs in {store.uri}", ("run", "step", "state", "finished", "facts"), shown)
+    return 0
 
 
-def _progress(out: Store) -> str:
-    """How far an unfinished training is stored; empty for other steps, and where it has not stored anything."""
-    state = Checkpoints(out).newest_state()
-    if state is None:
-        return ""
-    into = f" and {len(state['losses'])} steps" if state["losses"] else ""
-    minutes = Checkpoints(out).age_s() / 60
-    return f"checkpoint after {state['epoch']} epochs{into}, {minutes:.0f} min ago"
-
-
-def _told(record: Record | None) -> str:
-    facts = record.facts if record else {}
-    if "num_shards" in facts:
-        classes = {name for counts in facts["counts"].values() for name in counts}
-        return f"{facts['num_images']} images of {len(classes)} classes in {facts['num_shards']} shards"
-    if "trials" in facts:
-        return f"{len(facts['trials'])} trials, winner {winner_name(facts)}"
-    if "best_epoch" in facts:
-        return f"epoch {facts['best_epoch']}, val AUC {facts['metrics']['val_auc']:.4f}"
-    if "predictions" in facts:
-        return f"test AUC {facts['metrics']['auc']:.4f} over {facts['num_samples']} images"
-    if "verdict" in facts:
-        return f"{facts['verdict']}: {facts['reason']}"
-    if "version" in facts:
-        return f"{facts['model']} version {facts['version']}"
-    return ""
+STATUS = Command("status", "List the runs in the store and the states of their steps.", StatusArguments, status)

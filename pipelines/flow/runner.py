@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from graphlib import TopologicalSorter
 from typing import Literal
 
+from pydantic import ValidationError
+
 from data_shards.store import Store, StoreError
 from pipelines.faults import fault_line, has_more, kept_reason, users_mistake
 from pipelines.flow.record import (
@@ -27,7 +29,7 @@ from pipelines.flow.record import (
     write_identity,
     write_record,
 )
-from pipelines.flow.step import Step, StepContext
+from pipelines.flow.step import Context, Show, Step
 from pipelines.interrupt import raise_if_interrupted
 from pipelines.provenance import git_commit, package_versions
 
@@ -89,7 +91,7 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
 
 
 def run_steps(
-    steps: Sequence[Step], store: Store, run: str, *, open_context: Callable[[], StepContext], show
+    steps: Sequence[Step], store: Store, run: str, *, open_context: Callable[[], Context], show: Show
 ) -> list[StepState]:
     """Brings every step to done and returns their states; raises WorkflowError after all that could run has run.
 
@@ -141,7 +143,7 @@ def _finished(step: Step, out: Store, states: dict[str, StepState], run: str) ->
     return read_record(out)
 
 
-def _execute(step: Step, out: Store, states: dict[str, StepState], context: StepContext) -> Record:
+def _execute(step: Step, out: Store, states: dict[str, StepState], context: Context) -> Record:
     identity = _identity(step, states)
     write_identity(out, identity)
     started, clock = datetime.now(UTC), time.monotonic()
@@ -157,14 +159,17 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
             if not step.binds_on_refusal and users_mistake(error) is not None:
                 out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
         raise
-    assert isinstance(facts.get("digest"), str), f"step {step.name} returned no digest"
+    try:
+        step.facts.model_validate(facts)
+    except ValidationError as error:
+        raise AssertionError(f"step {step.name} returned other facts than {step.facts.__name__} has: {error}") from None
     record = Record(
         facts=facts,
         inputs=identity.inputs,
         seconds=round(time.monotonic() - clock, 3),
         started=started.isoformat(timespec="milliseconds"),
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        placement=context.placement.model_dump(mode="json") if step.is_spread else {},
+        placement=context.placement.model_dump(mode="json") if step.is_spread and context.placement else {},
         git_commit=git_commit(),
         packages=package_versions(),
     )
@@ -176,7 +181,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Step
     return written
 
 
-def _is_held(context: StepContext) -> bool:
+def _is_held(context: Context) -> bool:
     """Whether this driver still holds the run."""
     try:
         context.check()

@@ -4,41 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from data_shards.store import Store
+from pipelines.flow.facts import Facts
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """What every step of one run shares: where it writes, under which name, and who listens.
+class Show(Protocol):
+    """Where a step tells the user how far it is."""
 
-    `placement` says how the work is spread, None where no step is; `tracking` is the MLflow seam; `show` tells the
-    person at the terminal; `check` raises where this driver does not hold the run any more; `profile`
-    asks for a profile of whatever can be profiled; `until` is when the command's time is up, on the monotonic clock (0:
-    never).
-    """
+    def say(self, text: str) -> None:
+        """One line."""
 
-    store: Store
-    run: str
-    placement: Any
-    tracking: Any
-    show: Any
-    check: Callable[[], None] = lambda: None
-    profile: bool = False
-    until: float = 0.0
+    def begin(self, what: str) -> None:
+        """Something that shows no progress of its own starts."""
+
+    def ready(self) -> None:
+        """What began last is there."""
+
+    def progress(self, name: str, values: dict[str, Any]) -> None:
+        """How far `name` is: {"done", "total", "unit"}, or what a training reports."""
+
+    def step(self, name: str, state: str) -> None:
+        """A step starts, resumes, is done or failed."""
+
+    def trace(self, text: str) -> None:
+        """The traceback of an error that was not foreseen."""
+
+
+class Context(Protocol):
+    """What the runner needs of that which every step of one run is handed (`pipelines.steps.context`)."""
+
+    @property
+    def store(self) -> Store:
+        """Where the run is."""
+
+    @property
+    def placement(self) -> BaseModel | None:
+        """How the work is spread, None where no step is."""
+
+    @property
+    def check(self) -> Callable[[], None]:
+        """Raises where this driver does not hold the run any more."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A name, a config and its inputs (parameter of `run` -> name of the step whose facts it takes).
 
-    `run(config, placement, out, context, **inputs)` writes under `out` and returns small JSON facts with a
-    "digest": the content of what it made, which is what a later step's identity holds. `is_spread` is False for one
-    whose work is done by the driver alone, without Ray. `binds_on_refusal` is False for one that leaves nothing behind
-    when it refuses its configuration: the run may then be given another one.
+    `run(config, placement, out, context, **inputs)` writes under `out` and returns small JSON facts that fit `facts`,
+    with a "digest": the content of what it made, which is what a later step's identity holds. `is_spread` is False for
+    one whose work is done by the driver alone, without Ray. `binds_on_refusal` is False for one that leaves nothing
+    behind when it refuses its configuration: the run may then be given another one.
     """
 
     name: str
@@ -47,3 +66,4 @@ class Step:
     inputs: Mapping[str, str] = field(default_factory=dict)
     is_spread: bool = True
     binds_on_refusal: bool = True
+    facts: type[Facts] = Facts

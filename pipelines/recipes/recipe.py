@@ -1,4 +1,6 @@
-"""What a recipe consists of: each part lies beside the component it configures."""
+"""What a recipe consists of: each part is defined beside the component it configures."""
+
+from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,3 +32,7 @@ class Recipe(BaseModel):
     """Under which name it is registered."""
     gate: GateConfig = GateConfig()
     """What it must reach to be promoted."""
+
+    def starting_from(self, weights: str) -> Recipe:
+        """The recipe whose training starts from the weights of this digest: what identifies its steps."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"init": weights})})

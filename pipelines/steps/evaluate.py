@@ -16,9 +16,10 @@ from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store
 from pipelines.cluster.board import Watch
 from pipelines.faults import unwrapped
-from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.steps.context import StepContext
+from pipelines.wording import counted
 from pipelines.worker.job import EvaluateJob
 
 PREDICTIONS = "predictions.parquet"
@@ -156,7 +157,7 @@ def _infer(job: EvaluateJob, total: int, context: StepContext) -> tuple[np.ndarr
         context.show.progress(name, {"done": sum(done.values()), "total": total, "unit": "images"})
 
     with Watch(show) as board:
-        context.show.begin(f"starting {placement.workers} evaluation task{'s' if placement.workers > 1 else ''}")
+        context.show.begin(f"starting {counted(placement.workers, 'evaluation task')}")
         posting = replace(job, board=board)
         gpus = 1 if placement.device == "cuda" else 0
         task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=gpus, max_retries=2)(evaluate_rank)

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
-from pipelines.flow import StepContext
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
 from pipelines.scratch import scratch
+from pipelines.steps.context import StepContext
 from pipelines.tracking import make_once
 from pipelines.tracking.leases import bind_model, model_lease
 from pipelines.tracking.registry import (

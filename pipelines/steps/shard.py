@@ -11,8 +11,9 @@ from data_shards.source import check_folders, check_source
 from data_shards.split import SPLITS
 from data_shards.store import Store
 from pipelines.faults import unwrapped
-from pipelines.flow import StepContext
 from pipelines.placement import Placement
+from pipelines.steps.context import StepContext
+from pipelines.wording import counted
 
 
 def run(config: DataConfig, placement: Placement, out: Store, context: StepContext) -> dict:
@@ -56,7 +57,7 @@ def _classes_line(facts: dict) -> str:
     """The classes with their counts: a command that fails later prints no table."""
     counts = facts["counts"]
     told = [f"{name} {'/'.join(str(counts[split][name]) for split in SPLITS)}" for name in counts["train"]]
-    return f"{len(told)} classes ({'/'.join(SPLITS)}): {', '.join(told)}"
+    return f"{counted(len(told), 'class', 'classes')} ({'/'.join(SPLITS)}): {', '.join(told)}"
 
 
 def ray_map(task: Callable, items: list) -> Iterator:

@@ -22,13 +22,14 @@ from pipelines.cluster.monitor import RESTARTING, SLOW_S, Limits
 from pipelines.cluster.stops import Stops
 from pipelines.costs import cost_facts, cost_line, read_prices
 from pipelines.faults import RESUME, unwrapped
-from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import flatten, override
 from pipelines.placement import Placement
 from pipelines.scratch import scratch
+from pipelines.steps.context import StepContext
 from pipelines.tracking import Tracking
 from pipelines.tracking.outbox import Outbox
+from pipelines.wording import counted
 from pipelines.worker.checkpoint.resume import find_resume
 from pipelines.worker.checkpoint.stored import Checkpoints, Found
 from pipelines.worker.checkpoint.usage import USAGE, read_usage
@@ -127,8 +128,8 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
     held = data.manifest.splits["train"].samples
     if max(sizes) > held:
         raise ValueError(
-            f"train.batch_size {max(sizes)}: the training split holds {held} images, and an incomplete batch is "
-            f"dropped; use batches of at most {held}"
+            f"train.batch_size {max(sizes)}: the training split holds {counted(held, 'image')}, and an incomplete "
+            f"batch is dropped; use batches of at most {held}"
         )
 
 
@@ -224,7 +225,7 @@ def _fit(job: LoggedJob, sizes: Sequence[int], worked_hours: float, context: Ste
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
         )
-        workers = f"{placement.workers} training worker{'s' if placement.workers > 1 else ''}"
+        workers = counted(placement.workers, "training worker")
         context.show.begin(f"starting {workers}")  # until their first step
         stops = Stops(board, context.show.say, until=context.until)
         with unwrapped(), stops.heeded():

@@ -14,10 +14,10 @@ from data_shards.store import Store
 from data_shards.store.fenced_lease import fenced_check, is_lost
 from pipelines.cluster.board import Watch
 from pipelines.faults import RESUME
-from pipelines.flow import StepContext
 from pipelines.initial_weights import begin_from, kept_uri
 from pipelines.override import override
 from pipelines.placement import Placement
+from pipelines.steps.context import StepContext
 from pipelines.steps.search import TuneStepConfig, chooser, search_space
 from pipelines.steps.train import check_batches
 from pipelines.sweep.ledger import Ledger, TrialRecord
@@ -26,6 +26,7 @@ from pipelines.sweep.suggestion import misfit
 from pipelines.sweep.trial import TrialJob, trial
 from pipelines.tracking import Tracking, TrackingError
 from pipelines.tracking.outbox import Outbox
+from pipelines.wording import counted
 from pipelines.worker.state import rank
 
 
@@ -105,7 +106,8 @@ def _sweep(
     asha.refill(ledger)
     at_once = min(at_once, len(numbers))
     with Watch(context.show.progress) as board:
-        context.show.begin(f"starting {len(numbers)} trials, {at_once} at once")  # until the first step of one
+        begun = f"starting {counted(len(numbers), 'trial')}, {at_once} at once"
+        context.show.begin(begun)  # until the first step of one
         trainable = _trainable(replace(job, board=board))
         run_trials(trainable, search, asha, keeper, trials=len(numbers), at_once=at_once)
     if left := set(ledger.to_do(tune.trials)) - keeper.errors.keys():
@@ -125,7 +127,8 @@ def _trainable(job: TrialJob) -> Any:
 def _resumed(ledger: Ledger, trials: int) -> str:
     """The line about a sweep that resumes."""
     over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
-    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {epochs} epochs are kept"
+    kept = f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} kept"
+    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {kept}"
 
 
 def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
@@ -172,5 +175,6 @@ def _winner(trials: list[dict]) -> dict:
     finished = [row for row in trials if not row["error"] and "best_auc" in row["metrics"]]
     if not finished:
         reasons = "; ".join(sorted({str(row["error"]) for row in trials}))
-        raise ValueError(f"all {len(trials)} trials of the sweep failed: {reasons}")
+        which = "the only trial" if len(trials) == 1 else f"all {len(trials)} trials"
+        raise ValueError(f"{which} of the sweep failed: {reasons}")
     return max(finished, key=lambda row: rank(row["metrics"], "best_"))

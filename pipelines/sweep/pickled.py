@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from data_shards.store import Store
 from pipelines.sweep.ledger import Ledger
+from pipelines.wording import counted
 
 FOLDER = "ray"
 
@@ -18,8 +19,8 @@ def drop_pickled(out: Store, ledger: Ledger, say: Callable[[str], None]) -> None
         epochs = _epochs(out, keys)
         say(
             f"the sweep was interrupted under an earlier version, which kept its state as pickles. They could run "
-            f"code, so they are deleted unread and the sweep begins again: {len(epochs)} trials with "
-            f"{sum(epochs.values())} epochs are lost"
+            f"code, so they are deleted unread and the sweep begins again: {counted(len(epochs), 'trial')} with "
+            f"{counted(sum(epochs.values()), 'epoch')} are lost"
         )
     for key in keys:
         out.delete(key)

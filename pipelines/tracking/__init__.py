@@ -1,15 +1,8 @@
 """Everything that MLflow is told: runs, registered models, the moves of their aliases, and who may make them."""
 
-from pipelines.tracking.client import (
-    AwayError,
-    PatienceError,
-    Tracking,
-    TrackingError,
-    check_tracking,
-    make_once,
-    open_tracking,
-    public_address,
-)
+from pipelines.tracking.connect import check_tracking, open_tracking
+from pipelines.tracking.errors import AwayError, PatienceError, TrackingError, public_address
+from pipelines.tracking.runs import Tracking, make_once
 
 __all__ = [
     "AwayError",

@@ -9,16 +9,34 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, fenced_lease
-from pipelines.flow import StepContext
-from pipelines.tracking.client import Tracking, TrackingError
+from pipelines.flow import Show
+from pipelines.tracking.errors import TrackingError
+from pipelines.tracking.runs import Tracking
 
 RUN_WAIT_S = 120.0  # longer than a driver that died elsewhere keeps its lease
 MODEL_WAIT_S = 600.0  # twenty that register large models one after the other
 STORE_FILE = "store.json"
 STORE_TAG, STORE_ID_TAG = "medmamba.store", "medmamba.store_id"
+
+
+class Driver(Protocol):
+    """What is needed of whoever works on a run."""
+
+    @property
+    def store(self) -> Store:
+        """Where the run is."""
+
+    @property
+    def tracking(self) -> Tracking:
+        """The MLflow of its store."""
+
+    @property
+    def show(self) -> Show:
+        """Who is told."""
 
 
 class OtherStoreError(ValueError):
@@ -62,7 +80,7 @@ def _interrupt_main() -> None:
 
 
 @contextlib.contextmanager
-def model_lease(context: StepContext, model: str) -> Iterator[FencedLease]:
+def model_lease(context: Driver, model: str) -> Iterator[FencedLease]:
     """Holds the registered model `model`: no other process registers or promotes a version of it meanwhile.
 
     What a holder that died had left RUNNING in MLflow is ended.

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.tracking.client import Tracking
+from pipelines.tracking.runs import Tracking
+from pipelines.wording import counted
 from pipelines.worker.journal import Journal
 
 GRACE_S = 5.0  # what the rest may take where the training has failed
@@ -154,7 +155,7 @@ class Outbox(Journal):
         epochs = sum(bool(entry.metrics) for entry in list(self._entries))
         if not epochs:
             return ""
-        return f"what was logged of {epochs} epoch{'s' if epochs > 1 else ''} is being sent"
+        return f"what was logged of {counted(epochs, 'epoch')} is being sent"
 
 
 class _Run:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from data_shards.store import Store
 from pipelines.flow import Record
-from pipelines.tracking.client import TrackingError, open_tracking
+from pipelines.tracking.connect import open_tracking
+from pipelines.tracking.errors import TrackingError
 from pipelines.tracking.registry import by_alias
 
 

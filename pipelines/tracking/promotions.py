@@ -29,10 +29,9 @@ from typing import Any, Literal
 from data_shards.store import Store, StoreKeyError
 from data_shards.store.fenced_lease import FencedLease, is_held
 from data_shards.store.holder import Holder, this_process
-from pipelines.flow import StepContext
-from pipelines.tracking.client import IN_FLIGHT_S, RECENT_S
-from pipelines.tracking.leases import model_lease_key
+from pipelines.tracking.leases import Driver, model_lease_key
 from pipelines.tracking.registry import Version, by_alias, by_number, move_alias
+from pipelines.tracking.runs import IN_FLIGHT_S, RECENT_S
 
 MOVE_S = 20.0  # the lease must last for longer than MLflow's client tries to move an alias
 State = Literal["begun", "moved", "void"]
@@ -57,7 +56,7 @@ class Promotion:
 class Promotions:
     """The promotions of one alias of one registered model (`created`: when), under the model's lease `held`."""
 
-    def __init__(self, context: StepContext, held: FencedLease, *, model: str, alias: str, created: int):
+    def __init__(self, context: Driver, held: FencedLease, *, model: str, alias: str, created: int):
         self._store, self._tracking, self._show = context.store, context.tracking, context.show
         self._held, self._model, self._alias = held, model, alias
         self._prefix = f"promotions/{model}/{created}/{alias}"

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipelines.scratch import scratch
-from pipelines.tracking.client import Tracking, TrackingError
+from pipelines.tracking.errors import TrackingError
+from pipelines.tracking.runs import Tracking
 
 PACKAGED_AT = "2000-01-01 00:00:00.000000"  # when a version was made is on record in MLflow
 ARTIFACT = "model"  # how the folder of a packaged model begins, below its run's artifacts

@@ -10,6 +10,7 @@ from data_shards.loader.augment_config import AugmentConfig
 from medmamba.config import MedMambaConfig, ModelConfig
 from medmamba.optim import OptimConfig
 from medmamba.precision import Precision
+from pipelines.wording import counted
 
 
 class TrainConfig(BaseModel):
@@ -74,8 +75,8 @@ class TrainConfig(BaseModel):
         """Forward passes per step on each of `workers`; raises ValueError where they do not divide."""
         if self.batch_size % (self.micro_batch * workers):
             raise ValueError(
-                f"train.batch_size {self.batch_size} is no multiple of train.micro_batch {self.micro_batch} x "
-                f"{workers} workers; lower micro_batch, raise batch_size, or use another --placement.workers"
+                f"train.batch_size {self.batch_size} is not a multiple of train.micro_batch {self.micro_batch} x "
+                f"{counted(workers, 'worker')}; lower micro_batch, raise batch_size, or use another --placement.workers"
             )
         return self.batch_size // (self.micro_batch * workers)
 

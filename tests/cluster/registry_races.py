@@ -187,9 +187,9 @@ def promote(services: Services, facts: dict, told: Path, stop_before_move: bool,
     import data_shards.store.fenced_lease as fenced
     import pipelines.tracking.promotions as promotions
     from data_shards.store import open_store
-    from pipelines.commands.terminal import Terminal
-    from pipelines.flow import StepContext
+    from pipelines.console.terminal import Terminal
     from pipelines.steps import promote as step
+    from pipelines.steps.context import StepContext
     from pipelines.tracking import open_tracking
 
     fenced.fenced_lease.__wrapped__.__kwdefaults__["ttl_s"] = ttl_s
@@ -215,9 +215,9 @@ def register(services: Services, run: str, before: dict, told: Path) -> None:
     """One contender: the register step of `run`, its facts as JSON in `told`."""
     os.environ.update(services.env)
     from data_shards.store import open_store
-    from pipelines.commands.terminal import Terminal
-    from pipelines.flow import StepContext
+    from pipelines.console.terminal import Terminal
     from pipelines.steps import register as step
+    from pipelines.steps.context import StepContext
     from pipelines.tracking import open_tracking
 
     store = open_store(services.store)

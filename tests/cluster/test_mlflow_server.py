@@ -9,7 +9,7 @@ import pytest
 import registered
 
 from data_shards.store import open_store
-from pipelines.commands.predict import predict
+from pipelines.commands.classify import classify
 from pipelines.tracking import TrackingError, open_tracking
 from pipelines.tracking.registry import by_alias, versions
 
@@ -55,7 +55,7 @@ def test_a_release_with_a_server_is_registered_promoted_and_loaded_from_it(mlflo
     np.testing.assert_allclose(found["direct"], expected, atol=1e-6, rtol=0)
 
     (tmp_path / "a.png").write_bytes(registered.coded(registered.images()[0]))
-    (row,) = predict([tmp_path / "a.png"], store=store, model="on-server")
+    (row,) = classify([tmp_path / "a.png"], store=store, model="on-server")
     np.testing.assert_allclose(list(row["scores"].values()), expected[0], atol=1e-6, rtol=0)
 
 
@@ -68,7 +68,7 @@ def test_with_a_store_on_s3_the_artifacts_lie_in_it(mlflow_server, s3, monkeypat
     kept = [key for key in store.list("mlflow-artifacts") if "/model-" in key]
     assert any(key.endswith("artifacts/weights.safetensors") for key in kept)
     (tmp_path / "a.png").write_bytes(registered.coded(registered.images()[0]))
-    (row,) = predict([tmp_path / "a.png"], store=store, model="on-s3")
+    (row,) = classify([tmp_path / "a.png"], store=store, model="on-s3")
     assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-6)
 
 

@@ -15,7 +15,7 @@ from data_shards.store.outage import Notice, listening
 from pipelines.steps.tune import complete_run
 from pipelines.sweep.ledger import TrialEpoch, TrialRecord
 from pipelines.tracking import AwayError, PatienceError, Tracking, TrackingError, open_tracking
-from pipelines.tracking import client as tracking_module
+from pipelines.tracking import client as tracking_client
 from pipelines.tracking.outbox import Outbox
 
 STEPS = 3  # of an epoch
@@ -25,7 +25,7 @@ STEPS = 3  # of an epoch
 def heard(monkeypatch):
     """What is reported during the test; what is absent for 0.5 s is."""
     monkeypatch.setattr(outage, "NOTICE_S", 0.5)
-    monkeypatch.setattr(tracking_module, "LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(tracking_client, "LONGEST_PAUSE_S", 1.0)
     notices: list[Notice] = []
     with listening(notices.append):
         yield notices

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from medmamba.config import WEIGHTS
 from pipelines.placement import Placement
+from pipelines.wording import counted
 from pipelines.worker.checkpoint.stored import FOLDER, MOMENTS, OF_MODEL, Checkpoints, Found
 from pipelines.worker.checkpoint.usage import USAGE, Usage, read_usage
 from pipelines.worker.engine.first_format import BEST, ENGINE, OldCheckpoint, check_placement, find_old_checkpoint
@@ -40,7 +41,7 @@ class Resume(ABC):
     def summary(self) -> str:
         """Where it resumes, for the user."""
         state = self.state
-        into = f" and {len(state.losses)} steps of epoch {state.epoch + 1}" if state.losses else ""
+        into = f" and {counted(len(state.losses), 'step')} of epoch {state.epoch + 1}" if state.losses else ""
         return f"training resumes after epoch {state.epoch}{into}"
 
     def placement(self, placement: Placement) -> Placement:

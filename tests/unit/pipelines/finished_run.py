@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from data_shards.store import open_store
-from pipelines.cli import WORKFLOW_FILE
-from pipelines.commands.terminal import Terminal
-from pipelines.flow import Step, StepContext, WorkflowError, run_steps
+from pipelines.commands.work.begun import WORKFLOW_FILE
+from pipelines.console.terminal import Terminal
+from pipelines.flow import Step, WorkflowError, run_steps
 from pipelines.flow.record import to_json
 from pipelines.placement import Node, PlacementConfig, resolve
 from pipelines.recipes import Recipe
+from pipelines.steps.context import StepContext
 from pipelines.workflows import WORKFLOWS, until
 
 METRICS = {name: 0.9 for name in ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")}
@@ -37,7 +38,9 @@ FACTS: dict[str, dict[str, Any]] = {
         "baselines": {"chance": {"auc": 0.5, "accuracy": 0.4}, "pixels": {"auc": 0.7, "accuracy": 0.6}},
     },
     "register": {"digest": "r", "model": "medmamba-phantoms", "version": 7},
-    "promote": {"digest": "p", "verdict": "yes", "reason": "there is no champion yet", "alias": "champion"},
+    "promote": {"digest": "p", "verdict": "yes", "reason": "there is no champion yet", "alias": "champion",
+        "model": "medmamba-phantoms",
+    },
 }  # fmt: skip
 NO = {"digest": "p", "verdict": "no", "reason": "0.8 of version 7 is below the champion's 0.9", "alias": "champion"}
 

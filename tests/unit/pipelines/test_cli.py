@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,16 @@ from rich.console import Console
 import pipelines.bench.measure
 from data_shards.catalog import card
 from data_shards.store import open_store
-from pipelines import cli as pipelines_cli
 from pipelines.bench.measure import COMPARED, Case, Row
 from pipelines.bench.networks import _speed_table
-from pipelines.cli import VERBS, WORKFLOW_FILE, PromoteWork, TrainWork, _forced, _parse, main
+from pipelines.cli import VERBS, main
 from pipelines.cluster.stops import Paused
-from pipelines.commands import terminal
+from pipelines.commands.promote import PROMOTE, forced_steps
+from pipelines.commands.step import TRAIN
+from pipelines.commands.work.begun import WORKFLOW_FILE
+from pipelines.commands.work.connect import BEGAN, time_is_up
+from pipelines.commands.work.read import read_work
+from pipelines.console import terminal
 from pipelines.flow import run_steps
 from pipelines.flow.record import read_record
 from pipelines.override import override
@@ -36,7 +41,6 @@ from pipelines.tracking import open_tracking
 from pipelines.tracking.leases import driver_lease
 from pipelines.tracking.registry import by_alias
 from pipelines.worker.engine.first_format import SNAPSHOT
-from pipelines.workflows import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]
 DRY = ("--recipe", "quickstart", "--dry-run")
@@ -83,6 +87,36 @@ def test_help_names_every_verb_recipe_and_exit_code(capsys):
     assert all(f"  {verb} " in text for verb in VERBS)
     assert all(name in text for name in RECIPES)
     assert "3 a gate said no" in text
+
+
+def test_help_says_how_to_get_completion_and_the_version(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert "medmamba --print-completion bash > ~/.local/share/bash-completion/completions/medmamba" in text
+    assert "medmamba --version" in text
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"medmamba {project['version']}\n"
+
+
+def test_a_source_tree_that_is_not_installed_knows_its_version(tmp_path):
+    for name in ("pipelines", "medmamba", "data_shards", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    # Without the folder of this environment's own installation.
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "found = m.version\n"
+        "def version(name):\n"
+        "    if name == 'medmamba': raise m.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "m.version = version\n"
+        "from pipelines.cli import main; sys.exit(main(['--version']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert re.fullmatch(r"medmamba \d+\.\d+\.\d+\n", done.stdout), done.stderr
 
 
 def test_no_verb_prints_the_help_and_is_wrong_use(capsys):
@@ -238,7 +272,7 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--placement.workers", "2"], r"batch_size 16 is no multiple of train\.micro_batch 16 x 2 workers; lower"),
+        (["--placement.workers", "2"], r"batch_size 16 is not a multiple of train\.micro_batch 16 x 2 workers; lower"),
         (["--placement.workers", "5"], r"--placement\.workers 5: one GPU per worker, and this Ray has 4; .*at most 4"),
         (["--placement.trials", "5"], r"--placement\.trials 5: one GPU per trial, and this Ray has 4"),
         (["--placement.cpus-per-worker", "9"], r"workers 1 x --placement\.cpus-per-worker 9 = 9 CPUs, .*has 8"),
@@ -321,7 +355,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["trian"], r"there is no verb trian; did you mean train\? there are quickstart, run"),
+        (["trian"], r"unknown command 'trian'; did you mean train\? available: quickstart, run"),
         (["train"], "train: name a recipe .*or a run"),
         (["train", "--recipe", "quikstart"], "no such recipe; did you mean quickstart?"),
         (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalogue .*'bloodmnist'"),
@@ -351,18 +385,22 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["run", *DRY, "--run", "a b"], "--run 'a b'"),
         (["run", *DRY, "--run", ".hidden"], r"--run '\.hidden'"),
         (["run", *DRY, "--run", "x" * 101], "at most 100"),
-        (["run", "--run", "nothing"], "there is no run 'nothing' in .* to go on with; name a recipe"),
+        (["run", "--run", "nothing"], "there is no run 'nothing' in .* to resume; name a recipe"),
         (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is not a store: give a folder or s3://"),
         (["status", "--store", "s3://"], "--store: 's3://' names no bucket"),
+        (["train", *DRY, "--wait-s", "nan"], "--wait-s nan: give seconds, 0 or more"),
+        (["train", *DRY, "--wait-s", "-1"], "--wait-s -1: give seconds, 0 or more"),
+        (["train", *DRY, "--max-minutes", "nan"], "--max-minutes nan: give minutes above 0, or 0"),
         (["status", "nothing"], "there is no run 'nothing'"),
         (["datasets", "bloodmnst"], "did you mean 'bloodmnist'"),
+        (["shards", "verfy"], "shards: unknown command 'verfy': choose verify, show, leaks"),
         (["datasets", "a", "b"], "datasets: Unrecognized options: b"),
         (["train", *DRY, "--placement.scan", "nosuch"], "--placement.scan nosuch: there are auto, reference, numba"),
         (["predict"], "predict: name at least one image"),
         (["submit"], "submit: nothing to run; put the command after --"),
         (
             ["submit", "--address", "http://127.0.0.1:1", "--", "medmamba", "trian"],
-            r"no verb trian; did you mean train",
+            r"unknown command 'trian'; did you mean train",
         ),
         (["submit", "run", "release"], "submit: nothing to run; put the command after --"),
     ],
@@ -373,12 +411,30 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(argv, line, capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_cannot_be_written_is_one_line_and_exit_code_1(capsys, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    assert main(["train", "--recipe", "quickstart", "--store", str(tmp_path / "file")]) == 1
+def test_a_store_that_cannot_be_written_is_one_line_and_exit_code_1(capsys):
+    assert main(["train", "--recipe", "quickstart", "--store", "/sys/medmamba"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"medmamba: {tmp_path / 'file'}: cannot write")
+    assert last.startswith("medmamba: /sys/medmamba: cannot write")
     assert "use another store" in last
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_the_table_of_status_fits_the_columns_that_there_are(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = {**NO, "reason": "test auc 0.5862 of version 1 is more than 0.01 below the baseline's 0.6000 (gate)"}
+    finish("store", "kidney-stones-2026-with-a-long-name", recipe("quickstart"), promote=long)
+    assert main(["status", "--store", "store"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 8
+    assert max(map(len, lines)) <= columns
+
+
+@pytest.mark.parametrize("argv", [["status"], ["predict", "a.png"], ["shards", "names"], ["train", *DRY]], ids=" ".join)
+@pytest.mark.parametrize("store", ["file", "file/below"])
+def test_a_store_that_is_a_file_is_refused_by_whatever_opens_one(argv, store, capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    line = told(capsys, *argv, "--store", store, code=2)
+    assert line.startswith(f"medmamba: --store {store}: {tmp_path / 'file'} is a file, and a store is a folder; name")
 
 
 def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(capsys):
@@ -386,7 +442,7 @@ def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(c
     assert main(["run", "release", "--recipe", "quickstart", "--run", "r", "--store", "store"]) == 0
     seen = capsys.readouterr()
     assert "12 images in 2 shards (train 10, val 2)" in seen.out
-    assert "1 images could not be decoded" in seen.out
+    assert "1 image could not be decoded" in seen.out
     assert "3 trials, 1 stopped early, 1 failed" in seen.out
     assert "winner: train.optim.lr = 0.00235" in seen.out
     assert re.search(r"logistic, pixels +│ 0\.7000 │ 0\.6000", seen.out)
@@ -450,7 +506,7 @@ def test_a_forced_promotion_is_a_step_of_its_own(capsys):
 def test_a_damaged_record_of_the_workflow_is_named(capsys):
     open_store("store").at("runs", "r").put(WORKFLOW_FILE, b'{"recipe": {')
     line = told(capsys, "train", "--run", "r", "--store", "store", code=1)
-    assert "workflow.json is not whole JSON" in line
+    assert "workflow.json is not complete JSON" in line
     assert "--recipe" in line
 
 
@@ -466,7 +522,7 @@ def test_a_damaged_record_of_the_workflow_is_named(capsys):
 def test_a_workflow_that_cannot_be_is_named(capsys, kept, words):
     open_store("store").at("runs", "r").put(WORKFLOW_FILE, kept.encode("latin-1"))
     line = told(capsys, *words, "--store", "store", code=1)
-    assert "workflow.json is not whole JSON" in line
+    assert "workflow.json is not complete JSON" in line
 
 
 @pytest.mark.parametrize(
@@ -611,8 +667,8 @@ def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path)
 
     def promote(run: str) -> list[str]:
         """As the command would, but that a Ray is connected to."""
-        work = _parse(PromoteWork, "promote", [*force[1:], run], "")
-        steps = _forced(WORKFLOWS["release"](work.values), work)
+        work = read_work(PROMOTE, [*force[1:], run])
+        steps = forced_steps(work, "release", work.values)
         made = run_steps(
             steps, store, run, open_context=lambda: registered.context(store, tracking, run, PLACED), show=quiet
         )
@@ -789,11 +845,10 @@ def test_status_and_a_dry_run_say_failed_with_the_reason_of_a_step_that_refused(
 
 
 def test_a_time_limit_counts_from_the_start_of_the_command_and_only_for_a_training():
-    began = pipelines_cli._BEGAN
-    work = _parse(TrainWork, "train", [*DRY, "--max-minutes", "2"], "")
-    assert pipelines_cli._until(work) == began + 120
-    assert pipelines_cli._until(_parse(TrainWork, "train", [*DRY], "")) == 0
-    assert pipelines_cli._until(_parse(PromoteWork, "promote", [*DRY], "")) == 0
+    work = read_work(TRAIN, [*DRY, "--max-minutes", "2"])
+    assert time_is_up(work) == BEGAN + 120
+    assert time_is_up(read_work(TRAIN, [*DRY])) == 0
+    assert time_is_up(read_work(PROMOTE, [*DRY])) == 0
 
 
 def test_a_training_whose_time_is_up_ends_with_0_and_says_how_it_resumes(capsys, monkeypatch):

@@ -19,12 +19,14 @@ from medmamba.checkpoint import export_upstream, load_model, save_model
 from medmamba.config import MedMambaConfig
 from medmamba.finetune import HEAD
 from medmamba.model import build_model
-from pipelines.cli import WORKFLOW_FILE, main
-from pipelines.flow import DriftError, StepContext
+from pipelines.cli import main
+from pipelines.commands.work.begun import WORKFLOW_FILE
+from pipelines.flow import DriftError
 from pipelines.flow.record import to_json
-from pipelines.initial_weights import begin_from, find_weights, kept_uri, pinned, weights_of_run
+from pipelines.initial_weights import begin_from, find_weights, kept_uri, weights_of_run
 from pipelines.override import override
 from pipelines.recipes import recipe
+from pipelines.steps.context import StepContext
 from pipelines.tracking import open_tracking
 from pipelines.tracking.registry import IntegrityError, by_number, move_alias
 from pipelines.worker.checkpoint.initial import read_kept
@@ -156,9 +158,27 @@ def test_a_dry_run_looks_for_the_weights(store, capsys):
     assert main([*argv, "runs/old/train/model"]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.startswith(f"train.init is {store.uri}/runs/old/train/model (weights ")
-    assert main([*argv, "nowhere"]) == 1
+    assert main([*argv, "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("medmamba: train.init nowhere: no weights found at nowhere or")
     assert list(store.list("weights/")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--train.init", "models:/nothing@champion"], "has no such model version"),
+        (["--train.init", "runs/old/train/model", "--model.variant", "T"], "has another network than the recipe"),
+        (["--train.init", "runs/old/train/model", "--train.freeze", "layer.0.*"], "matches no parameter"),
+        (["--train.init", "runs/old/train/model", "--train.freeze", "*"], "nothing would be trained"),
+        (["--train.freeze", "head.*"], "without init would freeze random weights"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_weights_and_patterns_that_cannot_be_meant_are_wrong_use(options, line, store, capsys):
+    assert main(["train", "--recipe", "quickstart", "--store", store.uri, "--dry-run", *options]) == 2
+    seen = capsys.readouterr()
+    assert line in seen.err
+    assert seen.out == ""
 
 
 def test_another_network_and_a_pattern_that_matches_nothing_are_told_with_the_option_that_helps(store):
@@ -171,6 +191,11 @@ def test_another_network_and_a_pattern_that_matches_nothing_are_told_with_the_op
     assert weights_of_run(QUICK, store, "r") is None
     with pytest.raises(ValidationError, match=r"freeze .* without init would freeze random weights"):
         TrainConfig(freeze=("head.*",))
+
+
+def pinned(values, weights):
+    """The recipe as the command runs it."""
+    return values.starting_from(weights.digest) if weights else values
 
 
 def steps(values, store, run="r") -> dict:

@@ -9,16 +9,17 @@ import pytest
 # The main thread is in native code for longer than anything here waits, so Python's own handler cannot run.
 BUSY = """
 import hashlib, os, signal, sys, threading, time
-from pipelines import cli, interrupt
-from pipelines.commands.terminal import Terminal
-cli.ENDING_S = float(sys.argv[1])
+from pipelines import interrupt
+from pipelines.commands.work import connect
+from pipelines.console.terminal import Terminal
+connect.ENDING_S = float(sys.argv[1])
 ready = threading.Event()
 def meanwhile():
     ready.wait()
     time.sleep(0.5)
     if sys.argv[2] != "none":
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-    cli._end_without_ray(Terminal(), "its raylet")
+    connect.end_without_ray(Terminal(), "its raylet")
 with interrupt.interruptible():
     threading.Thread(target=meanwhile).start()
     ready.set()
@@ -49,7 +50,7 @@ def test_a_command_that_has_told_its_end_is_ended_without_another_word():
 
 
 def test_a_command_is_ended_although_nobody_reads_what_it_says():
-    script = BUSY.replace("cli._end_without_ray", "sys.stderr.close(); cli._end_without_ray")
+    script = BUSY.replace("connect.end_without_ray", "sys.stderr.close(); connect.end_without_ray")
     assert ended(script, "0", "SIGTERM") == (1, [])
 
 

@@ -93,7 +93,7 @@ def test_a_trial_is_a_world_of_one_that_shares_the_cpus(cpus, trials, each):
 def test_workers_that_do_not_divide_the_batch_are_refused_with_a_remedy():
     config = TrainConfig(batch_size=32, micro_batch=16)
     assert (config.accumulation(1), config.accumulation(2)) == (2, 1)
-    with pytest.raises(ValueError, match=r"batch_size 32 is no multiple of train\.micro_batch 16 x 3 .*lower"):
+    with pytest.raises(ValueError, match=r"batch_size 32 is not a multiple of train\.micro_batch 16 x 3 .*lower"):
         config.accumulation(3)
 
 
@@ -131,7 +131,7 @@ def test_a_trial_fits_on_one_node_too():
             r"workers 1 x .*8: a worker lies on one node, .*\(4 CPUs, 4 CPUs\)",
         ),
         ([Node(4), Node(4)], {"workers": 2, "cpus_per_worker": 3.5}, None),
-        ([Node(8), Node(2, 1)], {"cpus_per_worker": 4}, r"8 CPUs, 2 CPUs and 1 GPUs\) have room for 0 of them on cuda"),
+        ([Node(8), Node(2, 1)], {"cpus_per_worker": 4}, r"8 CPUs, 2 CPUs and 1 GPU\) have room for 0 of them on cuda"),
     ],
     ids=str,
 )
@@ -221,7 +221,7 @@ def test_a_compiled_training_is_not_compiled_where_it_moves_to_zero_3_or_a_cpu()
 
 
 def test_the_fewest_workers_are_at_most_all_of_them():
-    with pytest.raises(ValueError, match=r"--placement\.workers-min 4: there are at most 2 workers"):
+    with pytest.raises(ValueError, match=r"--placement\.workers-min 4: there can be no more than 2 workers"):
         placed(workers=2, workers_min=4)
 
 

@@ -156,7 +156,7 @@ def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, 
             ["fetch", "bloodmnist", "--file", "bloodmnist_256.npz"],
             "no file bloodmnist_256.npz; did you mean ",
         ),
-        (["fetch", "bloodmnist", "--mirror", "ftp://x"], "--mirror ftp://x is no address"),
+        (["fetch", "bloodmnist", "--mirror", "ftp://x"], "--mirror ftp://x is not an address"),
         (["fetch", "bloodmnist", "--too", "x"], "datasets fetch: Unrecognized options: --too"),
         (["verify", "bloodmnist"], "name at least one file"),
         (["verify", "blood", "x"], "is not in the catalogue"),
@@ -187,7 +187,7 @@ def test_files_that_one_has_are_compared_with_the_published_ones(shared_dir, cap
     [
         ("breastmnist", "other.npz", "is none of the files published for breastmnist"),
         ("breastmnist", ".", "holds none of the files published for breastmnist"),
-        ("breastmnist", "gone.npz", "is no such file"),
+        ("breastmnist", "gone.npz", "was not found"),
         ("otoscopy2024", "other.npz", "has no published files to compare with: private"),
     ],
 )

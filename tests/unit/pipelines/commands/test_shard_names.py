@@ -162,8 +162,8 @@ def test_a_source_that_changed_since_is_no_error_and_what_is_gone_or_new_is_coun
     assert (told["without_file"], told["not_in_dataset"]) == (2, 2)
     assert sum(sample["path"] is None for sample in told["samples"]) == 2
     shown = asked(capsys, "names", "--store", store.uri)
-    assert f"2 of {2 * NUM + 3} have no file in the source any more" in shown
-    assert "2 images of the source are not in the dataset" in shown
+    assert f"without a file in the source: 2 of {2 * NUM + 3} samples" in shown
+    assert "not in the dataset: 2 images of the source, added later" in shown
 
 
 @pytest.mark.parametrize("emptied", ["removed", "left empty"])

@@ -19,7 +19,7 @@ def test_the_interval_of_the_auc_and_a_yardstick_that_is_absent_are_told(tmp_pat
     store = open_store(str(tmp_path))
     told = printed(store, capsys, intervals={"auc": [0.8123, 0.9456]}, absent_baselines={"size": "[no] class b"})
     assert "95 % interval of the network's AUC, by group: 0.812 to 0.946" in told
-    assert "logistic regression, width and height: not to be had ([no] class b)" in told
+    assert "logistic regression, width and height: not available ([no] class b)" in told
     assert "95 % interval" not in printed(store, capsys, intervals={})
 
 

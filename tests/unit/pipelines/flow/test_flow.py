@@ -11,11 +11,12 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from data_shards.store import open_store
-from pipelines.commands.terminal import Terminal
-from pipelines.flow import DriftError, Step, StepContext, WorkflowError, plan_steps, run_steps
+from pipelines.console.terminal import Terminal
+from pipelines.flow import DriftError, Step, WorkflowError, plan_steps, run_steps
 from pipelines.flow.runner import in_order
 from pipelines.interrupt import interruptible
 from pipelines.placement import Node, PlacementConfig, resolve
+from pipelines.steps.context import StepContext
 
 QUIET = Terminal(quiet=True)
 RUN = "a-run"

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from data_shards.catalog import card
-from pipelines.commands.terminal import Terminal
+from pipelines.console.terminal import Terminal
 from pipelines.flow import plan_steps
 from pipelines.flow.runner import in_order
 from pipelines.override import override

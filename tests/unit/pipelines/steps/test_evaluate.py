@@ -10,7 +10,7 @@ from data_shards.convert import convert
 from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.metrics.classification import evaluate
-from pipelines.commands.terminal import Terminal
+from pipelines.console.terminal import Terminal
 from pipelines.steps.evaluate import EvaluateConfig, _baselines, _intervals, stratified
 
 

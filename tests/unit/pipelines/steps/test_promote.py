@@ -11,7 +11,7 @@ import registered
 from PIL import Image
 
 from data_shards.store import open_store
-from pipelines.commands.predict import predict
+from pipelines.commands.classify import classify
 from pipelines.steps.promote import DECISION, GateConfig
 from pipelines.tracking import open_tracking
 from pipelines.tracking.registry import by_alias, by_number, models_with_alias, move_alias, versions
@@ -89,7 +89,7 @@ def test_files_are_predicted_by_the_champion(store, tracking, champion, tmp_path
     paths = [tmp_path / "grey.png", tmp_path / "colour.jpg", tmp_path / "small.png"]
     for path, image in zip(paths, images, strict=True):
         path.write_bytes(registered.coded(image, "JPEG" if path.suffix == ".jpg" else "PNG"))
-    rows = predict(paths, store=store, model="medmamba-phantoms")
+    rows = classify(paths, store=store, model="medmamba-phantoms")
     assert [row["image"] for row in rows] == [str(path) for path in paths]
     expected = registered.direct_scores(store, "first", images)
     found = np.array([list(row["scores"].values()) for row in rows])
@@ -107,7 +107,7 @@ def test_a_model_of_grey_images_sees_a_colour_copy_of_one_the_same(store, tracki
     paths = [tmp_path / f"{name}.png" for name in shots]
     for path, image in zip(paths, shots.values(), strict=True):
         path.write_bytes(registered.coded(image))
-    seen = [row["scores"] for row in predict(paths, store=store, model=model)]
+    seen = [row["scores"] for row in classify(paths, store=store, model=model)]
     assert seen[0] == seen[1] != seen[2]
     tinted = np.asarray(Image.fromarray(shots["tinted"]).convert("L"))[..., None]
     np.testing.assert_allclose(
@@ -119,13 +119,13 @@ def test_a_file_that_is_no_image_is_named(store, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     for name, says in (("broken.png", "no image"), ("missing.png", "cannot be read")):
         with pytest.raises(ValueError, match=rf"{name}.*{says}"):
-            predict([tmp_path / name], store=store)
+            classify([tmp_path / name], store=store)
 
 
 def test_without_a_champion_prediction_says_what_to_do(tmp_path):
     (tmp_path / "a.png").write_bytes(registered.coded(registered.images()[0]))
     with pytest.raises(ValueError, match="train and promote one first"):
-        predict([tmp_path / "a.png"], store=open_store(str(tmp_path / "empty")))
+        classify([tmp_path / "a.png"], store=open_store(str(tmp_path / "empty")))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_prediction_asks_which_model_where_several_have_a_champion(store, tracki
     registered.released(store, tracking, f"{model}-a", auc=0.8, model=model)
     (tmp_path / "a.png").write_bytes(registered.coded(registered.images()[0]))
     with pytest.raises(ValueError, match=r"medmamba-phantoms.*--model"):
-        predict([tmp_path / "a.png"], store=store)
+        classify([tmp_path / "a.png"], store=store)
 
 
 def test_the_aliases_of_mlflow_itself_are_refused():

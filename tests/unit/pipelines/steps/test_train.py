@@ -10,8 +10,8 @@ from data_shards.convert import convert
 from data_shards.store import open_store
 from medmamba.config import ConvNetConfig, MedMambaConfig
 from pipelines.cluster.board import Board
-from pipelines.flow import StepContext
 from pipelines.placement import Placement
+from pipelines.steps.context import StepContext
 from pipelines.steps.train import check_batches, check_ended, keep_best, tagging
 from pipelines.tracking import open_tracking
 from pipelines.tracking.outbox import Outbox

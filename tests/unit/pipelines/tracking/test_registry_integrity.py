@@ -16,7 +16,7 @@ from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest, s
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
 from pipelines.cli import main
-from pipelines.commands.predict import predict
+from pipelines.commands.classify import classify
 from pipelines.steps.evaluate import evaluate_rank
 from pipelines.tracking import open_tracking, registry
 from pipelines.tracking.registry import (
@@ -117,7 +117,7 @@ def test_nothing_of_a_version_with_replaced_files_is_used(release, package, imag
     store, tracking, _ = release
     attack(package, tmp_path / "owned")
     with pytest.raises(IntegrityError, match=rf"models:/{NAME}/1 .*{PACKAGE_TAG}.*restore them, or delete the version"):
-        predict([image], store=store, tracking=tracking)
+        classify([image], store=store, tracking=tracking)
     assert not (tmp_path / "owned").exists()
 
 
@@ -135,7 +135,7 @@ def test_what_python_and_mlflow_leave_beside_a_model_that_is_loaded_in_place_cha
     (package / "code" / "medmamba" / "__pycache__").mkdir(exist_ok=True)
     (package / "code" / "medmamba" / "__pycache__" / "checkpoint.cpython-311.pyc").write_bytes(b"x")
     (package / "registered_model_meta").write_text("model_name: m\n")
-    assert predict([image], store=store, tracking=tracking)[0]["version"] == 1
+    assert classify([image], store=store, tracking=tracking)[0]["version"] == 1
 
 
 def without_tag(version, name):

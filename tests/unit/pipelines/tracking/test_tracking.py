@@ -11,7 +11,8 @@ import pytest
 
 from data_shards.store import open_store
 from pipelines.tracking import Tracking, TrackingError, open_tracking, public_address
-from pipelines.tracking.client import REASON, RUN_FILE, dotted
+from pipelines.tracking.log import dotted
+from pipelines.tracking.runs import REASON, RUN_FILE
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from data_shards.store.outage import Notice
-from pipelines.commands import terminal
-from pipelines.commands.terminal import Terminal, console, duration, show_log_visibly, table
+from pipelines.console import terminal
+from pipelines.console.terminal import Terminal, console, show_log_visibly, table
+from pipelines.wording import duration
 
 STEP = {"epoch": 2, "epochs": 4, "step": 5, "steps": 10, "images_per_s": 812.3, "loss": 0.4123, "left_s": 41.0}
 EPOCH = {

@@ -11,9 +11,10 @@ from data_shards.store import open_store
 from data_shards.store.claims import Claim
 from data_shards.store.fenced_lease import TTL_S
 from data_shards.store.holder import Holder
-from pipelines.commands.status import read_status, winner_name
+from pipelines.commands.run_states import read_status
 from pipelines.placement import Placement
 from pipelines.recipes import Recipe
+from pipelines.steps.facts import TuneFacts
 from pipelines.tracking.leases import driver_lease
 from pipelines.tracking.promotions import Promotion
 from pipelines.worker.checkpoint.stored import FILES, Checkpoints
@@ -103,9 +104,9 @@ def test_a_promotion_whose_process_ended_elsewhere_is_interrupted_once_its_lease
 
 
 def test_a_winner_has_its_number_where_the_record_knows_it():
-    trials = [{}, {}, {}, {}]
-    assert winner_name({"winner_trial": "2ad399ca", "winner_number": 3, "trials": trials}) == "trial 3/4"
-    assert winner_name({"winner_trial": "2ad399ca", "trials": trials}) == "trial 2ad399ca"
+    known = {"digest": "t", "winner": {}, "winner_trial": "2ad399ca", "trials": [{}, {}, {}, {}]}
+    assert TuneFacts(**{**known, "winner_number": 3}).winner_name == "trial 3/4"
+    assert TuneFacts(**known).winner_name == "trial 2ad399ca"
 
 
 def test_all_runs_are_listed_and_a_name_is_not_a_prefix(store):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -14,7 +15,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data_shards.store.outage import Notice
-from pipelines.commands.work_log import WorkLog
+from pipelines.console.work_log import WorkLog
+from pipelines.wording import duration
 
 PLAIN_EVERY_S = 10.0
 SHOWN_WAIT = 0.05
@@ -205,14 +207,12 @@ def table(
 ) -> None:
     """Prints a table on standard output, folded to the width of the terminal, or to `width` where that is less.
 
-    Columns named in `numeric` are set flush right and never folded; nor is a key.
+    Columns named in `numeric` are set flush right and never folded; nor is a key or a name.
     """
     drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
-        is_number = column in numeric
-        drawn.add_column(
-            column, overflow="fold", justify="right" if is_number else "left", no_wrap=is_number or column == "key"
-        )
+        justify: Literal["left", "right"] = "right" if column in numeric else "left"
+        drawn.add_column(column, overflow="fold", justify=justify, no_wrap=column in ("key", "name", *numeric))
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     out = console()
@@ -220,15 +220,9 @@ def table(
 
 
 def console() -> Console:
-    """Standard output; 110 columns where it is no terminal, so that a log keeps its tables whole."""
-    return _Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 0:07, 12:30, 3:02:10."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """Standard output; where it is not a terminal $COLUMNS wide, else 110, so that a log keeps its tables complete."""
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return _Console(highlight=False, markup=False, width=None if is_known else 110)
 
 
 def _speed(values: dict[str, Any]) -> str:

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from pipelines.commands.work_log import KEPT, _text, log_folder, own_messages, work_log
+from pipelines.console.work_log import KEPT, _text, log_folder, own_messages, work_log
 
 NOBODY = 2**22 + 1  # beyond the largest process id of Linux
 
 NOISY = """
 import os, sys, subprocess, logging, warnings
-from pipelines.commands.terminal import Terminal
-from pipelines.commands.work_log import own_messages, work_log
+from pipelines.console.terminal import Terminal
+from pipelines.console.work_log import own_messages, work_log
 with work_log() as log:
     terminal = Terminal(log=log)
     terminal.say("ours")

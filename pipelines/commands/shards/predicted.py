@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data_shards.manifest import Dataset
 from data_shards.store import Store, StoreKeyError
-from pipelines.commands.arguments import UsageError
+from pipelines.console.arguments import UsageError
 from pipelines.flow.record import read_record
 
 

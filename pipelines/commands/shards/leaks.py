@@ -1,9 +1,8 @@
-"""`medmamba shards leaks`: which images appear twice, as a table, JSON, or a page that stays with their owner."""
+"""The command shards leaks: which images appear twice, as a table, JSON, or a page that stays with their owner."""
 
 from __future__ import annotations
 
-import json as json_
-from collections.abc import Callable, Sequence
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +18,34 @@ from data_shards.manifest import MANIFEST, open_dataset, read_classes
 from data_shards.names import Places, samples
 from data_shards.shard import tar_key
 from data_shards.store import Store
-from pipelines.commands.arguments import UsageError, parse
-from pipelines.commands.shard_names import Owner, check_target, dataset_in, find_places, owners_config, place_text
-from pipelines.commands.terminal import console, table
+from pipelines.commands.shards.listing import check_target, place_text
+from pipelines.commands.shards.owner import Owner, dataset_in, find_places, owners_config
+from pipelines.console.arguments import UsageError
+from pipelines.console.command import Command, Flag, JsonOption, StoreOption
+from pipelines.console.terminal import console, table
+from pipelines.wording import counted
 
-Flag = tyro.conf.FlagCreatePairsOff[bool]
 SHOWN = 10  # groups in the terminal
 _NO_PLACES = Places({}, None)
 
 
 @dataclass(frozen=True)
-class LeaksArguments(Owner):
+class LeaksArguments(Owner, StoreOption, JsonOption):
     """What `shards leaks` takes."""
 
     dataset: tyro.conf.Positional[str] = ""
-    """DATASET or DATASET/NAME, as under datasets/ in the store, finished or refused; empty: the only one there."""
+    """DATASET or DATASET/NAME, as under datasets/ in the store, finished or refused. Empty: the only one there."""
     names: Flag = False
     """Find the files in the source."""
     page: str = ""
     """HTML file to write with pictures and, with --names, files; outside of the store and of the image set."""
-    store: str = ""
-    """Folder or s3://bucket/prefix; empty: $MEDMAMBA_STORE, else ./medmamba-store."""
     all: Flag = False
     """Print all groups that are listed, with all their copies."""
-    json: Flag = False
-    """Print JSON."""
 
 
-def leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
-    """Report duplicates: across splits, under two labels, in other datasets; --names finds files."""
-    asked = parse(LeaksArguments, "shards leaks", argv, description=leaks.__doc__)
-    store = open_at(asked.store)
+def leaks(asked: LeaksArguments) -> int:
+    """Prints the duplicates of a dataset, or writes a page with them."""
+    store = asked.open_store()
     out = dataset_in(store, asked.dataset, unfinished=True)
     finished = out.head(MANIFEST) is not None
     if not finished and out.head(REFUSED) is None:
@@ -67,7 +63,7 @@ def leaks(argv: Sequence[str], open_at: Callable[[str], Store]) -> int:
     if asked.page:
         _write_page(report, out, places, asked, finished)
     if asked.json:
-        print(json_.dumps(_told(report, out, places if asked.names else None, finished), indent=2))
+        print(json.dumps(_told(report, out, places if asked.names else None, finished), indent=2))
         return 0
     _print(report, out, asked, places)
     return 0
@@ -130,19 +126,23 @@ def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places
     if shown:
         columns = ("#", "group", "split", "label", "key", *(("file",) if asked.names else ()))
         rows = [row for i, finding in enumerate(shown, 1) for row in _rows(i, finding, asked, places)]
-        table(f"{len(shown):,} of {groups:,} groups, the worst first", columns, rows)
+        table(f"{len(shown):,} of {counted(groups, 'group')}, the worst first", columns, rows)
     if len(shown) < len(report.findings):
         hidden = len(report.findings) - len(shown)
-        console().print(f"and {hidden:,} more groups: --all prints them, --json has them", soft_wrap=True)
+        console().print(f"and {counted(hidden, 'more group')}: --all prints all, --json has all", soft_wrap=True)
     if report.more:
-        console().print(f"and {report.more:,} more groups that the report counts but does not list", soft_wrap=True)
+        console().print(
+            f"and {counted(report.more, 'more group')} that the report counts but does not list", soft_wrap=True
+        )
     if asked.names and (missing := _without_file(report, places)):
-        console().print(f"{missing:,} copies have no file in the source any more: it was removed or renamed")
+        console().print(
+            f"without a file in the source, because it was removed or renamed: {counted(missing, 'copy', 'copies')}"
+        )
     for note in places.notes:
         console().print(note, soft_wrap=True)
     where = asked.page or (f"{out.uri}/{LEAKS_PAGE}" if out.head(LEAKS_PAGE) is not None else "--page FILE.html")
     console().print(
-        f"policy {report.across}, {len(report.dropped):,} images left out; pictures: {where}", soft_wrap=True
+        f"policy {report.across}, {counted(len(report.dropped), 'image')} left out; pictures: {where}", soft_wrap=True
     )
 
 
@@ -200,3 +200,11 @@ class _Pictures:
         except UndecodableImage:
             return None
         return None
+
+
+LEAKS_COMMAND = Command(
+    "shards leaks",
+    "Report duplicates: across splits, under two labels, in other datasets; --names finds files.",
+    LeaksArguments,
+    leaks,
+)

@@ -1,0 +1,65 @@
+"""The command shards verify: every byte of a dataset compared with its manifest, by Ray tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import tyro
+
+from data_shards.manifest import MAKE_AGAIN, MANIFEST
+from data_shards.verify import verify as verify_dataset
+from pipelines.commands.shards.owner import dataset_in
+from pipelines.console.command import Command, JsonOption, StoreOption
+from pipelines.console.terminal import Terminal, console
+from pipelines.wording import counted
+
+
+@dataclass(frozen=True)
+class VerifyArguments(StoreOption, JsonOption):
+    """What `shards verify` takes."""
+
+    dataset: tyro.conf.Positional[str] = ""
+    """DATASET or DATASET/NAME, as under datasets/ in the store. Empty: the only one there."""
+
+
+def verify(asked: VerifyArguments) -> int:
+    """Prints what differs; exit code 1 where something does."""
+    out = dataset_in(asked.open_store(), asked.dataset)
+    from pipelines.cluster import ray_session
+    from pipelines.steps.shard import ray_map
+
+    terminal = Terminal()
+    terminal.say("connecting to Ray")
+    ray_session.connect()
+
+    def progress(done: int, total: int, unit: str) -> None:
+        terminal.progress("verify", {"done": done, "total": total, "unit": unit})
+
+    try:
+        found = verify_dataset(out, run_tasks=ray_map, progress=progress)
+    finally:
+        terminal.close()
+    if asked.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 1 if found.problems else 0
+    for problem in found.problems:
+        console().print(f"wrong: {problem}")
+    for stray in found.strays:
+        console().print(f"not of the dataset (nothing reads it, it may be deleted): {stray}")
+    verdict = counted(len(found.problems), "problem") if found.problems else "as the manifest says"
+    console().print(
+        f"{out.uri}: {counted(found.shards, 'shard')}, {counted(found.samples, 'sample')}, "
+        f"{found.bytes / 1e6:,.0f} MB read: {verdict}"
+    )
+    if found.shards and found.problems:
+        console().print(f"To fix it, delete the shards that are named, and {MANIFEST}, {MAKE_AGAIN}.")
+    return 1 if found.problems else 0
+
+
+VERIFY = Command(
+    "shards verify",
+    "Read every byte of a dataset again and compare it with its manifest; exit code 1 where something is wrong.",
+    VerifyArguments,
+    verify,
+)

@@ -1,0 +1,1 @@
+"""How commands talk to users: their options, what is on the terminal, and what goes into a log instead."""

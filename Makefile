@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint install clean
+.PHONY: quickstart test test-slow lint reference install clean
 
 quickstart: .venv/installed  ## images in, a promoted model out, on this machine
 	$(BIN)/medmamba quickstart
@@ -17,6 +17,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: .venv/installed  ## pipelines/CONFIG.md, from the configuration classes
+	$(BIN)/python tests/config_reference.py
 
 install: .venv/installed
 

@@ -73,6 +73,12 @@ def test_the_versions_of_python_in_the_workflows_are_those_that_the_project_allo
     assert set(versions) == classifiers
 
 
+@pytest.mark.parametrize("package", ["data_shards", "medmamba", "pipelines"])
+def test_the_types_of_each_package_are_shipped(package):
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+
+
 def test_pre_commit_reads_its_configuration_and_ruff_is_the_pinned_one():
     config = parsed(ROOT / ".pre-commit-config.yaml")
     done = subprocess.run(

@@ -26,6 +26,7 @@ PACKAGES = ("pipelines", "medmamba", "data_shards")
 NAMES = (
     "README.md",
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "SECURITY.md",
     "data_shards/README.md",
     "medmamba/README.md",

@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint install clean
+.PHONY: quickstart test test-slow lint reference install clean
 
 quickstart: .venv/installed  ## images in, a promoted model out, on this machine
 	$(BIN)/medmamba quickstart
 
-test: .venv/installed  ## the tests, about twenty minutes on two cores
-	$(BIN)/pytest -m "not slow and not gpu"
+test: .venv/installed  ## the tests and their line coverage, about twenty minutes on two cores
+	$(BIN)/pytest -m "not slow and not gpu" --cov --cov-report=term
 
 test-slow: .venv/installed  ## the long matrix
 	$(BIN)/pytest -m "slow and not gpu"
@@ -16,7 +16,11 @@ test-slow: .venv/installed  ## the long matrix
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+reference: .venv/installed  ## pipelines/CONFIG.md, from the configuration classes
+	$(BIN)/python tests/config_reference.py
 
 install: .venv/installed
 

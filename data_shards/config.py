@@ -46,22 +46,22 @@ class PhantomConfig(BaseModel):
 
 
 class LeakConfig(BaseModel):
-    """What is done about images that stand twice. Exact copies have equal pixels, near copies nearly so."""
+    """What is done about duplicates. Exact duplicates have identical pixels, near duplicates similar fingerprints."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     near: int = Field(default=12, ge=0, le=24)
-    """Bits, of a fingerprint's 168, in which near copies may differ; 0 looks for equal pixels only."""
+    """Bits, of a fingerprint's 168, in which near duplicates may differ; 0 finds identical pixels only."""
     across: Literal["auto", "report", "drop", "move", "refuse"] = "auto"
-    """Copies in different splits. `drop` and `move` spare the split that is held out most (test, then val): drop leaves
-    the other copies out, move takes them there with their groups. `auto`: splits yet to be drawn keep copies together,
-    official splits of the catalogue are reported on, all others refused."""
+    """Duplicates in different splits. `drop` and `move` spare the split that is held out most (test, then val): drop
+    leaves the other duplicates out, move takes them there with their groups. `auto`: splits that are drawn keep
+    duplicates together, official splits of the catalog are only reported on, all others are refused."""
     within: Literal["report", "drop"] = "report"
-    """Equal pixels twice in one split, with the same labels: `drop` keeps the first."""
+    """Identical pixels twice in one split, with the same labels: `drop` keeps the first."""
     labels: Literal["report", "drop", "refuse"] = "report"
-    """Equal pixels under different labels: `drop` leaves all of them out."""
+    """Identical pixels under different labels: `drop` leaves all of them out."""
     datasets: Literal["off", "report", "refuse"] = "report"
-    """Copies in other datasets of the same store."""
+    """Duplicates in other datasets of the same store."""
 
 
 class DicomConfig(BaseModel):
@@ -72,9 +72,9 @@ class DicomConfig(BaseModel):
     frames: Literal["each", "first"] = "each"
     """Of a file with several frames each is a sample (all of one group), or only the first one is."""
     window: tuple[float, float] | None = None
-    """Center and width of one window for all grey images, for example in Hounsfield units; none: the file's own."""
+    """Center and width of one window for all gray images, for example in Hounsfield units; none: the file's own."""
     view: int = Field(default=0, ge=0)
-    """Which of a file's own windows or VOI LUTs is used, from 0; a file without so many is set aside."""
+    """Which of a file's own windows or VOI LUTs is used, from 0; a file with fewer is quarantined."""
     identifying: Literal["set-aside", "keep"] = "set-aside"
     """What becomes of files that say that their pixels may identify the patient (burned-in annotation, a face)."""
     objects: Literal["quarantine", "keep"] = "quarantine"
@@ -98,17 +98,17 @@ class DataConfig(BaseModel):
     """Settings that say where something is: a finished step or dataset stays the same when they change."""
 
     dataset: str = "phantoms"
-    """A dataset of the catalogue (`medmamba datasets`), or a new name of your own together with `layout`."""
+    """A dataset of the catalog (`medmamba datasets`), or a new name of your own together with `layout`."""
     name: str = "default"
-    """Name of this conversion; its shards lie in the store under datasets/<dataset>/<name>."""
+    """Name of this conversion; its shards are in the store under datasets/<dataset>/<name>."""
     source: str = ""
-    """Where the image set lies: an .npz file, a folder, a .zip, a .tar, or a table beside its images; local or s3://."""
+    """Where the image set is: an .npz file, a folder, a .zip, a .tar, or a table with its images; local or s3://."""
     layout: Literal["catalog", "npz", "folders", "csv", "phantoms"] = "catalog"
     """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `csv` a table of files and labels
     (CSV, TSV or XLSX)."""
     classes: tuple[str, ...] = ()
-    """Class names in the order of their indices; empty: the catalogue's, or the labels found, sorted. Naming them also
-    says that labels which look doubtful (`A|B`, `Benign` beside `benign`) are meant as they are."""
+    """Class names in the order of their indices; empty: the catalog's, or the labels found, sorted. Naming them also
+    says that ambiguous labels (`A|B`, `Benign` as well as `benign`) are meant as they are."""
     drop_classes: tuple[str, ...] = ()
     """Classes to leave out with their images; in a multilabel set the label is removed and the image is kept. `''`
     leaves out rows without a label."""
@@ -116,34 +116,34 @@ class DataConfig(BaseModel):
     """Classes to rename, as old=new: `bkl=benign nv=benign`. Several may become one; a name that no class has yet takes
     the place of its first old one in the order of classes."""
     task: Literal["catalog", "multiclass", "ordinal", "multilabel"] = "catalog"
-    """What a label means; `catalog` is the catalogue's task, or multiclass for a set that is not in it."""
+    """What a label means; `catalog` is the catalog's task, or multiclass for a set that is not in it."""
     csv: str = ""
-    """Path of the table inside the source; empty: the catalogue's, or the only .csv there, or .xlsx, or .tsv."""
+    """Path of the table inside the source; empty: the catalog's, or the only .csv there, or .xlsx, or .tsv."""
     image_column: str = ""
-    """Column with the image's path, relative to the table or to the source; empty: the catalogue's, or `file`."""
+    """Column with the image's path, relative to the table or to the source; empty: the catalog's, or `file`."""
     label_column: str = ""
-    """Column with the label (several of them in a multilabel set); empty: the catalogue's, or `label`."""
+    """Column with the label (several of them in a multilabel set); empty: the catalog's, or `label`."""
     label_separator: str = "|"
     """What separates the labels in a cell of a multilabel table."""
     no_finding: str = ""
     """The label of a multilabel table that means none of the classes, for example 'No Finding'; empty: only an empty
     cell means it."""
     group_column: str = ""
-    """Column with the patient, or whatever must not stand in two splits; empty: the catalogue's, or none."""
+    """Column with the patient, or whatever must not be in two splits; empty: the catalog's, or none."""
     group_pattern: str = ""
     """Regular expression whose first group is the patient in an image's path: `patient_(\\d+)_`; empty: none."""
     split_column: str = ""
-    """Column saying train, val or test; empty: the catalogue's, or none, and splits are drawn; `-`: none in any
+    """Column saying train, val or test; empty: the catalog's, or none, and splits are drawn; `-`: none in any
     case."""
     split_values: tuple[str, ...] = ()
     """What other words of the split column mean, as value=split: `1=train 0=test`, and `=train` for empty cells;
-    empty: the catalogue's, or none.
+    empty: the catalog's, or none.
     In a `folders` set what a folder around the class folders means: `TEST_SIMPLE=test`; `masks=drop` leaves it out."""
     split_folders: Literal["keep", "ignore"] = "keep"
     """Folders of a `folders` set that are named after splits (`Training/`, `Testing/`), around the class folders or
     inside of them: `keep` the splits that they give, or `ignore` them and draw the splits from all images."""
     rows_without_file: Literal["refuse", "drop"] = "refuse"
-    """Rows of the table whose image is not there: `refuse` the set, or `drop` them and tell how many they were."""
+    """Rows of the table whose image is not there: `refuse` the set, or `drop` them and report how many they were."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of the samples drawn for validation, where the set has no official split; of the official training
     samples, where it has only train and test."""
@@ -156,16 +156,16 @@ class DataConfig(BaseModel):
     max_side: int | None = Field(default=None, ge=8)
     """Shrink images whose longer side is above this many pixels; none keeps the coded pixels as they are."""
     max_quarantine: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of undecodable images above which the step fails; up to it they are set aside and counted."""
+    """Share of undecodable images above which the step fails; up to it they are quarantined and counted."""
     samples_per_shard: int = Field(default=10_000, ge=1)
     """Images in one shard at most."""
     shard_bytes: int = Field(default=256_000_000, ge=1)
     """Bytes of one shard at most, on average over a split, and as estimated from the source: its coded bytes, or its
     pixels where it has no code; what is coded tighter than PNG, such as JPEG 2000, makes larger ones."""
     leaks: LeakConfig = LeakConfig()
-    """Images that stand twice, and what is done about them."""
+    """Duplicates, and what is done about them."""
     dicom: DicomConfig = DicomConfig()
-    """How DICOM files become images; they may lie in a `folders` or `csv` set beside others."""
+    """How DICOM files become images; a `folders` or `csv` set may contain them among others."""
     phantoms: PhantomConfig = PhantomConfig()
     """The synthetic images, used where `dataset` is phantoms."""
 

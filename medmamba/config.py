@@ -86,7 +86,7 @@ class MedMambaConfig(BaseModel):
 
 
 class ConvNetConfig(BaseModel):
-    """A small residual convolutional network: the honest yardstick beside MedMamba."""
+    """A small residual convolutional network: the baseline that MedMamba is compared with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

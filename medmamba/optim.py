@@ -28,7 +28,7 @@ class OptimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     lr: float = Field(default=1e-3, gt=0, le=1)
-    """Peak learning rate, for one optimiser step over the global batch."""
+    """Peak learning rate, for one optimizer step over the global batch."""
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
     """Decoupled weight decay. Norms, biases and the scan's A_logs, Ds and dt_projs_bias never decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

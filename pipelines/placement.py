@@ -51,7 +51,7 @@ NO_DEMAND = Demand()
 
 
 class PlacementConfig(BaseModel):
-    """What a person may say about the placement; `auto` and 0 are resolved from what Ray has."""
+    """What a user may say about the placement; `auto` and 0 are resolved from what Ray has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -83,12 +83,12 @@ class PlacementConfig(BaseModel):
     workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
     that do not fit are decoded in each epoch."""
     checkpoint_minutes: float = Field(5, ge=0)
-    """A training writes a checkpoint at least so often, and so loses at most so much work. 0: only at the ends of
+    """A training writes a checkpoint at least so often, and loses at most so much work. 0: only at the ends of
     epochs."""
     checkpoint_steps: int = Field(0, ge=0)
     """Steps after which a checkpoint is written. 0: by time alone."""
     stall_minutes: float = Field(3, gt=0)
-    """A training worker that gives no sign of life for so long is ended, and the workers start again, once. Compiling,
+    """A training worker that gives no sign of life for so long is ended, and the workers restart, once. Compiling,
     validation and waiting for data may take 15 minutes more."""
     patience_s: float = Field(PATIENCE_S, ge=1, le=LONGEST_PATIENCE_S)
     """Seconds that every step waits for a store on S3 or for MLflow while they are away, before it ends. A training

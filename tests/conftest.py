@@ -24,6 +24,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MEDMAMBA_STORE", "AWS_PROFILE"):
     os.environ.pop(name, None)
 
+# A warning is an error in the unit tests, but for these; a later entry counts more.
+WARNINGS = (
+    "error",
+    "default::ResourceWarning",  # archives, pictures and pipes that the garbage collector closes: left
+    "ignore:The ``noload`` loader strategy is deprecated",  # MLflow's use of SQLAlchemy 2.1
+    "ignore:.*Any type hint is inferred as AnyType",  # MLflow of a packaged model, whose input is a frame
+    "ignore:Corrupt EXIF data",  # Pillow of damaged pictures
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Turns warnings into errors in the unit tests."""
+    unit = Path(__file__).parent / "unit"
+    for item in items:
+        if item.path.is_relative_to(unit):
+            item.add_marker(pytest.mark.filterwarnings(*WARNINGS), append=False)
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

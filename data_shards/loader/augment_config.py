@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class AugmentConfig(BaseModel):
-    """Random changes that keep a label true. Each is drawn anew from (seed, epoch, image); 0 switches it off."""
+    """Random changes that keep a label true. Each is drawn from (seed, epoch, image); 0 switches it off."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -28,7 +28,7 @@ class AugmentConfig(BaseModel):
     brightness: float = Field(default=0.1, ge=0.0, le=1.0)
     """Lighten or darken by up to this fraction of the range from black to white."""
     contrast: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Stretch or squeeze the greys about the image's mean by a factor of up to 1 + this."""
+    """Stretch or squeeze the grays about the image's mean by a factor of up to 1 + this."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of painting over one rectangle (a fifth to two fifths of each side) with the image's mean."""
 
@@ -37,9 +37,9 @@ class AugmentConfig(BaseModel):
     padding: Literal["reflection", "zeros"] = "reflection"
     """What comes in from outside the image when it is moved: its mirror image, or black."""
     saturation: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Make colours paler or stronger by a factor of up to 1 + this. Does nothing to grey images."""
+    """Make colors paler or stronger by a factor of up to 1 + this. Does nothing to gray images."""
     hue: float = Field(default=0.0, ge=0.0, le=180.0)
-    """Turn colours by up to this many degrees either way. Does nothing to grey images."""
+    """Turn colors by up to this many degrees either way. Does nothing to gray images."""
     augmix: float = Field(default=0.0, ge=0.0, le=1.0)
     """Severity of a mixture of three chains of changes with the image itself (AugMix, arXiv 1912.02781)."""
 

@@ -62,7 +62,7 @@ class TuneConfig(BaseModel):
     grace_epochs: int = Field(1, ge=1)
     """Epochs every trial gets before ASHA may stop it."""
     reduction_factor: int = Field(3, ge=2)
-    """ASHA lets one in this many trials go on at each rung."""
+    """ASHA lets one in this many trials continue at each rung."""
     seed: int = Field(0, ge=0)
     """Seed of the search."""
     space: SearchSpace = SearchSpace()

@@ -21,7 +21,7 @@ class TrainConfig(BaseModel):
     epochs: int = Field(10, ge=1)
     """Passes over the training split."""
     batch_size: int = Field(32, ge=1)
-    """Images per optimiser step over all workers."""
+    """Images per optimizer step over all workers."""
     micro_batch: int = Field(32, ge=1)
     """Images per forward pass. BatchNorm takes its statistics over exactly these, so it is part of the recipe;
     batch_size must be a multiple of micro_batch x workers."""
@@ -42,13 +42,13 @@ class TrainConfig(BaseModel):
     """Weigh each class in the loss by the inverse of its frequency in the training split."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """shuffled: each image once an epoch. balanced: each class equally often, images of rare classes several times;
-    an epoch stays as long. Not together with class_weights, which would count rare classes twice."""
+    an epoch keeps its length. Not together with class_weights, which would count rare classes twice."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target probability spread over all classes."""
     patience: int = Field(0, ge=0)
     """Stop after this many epochs without a better validation AUC. 0: never."""
     optim: OptimConfig = OptimConfig()
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
     augment: AugmentConfig = AugmentConfig()
     """Random changes to training images, drawn on the device."""
 

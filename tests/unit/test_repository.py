@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"pipelines", "medmamba", "infra", "data_shards", "tests"}
-ALLOWED = PACKAGES | {"pyproject.toml", "README.md", "SECURITY.md", "LICENSE", "Makefile", "constraints.txt"}
+DOCUMENTS = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "CITATION.cff"}
+ALLOWED = PACKAGES | DOCUMENTS | {"pyproject.toml", "Makefile", "constraints.txt"}
 # Places of one machine: home folders, checkouts, temporary folders of a session, drives.
 MACHINE_PATH = re.compile(r"(?<![\w$}.])(/(root|home|Users|work|mnt|opt/conda|workspace)/[\w.-]+|[A-Z]:\\\\?[A-Za-z])")
 BINARY = {".npz", ".png", ".jpg", ".parquet", ".safetensors", ".tar", ".pth", ".pt"}

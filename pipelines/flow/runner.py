@@ -25,6 +25,7 @@ from pipelines.flow.record import (
     read_failure,
     read_identity,
     read_record,
+    to_json,
     write_failure,
     write_identity,
     write_record,
@@ -160,7 +161,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Cont
                 out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
         raise
     try:
-        step.facts.model_validate(facts)
+        step.facts.model_validate_json(to_json(facts))
     except ValidationError as error:
         raise AssertionError(f"step {step.name} returned other facts than {step.facts.__name__} has: {error}") from None
     record = Record(

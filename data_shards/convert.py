@@ -20,6 +20,7 @@ import numpy as np
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
+from data_shards.index import index_bytes, index_table
 from data_shards.leakage import LEAKS, Copy, DuplicatesError, LeakReport, read_report, refuse_elsewhere
 from data_shards.leakage.fingerprint import Fingerprints
 from data_shards.leakage.guard import guard
@@ -43,8 +44,6 @@ from data_shards.manifest import (
     ShardEntry,
     channel_statistics,
     count_splits,
-    index_bytes,
-    index_table,
     manifest_digest,
     open_dataset,
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_shards.bounded_table import TableError, read_bounded
-from data_shards.decode import MAX_PIXELS
 from data_shards.fields import (
-    KEY,
     MAX_CLASSES,
     PLANNED,
     Count,
@@ -32,7 +29,17 @@ from data_shards.fields import (
     SplitName,
     explained,
 )
-from data_shards.shard import FIRST_OFFSET, Quarantined, ShardPart
+from data_shards.index import (
+    LEAST_ROW_BYTES,
+    SplitIndex,
+    check_groups,
+    index_problem,
+    index_schema,
+    known_labels,
+    rows_of,
+    split_index,
+)
+from data_shards.shard import Quarantined
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError, open_store
 
@@ -124,24 +131,6 @@ class Manifest(_Frozen):
         return self
 
 
-@dataclass(frozen=True)
-class SplitIndex:
-    """The samples of one split, column by column, in the order of their shards. n samples, C classes."""
-
-    key: np.ndarray  # (n,) str of 20 hex digits
-    group: np.ndarray  # (n,) str of 20 hex digits
-    labels: np.ndarray  # (n, C) uint8, 1 where the sample is of the class
-    shard: np.ndarray  # (n,) int64, position in the manifest's `shards`
-    offset: np.ndarray  # (n,) int64, first byte of the coded image in its shard
-    size: np.ndarray  # (n,) int64, bytes of the coded image
-    height: np.ndarray  # (n,) int64, pixels
-    width: np.ndarray  # (n,) int64, pixels
-    channels: np.ndarray  # (n,) int64, 1 or 3
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A whole dataset in a store, its manifest and index verified; the shards are verified when they are opened."""
@@ -168,7 +157,7 @@ class Dataset:
     def _indexes(self) -> dict[str, SplitIndex]:
         names = [shard.name for shard in self.manifest.shards]
         return {
-            split: _columns(_rows_of(self.table, split), len(self.manifest.classes), names)
+            split: split_index(rows_of(self.table, split), len(self.manifest.classes), names)
             for split in self.manifest.splits
         }
 
@@ -176,24 +165,6 @@ class Dataset:
 def manifest_digest(data: bytes) -> str:
     """The dataset's version: sha256 (hex) of the bytes of its `manifest.json`."""
     return hashlib.sha256(data).hexdigest()
-
-
-def index_table(part: ShardPart) -> pa.Table:
-    """The rows of one shard in the index."""
-    import pyarrow as pa
-
-    columns = {name: [getattr(sample, name) for sample in part.samples] for name in _schema().names if name in _SAMPLE}
-    columns |= {"split": [part.split] * len(part.samples), "shard": [part.name] * len(part.samples)}
-    return pa.table(columns, schema=_schema())
-
-
-def index_bytes(table: pa.Table) -> bytes:
-    """The index as Parquet; the same rows give the same bytes with the same pyarrow (its version is in the footer)."""
-    import pyarrow.parquet as pq
-
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", version="2.6", row_group_size=1 << 16, store_schema=False)
-    return buffer.getvalue()
 
 
 def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCounts]:
@@ -205,7 +176,7 @@ def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCoun
     """
     counts = {}
     for split in SPLITS:
-        rows = _rows_of(table, split)
+        rows = rows_of(table, split)
         labels = np.bincount(rows["labels"].combine_chunks().flatten().to_numpy(), minlength=len(classes))
         missing = [name for name, count in zip(classes, labels, strict=True) if count == 0]
         if missing:
@@ -218,7 +189,7 @@ def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCoun
             groups=len(rows["group"].unique()),
             classes={name: int(count) for name, count in zip(classes, labels, strict=True)},
         )
-    _check_groups(table)
+    check_groups(table)
     return counts
 
 
@@ -259,7 +230,7 @@ def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
     manifest = _parse(store, data)
     table = _verified_index(store, manifest)
     try:
-        same = _known_labels(table, manifest) and _same_shards(table, manifest)
+        same = known_labels(table, len(manifest.classes)) and _same_shards(table, manifest)
         same = same and count_splits(table, manifest.classes) == manifest.splits
     except LeakError:
         raise
@@ -283,18 +254,6 @@ MAKE_AGAIN = (
     "and make the dataset again: `medmamba shard` with the same settings under another --run keeps whole shards"
 )
 _REMAKE = f"it was edited or damaged; delete it {MAKE_AGAIN}"
-_LEAST_ROW_BYTES = 8  # a key is 80 random bits
-_SAMPLE = {"key", "labels", "group", "offset", "size", "height", "width", "channels"}
-
-
-def _schema() -> pa.Schema:
-    import pyarrow as pa
-
-    whole = {name: pa.int64() for name in ("offset", "size", "height", "width", "channels")}
-    text = {name: pa.string() for name in ("key", "group", "split", "shard")}
-    kinds = {**text, "labels": pa.list_(pa.int32()), **whole}
-    order = ("key", "labels", "group", "split", "shard", "offset", "size", "height", "width", "channels")
-    return pa.schema([pa.field(name, kinds[name], nullable=False) for name in order])
 
 
 def _read(store: Store, key: str) -> bytes:
@@ -324,8 +283,9 @@ def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
             f"{store.uri}/{INDEX} has the sha256 {found}, but {manifest.index.sha256} is in its manifest: {_REMAKE}"
         )
     try:
-        table = read_bounded(data, _schema(), least_row_bytes=_LEAST_ROW_BYTES, most_labels=len(manifest.classes))
-        problem = _problem(table, manifest)
+        table = read_bounded(data, index_schema(), least_row_bytes=LEAST_ROW_BYTES, most_labels=len(manifest.classes))
+        shard_bytes = {shard.name: shard.bytes for shard in manifest.shards}
+        problem = index_problem(table, shard_bytes, most_channels=manifest.channels, task=manifest.task)
     except TableError as error:
         problem = str(error)
     if problem:
@@ -333,99 +293,6 @@ def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
     return table
 
 
-def _problem(table: pa.Table, manifest: Manifest) -> str:
-    """The first column whose values cannot be those of a dataset with this manifest, and the rule; "" for none.
-
-    Offsets, sizes and shapes are read and allocated by, so each must fit its shard and what `decode` accepts.
-    """
-    import pyarrow.compute as pc
-
-    for name in ("key", "group"):
-        fits = pc.match_substring_regex(table[name], rf"^{KEY.pattern}$").to_numpy()
-        if not fits.all():
-            return f"{name} of sample {int(np.argmin(fits))} is not 20 hex digits"
-    if len(table["key"].unique()) != len(table):
-        return "a key is listed twice"
-    by_name = {shard.name: shard for shard in manifest.shards}
-    named = table["shard"].combine_chunks().dictionary_encode()
-    names = named.dictionary.to_pylist()
-    if any(name not in by_name for name in names):
-        return ""  # told as another count of samples than the manifest's
-    limit = np.array([by_name[name].bytes for name in names], np.int64)[named.indices.to_numpy()]
-    home = np.array([name.partition("-")[0] for name in names])[named.indices.to_numpy()]
-    offset, size, height, width, channels = (
-        table[name].to_numpy() for name in ("offset", "size", "height", "width", "channels")
-    )
-    lengths = pc.list_value_length(table["labels"]).to_numpy()
-    rules = {
-        "split": (home == table["split"].to_numpy(), "is not that of its shard"),
-        "size": ((size >= 1) & (size <= limit), "is not within its shard"),
-        "offset": ((offset >= FIRST_OFFSET) & (offset <= limit - size), "is not within its shard"),
-        "height": ((height >= 1) & (height <= MAX_PIXELS), f"is not between 1 and {MAX_PIXELS}"),
-        "width": (
-            (width >= 1) & (width <= MAX_PIXELS // np.maximum(height, 1)),
-            f"makes no pixels or over {MAX_PIXELS}",
-        ),
-        "channels": (
-            ((channels == 1) | (channels == 3)) & (channels <= manifest.channels),
-            f"is not 1 or 3, or above the manifest's {manifest.channels}",
-        ),
-        "labels": ((lengths == 1) | (manifest.task == "multilabel"), f"are not one, as {manifest.task} has it"),
-    }
-    for name, (fits, rule) in rules.items():
-        if not fits.all():
-            return f"{name} of sample {int(np.argmin(fits))} {rule}"
-    return ""
-
-
-def _known_labels(table: pa.Table, manifest: Manifest) -> bool:
-    """Whether each label is the index of a class, and no sample has one twice."""
-    import pyarrow.compute as pc
-
-    lists = table["labels"].combine_chunks()
-    flat = lists.flatten()
-    if flat.null_count:
-        return False
-    labels, num = flat.to_numpy().astype(np.int64), len(manifest.classes)
-    if ((labels < 0) | (labels >= num)).any():
-        return False
-    rows = pc.list_parent_indices(lists).to_numpy().astype(np.int64)
-    return len(np.unique(rows * num + labels)) == len(labels)
-
-
 def _same_shards(table: pa.Table, manifest: Manifest) -> bool:
     found = {pair["values"]: pair["counts"] for pair in table["shard"].value_counts().to_pylist()}
     return found == {shard.name: shard.count for shard in manifest.shards if shard.count}
-
-
-def _rows_of(table: pa.Table, split: str) -> pa.Table:
-    import pyarrow.compute as pc
-
-    return table.filter(pc.equal(table["split"], split))
-
-
-def _check_groups(table: pa.Table) -> None:
-    import pyarrow.compute as pc
-
-    pairs = table.select(["group", "split"]).group_by("group").aggregate([("split", "count_distinct")])
-    counts = pairs["split_count_distinct"].to_numpy()
-    if (counts > 1).any():
-        group = pairs["group"][int(np.argmax(counts > 1))].as_py()
-        splits = table.filter(pc.equal(table["group"], group))["split"].unique().to_pylist()
-        raise LeakError(
-            f"group {group} stands in the splits {' and '.join(splits)}: a group must stand in one split only; mend "
-            "the split column, or draw the splits by group"
-        )
-
-
-def _columns(rows: pa.Table, num_classes: int, shard_names: list[str]) -> SplitIndex:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    lists = rows["labels"].combine_chunks()
-    labels = np.zeros((len(rows), num_classes), np.uint8)
-    labels[pc.list_parent_indices(lists).to_numpy(), lists.flatten().to_numpy()] = 1
-    shard = pc.index_in(rows["shard"], pa.array(shard_names)).to_numpy().astype(np.int64)
-    numbers = {name: rows[name].to_numpy() for name in ("offset", "size", "height", "width", "channels")}
-    text = {name: np.array(rows[name].to_pylist(), dtype="<U20") for name in ("key", "group")}
-    return SplitIndex(labels=labels, shard=shard, **numbers, **text)

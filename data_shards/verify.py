@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from data_shards.decode import UndecodableImage, decode
+from data_shards.index import SplitIndex
 from data_shards.leakage import read_report
 from data_shards.leakage.fingerprint import pixel_digest
 from data_shards.leakage.scan import FINGERPRINTS, stored_digests
 from data_shards.leakage.scan import FOLDER as SCAN
-from data_shards.manifest import Dataset, ManifestError, ShardEntry, SplitIndex, channel_statistics, open_dataset
+from data_shards.manifest import Dataset, ManifestError, ShardEntry, channel_statistics, open_dataset
 from data_shards.shard import IMAGE_MEMBERS, part_key, pixel_histogram, tar_key
 from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
 MOST_TOLD = 20  # problems of one shard
 
-ShardTask = tuple[str, str, ShardEntry, SplitIndex, dict[str, bytes], bool]
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
@@ -40,6 +40,20 @@ class Verified:
     problems: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     """Objects that are none of the dataset's: nothing reads them."""
+
+
+@dataclass(frozen=True)
+class VerifyTask:
+    """One shard to read again; it can be pickled and holds nothing of the others."""
+
+    uri: str
+    split: str
+    entry: ShardEntry
+    index: SplitIndex
+    """Its samples."""
+    digests: dict[str, bytes]
+    """Of their pixels, by key."""
+    has_cls: bool
 
 
 @dataclass
@@ -86,13 +100,13 @@ def verify(
     return found
 
 
-def read_shard(task: ShardTask) -> _ReadShard:
+def read_shard(task: VerifyTask) -> _ReadShard:
     """One shard, read again; runs in any process."""
-    uri, split, entry, index, digests, has_cls = task
+    entry, index = task.entry, task.index
     read = _ReadShard(entry.name, 0, 0, np.zeros((3, 256), np.int64), [])
     key = tar_key(entry.name)
     try:
-        data = open_store(uri).get(key)
+        data = open_store(task.uri).get(key)
     except StoreKeyError:
         read.problems.append(f"{key} is missing")
         return read
@@ -115,7 +129,7 @@ def read_shard(task: ShardTask) -> _ReadShard:
         read.problems.append(f"{key} holds {len(samples)} samples, not the {len(index)} of the index in their order")
     for position, name in enumerate(index.key.tolist()):
         if name in samples:
-            problem = _sample_problem(samples[name], index, position, split, digests.get(name), has_cls, read)
+            problem = _sample_problem(samples[name], task, position, read)
             if problem:
                 read.problems.append(f"{key}: sample {name} {problem}")
     read.samples = len(samples)
@@ -125,7 +139,7 @@ def read_shard(task: ShardTask) -> _ReadShard:
     return read
 
 
-def _tasks(dataset: Dataset, digests: dict[str, bytes]) -> Iterator[ShardTask]:
+def _tasks(dataset: Dataset, digests: dict[str, bytes]) -> Iterator[VerifyTask]:
     manifest = dataset.manifest
     has_cls = manifest.task != "multilabel"
     for position, entry in enumerate(manifest.shards):
@@ -134,7 +148,7 @@ def _tasks(dataset: Dataset, digests: dict[str, bytes]) -> Iterator[ShardTask]:
         chosen = whole.shard == position
         index = SplitIndex(**{name: getattr(whole, name)[chosen] for name in SplitIndex.__dataclass_fields__})
         known = {key: digests[key] for key in index.key.tolist() if key in digests}
-        yield dataset.store.uri, split, entry, index, known, has_cls
+        yield VerifyTask(dataset.store.uri, split, entry, index, known, has_cls)
 
 
 def _members(data: bytes) -> dict[str, dict[str, tuple[int, bytes]]]:
@@ -150,15 +164,10 @@ def _members(data: bytes) -> dict[str, dict[str, tuple[int, bytes]]]:
     return samples
 
 
-def _sample_problem(
-    members: dict[str, tuple[int, bytes]],
-    index: SplitIndex,
-    i: int,
-    split: str,
-    digest: bytes | None,
-    has_cls: bool,
-    read: _ReadShard,
-) -> str:
+def _sample_problem(members: dict[str, tuple[int, bytes]], task: VerifyTask, i: int, read: _ReadShard) -> str:
+    """What is wrong with the sample at position i of the shard's index; "" for nothing."""
+    index, split, has_cls = task.index, task.split, task.has_cls
+    digest = task.digests.get(str(index.key[i]))
     images = [extension for extension in members if extension in IMAGE_MEMBERS]
     if len(images) != 1 or set(members) != {images[0], "json", *(["cls"] if has_cls else [])}:
         return f"has the members {', '.join(sorted(members))}"

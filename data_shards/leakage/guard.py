@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -73,10 +74,11 @@ def guard(
         first = _draw_val(rows, alike, draw) if across != "report" else draw(rows)
     found = DuplicateClusters(rows, keys, exact, alike, first, classes)
     dropped, splits, elsewhere = np.zeros(len(rows), bool), list(first), []
+    report = functools.partial(_report, found, prints, config, across)
     try:
         dropped = _dropped(found, config, across)
-        torn = found.torn(~dropped) if across == "move" else []
-        splits = _moved(first, together, torn) if together is not None else list(first)
+        if together is not None:
+            splits = _moved(first, together, found.torn(~dropped))
         if config.within == "drop":
             dropped[found.spare(splits, ~dropped)] = True
         elsewhere = [_elsewhere(other, found, prints, config.near) for other in others]
@@ -84,22 +86,14 @@ def guard(
             _refuse_those_elsewhere(found, elsewhere)
         _refuse_lost_classes(found, splits, dropped, config)
     except DuplicatesError as refusal:
-        refusal.report = _report(found, prints, config, across, splits=splits, dropped=dropped, elsewhere=elsewhere)
+        refusal.report = report(splits=splits, dropped=dropped, elsewhere=elsewhere)
         raise
-    report = _report(
-        found,
-        prints,
-        config,
-        across,
-        splits=splits,
-        dropped=dropped,
-        elsewhere=elsewhere,
-        together=together if drawn else None,
-    )
+    dealt = together if drawn else None
+    listed = report(splits=splits, dropped=dropped, elsewhere=elsewhere, together=dealt)
     kept = [i for i in range(len(rows)) if not dropped[i]]
     if len(kept) < len(rows) or splits != first:  # no group may be torn by it, no class lost
         splits = draw([replace(rows[i], split=splits[i]) for i in kept])
-    return Guarded(kept, splits, report)
+    return Guarded(kept, splits, listed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from data_shards.source.labels import composed, grouped_by_path
 from data_shards.source.lookalikes import described, folded, trimmed
 from data_shards.source.row import Row
 from data_shards.source.table.image_paths import Places, find_images
-from data_shards.source.table.label_cells import read_labels, says_missing
+from data_shards.source.table.label_cells import read_labels
+from data_shards.source.table.label_doubts import says_missing
 from data_shards.source.table.text_table import ENDINGS, Table, tables_among
 from data_shards.split import split_of_cell
 

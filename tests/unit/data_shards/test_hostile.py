@@ -21,13 +21,14 @@ from tiny_sets import InMemorySet, coded, in_memory_set, npz_config, pixels
 
 from data_shards.config import DataConfig
 from data_shards.convert import convert
+from data_shards.index import index_bytes
 from data_shards.leakage import LEAKS, read_report
 from data_shards.leakage.fingerprint import fingerprint
 from data_shards.leakage.scan import FINGERPRINTS, FOLDER, Scan, stored_digests
 from data_shards.loader.local_shard import LocalShards, ShardError
 from data_shards.loader.node_cache import NodeCache
 from data_shards.loader.pixels import cropped, stretched
-from data_shards.manifest import INDEX, MANIFEST, ManifestError, index_bytes, manifest_digest, open_dataset
+from data_shards.manifest import INDEX, MANIFEST, ManifestError, manifest_digest, open_dataset
 from data_shards.plan import plan_shards
 from data_shards.shard import ShardTask, find_shard, part_key, read_samples, tar_key, write_shard
 from data_shards.store import StoreError, checked_key, open_store

@@ -8,7 +8,8 @@ import pytest
 from tiny_sets import npz_config
 
 from data_shards.convert import convert
-from data_shards.manifest import INDEX, MANIFEST, ManifestError, index_bytes, manifest_digest, open_dataset
+from data_shards.index import index_bytes
+from data_shards.manifest import INDEX, MANIFEST, ManifestError, manifest_digest, open_dataset
 from data_shards.split import LeakError
 from data_shards.store import open_store
 
@@ -100,7 +101,7 @@ def test_a_group_in_two_splits_is_refused_also_when_index_and_manifest_agree(sto
     data = index_bytes(table.set_column(place, table.schema.field("group"), pa.array(groups)))
     store.put(INDEX, data)
     edit(store, index={"name": INDEX, "bytes": len(data), "sha256": manifest_digest(data)})
-    with pytest.raises(LeakError, match="stands in the splits train and test"):
+    with pytest.raises(LeakError, match="is in the splits train and test"):
         open_dataset(store)
 
 

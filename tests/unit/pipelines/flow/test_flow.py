@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from data_shards.config import DataConfig
 from data_shards.store import open_store
 from pipelines.console.terminal import Terminal
 from pipelines.flow import DriftError, Step, WorkflowError, plan_steps, run_steps
@@ -338,3 +340,15 @@ def test_an_unexpected_error_binds_the_run_all_the_same(store):
         bring([Step("only", broken, Settings(size=1), binds_on_refusal=False)], store)
     with pytest.raises(DriftError):
         plan_steps([Step("only", broken, Settings(size=2), binds_on_refusal=False)], store, RUN)
+
+
+def test_a_finished_step_whose_images_moved_is_not_run_again_and_any_other_change_is_drift(store):
+    work = []
+    config = DataConfig(dataset="own", layout="folders", source="/old")
+    step = Step("shard", lambda *given: {"digest": work.append(given) or "d"}, config)
+    bring([step], store)
+    bring([replace(step, config=config.model_copy(update={"source": "/new"}))], store)
+    assert len(work) == 1
+    other = replace(step, config=config.model_copy(update={"source": "/new", "max_quarantine": 0.5}))
+    with pytest.raises(DriftError, match=r"configuration \(max_quarantine: 0\.01 -> 0\.5\)"):
+        plan_steps([other], store, RUN)

@@ -1,0 +1,165 @@
+"""The index of a dataset, `samples.parquet`: a row for every sample, which says where its image is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_shards.decode import MAX_PIXELS
+from data_shards.fields import KEY
+from data_shards.shard import FIRST_OFFSET, ShardPart
+from data_shards.split import LeakError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LEAST_ROW_BYTES = 8  # a key is 80 random bits
+_SAMPLE = {"key", "labels", "group", "offset", "size", "height", "width", "channels"}
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The samples of one split, column by column, in the order of their shards. n samples, C classes."""
+
+    key: np.ndarray  # (n,) str of 20 hex digits
+    group: np.ndarray  # (n,) str of 20 hex digits
+    labels: np.ndarray  # (n, C) uint8, 1 where the sample is of the class
+    shard: np.ndarray  # (n,) int64, position in the manifest's `shards`
+    offset: np.ndarray  # (n,) int64, first byte of the coded image in its shard
+    size: np.ndarray  # (n,) int64, bytes of the coded image
+    height: np.ndarray  # (n,) int64, pixels
+    width: np.ndarray  # (n,) int64, pixels
+    channels: np.ndarray  # (n,) int64, 1 or 3
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+def index_table(part: ShardPart) -> pa.Table:
+    """The rows of one shard in the index."""
+    import pyarrow as pa
+
+    columns = {
+        name: [getattr(sample, name) for sample in part.samples] for name in index_schema().names if name in _SAMPLE
+    }
+    columns |= {"split": [part.split] * len(part.samples), "shard": [part.name] * len(part.samples)}
+    return pa.table(columns, schema=index_schema())
+
+
+def index_bytes(table: pa.Table) -> bytes:
+    """The index as Parquet; the same rows give the same bytes with the same pyarrow (its version is in the footer)."""
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", version="2.6", row_group_size=1 << 16, store_schema=False)
+    return buffer.getvalue()
+
+
+def index_schema() -> pa.Schema:
+    """Names and types of the columns."""
+    import pyarrow as pa
+
+    whole = {name: pa.int64() for name in ("offset", "size", "height", "width", "channels")}
+    text = {name: pa.string() for name in ("key", "group", "split", "shard")}
+    kinds = {**text, "labels": pa.list_(pa.int32()), **whole}
+    order = ("key", "labels", "group", "split", "shard", "offset", "size", "height", "width", "channels")
+    return pa.schema([pa.field(name, kinds[name], nullable=False) for name in order])
+
+
+def index_problem(table: pa.Table, shard_bytes: Mapping[str, int], *, most_channels: int, task: str) -> str:
+    """The first column whose values cannot be those of a dataset with these shards, and the rule; "" for none.
+
+    Offsets, sizes and shapes are read and allocated by, so each must fit its shard and what `decode` accepts.
+    """
+    import pyarrow.compute as pc
+
+    for name in ("key", "group"):
+        fits = pc.match_substring_regex(table[name], rf"^{KEY.pattern}$").to_numpy()
+        if not fits.all():
+            return f"{name} of sample {int(np.argmin(fits))} is not 20 hex digits"
+    if len(table["key"].unique()) != len(table):
+        return "a key is listed twice"
+    named = table["shard"].combine_chunks().dictionary_encode()
+    names = named.dictionary.to_pylist()
+    if any(name not in shard_bytes for name in names):
+        return ""  # told as another count of samples than the manifest's
+    limit = np.array([shard_bytes[name] for name in names], np.int64)[named.indices.to_numpy()]
+    home = np.array([name.partition("-")[0] for name in names])[named.indices.to_numpy()]
+    offset, size, height, width, channels = (
+        table[name].to_numpy() for name in ("offset", "size", "height", "width", "channels")
+    )
+    lengths = pc.list_value_length(table["labels"]).to_numpy()
+    rules = {
+        "split": (home == table["split"].to_numpy(), "is not that of its shard"),
+        "size": ((size >= 1) & (size <= limit), "is not within its shard"),
+        "offset": ((offset >= FIRST_OFFSET) & (offset <= limit - size), "is not within its shard"),
+        "height": ((height >= 1) & (height <= MAX_PIXELS), f"is not between 1 and {MAX_PIXELS}"),
+        "width": (
+            (width >= 1) & (width <= MAX_PIXELS // np.maximum(height, 1)),
+            f"makes no pixels or over {MAX_PIXELS}",
+        ),
+        "channels": (
+            ((channels == 1) | (channels == 3)) & (channels <= most_channels),
+            f"is not 1 or 3, or above the manifest's {most_channels}",
+        ),
+        "labels": ((lengths == 1) | (task == "multilabel"), f"are not one, as {task} has it"),
+    }
+    for name, (fits, rule) in rules.items():
+        if not fits.all():
+            return f"{name} of sample {int(np.argmin(fits))} {rule}"
+    return ""
+
+
+def known_labels(table: pa.Table, num_classes: int) -> bool:
+    """Whether each label is the index of a class, and no sample has one twice."""
+    import pyarrow.compute as pc
+
+    lists = table["labels"].combine_chunks()
+    flat = lists.flatten()
+    if flat.null_count:
+        return False
+    labels = flat.to_numpy().astype(np.int64)
+    if ((labels < 0) | (labels >= num_classes)).any():
+        return False
+    rows = pc.list_parent_indices(lists).to_numpy().astype(np.int64)
+    return len(np.unique(rows * num_classes + labels)) == len(labels)
+
+
+def rows_of(table: pa.Table, split: str) -> pa.Table:
+    """The samples of a split."""
+    import pyarrow.compute as pc
+
+    return table.filter(pc.equal(table["split"], split))
+
+
+def check_groups(table: pa.Table) -> None:
+    """LeakError where a group is in two splits."""
+    import pyarrow.compute as pc
+
+    pairs = table.select(["group", "split"]).group_by("group").aggregate([("split", "count_distinct")])
+    counts = pairs["split_count_distinct"].to_numpy()
+    if (counts > 1).any():
+        group = pairs["group"][int(np.argmax(counts > 1))].as_py()
+        splits = table.filter(pc.equal(table["group"], group))["split"].unique().to_pylist()
+        raise LeakError(
+            f"group {group} is in the splits {' and '.join(splits)}: a group may be in one split only; fix "
+            "the split column, or draw the splits by group"
+        )
+
+
+def split_index(rows: pa.Table, num_classes: int, shard_names: list[str]) -> SplitIndex:
+    """The rows column by column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lists = rows["labels"].combine_chunks()
+    labels = np.zeros((len(rows), num_classes), np.uint8)
+    labels[pc.list_parent_indices(lists).to_numpy(), lists.flatten().to_numpy()] = 1
+    shard = pc.index_in(rows["shard"], pa.array(shard_names)).to_numpy().astype(np.int64)
+    numbers = {name: rows[name].to_numpy() for name in ("offset", "size", "height", "width", "channels")}
+    text = {name: np.array(rows[name].to_pylist(), dtype="<U20") for name in ("key", "group")}
+    return SplitIndex(labels=labels, shard=shard, **numbers, **text)

@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
             schedule.count(kind)
         self._answer(answer, content, kind)
 
-    do_PUT = do_POST = do_DELETE = do_HEAD = do_GET  # noqa: N815
+    do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
 
     def _ask(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         """What the server says."""

@@ -1,12 +1,13 @@
 """The operator of MedMamba: four selective scans over a feature map, in and out in pixel order.
 
-    scan(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD) -> y_BHWD
+    scan(*operands) -> y_BHWD
 
-Its definition is reference.py. A backend is a module beside it with two functions: `scan` of the signature above, and
-`unusable(device_type)`, which says why it cannot run on such a device here (None: it can). One that is compiled on
-first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a backend is taken;
-one that builds for each size of a network has `build_ahead(sizes, dtype)`. A module may be imported only when it is
-asked for, so it may import what is not installed everywhere.
+The operands are those of contract.py, the definition is reference.py. A backend is a module of this folder with two
+functions: `scan`, and `unusable(device_type)`, which says why it cannot run on such a device here (None: it can). One
+that is compiled on first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a
+backend is taken; one that builds for each size of a network has `build_ahead(sizes, dtype)`. A module may be imported
+only when it is asked for, so it may import what is not installed everywhere. Compiled ones become operators of torch by
+operator.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from medmamba.ops.build_cache import BuildError
+from medmamba.ops.ss2d_scan.contract import Operands, check
 
 log = logging.getLogger(__name__)
 
@@ -28,37 +30,16 @@ _BACKENDS = ("reference", "numba", "cpp", "cuda", "mamba_ssm")  # each the name 
 # What "auto" tries on a device, fastest first.
 _PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "mamba_ssm", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
-_AXES = {
-    "u": "BHWD",
-    "dt": "BHWKR",
-    "B": "BHWKN",
-    "C": "BHWKN",
-    "dt_weight": "KDR",
-    "dt_bias": "KD",
-    "A_log": "KDN",
-    "D": "KD",
-}
 
 
-def scan(
-    u_BHWD: Tensor,
-    dt_BHWKR: Tensor,
-    B_BHWKN: Tensor,
-    C_BHWKN: Tensor,
-    dt_weight_KDR: Tensor,
-    dt_bias_KD: Tensor,
-    A_log_KDN: Tensor,
-    D_KD: Tensor,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """Returns y_BHWD, the sum over the four directions; see reference.py for the equation.
+def scan(*operands: Tensor, backend: str = "auto") -> Tensor:
+    """Returns y_BHWD, the sum over the four directions, of the tensors of `Operands`, in their order.
 
     ValueError: the backend is unknown or cannot run on u's device, or the tensors do not fit each other.
     """
-    tensors = u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD
-    _check(tensors)
-    return backend_scan(resolve_backend(backend, u_BHWD.device.type))(*tensors)
+    checked = Operands(*operands)
+    check(checked)
+    return backend_scan(resolve_backend(backend, checked.u_BHWD.device.type))(*checked)
 
 
 def backend_scan(name: str) -> Callable[..., Tensor]:
@@ -93,25 +74,6 @@ def build_ahead(name: str, sizes: Sequence[tuple[int, int, int]], dtype: torch.d
     """Builds what a resolved backend would build on first use for scans of these (channels, rank, states)."""
     if build := getattr(_module(name), "build_ahead", None):
         build(sizes, dtype)
-
-
-def _check(tensors: tuple[Tensor, ...]) -> None:
-    """ValueError where they do not fit: compiled backends would read beyond a tensor's end, without a word."""
-    sizes, first = {"K": 4}, tensors[0]
-    for (name, axes), x in zip(_AXES.items(), tensors, strict=True):
-        if x.ndim != len(axes) or any(
-            not size or sizes.setdefault(axis, size) != size for axis, size in zip(axes, x.shape, strict=True)
-        ):
-            known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if axis in axes)
-            raise ValueError(
-                f"{name} of shape {tuple(x.shape)}: it must be ({', '.join(axes)}), none of them 0"
-                f"{f', with {known}' if known else ''}; see reference.py for the axes"
-            )
-        if x.device != first.device or not x.is_floating_point():
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device}: all must be floating-point and lie with u on {first.device}; "
-                "convert or move it"
-            )
 
 
 def _fastest(device_type: str) -> str:

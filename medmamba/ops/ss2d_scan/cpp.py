@@ -59,7 +59,7 @@ def _backward(problem: Problem, dy: Tensor, kept: Tensor, gradients: Gradients) 
     cpu_operator.spread(problem.slots * problem.splits, lambda tasks: run(*map(ctypes.c_int64, tasks), read, *to))
 
 
-scan = cpu_operator.register(cpu_operator.Loops("cpp", _WIDTH, _GROUP, _CHUNK, _forward, _backward))
+scan = cpu_operator.scan_of(cpu_operator.Loops("cpp", _WIDTH, _GROUP, _CHUNK, _forward, _backward))
 
 
 def _library() -> ctypes.CDLL:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor
 
-from medmamba.ops.ss2d_scan.first_order import gradients
+from medmamba.ops.ss2d_scan import operator
+from medmamba.ops.ss2d_scan.contract import Operands
 
 _TASKS = 8  # a small batch is also cut by channels until there are about this many tasks
 _LOG2_E = 1.4426950408889634
@@ -72,8 +73,9 @@ class Loops:
     forward: Callable[[Problem, Tensor, Tensor], None]
     backward: Callable[[Problem, Tensor, Tensor, Gradients], None]
 
-    def kept_size(self, u: Tensor, a: Tensor) -> int:
+    def kept_size(self, *inputs: Tensor) -> int:
         """Numbers kept from forward to backward."""
+        u, a = inputs[0], inputs[6]
         images, height, width, channels = u.shape
         return images * a.shape[0] * -(-height * width // self.chunk) * channels * a.shape[2]
 
@@ -83,76 +85,55 @@ def unusable(device_type: str) -> str | None:
     return None if device_type in ("cpu", "meta") else "it is for the CPU; build the model for the device it runs on"
 
 
-def register(loops: Loops) -> Callable[..., Tensor]:
-    """Registers medmamba::ss2d_scan_<name> and its backward with torch, and returns the backend's `scan`."""
-    # Plain registration: torch.library.custom_op imports torch._dynamo at the first call, 1.4 s in every process.
-    name = f"ss2d_scan_{loops.name}"
-    inputs = "Tensor u, Tensor dt, Tensor b, Tensor c, Tensor weight, Tensor bias, Tensor a, Tensor skip"
-    torch.library.define(f"medmamba::{name}", f"({inputs}, bool keep) -> (Tensor, Tensor)")
-    torch.library.define(
-        f"medmamba::{name}_backward", f"(Tensor dy, {inputs}, Tensor kept) -> ({', '.join(['Tensor'] * 8)})"
-    )
-    forward = getattr(torch.ops.medmamba, name).default
-    backward = getattr(torch.ops.medmamba, f"{name}_backward").default
+def scan_of(loops: Loops) -> Callable[..., Tensor]:
+    """The `scan` of a backend, whose loops become the operator medmamba::ss2d_scan_<name>."""
 
-    @torch.library.impl(f"medmamba::{name}", "cpu")
-    def run_forward(u, dt, b, c, weight, bias, a, skip, keep):
+    def run_forward(*inputs_and_keep):
         """(y_BHWD, the states at each chunk's start, empty unless `keep`)."""
-        y, kept = torch.empty(u.shape), torch.empty(loops.kept_size(u, a) if keep else 0)
-        loops.forward(_problem(u, dt, b, c, weight, bias, a, skip, loops.width), y, kept)
+        *inputs, keep = inputs_and_keep
+        y, kept = torch.empty(inputs[0].shape), torch.empty(loops.kept_size(*inputs) if keep else 0)
+        loops.forward(_problem(loops.width, *inputs), y, kept)
         return y, kept
 
-    @torch.library.register_fake(f"medmamba::{name}")
-    def fake_forward(u, dt, b, c, weight, bias, a, skip, keep):
-        return u.new_empty(u.shape), u.new_empty(loops.kept_size(u, a) if keep else 0)
+    def shapes(u, *others_and_keep):
+        *others, keep = others_and_keep
+        return u.new_empty(u.shape), u.new_empty(loops.kept_size(u, *others) if keep else 0)
 
-    @torch.library.impl(f"medmamba::{name}_backward", "cpu")
-    def run_backward(dy, u, dt, b, c, weight, bias, a, skip, kept):
+    def run_backward(dy, *inputs_and_kept):
         """The gradients of the eight inputs, in their order and shapes."""
-        problem = _problem(u, dt, b, c, weight, bias, a, skip, loops.width)
-        small = [torch.empty(problem.splits, *x.shape) for x in (dt, b, c)]
+        *inputs, kept = inputs_and_kept
+        problem = _problem(loops.width, *inputs)
+        small = [torch.empty(problem.splits, *x.shape) for x in inputs[1:4]]
         parameters = (problem.weight, problem.bias, problem.a, problem.skip)
         sums = [torch.zeros(problem.slots, *x.shape) for x in parameters]
-        gradients = Gradients(torch.empty(u.shape), *small, *sums)
-        loops.backward(problem, dy.contiguous(), kept, gradients)
+        found = Gradients(torch.empty(inputs[0].shape), *small, *sums)
+        loops.backward(problem, dy.contiguous(), kept, found)
         of_inputs = [x.squeeze(0) if problem.splits == 1 else x.sum(0) for x in small]
         of_weight, of_bias, of_a, of_skip = (x.sum(0) for x in sums)
-        return gradients.u, *of_inputs, of_weight.mT.contiguous(), of_bias, of_a.mT.contiguous(), of_skip
+        return found.u, *of_inputs, of_weight.mT.contiguous(), of_bias, of_a.mT.contiguous(), of_skip
 
-    @torch.library.register_fake(f"medmamba::{name}_backward")
-    def fake_backward(dy, u, dt, b, c, weight, bias, a, skip, kept):
-        return tuple(x.new_empty(x.shape) for x in (u, dt, b, c, weight, bias, a, skip))
+    forward = operator.register(
+        f"ss2d_scan_{loops.name}",
+        backend=loops.name,
+        device="cpu",
+        forward=run_forward,
+        shapes=shapes,
+        backward=run_backward,
+    )
 
-    def remember(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:-1], output[1])
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx, dy, _):
-        return (*gradients(loops.name, backward, dy, *ctx.saved_tensors), None)
-
-    torch.library.register_autograd(f"medmamba::{name}", differentiate, setup_context=remember)
-
-    def scan(
-        u_BHWD: Tensor,
-        dt_BHWKR: Tensor,
-        B_BHWKN: Tensor,
-        C_BHWKN: Tensor,
-        dt_weight_KDR: Tensor,
-        dt_bias_KD: Tensor,
-        A_log_KDN: Tensor,
-        D_KD: Tensor,
-    ) -> Tensor:
+    def scan(*operands: Tensor) -> Tensor:
         """Returns y_BHWD in u's dtype, computed in float32 (see reference.py for the equation)."""
-        channels, states = A_log_KDN.shape[1:]
+        given = Operands(*operands)
+        channels, states = given.A_log_KDN.shape[1:]
         lacking, lacking_states = -channels % loops.width, -states % loops.group
-        A_KDN = -A_log_KDN.float().exp()
-        inputs = [x.float() for x in (u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN)]
-        parameters = [dt_weight_KDR.float(), dt_bias_KD.float(), A_KDN, D_KD.float()]
+        A_KDN = -given.A_log_KDN.float().exp()
+        inputs = [x.float() for x in (given.u_BHWD, given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN)]
+        parameters = [given.dt_weight_KDR.float(), given.dt_bias_KD.float(), A_KDN, given.D_KD.float()]
         if lacking or lacking_states:
             inputs, parameters = _padded(inputs, parameters, lacking, lacking_states)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters))
         y_BHWD, _ = forward(*inputs, *parameters, keep)
-        return (y_BHWD[..., :channels] if lacking else y_BHWD).to(u_BHWD.dtype)
+        return (y_BHWD[..., :channels] if lacking else y_BHWD).to(given.u_BHWD.dtype)
 
     return scan
 
@@ -168,7 +149,7 @@ def _padded(
     return inputs, [F.pad(weight, (0, 0, 0, channels)), F.pad(bias, (0, channels)), a, F.pad(skip, (0, channels))]
 
 
-def _problem(u, dt, b, c, weight, bias, a, skip, width: int) -> Problem:
+def _problem(width: int, u, dt, b, c, weight, bias, a, skip) -> Problem:
     dt, b, c = (_rows(x) for x in (dt, b, c))
     weight, bias, a, skip = (x.contiguous() for x in (weight.mT, bias, a.mT * _LOG2_E, skip))
     images, channels = u.shape[0], u.shape[3]

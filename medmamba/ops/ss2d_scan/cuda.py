@@ -14,7 +14,8 @@ import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor
 
 from medmamba.ops import nvrtc
-from medmamba.ops.ss2d_scan.first_order import gradients
+from medmamba.ops.ss2d_scan.contract import Operands
+from medmamba.ops.ss2d_scan.operator import register
 
 SOURCE = Path(__file__).with_name("scan.cu")
 _ACT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,21 +46,13 @@ def build_ahead(sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> No
         list(pool.map(lambda plan: plan.kernels(device, vectors=True), plans))
 
 
-def scan(
-    u_BHWD: Tensor,
-    dt_BHWKR: Tensor,
-    B_BHWKN: Tensor,
-    C_BHWKN: Tensor,
-    dt_weight_KDR: Tensor,
-    dt_bias_KD: Tensor,
-    A_log_KDN: Tensor,
-    D_KD: Tensor,
-) -> Tensor:
+def scan(*operands: Tensor) -> Tensor:
     """Returns y_BHWD in u's dtype, computed in float32 (see reference.py for the equation)."""
-    dtype = u_BHWD.dtype if u_BHWD.dtype in _ACT else torch.float32
-    inputs = [x.to(dtype) for x in (u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN)]
-    parameters = [x.float() for x in (dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD)]
-    lacking = -A_log_KDN.shape[2] % _QUADS
+    given = Operands(*operands)
+    dtype = given.u_BHWD.dtype if given.u_BHWD.dtype in _ACT else torch.float32
+    inputs = [x.to(dtype) for x in (given.u_BHWD, given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN)]
+    parameters = [x.float() for x in (given.dt_weight_KDR, given.dt_bias_KD, given.A_log_KDN, given.D_KD)]
+    lacking = -given.A_log_KDN.shape[2] % _QUADS
     if lacking:  # states of zeros: what they add to every result is zero
         inputs[2:] = [F.pad(x, (0, lacking)) for x in inputs[2:]]
         parameters[2] = F.pad(parameters[2], (0, lacking))
@@ -68,17 +61,7 @@ def scan(
     # compiler one on its way to a convolution: it would keep u once more with H innermost, and copy it back there. With
     # T and a batch of 128 on an H200 that is 1.4 of 42.3 ms a step, and 0.3 GiB.
     y_BLD, _ = _forward(inputs[0].flatten(1, 2), *inputs[1:], *parameters, keep)
-    return y_BLD.unflatten(1, u_BHWD.shape[1:3]).to(u_BHWD.dtype)
-
-
-# u is (B, H·W, D); the others are as `scan` has them.
-_INPUTS = "Tensor u, Tensor dt, Tensor b, Tensor c, Tensor weight, Tensor bias, Tensor a_log, Tensor skip"
-torch.library.define("medmamba::ss2d_scan_cuda", f"({_INPUTS}, bool keep) -> (Tensor, Tensor)")
-torch.library.define(
-    "medmamba::ss2d_scan_cuda_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 8)})"
-)
-_forward = torch.ops.medmamba.ss2d_scan_cuda.default
-_backward = torch.ops.medmamba.ss2d_scan_cuda_backward.default
+    return y_BLD.unflatten(1, given.u_BHWD.shape[1:3]).to(given.u_BHWD.dtype)
 
 
 class _Small(ctypes.Structure):
@@ -204,7 +187,6 @@ def _plan_of(u: Tensor, dt: Tensor, a_log: Tensor) -> _Plan:
     return _plan(images, height, width, u.shape[2], rank, a_log.shape[2], u.dtype)
 
 
-@torch.library.impl("medmamba::ss2d_scan_cuda", "cuda")
 def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
     """(y_BLD, the states at each tile's start, empty unless `keep`)."""
     plan = _plan_of(u, dt, a_log)
@@ -227,12 +209,10 @@ def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
     return y, kept
 
 
-@torch.library.register_fake("medmamba::ss2d_scan_cuda")
-def _fake_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
+def _shapes(u, dt, b, c, weight, bias, a_log, skip, keep):
     return u.new_empty(u.shape), _new_kept(u, _plan_of(u, dt, a_log), keep)
 
 
-@torch.library.impl("medmamba::ss2d_scan_cuda_backward", "cuda")
 def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
     """The gradients of the eight inputs, in their order and shapes."""
     plan = _plan_of(u, dt, a_log)
@@ -273,21 +253,10 @@ def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
     return du, *of_small, of_weight, of_bias, of_a_log, of_skip
 
 
-@torch.library.register_fake("medmamba::ss2d_scan_cuda_backward")
-def _fake_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
-    return tuple(x.new_empty(x.shape) for x in (u, dt, b, c, weight, bias, a_log, skip))
-
-
-def _remember(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:-1], output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dy, _):
-    return (*gradients("cuda", _backward, dy, *ctx.saved_tensors), None)
-
-
-torch.library.register_autograd("medmamba::ss2d_scan_cuda", _differentiate, setup_context=_remember)
+# u is (B, H·W, D); the others are as `scan` has them.
+_forward = register(
+    "ss2d_scan_cuda", backend="cuda", device="cuda", forward=_run_forward, shapes=_shapes, backward=_run_backward
+)
 
 
 def _rows(x: Tensor) -> Tensor:

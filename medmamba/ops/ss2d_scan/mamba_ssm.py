@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from medmamba.ops.ss2d_scan.first_order import gradients
+from medmamba.ops.ss2d_scan.contract import Operands
+from medmamba.ops.ss2d_scan.operator import register
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _EXTENSION = "selective_scan_cuda"  # what mamba-ssm compiles; mamba_ssm itself also imports triton and transformers
@@ -35,34 +36,26 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
-def scan(
-    u_BHWD: Tensor,
-    dt_BHWKR: Tensor,
-    B_BHWKN: Tensor,
-    C_BHWKN: Tensor,
-    dt_weight_KDR: Tensor,
-    dt_bias_KD: Tensor,
-    A_log_KDN: Tensor,
-    D_KD: Tensor,
-) -> Tensor:
+def scan(*operands: Tensor) -> Tensor:
     """Returns y_BHWD in u's dtype (see reference.py for the equation)."""
-    height, width = u_BHWD.shape[1:3]
-    dtype = u_BHWD.dtype if u_BHWD.dtype in _ACTIVATIONS else torch.float32
-    with torch.autocast(u_BHWD.device.type, enabled=False):
-        u_BKDL = _in_four_orders(u_BHWD.to(dtype).unsqueeze(3).expand(-1, -1, -1, 4, -1))
-        dt_BKRL, B_BKNL, C_BKNL = (_in_four_orders(x.to(dtype)) for x in (dt_BHWKR, B_BHWKN, C_BHWKN))
-        delta_BKDL = torch.einsum("bkrl,kdr->bkdl", dt_BKRL, dt_weight_KDR.to(dtype))
+    given = Operands(*operands)
+    height, width = given.u_BHWD.shape[1:3]
+    dtype = given.u_BHWD.dtype if given.u_BHWD.dtype in _ACTIVATIONS else torch.float32
+    with torch.autocast(given.u_BHWD.device.type, enabled=False):
+        u_BKDL = _in_four_orders(given.u_BHWD.to(dtype).unsqueeze(3).expand(-1, -1, -1, 4, -1))
+        dt_BKRL, B_BKNL, C_BKNL = (_in_four_orders(x.to(dtype)) for x in (given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN))
+        delta_BKDL = torch.einsum("bkrl,kdr->bkdl", dt_BKRL, given.dt_weight_KDR.to(dtype))
         y_BEL, _ = _forward(
             u_BKDL.float().flatten(1, 2),
             delta_BKDL.float().flatten(1, 2),
-            -A_log_KDN.float().exp().flatten(0, 1),
+            -given.A_log_KDN.float().exp().flatten(0, 1),
             B_BKNL.float(),
             C_BKNL.float(),
-            D_KD.float().flatten(),
-            dt_bias_KD.float().flatten(),
+            given.D_KD.float().flatten(),
+            given.dt_bias_KD.float().flatten(),
         )
         y_BKDL = y_BEL.unflatten(1, u_BKDL.shape[1:3])
-        return _summed_in_pixel_order(y_BKDL, height, width).to(u_BHWD.dtype)
+        return _summed_in_pixel_order(y_BKDL, height, width).to(given.u_BHWD.dtype)
 
 
 def _in_four_orders(x_BHWKF: Tensor) -> Tensor:
@@ -93,16 +86,6 @@ def _extension() -> ModuleType:
     return importlib.import_module(_EXTENSION)
 
 
-# u and delta (B, K·D, L), a (K·D, N), b and c (B, K, N, L), d and bias (K·D), all in float32.
-_INPUTS = "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor d, Tensor bias"
-torch.library.define("medmamba::selective_scan", f"({_INPUTS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "medmamba::selective_scan_backward", f"(Tensor dy, {_INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 7)})"
-)
-_forward = torch.ops.medmamba.selective_scan.default
-_backward = torch.ops.medmamba.selective_scan_backward.default
-
-
 def _run_forward(*inputs):
     """(y, the states at each chunk's end)."""
     u, delta, a, b, c, d, bias = (x.contiguous() for x in inputs)
@@ -110,8 +93,7 @@ def _run_forward(*inputs):
     return y, kept
 
 
-@torch.library.register_fake("medmamba::selective_scan")
-def _fake_forward(u, delta, a, b, c, d, bias):
+def _shapes(u, delta, a, b, c, d, bias):
     images, channels, length = u.shape
     return u.new_empty(u.shape), u.new_empty(images, channels, -(-length // _CHUNK), 2 * a.shape[1])
 
@@ -122,20 +104,14 @@ def _run_backward(*inputs):
     return tuple(_extension().bwd(u, delta, a, b, c, d, None, bias, dy, kept, None, None, True, False))
 
 
-@torch.library.register_fake("medmamba::selective_scan_backward")
-def _fake_backward(dy, *inputs):
-    return tuple(x.new_empty(x.shape) for x in inputs[:-1])
-
-
-def _remember(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dy, _):
-    return gradients("mamba_ssm", _backward, dy, *ctx.saved_tensors)
-
-
-torch.library.impl("medmamba::selective_scan", "cuda", _run_forward)
-torch.library.impl("medmamba::selective_scan_backward", "cuda", _run_backward)
-torch.library.register_autograd("medmamba::selective_scan", _differentiate, setup_context=_remember)
+# u and delta (B, K·D, L), a (K·D, N), b and c (B, K, N, L), d and bias (K·D), all in float32.
+_forward = register(
+    "selective_scan",
+    backend="mamba_ssm",
+    device="cuda",
+    forward=_run_forward,
+    shapes=_shapes,
+    backward=_run_backward,
+    inputs=("u", "delta", "a", "b", "c", "d", "bias"),
+    keeps=False,
+)

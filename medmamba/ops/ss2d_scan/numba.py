@@ -22,7 +22,7 @@ def _backward(problem: Problem, dy: Tensor, kept: Tensor, gradients: Gradients) 
     cpu_operator.spread(problem.slots * problem.splits, lambda tasks: kernels.backward(tasks, *arguments))
 
 
-scan = cpu_operator.register(
+scan = cpu_operator.scan_of(
     cpu_operator.Loops("numba", kernels.WIDTH, kernels.GROUP, kernels.CHUNK, _forward, _backward)
 )
 

@@ -17,34 +17,28 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor
 
+from medmamba.ops.ss2d_scan.contract import Operands
+
 
 def unusable(device_type: str) -> str | None:
     """Why this backend cannot run on such a device; None: it can (everywhere)."""
     return None
 
 
-def scan(
-    u_BHWD: Tensor,
-    dt_BHWKR: Tensor,
-    B_BHWKN: Tensor,
-    C_BHWKN: Tensor,
-    dt_weight_KDR: Tensor,
-    dt_bias_KD: Tensor,
-    A_log_KDN: Tensor,
-    D_KD: Tensor,
-) -> Tensor:
+def scan(*operands: Tensor) -> Tensor:
     """Returns y_BHWD in u's dtype, computed in float32 (float64 where u is float64), also under autocast.
 
     Time and memory grow linearly with L, backward included (it keeps every state: L·N floats per row).
     """
-    height, width = u_BHWD.shape[1:3]
-    exact = torch.promote_types(u_BHWD.dtype, torch.float32)
-    with torch.autocast(u_BHWD.device.type, enabled=False):
-        u_BKLD = _in_four_orders(u_BHWD.to(exact).unsqueeze(3).expand(-1, -1, -1, 4, -1))
-        dt_BKLR, B_BKLN, C_BKLN = (_in_four_orders(x.to(exact)) for x in (dt_BHWKR, B_BHWKN, C_BHWKN))
-        lifted_BKLD = dt_BKLR @ dt_weight_KDR.to(exact).transpose(1, 2) + dt_bias_KD.to(exact)[:, None]
+    given = Operands(*operands)
+    height, width = given.u_BHWD.shape[1:3]
+    exact = torch.promote_types(given.u_BHWD.dtype, torch.float32)
+    with torch.autocast(given.u_BHWD.device.type, enabled=False):
+        u_BKLD = _in_four_orders(given.u_BHWD.to(exact).unsqueeze(3).expand(-1, -1, -1, 4, -1))
+        dt_BKLR, B_BKLN, C_BKLN = (_in_four_orders(x.to(exact)) for x in (given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN))
+        lifted_BKLD = dt_BKLR @ given.dt_weight_KDR.to(exact).transpose(1, 2) + given.dt_bias_KD.to(exact)[:, None]
         delta_BKLD = F.softplus(lifted_BKLD)
-        A_KDN = -A_log_KDN.to(exact).exp()
+        A_KDN = -given.A_log_KDN.to(exact).exp()
 
         decay_BKLDN = (delta_BKLD[..., None] * A_KDN[:, None]).exp()
         input_BKLDN = (delta_BKLD * u_BKLD)[..., None] * B_BKLN[..., None, :]
@@ -54,8 +48,8 @@ def scan(
         for decay_BKDN, input_BKDN in zip(decay_BKLDN.unbind(2), input_BKLDN.unbind(2), strict=True):
             h_BKDN = decay_BKDN * h_BKDN + input_BKDN
             states.append(h_BKDN)
-        y_BKLD = (torch.stack(states, 2) @ C_BKLN[..., None]).squeeze(-1) + D_KD.to(exact)[:, None] * u_BKLD
-        return _summed_in_pixel_order(y_BKLD, height, width).to(u_BHWD.dtype)
+        y_BKLD = (torch.stack(states, 2) @ C_BKLN[..., None]).squeeze(-1) + given.D_KD.to(exact)[:, None] * u_BKLD
+        return _summed_in_pixel_order(y_BKLD, height, width).to(given.u_BHWD.dtype)
 
 
 def _in_four_orders(x_BHWKF: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ WARNINGS = (
     "ignore:The ``noload`` loader strategy is deprecated",  # MLflow's use of SQLAlchemy 2.1
     "ignore:.*Any type hint is inferred as AnyType",  # MLflow of a packaged model, whose input is a frame
     "ignore:Corrupt EXIF data",  # Pillow of damaged pictures
+    "ignore:Truncated File Read",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",  # torch's compiler of what it looks at
+    "ignore:Profiler won't be using warmup",  # torch of a profile that begins with the first step
+    "ignore::DeprecationWarning:ray",  # Ray of itself
 )
 
 

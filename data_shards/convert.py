@@ -50,12 +50,13 @@ from data_shards.manifest import (
 from data_shards.options import listing_command
 from data_shards.plan import ShardPlan, config_digest, plan_shards, sample_keys
 from data_shards.quarantine import check_lost_classes, check_quarantine, first_named
-from data_shards.settings import SETTINGS, refuse_drift, settings_bytes, splits_from
+from data_shards.settings import SETTINGS, has_moved, refuse_drift, settings_bytes, splits_from
 from data_shards.shard import ShardPart, ShardTask, find_shard, part_key, tar_key, write_shard
 from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError
 from data_shards.store.lease import Lease, one_driver
+from data_shards.verify import check_source
 
 LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
@@ -279,6 +280,8 @@ def _found(config: DataConfig, out: Store) -> Dataset:
     """The finished dataset. ValueError where it was made with other settings, or these judge it otherwise."""
     refuse_drift(config, out)
     dataset = open_dataset(out)
+    if has_moved(config, out):
+        check_source(_findable(config), dataset)
     listing = f"`{_listing('quarantine', config, out)}` lists them"
     check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [listing])
     if config.leaks.datasets == "refuse":

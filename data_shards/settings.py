@@ -58,7 +58,7 @@ def settings_on_record(out: Store) -> tuple[DataConfig, str]:
 def refuse_drift(config: DataConfig, out: Store) -> None:
     """ValueError where the finished dataset in the store was made with other settings.
 
-    Another source is none of them: the images may have been moved, and a finished dataset is not made from them again.
+    Another source is not one of them: the images may have been moved (see `verify.check_source`).
     """
     wanted = _flat(config.identity(), config.salt)
     stored = _stored(out)
@@ -78,7 +78,6 @@ def refuse_drift(config: DataConfig, out: Store) -> None:
             f"{out.uri} holds a dataset made with other settings ({'; '.join(changed)}): set them back, or give the "
             "new dataset a name of its own with --data.name"
         )
-    _notice_source(config, out, stored or {})
     _notice_rules(out, stored or {})
 
 
@@ -105,16 +104,10 @@ def _stored(out: Store) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _notice_source(config: DataConfig, out: Store, stored: dict[str, Any]) -> None:
-    """Says that the images are not read again, for somebody may have meant another image set."""
-    if config.source and config.source != stored.get("source", config.source):
-        _log.warning(
-            "%s was converted from %s and is complete: %s is not read; if it is another image set, give it a name of "
-            "its own with --data.name",
-            out.uri,
-            stored["source"],
-            config.source,
-        )
+def has_moved(config: DataConfig, out: Store) -> bool:
+    """Whether `config` names another source than the finished dataset was made from."""
+    found = (_stored(out) or {}).get("source", config.source)
+    return bool(config.source) and found != config.source
 
 
 def _notice_rules(out: Store, stored: dict[str, Any]) -> None:

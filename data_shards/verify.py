@@ -12,18 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.decode import UndecodableImage, decode
+from data_shards.config import DataConfig
+from data_shards.decode import UndecodableImage, decode, stored
 from data_shards.index import SplitIndex
 from data_shards.leakage import read_report
 from data_shards.leakage.fingerprint import pixel_digest
 from data_shards.leakage.scan import FINGERPRINTS, stored_digests
 from data_shards.leakage.scan import FOLDER as SCAN
 from data_shards.manifest import Dataset, ManifestError, ShardEntry, channel_statistics, open_dataset
+from data_shards.plan import sample_keys
 from data_shards.shard import IMAGE_MEMBERS, part_key, pixel_histogram, tar_key
+from data_shards.source import open_source
 from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
 MOST_TOLD = 20  # problems of one shard
+SEEN_AGAIN = 16  # images of which the pixels are compared when a source has moved
 
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
@@ -98,6 +102,39 @@ def verify(
     found.strays = sorted({key for folder in ("shards/", "parts/", SCAN) for key in out.list(folder)} - expected)
     found.problems.sort()
     return found
+
+
+def check_source(config: DataConfig, dataset: Dataset) -> None:
+    """Looks whether `config.source` has the images that a finished dataset was made from, wherever they are now.
+
+    Every sample of the dataset must be among the images under the same name with the same label, and SEEN_AGAIN samples
+    must have the same pixels. More images may have been added: a finished dataset does not get them.
+    Raises ValueError.
+    """
+    image_set = open_source(config)
+    rows = dict(zip(sample_keys(image_set.rows, config), image_set.rows, strict=True))
+    table = dataset.table.select(["key", "labels", "shard", "offset", "size"]).to_pylist()
+    for sample in table:
+        row = rows.get(sample["key"])
+        if row is None or set(row.labels) != set(sample["labels"]):
+            what = "does not have an image of its" if row is None else f"has other labels for {row.where!r} than it"
+            raise ValueError(_other_images(config, dataset, what))
+    for sample in table[:: max(1, len(table) // SEEN_AGAIN)]:
+        row = rows[sample["key"]]
+        data = dataset.store.get(tar_key(sample["shard"]), start=sample["offset"], length=sample["size"])
+        try:
+            is_same = np.array_equal(decode(data), stored(image_set.reader.read(row), max_side=config.max_side)[2])
+        except UndecodableImage:
+            is_same = False
+        if not is_same:
+            raise ValueError(_other_images(config, dataset, f"has another image in {row.where!r} than it"))
+
+
+def _other_images(config: DataConfig, dataset: Dataset, what: str) -> str:
+    return (
+        f"{dataset.store.uri} is a complete dataset, and --data.source {config.source} {what}: for another image set "
+        "give the new dataset a name of its own with --data.name, and another --run"
+    )
 
 
 def read_shard(task: VerifyTask) -> _ReadShard:

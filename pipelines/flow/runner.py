@@ -22,6 +22,7 @@ from pipelines.flow.record import (
     Identity,
     Record,
     check_identity,
+    has_moved,
     read_failure,
     read_identity,
     read_record,
@@ -82,9 +83,7 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
     states: dict[str, StepState] = {}
     for step in in_order(steps):
         out = step_folder(store, run, step.name)
-        begun, record = read_identity(out), read_record(out)
-        if begun is not None:
-            check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
+        begun, record = read_identity(out), _finished(step, out, states, run)
         failure = None if record else read_failure(out)
         state: State = "done" if record else "failed" if failure else "interrupted" if begun else "to do"
         states[step.name] = StepState(step.name, state, record, failure.reason if failure else "")
@@ -138,9 +137,12 @@ def _identity(step: Step, states: dict[str, StepState]) -> Identity:
 
 
 def _finished(step: Step, out: Store, states: dict[str, StepState], run: str) -> Record | None:
-    begun = read_identity(out)
+    """The record of a step that has nothing left to do; DriftError where it was begun with another configuration."""
+    begun, now, kind = read_identity(out), _identity(step, states), type(step.config)
     if begun is not None:
-        check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
+        check_identity(step.name, begun, now, run=run, kind=kind)
+        if has_moved(begun, now, kind):
+            return None
     return read_record(out)
 
 
@@ -157,7 +159,8 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Cont
         if _is_held(context):  # else the folder is another driver's by now
             places = [context.store.uri] if context.store.is_local else []
             write_failure(out, kept_reason(error, step=step.name, places=places))
-            if not step.binds_on_refusal and users_mistake(error) is not None:
+            is_bound = step.binds_on_refusal or read_record(out) is not None
+            if not is_bound and users_mistake(error) is not None:
                 out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
         raise
     try:

@@ -70,63 +70,12 @@ NEVER = {
 }
 
 # Modules or folders; a circle among some of one entry's is known.
-KNOWN_CIRCLES = (
-    {"data_shards.decode.dicom.header", "data_shards.decode.image"},
-    {
-        "data_shards.source.dicom_rows",
-        "data_shards.source.file_set",
-        "data_shards.source.folders.rows",
-        "data_shards.source.npz",
-        "data_shards.source.open",
-        "data_shards.source.table.rows",
-    },
-    {
-        "data_shards.source.files.folder",
-        "data_shards.source.files.open",
-        "data_shards.source.files.tar",
-        "data_shards.source.files.zip",
-    },
-    {"data_shards.store.s3.read", "data_shards.store.s3.store", "data_shards.store.store"},
-)
-KNOWN_FOLDER_CIRCLES = (
-    {"data_shards.labels", "data_shards.source", "data_shards.split"},
-    {
-        "pipelines.bench",
-        "pipelines.commands",
-        "pipelines.costs",
-        "pipelines.initial_weights",
-        "pipelines.recipes",
-        "pipelines.steps",
-        "pipelines.sweep",
-        "pipelines.tracking",
-        "pipelines.worker",
-        "pipelines.worker.checkpoint",
-        "pipelines.worker.engine",
-        "pipelines.worker.meter",
-    },
-)
-KNOWN_ARROWS = {
-    "pipelines.worker.engine.compile_cache -> pipelines.bench.measure",
-    "pipelines.worker.meter.peak -> pipelines.bench.measure",
-}
+KNOWN_CIRCLES: tuple[set[str], ...] = ()
+KNOWN_FOLDER_CIRCLES: tuple[set[str], ...] = ()
+KNOWN_ARROWS: set[str] = set()
 KNOWN_WIDE: set[str] = set()
-KNOWN_LONG = {
-    "data_shards/convert.py",
-    "data_shards/leakage/report.py",
-    "data_shards/loader/rank_batches.py",
-    "data_shards/manifest.py",
-    "data_shards/source/table/label_cells.py",
-    "pipelines/cli.py",
-    "pipelines/commands/shard_names.py",
-    "pipelines/tracking/client.py",
-}
-KNOWN_LONG_FUNCTIONS = {
-    "data_shards/leakage/report.py: guard",
-    "data_shards/loader/rank_batches.py: batches",
-    "medmamba/ops/ss2d_scan/cpu_operator.py: register",
-    "pipelines/bench/data.py: bench_data",
-    "pipelines/bench/networks.py: bench",
-}
+KNOWN_LONG: set[str] = set()
+KNOWN_LONG_FUNCTIONS: set[str] = set()
 
 
 def imports(module: str, *, lazy: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from data_shards.convert import RefusedError
+from data_shards.quarantine import RefusedError
 from data_shards.store import StoreFullError
 from data_shards.store.disk import DiskFullError
 from pipelines import faults

@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint reference install clean
+.PHONY: quickstart test coverage test-slow lint reference install clean
 
 quickstart: .venv/installed  ## images in, a promoted model out, on this machine
 	$(BIN)/medmamba quickstart
 
-test: .venv/installed  ## the tests and their line coverage, about twenty minutes on two cores
+test: .venv/installed  ## the tests, about twenty minutes on two cores
+	$(BIN)/pytest -m "not slow and not gpu"
+coverage: .venv/installed  ## the same tests with their line coverage; takes an eighth longer
 	$(BIN)/pytest -m "not slow and not gpu" --cov --cov-report=term
 
 test-slow: .venv/installed  ## the long matrix

@@ -56,7 +56,7 @@ from data_shards.source import ImageSet, Row, open_source
 from data_shards.split import assign_splits
 from data_shards.store import Store, StoreKeyError
 from data_shards.store.lease import Lease, one_driver
-from data_shards.verify import check_source
+from data_shards.verify import check_moved
 
 LEASE = ".lease.json"
 _ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
@@ -281,7 +281,7 @@ def _found(config: DataConfig, out: Store) -> Dataset:
     refuse_drift(config, out)
     dataset = open_dataset(out)
     if has_moved(config, out):
-        check_source(_findable(config), dataset)
+        check_moved(_findable(config), dataset)
     listing = f"`{_listing('quarantine', config, out)}` lists them"
     check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [listing])
     if config.leaks.datasets == "refuse":

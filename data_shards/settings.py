@@ -58,7 +58,7 @@ def settings_on_record(out: Store) -> tuple[DataConfig, str]:
 def refuse_drift(config: DataConfig, out: Store) -> None:
     """ValueError where the finished dataset in the store was made with other settings.
 
-    Another source is not one of them: the images may have been moved (see `verify.check_source`).
+    Another source is not one of them: the images may have been moved (see `verify.check_moved`).
     """
     wanted = _flat(config.identity(), config.salt)
     stored = _stored(out)

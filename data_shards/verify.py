@@ -27,7 +27,7 @@ from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
 MOST_TOLD = 20  # problems of one shard
-SEEN_AGAIN = 16  # images of which the pixels are compared when a source has moved
+SEEN_AGAIN = 16  # most images of which the pixels are compared when a source has moved
 
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
@@ -104,36 +104,50 @@ def verify(
     return found
 
 
-def check_source(config: DataConfig, dataset: Dataset) -> None:
+def check_moved(config: DataConfig, dataset: Dataset) -> None:
     """Looks whether `config.source` has the images that a finished dataset was made from, wherever they are now.
 
-    Every sample of the dataset must be among the images under the same name with the same label, and SEEN_AGAIN samples
-    must have the same pixels. More images may have been added: a finished dataset does not get them.
-    Raises ValueError.
+    Classes and task must be the same; every sample of the dataset must be among the images under the same name, with
+    the same labels, and in the test split where the source says so; at most SEEN_AGAIN samples must have the same
+    pixels. Images may have been added: a finished dataset does not get them. Raises ValueError.
     """
-    image_set = open_source(config)
+    image_set, manifest = open_source(config), dataset.manifest
+    if (tuple(image_set.classes), image_set.task) != (tuple(manifest.classes), manifest.task):
+        has, made = ", ".join(image_set.classes), ", ".join(manifest.classes)
+        raise ValueError(_other_images(config, dataset, f"has the classes {has} ({image_set.task}), not {made} as"))
     rows = dict(zip(sample_keys(image_set.rows, config), image_set.rows, strict=True))
-    table = dataset.table.select(["key", "labels", "shard", "offset", "size"]).to_pylist()
-    for sample in table:
-        row = rows.get(sample["key"])
-        if row is None or set(row.labels) != set(sample["labels"]):
-            what = "does not have an image of its" if row is None else f"has other labels for {row.where!r} than it"
-            raise ValueError(_other_images(config, dataset, what))
-    for sample in table[:: max(1, len(table) // SEEN_AGAIN)]:
-        row = rows[sample["key"]]
-        data = dataset.store.get(tar_key(sample["shard"]), start=sample["offset"], length=sample["size"])
+    columns = [dataset.table.column(name) for name in ("key", "labels", "split")]
+    for sample in zip(*columns, strict=True):
+        key, labels, split = (value.as_py() for value in sample)
+        row = rows.get(key)
+        if row is None:
+            raise ValueError(_other_images(config, dataset, "does not have an image of"))
+        if set(row.labels) != set(labels):
+            raise ValueError(_other_images(config, dataset, f"has other labels for {row.where!r} than"))
+        # Validation images may have been drawn from train; of duplicates in two splits one side may have been moved.
+        if row.split and config.leaks.across != "move" and (row.split == "test") != (split == "test"):
+            raise ValueError(_other_images(config, dataset, f"has {row.where!r} in {row.split}, not in {split} as"))
+    for found in _spread(dataset, SEEN_AGAIN):
+        row = rows[found["key"]]
+        data = dataset.store.get(tar_key(found["shard"]), start=found["offset"], length=found["size"])
         try:
             is_same = np.array_equal(decode(data), stored(image_set.reader.read(row), max_side=config.max_side)[2])
         except UndecodableImage:
             is_same = False
         if not is_same:
-            raise ValueError(_other_images(config, dataset, f"has another image in {row.where!r} than it"))
+            raise ValueError(_other_images(config, dataset, f"has another image in {row.where!r} than"))
+
+
+def _spread(dataset: Dataset, most: int) -> list[dict[str, Any]]:
+    """At most so many rows of the index, from its beginning to its end."""
+    every = max(1, -(-len(dataset.table) // most))
+    return dataset.table.take(list(range(0, len(dataset.table), every))).to_pylist()
 
 
 def _other_images(config: DataConfig, dataset: Dataset, what: str) -> str:
     return (
-        f"{dataset.store.uri} is a complete dataset, and --data.source {config.source} {what}: for another image set "
-        "give the new dataset a name of its own with --data.name, and another --run"
+        f"--data.source {config.source} {what} the finished dataset {dataset.store.uri}: for another image set give "
+        "the new dataset a name of its own with --data.name"
     )
 
 

@@ -41,7 +41,12 @@ def read_status(store: Store, run: str = "") -> list[dict]:
 
 
 def _line(step: str, record: Record | None) -> str:
-    return read_facts(step, record).line() if record else ""
+    if record is None:
+        return ""
+    try:
+        return read_facts(step, record).line()
+    except ValueError as error:  # one damaged record must not hide the other runs
+        return str(error)
 
 
 def _progress(out: Store) -> str:

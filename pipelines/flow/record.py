@@ -105,15 +105,11 @@ def read_identity(out: Store) -> Identity | None:
 def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind: type[BaseModel]) -> None:
     """Raises DriftError naming every field that changed, its old and new value, and what to do.
 
-    `kind` is the configuration's model: a field that it has got since the step was begun stands at its default, and
-    its WHEREABOUTS, if it has any, are not compared (see `has_moved`).
+    `kind` is the configuration's model: a field that it has got since the step was begun stands at its default.
     An input whose digest is not known yet is compared when it is known; that there is such an input, at once.
     """
     inputs = {name: digest or begun.inputs.get(name) or STILL_TO_RUN for name, digest in now.inputs.items()}
     old, new = _completed(begun.config, kind), json.loads(to_json(now.config))
-    for field in getattr(kind, "WHEREABOUTS", ()):
-        old.pop(field, None)
-        new.pop(field, None)
     changed = difference({**old, "inputs": begun.inputs}, {**new, "inputs": inputs})
     if changed:
         fields = "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
@@ -122,12 +118,6 @@ def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind:
             f"A run's name stands for one configuration: give this one another name (--run NAME), "
             f"or go back to the old values"
         )
-
-
-def has_moved(begun: Identity, now: Identity, kind: type[BaseModel]) -> bool:
-    """Whether what a finished step was made from is said to be in another place: the step has to look at it again."""
-    old, new = _completed(begun.config, kind), json.loads(to_json(now.config))
-    return any(old.get(field) != new.get(field) for field in getattr(kind, "WHEREABOUTS", ()))
 
 
 def _completed(config: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:

@@ -132,8 +132,8 @@ def test_a_finished_set_whose_source_moved_is_the_same_and_nothing_is_converted_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda left: left[7].unlink(), "does not have an image of its"),
-        (lambda left: left[7].rename(left[7].with_name("renamed.png")), "does not have an image of its"),
+        (lambda left: left[7].unlink(), "does not have an image of the finished"),
+        (lambda left: left[7].rename(left[7].with_name("renamed.png")), "does not have an image of the finished"),
         (lambda left: [path.write_bytes(coded(pixels(900 + i))) for i, path in enumerate(left)], "another image in"),
         (lambda left: [path.write_bytes(b"torn") for path in left], "another image in"),
     ],
@@ -146,6 +146,35 @@ def test_another_image_set_is_not_taken_for_one_that_moved(change, message, tmp_
     change(sorted((tmp_path / "other" / "left").iterdir()))
     with pytest.raises(ValueError, match=f"{message}.*--data.name"):
         convert(config.model_copy(update={"source": str(tmp_path / "other")}), store, run_tasks=no_tasks)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("benign", "cat", "has the classes"),
+        ("0.png,benign,test", "0.png,malignant,test", "has other labels for '0.png'"),
+        ("0.png,benign,test", "0.png,benign,train", "has '0.png' in train, not in test"),
+    ],
+    ids=["classes", "labels", "splits"],
+)
+def test_a_table_that_says_something_else_is_not_the_set_that_moved(old, new, message, tmp_path):
+    (tmp_path / "set").mkdir()
+    lines = []
+    for i in range(40):
+        (tmp_path / "set" / f"{i}.png").write_bytes(coded(pixels(i)))
+        lines.append(f"{i}.png,{('benign', 'malignant')[i // 4 % 2]},{('test', 'val', 'train', 'train')[i % 4]}")
+    table = tmp_path / "set" / "labels.csv"
+    table.write_text("\n".join(["file,label,split", *lines, ""]))
+    config = DataConfig(dataset="own", layout="csv", source=str(table), split_column="split")
+    store = open_store(str(tmp_path / "out"))
+    first = convert(config, store)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    table = tmp_path / "moved" / "labels.csv"
+    moved = config.model_copy(update={"source": str(table)})
+    assert convert(moved, store, run_tasks=no_tasks)["digest"] == first["digest"]
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=f"{message}.*--data.name"):
+        convert(moved, store, run_tasks=no_tasks)
 
 
 def test_images_that_were_added_since_do_not_make_it_another_image_set(tmp_path):

@@ -61,6 +61,18 @@ def test_a_failed_step_is_last_with_its_reason_and_what_was_never_begun_is_not_l
     ]
 
 
+def test_one_damaged_record_does_not_hide_the_other_steps(store, tmp_path):
+    other = open_store(str(tmp_path))
+    for key in store.list("runs/whole/"):
+        other.put(key, store.get(key))
+    record = json.loads(other.get("runs/whole/promote/record.json"))
+    del record["facts"]["reason"]
+    other.put("runs/whole/promote/record.json", json.dumps(record).encode())
+    told = {row["step"]: row["told"] for row in read_status(other)}
+    assert told["evaluate"] == "test AUC 0.9000 over 120 images"
+    assert "the record of step promote is not what a step writes (reason" in told["promote"]
+
+
 def test_a_step_without_a_record_and_a_reason_was_interrupted(store, tmp_path):
     other = open_store(str(tmp_path))
     other.put("runs/r/train/config.json", store.get("runs/half/train/config.json"))

@@ -290,7 +290,7 @@ def _found(config: DataConfig, out: Store) -> Dataset:
 
 
 def _open(config: DataConfig) -> ImageSet:
-    """The image set; its owner is told what there is to know of it. ValueError where it has one class only."""
+    """The image set, with its notes logged. ValueError where it has only one class."""
     image_set = open_source(_findable(config))
     for note in image_set.notes:  # logged only: no file name goes into the store
         _log.warning("%s", note)

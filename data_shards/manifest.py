@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data_shards.bounded_table import TableError, read_bounded
 from data_shards.fields import (
     MAX_CLASSES,
     PLANNED,
@@ -42,6 +41,7 @@ from data_shards.index import (
 from data_shards.shard import Quarantined
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError, open_store
+from data_shards.store.bounded_table import TableError, read_bounded
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -72,7 +72,7 @@ def refuse_drift(config: DataConfig, out: Store) -> None:
         if found.get(key) != wanted.get(key)
     ]
     if not changed and open_dataset(out).manifest.config_sha256 != config_digest(config):
-        changed = ["settings that are no longer on record"]
+        changed = ["settings that this dataset did not record"]
     if changed:
         raise ValueError(
             f"{out.uri} holds a dataset made with other settings ({'; '.join(changed)}): set them back, or give the "

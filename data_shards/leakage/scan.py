@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_shards.bounded_table import TableError, read_bounded
 from data_shards.config import DataConfig
 from data_shards.fields import KEY, MAX_CLASSES
 from data_shards.leakage.duplicates import OtherDataset
@@ -29,6 +28,7 @@ from data_shards.rules import RULES
 from data_shards.source.row import ImageSet, Reader, Row
 from data_shards.split import SPLITS
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
+from data_shards.store.bounded_table import TableError, read_bounded
 
 if TYPE_CHECKING:
     import pyarrow as pa

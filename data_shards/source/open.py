@@ -70,7 +70,7 @@ def _check_objects(uri: str) -> None:
     folder, _, name = uri.rstrip("/").rpartition("/")
     named = folder != "s3:/" and open_store(folder).head(name) is not None
     if not named and next(iter(open_store(uri).list()), None) is None:
-        raise ValueError(f"{uri} was not found: there is no object; check --data.source")
+        raise ValueError(f"{uri} was not found: no object has this key; check --data.source")
 
 
 def _require_source(config: DataConfig) -> None:

@@ -12,7 +12,7 @@ from data_shards.source.files.cache import LocalFile, cached
 
 
 class ArchiveReader:
-    """Has the archive at hand when it is first asked for, in each process anew."""
+    """Opens the archive when it is first asked for, once in each process."""
 
     def __init__(self, archive: LocalFile):
         self.archive = archive

@@ -104,7 +104,7 @@ def local_file(uri: str) -> LocalFile:
     store = open_store(parent)
     size = store.head(name)
     if size is None:
-        raise ValueError(f"{uri} was not found: there is no such object; check --data.source")
+        raise ValueError(f"{uri} was not found: no object has this key; check --data.source")
     return Fetched(uri, size, store.tag(name))
 
 

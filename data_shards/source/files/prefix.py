@@ -40,7 +40,7 @@ class StoreReader:
     def _size(self, name: str) -> int:
         size = self.store.head(name)
         if size is None:
-            raise StoreError(f"{self.store.uri}/{name} was there when it was listed and is no more: run again")
+            raise StoreError(f"{self.store.uri}/{name} was deleted after it had been listed: run the command again")
         return size
 
 
@@ -61,7 +61,7 @@ class StoreFiles(Files):
         self.names = [key for key in keys if key and not key.endswith("/")]
         self._tags = {name: tags[name] for name in self.names}
         if not self.names:
-            raise ValueError(f"{store.uri} was not found: there is no object; check --data.source")
+            raise ValueError(f"{store.uri} was not found: no object has this key; check --data.source")
         self.folders = with_parents([key.rstrip("/") for key in keys if key.endswith("/")], self.names)
 
     def place(self, name: str) -> str | None:

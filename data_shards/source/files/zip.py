@@ -76,7 +76,7 @@ class ZipReader(ArchiveReader):
         return "" if isinstance(place, Broken) else f"{name}|{place.size_bytes}|{place.crc}"
 
     def unpack(self, name: str, place: _Member, target: Path) -> None:
-        """Writes the file to a path of this machine. ValueError where there is no room or it is damaged."""
+        """Writes the file to a path of this machine. ValueError where the disk is full or the file is damaged."""
         free = shutil.disk_usage(target.parent).free
         if place.size_bytes > free:
             raise ValueError(

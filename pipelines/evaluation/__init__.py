@@ -1,0 +1,1 @@
+"""Stored predictions -> figures, tables and pages; needs no GPU and no images."""

@@ -23,7 +23,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "class folders",
         "names of class folders are in Unicode's composed form (NFC) and without spaces around them, and folders that "
         "differ in nothing else are one class",
-        "where validation is drawn from an official train split, copies of an image are kept together",
+        "where validation is drawn from an official train split, duplicates of an image are kept together",
         "links in archives are followed, and links that lead to a folder that they are in are not",
         "litter of other systems is left out in any case",
         "DICOM objects that are not images (doses, segmentations, maps) are quarantined",

@@ -4,11 +4,12 @@ import difflib
 import functools
 import tomllib
 from importlib import resources
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.config import Task
+from data_shards.renamed import RenamedSettings
 
 
 class PublishedFile(BaseModel):
@@ -26,10 +27,12 @@ class PublishedFile(BaseModel):
     """Its SHA-256 in hex; empty: unknown."""
 
 
-class DatasetCard(BaseModel):
+class DatasetCard(RenamedSettings):
     """A dataset's facts. Classes stand in the order of their indices."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    PART: ClassVar[str] = "data"
 
     name: str
     """The dataset's name on the command line and in the store."""
@@ -47,9 +50,9 @@ class DatasetCard(BaseModel):
     """Address to get it from, or why there is none."""
     licence: str
     """The licence the source states; `unchecked` where nobody here has read it there."""
-    layout: Literal["npz", "folders", "csv", "phantoms"]
+    layout: Literal["npz", "folders", "table", "phantoms"]
     """How the files are laid out."""
-    csv: str = ""
+    table: str = ""
     """The table's path inside the set; empty: the only table there."""
     image_column: str = ""
     """Column with the image's file name."""
@@ -64,7 +67,7 @@ class DatasetCard(BaseModel):
     split_policy: Literal["official", "official test", "by group", "by image"]
     """official: as published; official test: val is drawn by group out of the published train; by group: drawn, no
     group in two splits; by image: drawn, as groups are unknown."""
-    files: dict[str, PublishedFile] = {}
+    files: dict[str, PublishedFile] = Field(default_factory=dict)
     """The published files by name; none where the set must be asked for."""
     fetch: tuple[str, ...] = ()
     """Which of the files are fetched where none is named; empty: all, as each holds a part of the set."""

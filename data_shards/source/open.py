@@ -21,7 +21,7 @@ from data_shards.store import open_store
 # As a setting: no such column, whatever the catalogue says.
 NO_COLUMN = "-"
 # What a card says of its table, where the configuration leaves it open.
-_OF_TABLES = ("csv", "image_column", "label_column", "group_column", "split_column", "split_values")
+_OF_TABLES = ("table", "image_column", "label_column", "group_column", "split_column", "split_values")
 
 
 def open_source(config: DataConfig) -> ImageSet:
@@ -38,7 +38,7 @@ def open_source(config: DataConfig) -> ImageSet:
     _require_source(config)
     if config.layout == "npz":
         return open_npz(config)
-    if config.layout == "csv":
+    if config.layout == "table":
         return list_table(config, classes_named=classes_named).image_set(config)
     return list_folders(config).image_set(config)
 
@@ -96,7 +96,7 @@ def resolved(config: DataConfig) -> DataConfig:
     update: dict[str, Any] = {
         field: getattr(card, field) for field in ("layout", "task") if getattr(config, field) == "catalog"
     }
-    columns = _OF_TABLES if card.layout == "csv" and config.layout in ("catalog", "csv") else ()
+    columns = _OF_TABLES if card.layout == "table" and config.layout in ("catalog", "table") else ()
     update |= {field: getattr(card, field) for field in ("classes", *columns) if not getattr(config, field)}
     if config.split_column == NO_COLUMN:
         update |= {"split_column": ""}

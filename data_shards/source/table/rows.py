@@ -31,7 +31,7 @@ def list_table(config: DataConfig, *, classes_named: bool = True) -> FileList:
     Rows without a file, and of classes that are left out, say nothing about classes, groups and splits. A class that
     has no row left is a class only if the user named it (`classes_named`).
     """
-    source, wanted = config.source, config.csv
+    source, wanted = config.source, config.table
     if source.lower().endswith(ENDINGS):
         folder, _, wanted = source.rpartition("/")
         source = folder or ("/" if source.startswith("/") else ".")
@@ -170,7 +170,7 @@ def _table(files: Files, wanted: str, source: str) -> Table:
         there = ", ".join(tables[:5]) or "no table at all"
         raise ValueError(
             f"{source} holds {len(matching)} files {wanted or '*.csv'} (it has {there}): name the one with the "
-            "labels in --data.csv"
+            "labels in --data.table"
         )
     try:
         return Table(matching[0], files.read(matching[0]))

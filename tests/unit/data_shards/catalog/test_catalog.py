@@ -44,7 +44,7 @@ def test_each_card_is_whole(name):
     assert card.licence
     assert card.source
     assert (card.layout == "npz") == (card.split_policy == "official")
-    assert (card.layout == "csv") == bool(card.label_column)
+    assert (card.layout == "table") == bool(card.label_column)
     assert (card.split_policy == "official test") == bool(card.split_column)
     assert DataConfig(split_values=card.split_values).split_values == card.split_values
     assert card.citation or name == "phantoms"

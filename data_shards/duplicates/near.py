@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from data_shards.leakage.fingerprint import NUM_BITS
+from data_shards.duplicates.fingerprint import NUM_BITS
 
 
 def clusters(keys: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_shards.leakage.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
-from data_shards.leakage.report import Copy, DuplicatesError, Finding, named_labels
+from data_shards.duplicates.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
+from data_shards.duplicates.report import Copy, DuplicatesError, Finding, named_labels
 from data_shards.source.row import Row
 from data_shards.split import SPLITS
 
@@ -198,7 +198,7 @@ class DuplicateClusters:
 
 def clusters_of(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the clusters of exact duplicates, and of exact and near ones together: (N,) int64 each."""
-    from data_shards.leakage.near import clusters, near_clusters  # with numba, which only this needs
+    from data_shards.duplicates.near import clusters, near_clusters  # with numba, which only this needs
 
     exact = clusters(prints.pixels)
     lone = np.flatnonzero(prints.state == UNDECODABLE)

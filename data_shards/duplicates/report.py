@@ -13,14 +13,14 @@ from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError
 
-LEAKS = "leakage.json"
+REPORT = "leakage.json"
 _MOST_COPIES_ONCE = 50  # that reports without `equal` list of a finding
 
 
 class DuplicatesError(LeakError):
     """A conversion is refused because of duplicates; `report` lists all of them, by key."""
 
-    report: LeakReport
+    report: DuplicatesReport
     public: str
     """What was found, without the name of any file."""
 
@@ -86,11 +86,11 @@ class Finding(_Frozen):
         """How many copies are not among the first `shown`, in words; "" where there are none."""
         hidden = self.num_copies - shown
         if self.equal is None and self.num_copies == _MOST_COPIES_ONCE:
-            return f"and {hidden:,} or more copies: the release that made the report listed {_MOST_COPIES_ONCE}"
-        return f"and {hidden:,} more copies" if hidden else ""
+            return f"and {hidden:,} or more images: the release that made the report listed {_MOST_COPIES_ONCE}"
+        return f"and {hidden:,} more images" if hidden else ""
 
 
-class LeakReport(_Frozen):
+class DuplicatesReport(_Frozen):
     """What was found among the images of a dataset, and what was done. `leakage.json` beside the manifest."""
 
     format: Literal[1] = 1
@@ -112,25 +112,25 @@ class LeakReport(_Frozen):
     """Findings beyond those."""
 
 
-def read_report(store: Store, key: str = LEAKS) -> LeakReport:
+def read_report(store: Store, key: str = REPORT) -> DuplicatesReport:
     """The report of a finished dataset. ManifestError where it is missing or none."""
     try:
-        return LeakReport.model_validate_json(store.get(key), strict=True)
+        return DuplicatesReport.model_validate_json(store.get(key), strict=True)
     except (StoreKeyError, ValidationError) as error:
         problem = explained(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:120]
         raise ManifestError(
-            f"{store.uri} has no complete {LEAKS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
+            f"{store.uri} has no complete {REPORT} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
         ) from error
 
 
-def refuse_elsewhere(report: LeakReport) -> None:
+def refuse_elsewhere(report: DuplicatesReport) -> None:
     """LeakError where images of a finished dataset were also in another one when it was made."""
     for finding in report.findings:
         if finding.where == "across datasets":
             num = report.counts.get("also in other datasets", "some")
             raise LeakError(
                 f"{num} images are also in other datasets of this store (e.g. key {finding.copies[0].key} in "
-                f"{finding.copies[1].dataset!r}): use another store, or --data.leaks.datasets report"
+                f"{finding.copies[1].dataset!r}): use another store, or --data.duplicates.datasets report"
             )
 
 

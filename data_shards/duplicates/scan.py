@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_shards.config import DataConfig
+from data_shards.duplicates.clusters import OtherDataset
+from data_shards.duplicates.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.fields import KEY, MAX_CLASSES
-from data_shards.leakage.duplicates import OtherDataset
-from data_shards.leakage.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
+from data_shards.renamed import stored_values
 from data_shards.rules import RULES
 from data_shards.source.row import ImageSet, Reader, Row
 from data_shards.split import SPLITS
@@ -61,7 +62,7 @@ class Scan:
     """
 
     def __init__(self, image_set: ImageSet, config: DataConfig, out: Store):
-        settings = digest_of([RULES, config.salt, config.max_side, config.dicom.model_dump(mode="json")])
+        settings = digest_of([RULES, config.salt, config.max_side, stored_values(config.dicom)])
         self.ids = [image_id(settings, image_set.reader.stamp(row), row.frame) for row in image_set.rows]
         self._image_set, self._max_side, self._out = image_set, config.max_side, out
         num = len(self.ids)

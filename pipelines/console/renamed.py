@@ -87,7 +87,7 @@ def _parts(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 def _options(words: Sequence[str]) -> Iterator[_Option]:
     """Each option with the words up to the next one."""
     starts = [at for at, word in enumerate(words) if word.startswith("--")]
-    for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+    for start, end in itertools.pairwise([*starts, len(words)]):
         yield _Option(tuple(words[start:end]))
 
 

@@ -226,7 +226,7 @@ def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_
 
 
 def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
-    for module in ("duplicates", "guard"):
+    for module in ("clusters", "guard"):
         monkeypatch.setattr(f"data_shards.duplicates.{module}.MOST_FINDINGS", 5)
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
@@ -345,7 +345,7 @@ def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_c
         return Finding.model_validate(facts)
 
     assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
-    assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more copies"]
+    assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more images"]
     assert finding(50).rest(6) == "and 44 or more copies: the release that made the report listed 50"
     assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
 

@@ -280,5 +280,5 @@ class DataConfig(RenamedSettings):
                 "their sum must stay below 1"
             )
         if len({unicodedata.normalize("NFC", name) for name in self.classes}) != len(self.classes):
-            raise ValueError(f"classes {self.classes} name one class twice: each name may stand once")
+            raise ValueError(f"classes {self.classes} name one class twice: each name may appear once")
         return self

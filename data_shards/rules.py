@@ -1,7 +1,7 @@
-"""Which rules of conversion a dataset was made by, and what a conversion by the present ones would do differently.
+"""The rules of conversion that a dataset was made by, and what the current rules would do differently.
 
 A finished dataset stays valid when the rules change: its version is the digest of its manifest. But an unfinished one
-must not mix shards of two rules, so the number of the rules is part of what a shard and a fingerprint are known by.
+must not mix shards of two rules, so the number of the rules is part of what identifies a shard and a fingerprint.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 RULES_KEY = "rules"
-# Rules -> what they changed for image sets that the rules before would have converted too. Datasets of the first
-# rules have no number.
+# Rules -> what they changed for image sets that the earlier rules converted too. Datasets of the first rules have no
+# number.
 CHANGES: dict[int, tuple[str, ...]] = {
     2: (
         "labels of a table that may be several in one cell, two spellings of one class or a missing value are refused "

@@ -1,4 +1,4 @@
-"""`config.json` beside a dataset: the settings that it was made with, by which it is recognised or refused."""
+"""`config.json` beside a dataset: the settings that it was made with, which identify it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def salt_digest(salt: str) -> str:
-    """What a store keeps of a salt, by which it is recognised."""
+    """What a store keeps of a salt, to recognize it."""
     return digest_of(salt)[:12] if salt else ""
 
 
@@ -82,13 +82,13 @@ def _change(key: str, old: Any, new: Any) -> str:
 
 
 def splits_from(store: Store) -> str:
-    """Where the splits of a finished dataset came from; "" where that is not on record."""
+    """Where the splits of a finished dataset came from; "" where that was not recorded."""
     found = (_stored(store) or {}).get(SPLITS_KEY, "")
     return found if isinstance(found, str) else ""
 
 
 def _flat(settings: dict[str, Any], salt: str) -> dict[str, Any]:
-    """The settings as flat dotted keys. The salt only as a digest, for it must not lie beside the keys it hides."""
+    """The settings as flat dotted keys. Of the salt a digest: it must not be stored with the keys that it hides."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
@@ -129,7 +129,7 @@ def has_moved(config: DataConfig, out: Store) -> bool:
 
 
 def _notice_rules(out: Store, stored: dict[str, Any]) -> None:
-    """Says what a new conversion of the same images would do differently; the finished dataset stays as it is."""
+    """Reports what a new conversion of the same images would do differently; the finished dataset stays as it is."""
     changes = changes_since(stored)
     if changes:
         _log.warning(

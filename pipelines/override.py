@@ -1,4 +1,4 @@
-"""The one way a configuration changes: validated, full dotted keys (`train.optim.lr`)."""
+"""The only way to change a configuration: validated, full dotted keys (`train.optim.lr`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
     A key or value of an earlier release is taken for the new one, with a warning in the log.
 
-    Raises ConfigError naming the key, the value and the rule it breaks; nothing is changed half-way.
+    Raises ConfigError naming the key, the value and the rule it breaks; nothing is changed partly.
     """
     values = config.model_dump()
     known = flatten(values)
@@ -69,7 +69,7 @@ def _in_new_words(changes: Mapping[str, Any], part: str) -> dict[str, Any]:
 def validated(kind: type[Config], values: Mapping[str, Any], *, prefix: str = "") -> Config:
     """Returns `kind(**values)`; raises ConfigError with one clause per broken rule instead of pydantic's pages.
 
-    `prefix` is what a person writes before the keys of this kind.
+    `prefix` is what users write before the keys of this kind.
     """
     try:
         return kind.model_validate(values)

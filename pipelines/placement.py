@@ -31,7 +31,7 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True)
 class Demand:
-    """What the steps that are still to run ask of the number of workers; `auto` takes no other number."""
+    """What the remaining steps require of the number of workers; `auto` takes no other number."""
 
     micro_batches: int = 0
     """Micro-batches that a training step may have: their greatest common divisor, which the workers must divide.
@@ -102,7 +102,7 @@ class PlacementConfig(RenamedSettings):
 
 
 class Placement(RenamedSettings):
-    """The resolved placement, as it stands in a step's record."""
+    """The resolved placement, as it is in a step's record."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -294,7 +294,7 @@ def _fault(nodes: Sequence[Node], workers: int, cpus: float, device: Device) -> 
         )
     if (room := _room(nodes, cpus, device)) < workers:
         return (
-            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker lies on one node, and the "
+            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker is on one node, and the "
             f"nodes of this Ray ({_told(nodes)}) have room for {room} of them on {device}; lower one of them"
         )
     return ""
@@ -308,7 +308,7 @@ def _trials(config: PlacementConfig, nodes: Sequence[Node], device: Device) -> t
             f"--placement.concurrent-trials {config.concurrent_trials}: one GPU per trial, and this Ray has "
             f"{num_gpus:g}; ask for fewer"
         )
-    # A trial is a world of one, so what divides a batch among workers does not limit how many run at once.
+    # A trial is a world of one, so the division of a batch among workers does not limit how many run at once.
     most = config.concurrent_trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
     named = config.cpus_per_worker * (config.workers or (num_gpus if device == "cuda" else 1))
     for trials in [most] if config.concurrent_trials else range(most, 0, -1):
@@ -331,7 +331,7 @@ def _num_gpus(nodes: Sequence[Node]) -> int:
 def _share(nodes: Sequence[Node], count: int, device: Device, num_cpus: float) -> float:
     """The most CPUs, of `num_cpus` shared evenly, that each of `count` processes can have on one of the nodes."""
     fair = num_cpus / count if device == "cpu" else min(MOST_CPUS, max(1.0, num_cpus / count))
-    # One node is always filled to the last process; which, and with how many, tells the share.
+    # One node is always filled to its last process; which one, and with how many, gives the share.
     shares = {_rounded(min(fair, node.cpus / held)) for node in nodes for held in range(1, count + 1)}
     return max((share for share in shares if share and _room(nodes, share, device) >= count), default=0.0)
 

@@ -1,4 +1,4 @@
-"""Images that appear more than once, in one split or in several: found before anything is written, and reported."""
+"""Duplicates in one split or in several: found before anything is written, and reported."""
 
 from data_shards.duplicates.report import (
     REPORT,

@@ -1,4 +1,4 @@
-"""The firewall between splits: what is done about duplicates before anything is written."""
+"""What is done about duplicates before anything is written, so that none is in two splits."""
 
 from __future__ import annotations
 
@@ -220,13 +220,13 @@ def _policy(config: DuplicatesConfig, *, drawn: bool, official: bool) -> Literal
     if config.across != "auto":
         return config.across
     if drawn:
-        return "move"  # nothing is fixed yet, so duplicates are dealt out together and nothing is lost
+        return "move"  # no split is given, so duplicates are drawn together and nothing is lost
     return "report" if official else "refuse"
 
 
 def _in_groups(rows: Sequence[Row], together: np.ndarray) -> list[Row]:
     """The rows with groups that hold duplicates together. A row that is alone stays without a group, so that sets
-    without duplicates are drawn as if nobody had looked."""
+    without duplicates are drawn as before."""
     first = np.unique(together, return_index=True, return_inverse=True)
     home, times = first[1][first[2]].tolist(), np.bincount(first[2])[first[2]].tolist()
     found = []
@@ -237,8 +237,8 @@ def _in_groups(rows: Sequence[Row], together: np.ndarray) -> list[Row]:
 
 
 def _draw_val(rows: Sequence[Row], alike: np.ndarray, draw: Draw) -> list[str]:
-    """The splits of rows that come with some. Where validation is drawn from train, duplicates stay together: what is
-    refused of official splits must not be made by the drawing."""
+    """The splits of rows that have some already. Where validation is drawn from train, duplicates stay together: the
+    drawing must not make what is refused in official splits."""
     if {row.split for row in rows} != {"train", "test"}:
         return draw(rows)
     train = [i for i, row in enumerate(rows) if row.split == "train"]
@@ -251,7 +251,7 @@ def _draw_val(rows: Sequence[Row], alike: np.ndarray, draw: Draw) -> list[str]:
 
 
 def _moved(splits: list[str], together: np.ndarray, torn: list[list[int]]) -> list[str]:
-    """Whole groups move to where the most held out of their duplicates is."""
+    """Complete groups move to where the most held out of their duplicates is."""
     target: dict[int, str] = {}
     for members in torn:
         home = int(together[members[0]])

@@ -40,7 +40,7 @@ def page(
     named: Callable[[Copy], str] = lambda copy: "",
     most: int = MOST_SHOWN,
 ) -> str:
-    """HTML that needs nothing else.
+    """HTML without references to other files.
 
     Args:
         report: What was found.

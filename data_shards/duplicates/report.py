@@ -1,4 +1,4 @@
-"""What was found of duplicates among the images of a dataset: `leakage.json` beside its manifest."""
+"""The report of duplicates among the images of a dataset: `leakage.json` beside its manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Frozen(BaseModel):
 
 
 class Copy(_Frozen):
-    """One image of a finding, under the name that stored reports have for it."""
+    """One image of a finding; stored reports call it a copy."""
 
     key: Key
     split: SplitName
@@ -65,9 +65,9 @@ class Finding(_Frozen):
     copies: tuple[Copy, ...] = Field(min_length=2)
     """At least one of every split and label that there is."""
     more: int = Field(default=0, ge=0)
-    """Copies beyond those that are listed. Reports of earlier releases listed 50 and did not count the others."""
+    """Images beyond those that are listed. Reports of earlier releases listed 50 and did not count the others."""
     equal: int | None = None
-    """How many of all the copies have pixels equal to another one's; none in reports of earlier releases, which called
+    """How many of all the images have pixels equal to another one's; none in reports of earlier releases, which called
     a finding exact where any two were."""
 
     @property
@@ -77,13 +77,13 @@ class Finding(_Frozen):
 
     @property
     def head(self) -> str:
-        """Its kind, and of a near one how many copies are exact."""
+        """Its kind, and of a near one how many images are exact duplicates."""
         if self.equal is None and self.kind == "exact" and self.num_copies > 2:
             return "exact or near"
         return f"near ({self.equal} with equal pixels)" if self.kind == "near" and self.equal else self.kind
 
     def rest(self, shown: int) -> str:
-        """How many copies are not among the first `shown`, in words; "" where there are none."""
+        """How many images are not among the first `shown`, in words; "" where there are none."""
         hidden = self.num_copies - shown
         if self.equal is None and self.num_copies == _MOST_COPIES_ONCE:
             return f"and {hidden:,} or more images: the release that made the report listed {_MOST_COPIES_ONCE}"
@@ -99,11 +99,11 @@ class DuplicatesReport(_Frozen):
     blank: Count
     """Images without structure, compared by their pixels only."""
     near: Count
-    """Bits in which near copies may differ."""
+    """Bits in which near duplicates may differ."""
     across: Literal["report", "drop", "move", "refuse"]
-    """What was done about copies in different splits."""
+    """What was done about duplicates in different splits."""
     counts: dict[Annotated[str, Field(pattern=r"^[ -~]{1,80}$")], Count]
-    """Copies beyond the first of their kind, by what they are."""
+    """Duplicates beyond the first, by kind and place."""
     dropped: tuple[Key, ...]
     """Keys of images that were left out."""
     findings: tuple[Finding, ...]
@@ -113,7 +113,7 @@ class DuplicatesReport(_Frozen):
 
 
 def read_report(store: Store, key: str = REPORT) -> DuplicatesReport:
-    """The report of a finished dataset. ManifestError where it is missing or none."""
+    """The report of a finished dataset. ManifestError where it is missing or damaged."""
     try:
         return DuplicatesReport.model_validate_json(store.get(key), strict=True)
     except (StoreKeyError, ValidationError) as error:

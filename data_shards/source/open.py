@@ -18,7 +18,7 @@ from data_shards.source.row import ImageSet
 from data_shards.source.table.rows import list_table
 from data_shards.store import open_store
 
-# As a setting: no such column, whatever the catalogue says.
+# As a setting: no such column, whatever the catalog says.
 NO_COLUMN = "-"
 # What a card says of its table, where the configuration leaves it open.
 _OF_TABLES = ("table", "image_column", "label_column", "group_column", "split_column", "split_values")
@@ -83,9 +83,9 @@ def _require_source(config: DataConfig) -> None:
 
 
 def resolved(config: DataConfig) -> DataConfig:
-    """The config with everything that it leaves to the catalogue filled in.
+    """The config with everything that it leaves to the catalog filled in.
 
-    Raises ValueError for a dataset that is neither in the catalogue nor given a layout.
+    Raises ValueError for a dataset that is neither in the catalog nor given a layout.
     """
     if config.layout == "folders" and config.split_column == NO_COLUMN:  # as one declines the column of a table
         config = config.model_copy(update={"split_folders": "ignore"})

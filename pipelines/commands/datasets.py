@@ -249,7 +249,7 @@ def _tell_fetched(known: DatasetCard, folder: Path, verdicts: dict[str, Verdict]
         console().print(f"next: {command}", soft_wrap=True)
     else:
         missing = ", ".join(name for name in known.files if name not in verdicts)
-        console().print(f"a part of the set; still to come: {missing}")
+        console().print(f"a part of the set; missing: {missing}")
 
 
 def _as_json(name: str, verdict: Verdict) -> dict[str, Any]:

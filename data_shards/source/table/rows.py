@@ -149,7 +149,7 @@ def _missing(table: Table, places: Places, files: Files, config: DataConfig) -> 
 
 
 def _unlisted(table: Table, places: Places, names: Sequence[str]) -> tuple[str, ...]:
-    """A notice about files that no row names: nobody has said what they show, so they are not images of the set."""
+    """A notice about files that no row names: what they show is unknown, so they are not images of the set."""
     named = set(places.files)
     others = [name for name in names if name not in named and not name.lower().endswith(ENDINGS)]
     if not others:

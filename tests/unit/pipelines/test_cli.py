@@ -364,7 +364,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["trian"], r"unknown command 'trian'; did you mean train\? available: quickstart, run"),
         (["train"], "train: name a recipe .*or a run"),
         (["train", "--recipe", "quikstart"], "no such recipe; did you mean quickstart?"),
-        (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalogue .*'bloodmnist'"),
+        (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalog .*'bloodmnist'"),
         (["train", *DRY, "--data.dataset", "../x"], r"data\.dataset = '\.\./x'.*letters, digits"),
         (["train", *DRY, "--train.optim.rate", "1"], r"--train\.optim\.rate, 1; did you mean --train\.optim\.lr"),
         (["train", *DRY, "--lr", "1"], r"--lr, 1; did you mean --train\.optim\.lr, --tune\.space\.lr\?"),

@@ -133,7 +133,7 @@ def test_a_trial_fits_on_one_node_too():
         (
             [Node(4), Node(4)],
             {"cpus_per_worker": 8},
-            r"workers 1 x .*8: a worker lies on one node, .*\(4 CPUs, 4 CPUs\)",
+            r"workers 1 x .*8: a worker is on one node, .*\(4 CPUs, 4 CPUs\)",
         ),
         ([Node(4), Node(4)], {"workers": 2, "cpus_per_worker": 3.5}, None),
         ([Node(8), Node(2, 1)], {"cpus_per_worker": 4}, r"8 CPUs, 2 CPUs and 1 GPU\) have room for 0 of them on cuda"),

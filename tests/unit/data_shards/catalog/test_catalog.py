@@ -92,5 +92,5 @@ def test_real_files_have_the_checksum_and_counts_of_their_card(shared_dir, name)
 
 
 def test_an_unknown_dataset_lists_the_known_and_the_nearest():
-    with pytest.raises(ValueError, match=r"'brestmnist' is not in the catalogue \(did you mean 'breastmnist'\?\)"):
+    with pytest.raises(ValueError, match=r"'brestmnist' is not in the catalog \(did you mean 'breastmnist'\?\)"):
         catalog.card("brestmnist")

@@ -341,7 +341,7 @@ def case(message, files=None, **fields):
 @pytest.mark.parametrize(
     ("files", "fields", "message"),
     [
-        case("'mine' is not in the catalogue"),
+        case("'mine' is not in the catalog"),
         case("needs its files", layout="folders", source=""),
         case("needs its files: get them .https://zenodo", dataset="breastmnist", source=""),
         case("was not found; check", layout="folders", source="/no/such"),

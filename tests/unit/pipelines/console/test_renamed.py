@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from data_shards.renamed import stored_values
+from data_shards.renamed import both_keys, stored_values
 from pipelines.cli import main
 from pipelines.console.arguments import UsageError
 from pipelines.console.renamed import in_new_words
 from pipelines.override import ConfigError, override
 from pipelines.placement import Placement, PlacementConfig
 from pipelines.recipes import recipe
+from pipelines.steps.shard import logged
 
 GOES, STAYS = "the old name goes away in the next release (0.2.0)", "the old name stays valid"
 OLD = {
@@ -168,3 +169,37 @@ def test_the_old_name_of_a_command_works_with_a_line(tmp_path, capsys):
     assert main(["shards", "leaks", "--store", str(tmp_path / "store")]) == 2
     first, *_ = capsys.readouterr().err.splitlines()
     assert first == f"medmamba: medmamba shards leaks is now medmamba shards duplicates: {GOES}"
+
+
+def test_json_of_the_catalog_has_both_names(capsys):
+    assert main(["datasets", "pad-ufes-20", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["table"], told["csv"], told["layout"]) == ("metadata.csv", "metadata.csv", "table")
+
+
+def test_json_of_a_dry_run_has_both_names(capsys, tmp_path):
+    found, _ = dry_run(capsys, tmp_path, "--data.duplicates.near", "5", "--placement.concurrent-trials", "1")
+    assert found["recipe"]["data"]["duplicates"] == found["recipe"]["data"]["leaks"]
+    assert found["recipe"]["data"]["duplicates"]["near"] == 5
+    assert (found["placement"]["concurrent_trials"], found["placement"]["trials"]) == (1, 1)
+
+
+def test_output_has_the_new_key_after_the_old_one():
+    output = {"path": "x", "bytes": 5, "leaks": {"near": 1}}
+    assert list(both_keys(output).items()) == [
+        ("path", "x"),
+        ("bytes", 5),
+        ("size_bytes", 5),
+        ("leaks", {"near": 1}),
+        ("duplicates", {"near": 1}),
+    ]
+
+
+def test_metrics_of_a_conversion_have_both_names():
+    facts = {
+        "num_images": 9, "num_shards": 1, "quarantine": 0, "bytes": 7, "samples": {"train": 9},
+        "leaks": {"exact across splits": 2},
+    }  # fmt: skip
+    found = logged(facts)
+    assert found["size_bytes"] == found["bytes"] == 7
+    assert found["duplicates exact across splits"] == found["copies exact across splits"] == 2

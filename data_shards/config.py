@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from data_shards.renamed import RenamedSettings, old_words
+
 Task = Literal["multiclass", "ordinal", "multilabel"]
 """multiclass: one of several classes; ordinal: classes in order (grades); multilabel: any number of them."""
 
@@ -45,7 +47,7 @@ class PhantomConfig(BaseModel):
         return value
 
 
-class LeakConfig(BaseModel):
+class DuplicatesConfig(BaseModel):
     """What is done about duplicates. Exact duplicates have identical pixels, near duplicates similar fingerprints."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -64,10 +66,12 @@ class LeakConfig(BaseModel):
     """Duplicates in other datasets of the same store."""
 
 
-class DicomConfig(BaseModel):
+class DicomConfig(RenamedSettings):
     """How DICOM files become images: which frames, shown how. Other files are untouched by it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    PART: ClassVar[str] = "data.dicom"
 
     frames: Literal["each", "first"] = "each"
     """Of a file with several frames each is a sample (all of one group), or only the first one is."""
@@ -75,7 +79,7 @@ class DicomConfig(BaseModel):
     """Center and width of one window for all gray images, for example in Hounsfield units; none: the file's own."""
     view: int = Field(default=0, ge=0)
     """Which of a file's own windows or VOI LUTs is used, from 0; a file with fewer is quarantined."""
-    identifying: Literal["set-aside", "keep"] = "set-aside"
+    identifying: Literal["quarantine", "keep"] = "quarantine"
     """What becomes of files that say that their pixels may identify the patient (burned-in annotation, a face)."""
     objects: Literal["quarantine", "keep"] = "quarantine"
     """What becomes of objects that have pixels but are not images by their SOP class or modality (doses,
@@ -90,10 +94,11 @@ class DicomConfig(BaseModel):
         return value
 
 
-class DataConfig(BaseModel):
+class DataConfig(RenamedSettings):
     """Which images, with which labels, in which splits, cut into shards how. Everything here decides the bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    PART: ClassVar[str] = "data"
     WHEREABOUTS: ClassVar[frozenset[str]] = frozenset({"source"})
     """Settings that say where something is: a finished step or dataset stays the same when they change."""
 
@@ -103,9 +108,9 @@ class DataConfig(BaseModel):
     """Name of this conversion; its shards are in the store under datasets/<dataset>/<name>."""
     source: str = ""
     """Where the image set is: an .npz file, a folder, a .zip, a .tar, or a table with its images; local or s3://."""
-    layout: Literal["catalog", "npz", "folders", "csv", "phantoms"] = "catalog"
-    """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `csv` a table of files and labels
-    (CSV, TSV or XLSX)."""
+    layout: Literal["catalog", "npz", "folders", "table", "phantoms"] = "catalog"
+    """How the set is laid out: `npz` as MedMNIST, `folders` one per class, `table` a table of files and
+    labels (CSV, TSV or XLSX)."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their indices; empty: the catalog's, or the labels found, sorted. Naming them also
     says that ambiguous labels (`A|B`, `Benign` as well as `benign`) are meant as they are."""
@@ -117,7 +122,7 @@ class DataConfig(BaseModel):
     the place of its first old one in the order of classes."""
     task: Literal["catalog", "multiclass", "ordinal", "multilabel"] = "catalog"
     """What a label means; `catalog` is the catalog's task, or multiclass for a set that is not in it."""
-    csv: str = ""
+    table: str = ""
     """Path of the table inside the source; empty: the catalog's, or the only .csv there, or .xlsx, or .tsv."""
     image_column: str = ""
     """Column with the image's path, relative to the table or to the source; empty: the catalog's, or `file`."""
@@ -162,38 +167,38 @@ class DataConfig(BaseModel):
     shard_bytes: int = Field(default=256_000_000, ge=1)
     """Bytes of one shard at most, on average over a split, and as estimated from the source: its coded bytes, or its
     pixels where it has no code; what is coded tighter than PNG, such as JPEG 2000, makes larger ones."""
-    leaks: LeakConfig = LeakConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
     """Duplicates, and what is done about them."""
     dicom: DicomConfig = DicomConfig()
-    """How DICOM files become images; a `folders` or `csv` set may contain them among others."""
+    """How DICOM files become images; a `folders` or `table` set may contain them among others."""
     phantoms: PhantomConfig = PhantomConfig()
     """The synthetic images, used where `dataset` is phantoms."""
 
     def identity(self, *, defaults: bool = True) -> dict[str, Any]:
-        """The settings that decide the bytes, as JSON values under the names that they first had.
+        """The settings that decide the bytes, as JSON values in the words that digests are taken of.
 
-        Not among them is what names a conversion, says where its source is, or judges it: `name`, `source`,
-        `max_quarantine` and `leaks.datasets`. Without `defaults` only settings that differ from theirs, so that a
-        setting that is added later changes nothing for those who do without it.
+        Settings that name a conversion, say where its source is, or judge it are not among them: `name`, `source`,
+        `max_quarantine` and `duplicates.datasets`. Without `defaults` only settings that differ from theirs, so that a
+        setting that is added later changes nothing for users who do not use it.
         """
-        leaks = self.leaks.model_copy(update={"datasets": LeakConfig().datasets})
+        duplicates = self.duplicates.model_copy(update={"datasets": DuplicatesConfig().datasets})
         ignored = {"name", "max_quarantine", *self.WHEREABOUTS}
-        found = self.model_copy(update={"leaks": leaks}).model_dump(
+        found = self.model_copy(update={"duplicates": duplicates}).model_dump(
             mode="json", exclude=ignored, exclude_defaults=not defaults
         )
-        found.get("leaks", {}).pop("datasets", None)
-        return found
+        found.get("duplicates", {}).pop("datasets", None)
+        return old_words(found, self.PART)
 
     @field_validator("dataset", "name")
     @classmethod
     def _usable_as_folder(cls, value: str) -> str:
         return plain_name(value, "the name")
 
-    @field_validator("csv")
+    @field_validator("table")
     @classmethod
     def _inside_the_source(cls, value: str) -> str:
         if value.startswith("/") or ".." in PurePosixPath(value).parts:
-            raise ValueError(f"csv is {value!r}, but it is a path inside the source: give it relative to the source")
+            raise ValueError(f"table is {value!r}, but it is a path inside the source: give it relative to the source")
         return value
 
     @field_validator("split_values")
@@ -275,5 +280,5 @@ class DataConfig(BaseModel):
                 "their sum must stay below 1"
             )
         if len({unicodedata.normalize("NFC", name) for name in self.classes}) != len(self.classes):
-            raise ValueError(f"classes {self.classes} name one class twice: each name may stand once")
+            raise ValueError(f"classes {self.classes} name one class twice: each name may appear once")
         return self

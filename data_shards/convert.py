@@ -20,12 +20,11 @@ import numpy as np
 from data_shards.catalog import card, names
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode
-from data_shards.index import index_bytes, index_table
-from data_shards.leakage import LEAKS, Copy, DuplicatesError, LeakReport, read_report, refuse_elsewhere
-from data_shards.leakage.fingerprint import Fingerprints
-from data_shards.leakage.guard import guard
-from data_shards.leakage.page import LEAKS_PAGE, page
-from data_shards.leakage.scan import (
+from data_shards.duplicates import REPORT, Copy, DuplicatesError, DuplicatesReport, read_report, refuse_elsewhere
+from data_shards.duplicates.fingerprint import Fingerprints
+from data_shards.duplicates.guard import guard
+from data_shards.duplicates.page import PAGE, page
+from data_shards.duplicates.scan import (
     FINGERPRINTS,
     FOLDER,
     REFUSED,
@@ -35,6 +34,7 @@ from data_shards.leakage.scan import (
     other_datasets,
     scan_rows,
 )
+from data_shards.index import index_bytes, index_table
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -156,12 +156,12 @@ class Conversion:
             guarded = guard(
                 image_set.rows,
                 prints,
-                config.leaks,
+                config.duplicates,
                 draw=draw,
                 keys=keys,
                 classes=image_set.classes,
                 official=config.dataset in names() and card(config.dataset).split_policy.startswith("official"),
-                others=() if config.leaks.datasets == "off" else other_datasets(self.out, config.dataset),
+                others=() if config.duplicates.datasets == "off" else other_datasets(self.out, config.dataset),
             )
         except DuplicatesError as refusal:
             raise self._refused(refusal) from None
@@ -177,7 +177,7 @@ class Conversion:
     def _refused(self, refusal: DuplicatesError) -> DuplicatesError:
         """The refusal with the command that lists all duplicates, whose report is kept for it."""
         self.out.put(REFUSED, refusal.report.model_dump_json(indent=1).encode())
-        found = DuplicatesError(f"{refusal}; `{_listing('leaks', self.config, self.out)}` lists all duplicates")
+        found = DuplicatesError(f"{refusal}; `{_listing('duplicates', self.config, self.out)}` lists all duplicates")
         counts = "; ".join(f"{count} {what}" for what, count in refusal.report.counts.items() if count)
         found.public = f"refused because of duplicates: {counts}"
         return found
@@ -234,8 +234,8 @@ class Conversion:
 
         title = f"{self.config.dataset}/{self.config.name}"
         shown = page(chosen.report, title=title, classes=image_set.classes, picture=picture)
-        out.ensure(LEAKS, (chosen.report.model_dump_json(indent=1) + "\n").encode())
-        out.ensure(LEAKS_PAGE, shown.encode())
+        out.ensure(REPORT, (chosen.report.model_dump_json(indent=1) + "\n").encode())
+        out.ensure(PAGE, shown.encode())
 
 
 def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
@@ -253,7 +253,7 @@ class _Chosen:
     keys: list[str]
     splits: list[str]
     prints: Fingerprints
-    report: LeakReport
+    report: DuplicatesReport
 
 
 class _Part:
@@ -284,7 +284,7 @@ def _found(config: DataConfig, out: Store) -> Dataset:
         check_moved(_findable(config), dataset)
     listing = f"`{_listing('quarantine', config, out)}` lists them"
     check_quarantine(config, len(dataset.manifest.quarantine), len(dataset.table), lambda: [listing])
-    if config.leaks.datasets == "refuse":
+    if config.duplicates.datasets == "refuse":
         refuse_elsewhere(read_report(out))
     return dataset
 
@@ -377,7 +377,7 @@ def _listing(verb: str, config: DataConfig, out: Store) -> str:
 
 
 def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
-    manifest, leaks = dataset.manifest, read_report(dataset.store)
+    manifest, duplicates = dataset.manifest, read_report(dataset.store)
     return {
         "digest": dataset.digest,
         "uri": dataset.store.uri,
@@ -390,8 +390,8 @@ def _facts(dataset: Dataset, *, made: int) -> dict[str, Any]:
         "num_images": len(dataset.table),
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "quarantine": len(manifest.quarantine),
-        "leaks": leaks.counts,
-        "dropped": len(leaks.dropped),
+        "leaks": duplicates.counts,
+        "dropped": len(duplicates.dropped),
         "made": made,
         "kept": len(manifest.shards) - made,
     }

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pydantic import ValidationError
 
 from data_shards.config import DataConfig
-from data_shards.leakage import Finding, LeakReport, named_labels
-from data_shards.leakage.scan import stored_samples
+from data_shards.duplicates import DuplicatesReport, Finding, named_labels
+from data_shards.duplicates.scan import stored_samples
 from data_shards.manifest import Dataset
 from data_shards.plan import sample_key
 from data_shards.shard import Quarantined, ShardPart
@@ -66,7 +66,7 @@ class Places:
     image_set: ImageSet | None = field(default=None, repr=False)
 
 
-def samples(dataset: Dataset, report: LeakReport) -> list[Sample]:
+def samples(dataset: Dataset, report: DuplicatesReport) -> list[Sample]:
     """All samples of a finished dataset: those in its shards, those in quarantine and those that were dropped."""
     classes, table = dataset.manifest.classes, dataset.table.select(["key", "split", "labels"])
     columns = (table[name].to_pylist() for name in ("key", "split", "labels"))
@@ -116,7 +116,7 @@ def find(config: DataConfig, wanted: Collection[str]) -> Places:
         image_set = open_source(config)
         rows = image_set.rows
     except ValueError as error:
-        if resolved(config).layout not in ("folders", "csv"):
+        if resolved(config).layout not in ("folders", "table"):
             raise
         places, notes = _by_path(config, wanted), [f"the source is not read as it was then: {error}"]
     else:
@@ -126,7 +126,7 @@ def find(config: DataConfig, wanted: Collection[str]) -> Places:
             if key in wanted:
                 places[key] = Place(row.where, row.frame, f"{base}{image_set.reader.inside(row)}", row)
         unlisted = len(rows) - len(places)
-        if len(places) < len(wanted) and resolved(config).layout in ("folders", "csv"):
+        if len(places) < len(wanted) and resolved(config).layout in ("folders", "table"):
             places = {**_by_path(config, wanted), **places}
     return Places(places, unlisted, tuple(notes), image_set)
 
@@ -143,7 +143,7 @@ def _base(config: DataConfig) -> str:
     if not config.source:
         return ""
     source = config.source
-    if resolved(config).layout == "csv" and source.lower().endswith(ENDINGS):
+    if resolved(config).layout == "table" and source.lower().endswith(ENDINGS):
         source = source.rpartition("/")[0] or ("/" if source.startswith("/") else ".")
     return source if source.endswith("/") else f"{source}/"
 
@@ -177,7 +177,7 @@ def _frames(config: DataConfig, where: str) -> Iterator[tuple[int, str]]:
         frame += 1
 
 
-def _dropped(report: LeakReport, classes: tuple[str, ...]) -> list[Sample]:
+def _dropped(report: DuplicatesReport, classes: tuple[str, ...]) -> list[Sample]:
     told = {
         copy.key: (copy, finding)
         for finding in report.findings

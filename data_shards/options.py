@@ -22,7 +22,7 @@ def option(name: str, *values: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """The value as one types it in a shell, in one line: `'a b'`, and `$'a\\nb'` for a line feed in it."""
+    """The value as users type it in a shell, in one line: `'a b'`, and `$'a\\nb'` for a line feed in it."""
     if not any(unicodedata.category(c) in _CONTROLS for c in value):
         return shlex.quote(value)
     plain = value.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n").replace("\t", r"\t")
@@ -33,7 +33,7 @@ def quoted(value: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with whatever a terminal would act upon, or could not show, spelled out."""
+    """The text with everything that a terminal would act on, or cannot show, as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

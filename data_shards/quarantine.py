@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from data_shards.config import DataConfig
-from data_shards.leakage import lost_text
+from data_shards.duplicates import lost_text
 from data_shards.options import printable
 from data_shards.plan import ShardPlan
 

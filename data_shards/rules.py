@@ -1,7 +1,7 @@
-"""Which rules of conversion a dataset was made by, and what a conversion by the present ones would do differently.
+"""The rules of conversion that a dataset was made by, and what the current rules would do differently.
 
 A finished dataset stays valid when the rules change: its version is the digest of its manifest. But an unfinished one
-must not mix shards of two rules, so the number of the rules is part of what a shard and a fingerprint are known by.
+must not mix shards of two rules, so the number of the rules is part of what identifies a shard and a fingerprint.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 RULES_KEY = "rules"
-# Rules -> what they changed for image sets that the rules before would have converted too. Datasets of the first
-# rules have no number.
+# Rules -> what they changed for image sets that the earlier rules converted too. Datasets of the first rules have no
+# number.
 CHANGES: dict[int, tuple[str, ...]] = {
     2: (
         "labels of a table that may be several in one cell, two spellings of one class or a missing value are refused "
@@ -23,7 +23,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "class folders",
         "names of class folders are in Unicode's composed form (NFC) and without spaces around them, and folders that "
         "differ in nothing else are one class",
-        "where validation is drawn from an official train split, copies of an image are kept together",
+        "where validation is drawn from an official train split, duplicates of an image are kept together",
         "links in archives are followed, and links that lead to a folder that they are in are not",
         "litter of other systems is left out in any case",
         "DICOM objects that are not images (doses, segmentations, maps) are quarantined",

@@ -14,11 +14,11 @@ import numpy as np
 
 from data_shards.config import DataConfig
 from data_shards.decode import UndecodableImage, decode, stored
+from data_shards.duplicates import read_report
+from data_shards.duplicates.fingerprint import pixel_digest
+from data_shards.duplicates.scan import FINGERPRINTS, stored_digests
+from data_shards.duplicates.scan import FOLDER as SCAN
 from data_shards.index import SplitIndex
-from data_shards.leakage import read_report
-from data_shards.leakage.fingerprint import pixel_digest
-from data_shards.leakage.scan import FINGERPRINTS, stored_digests
-from data_shards.leakage.scan import FOLDER as SCAN
 from data_shards.manifest import Dataset, ManifestError, ShardEntry, channel_statistics, open_dataset
 from data_shards.plan import sample_keys
 from data_shards.shard import IMAGE_MEMBERS, part_key, pixel_histogram, tar_key
@@ -125,7 +125,7 @@ def check_moved(config: DataConfig, dataset: Dataset) -> None:
         if set(row.labels) != set(labels):
             raise ValueError(_other_images(config, dataset, f"has other labels for {row.where!r} than"))
         # Validation images may have been drawn from train; of duplicates in two splits one side may have been moved.
-        if row.split and config.leaks.across != "move" and (row.split == "test") != (split == "test"):
+        if row.split and config.duplicates.across != "move" and (row.split == "test") != (split == "test"):
             raise ValueError(_other_images(config, dataset, f"has {row.where!r} in {row.split}, not in {split} as"))
     for found in _spread(dataset, SEEN_AGAIN):
         row = rows[found["key"]]

@@ -25,6 +25,7 @@ from pipelines.commands.step import EVALUATE, REGISTER, SHARD, TRAIN, TUNE
 from pipelines.commands.submit import submit_command
 from pipelines.console.arguments import HelpShown, UsageError
 from pipelines.console.command import Command, check_name
+from pipelines.console.renamed import in_new_words
 from pipelines.console.terminal import show_log_visibly, visible
 from pipelines.console.work_log import work_log
 from pipelines.faults import fault_line
@@ -75,6 +76,7 @@ def _run(argv: list[str]) -> int:
     try:
         if argv[0] == "--print-completion":
             return _flushed(print_completion(VERBS.values(), argv[1:]))
+        argv = in_new_words(argv)
         check_name(argv[0], VERBS)
         return _flushed(VERBS[argv[0]](argv[1:]))
     except ValidationError as error:

@@ -190,7 +190,7 @@ def _less_memory(step: str) -> str:
 
 
 def _more_memory(step: str) -> str:
-    fewer = "--placement.trials" if step == "tune" else "--placement.workers"
+    fewer = "--placement.concurrent-trials" if step == "tune" else "--placement.workers"
     return f"end what else uses it, or lower {fewer}, then {RESUME}"
 
 

@@ -1,8 +1,8 @@
-"""The weights that a training starts from (`train.init`): found once, in the driver, and kept in the store.
+"""The weights that a training starts from (`train.init`): looked up once, in the driver, and copied into the store.
 
-A training is identified by their digest, not by where they were: a step's `train.init` is the digest, and the copy
-that workers read is `weights/<digest>/` in the store. So other weights are another training, the same ones in another
-place are not, and a run keeps those it was begun with when the original is gone or an alias has moved.
+A training is identified by their digest, not by where they were: a step's `train.init` is the digest, and workers read
+the copy `weights/<digest>/` in the store. So other weights make another training, and the same weights in another
+place do not. A run keeps the weights that it was begun with when the original is gone or an alias has moved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Trained(Protocol):
 
 
 class InitialWeightsError(ConfigError):
-    """`train.init` or `train.freeze` cannot be meant: says which, why and what to write instead."""
+    """`train.init` or `train.freeze` is wrong: says which, why and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class InitialWeights:
     files: Mapping[str, bytes]
     """Name -> content; empty where the store already has them."""
     note: str = ""
-    """What the user must know of how they were found."""
+    """What the user must know about how they were found."""
 
     @property
     def summary(self) -> str:
@@ -72,7 +72,7 @@ class InitialWeights:
         return f"train.init is {self.uri} (weights {self.digest[:12]}){note}"
 
     def keep(self, store: Store) -> None:
-        """Writes `weights/<digest>/` in the store, where it is not there yet."""
+        """Writes `weights/<digest>/` in the store unless it exists."""
         folder = store.at(FOLDER, self.digest)
         if folder.head(ORIGIN) is not None:
             return
@@ -85,12 +85,12 @@ def weights_of_run(recipe: Trained, store: Store, run: str, *, kept_source: str 
     """The weights that the trainings of `run` start from; None where they start from random ones.
 
     `kept_source` is the `train.init` that the run was begun with: asked for the same again, it keeps its weights, and
-    the note says where the source has others by now (an alias moved, perhaps to this run's own model).
+    the note says so where the source has others by now (an alias moved, perhaps to this run's own model).
 
     Raises:
         DriftError: the run was begun with other weights from another source.
         InitialWeightsError: the weights were not found, they are damaged or of another network than `recipe.model`, or
-            a pattern of `train.freeze` makes no sense for it.
+            a pattern of `train.freeze` does not fit it.
         ValueError: the store or MLflow does not answer, or what they hold was replaced.
     """
     if not recipe.train.init:
@@ -142,7 +142,7 @@ def find_weights(source: str, store: Store) -> InitialWeights:
 
 
 def _since(source: str, store: Store, begun: str) -> str:
-    """What has become of the source of the weights that a run was begun with; empty where it still has them."""
+    """How the source of the weights that a run was begun with has changed; empty where it still has them."""
     try:
         now = find_weights(source, store)
     except ValueError:
@@ -156,7 +156,7 @@ def _since(source: str, store: Store, begun: str) -> str:
 
 
 def begin_from(config: TrainStepConfig, shard: dict, context: Driver) -> dict[str, str]:
-    """Tells the user what the training takes from its weights; returns their `uri`, `digest` and what became of `head`.
+    """Tells the user what the training takes from its weights; returns `uri`, `digest` and what happened to `head`.
 
     Empty where it starts from random weights. ValueError: the head is new, and `train.freeze` would keep it random.
     """
@@ -292,7 +292,7 @@ def _begun_with(store: Store, run: str) -> str:
 
 
 def _other_images(card: Mapping[str, Any], config: TrainStepConfig, manifest: Manifest) -> str:
-    """What to know where the weights were trained on images of another kind; empty where not, or it is unknown."""
+    """A line where the weights were trained on images of another kind; empty where not, or where it is unknown."""
     if not card:
         return ""
     old = (card["image_size"], card["channels"])

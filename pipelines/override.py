@@ -1,14 +1,18 @@
-"""The one way a configuration changes: validated, full dotted keys (`train.optim.lr`)."""
+"""The only way to change a configuration: validated, full dotted keys (`train.optim.lr`)."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from data_shards.renamed import conflict, notice, part_of, renamed, rows_in
+
 Config = TypeVar("Config", bound=BaseModel)
+_log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -18,11 +22,13 @@ class ConfigError(ValueError):
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns `config` with the fields named by dotted keys replaced, validated as a whole.
 
-    Raises ConfigError naming the key, the value and the rule it breaks; nothing is changed half-way.
+    A key or value of an earlier release is taken for the new one, with a warning in the log.
+
+    Raises ConfigError naming the key, the value and the rule it breaks; nothing is changed partly.
     """
     values = config.model_dump()
     known = flatten(values)
-    for key, value in changes.items():
+    for key, value in _in_new_words(changes, part_of(type(config))).items():
         *parents, leaf = key.split(".")
         place: Any = values
         for parent in parents:
@@ -35,10 +41,35 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     return validated(type(config), values)
 
 
+def _in_new_words(changes: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The changes of `part` in the words of this release; each old word is logged.
+
+    Raises ConfigError where a setting is given under its old and its new name, with different values.
+    """
+    found: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    prefix = f"{part}." if part else ""
+    for old, value in changes.items():
+        try:
+            name, translated = renamed(prefix + old, value)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        new = name.removeprefix(prefix)
+        for key, inner, row in rows_in(prefix + old, value):
+            now, current = renamed(key, inner)
+            written_as = f"{key.removeprefix(prefix)} = {_plain(inner)}"
+            _log.warning("%s", notice(row, written_as, f"{now.removeprefix(prefix)} = {_plain(current)}"))
+        if new in found and found[new] != translated:
+            before, after = sorted((written[new], old), key=lambda key: key == new)
+            raise ConfigError(conflict(*(f"{key} = {_plain(changes[key])}" for key in (before, after))))
+        found[new], written[new] = translated, old
+    return found
+
+
 def validated(kind: type[Config], values: Mapping[str, Any], *, prefix: str = "") -> Config:
     """Returns `kind(**values)`; raises ConfigError with one clause per broken rule instead of pydantic's pages.
 
-    `prefix` is what a person writes before the keys of this kind.
+    `prefix` is what users write before the keys of this kind.
     """
     try:
         return kind.model_validate(values)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from data_shards.renamed import RenamedSettings
 from data_shards.store.outage import PATIENCE_S
 from pipelines.wording import counted
 
@@ -30,7 +31,7 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True)
 class Demand:
-    """What the steps that are still to run ask of the number of workers; `auto` takes no other number."""
+    """What the remaining steps require of the number of workers; `auto` takes no other number."""
 
     micro_batches: int = 0
     """Micro-batches that a training step may have: their greatest common divisor, which the workers must divide.
@@ -50,10 +51,12 @@ class Demand:
 NO_DEMAND = Demand()
 
 
-class PlacementConfig(BaseModel):
+class PlacementConfig(RenamedSettings):
     """What a user may say about the placement; `auto` and 0 are resolved from what Ray has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    PART: ClassVar[str] = "placement"
 
     workers: int = Field(0, ge=0)
     """Training workers. 0: one per GPU, fewer where the batches of the recipe cannot be shared evenly among so many, or
@@ -76,7 +79,7 @@ class PlacementConfig(BaseModel):
     unless another is named. In float32 on a GPU the step is only replayed as a CUDA graph, bit-equal to `off`."""
     scan: str = "auto"
     """Backend of the selective scan. auto: the first that can run here; a named one that cannot is an error."""
-    trials: int = Field(0, ge=0)
+    concurrent_trials: int = Field(0, ge=0)
     """Trials of a sweep at once. 0: one per GPU, or one per CPU where there is no GPU."""
     cache_gib: float = Field(0, ge=0)
     """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
@@ -98,10 +101,12 @@ class PlacementConfig(BaseModel):
     ends with what it has cost."""
 
 
-class Placement(BaseModel):
-    """The resolved placement, as it stands in a step's record."""
+class Placement(RenamedSettings):
+    """The resolved placement, as it is in a step's record."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    PART: ClassVar[str] = "placement"
 
     workers: int
     device: Literal["cpu", "cuda"]
@@ -109,7 +114,7 @@ class Placement(BaseModel):
     cpus_per_trial: float = 1
     zero_stage: int
     scan: str
-    trials: int
+    concurrent_trials: int
     nodes: int
     cache_gib: float = 0
     compile: Literal["auto", "on", "off"] = "off"
@@ -150,7 +155,7 @@ class Placement(BaseModel):
         compiled = {"on": "compiled, ", "auto": "compiled if it pays, ", "off": ""}[self.compile]
         return (
             f"{self.workers} x {self.cpus_per_worker:g} CPU on {self.device}, ZeRO {self.zero_stage}, scan {scan}, "
-            f"{compiled}{counted(self.trials, 'trial')} at once"
+            f"{compiled}{counted(self.concurrent_trials, 'trial')} at once"
         )
 
     def for_trial(self) -> Placement:
@@ -215,7 +220,7 @@ def resolve(
         cpus_per_trial=cpus_per_trial,
         zero_stage=stage,
         scan=config.scan,
-        trials=trials,
+        concurrent_trials=trials,
         nodes=len(nodes),
         cache_gib=config.cache_gib,
         compile=compiled,
@@ -289,7 +294,7 @@ def _fault(nodes: Sequence[Node], workers: int, cpus: float, device: Device) -> 
         )
     if (room := _room(nodes, cpus, device)) < workers:
         return (
-            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker lies on one node, and the "
+            f"--placement.workers {workers} x --placement.cpus-per-worker {cpus:g}: a worker is on one node, and the "
             f"nodes of this Ray ({_told(nodes)}) have room for {room} of them on {device}; lower one of them"
         )
     return ""
@@ -298,18 +303,20 @@ def _fault(nodes: Sequence[Node], workers: int, cpus: float, device: Device) -> 
 def _trials(config: PlacementConfig, nodes: Sequence[Node], device: Device) -> tuple[int, float]:
     """Trials of a sweep at once, and the CPUs of each."""
     num_cpus, num_gpus = _num_cpus(nodes), _num_gpus(nodes)
-    if device == "cuda" and config.trials > num_gpus:
+    if device == "cuda" and config.concurrent_trials > num_gpus:
         raise ValueError(
-            f"--placement.trials {config.trials}: one GPU per trial, and this Ray has {num_gpus:g}; ask for fewer"
+            f"--placement.concurrent-trials {config.concurrent_trials}: one GPU per trial, and this Ray has "
+            f"{num_gpus:g}; ask for fewer"
         )
-    # A trial is a world of one, so what divides a batch among workers does not limit how many run at once.
-    most = config.trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
+    # A trial is a world of one, so the division of a batch among workers does not limit how many run at once.
+    most = config.concurrent_trials or (num_gpus if device == "cuda" else max(1, int(num_cpus)))
     named = config.cpus_per_worker * (config.workers or (num_gpus if device == "cuda" else 1))
-    for trials in [most] if config.trials else range(most, 0, -1):
+    for trials in [most] if config.concurrent_trials else range(most, 0, -1):
         if cpus := _share(nodes, trials, device, min(named, num_cpus) or num_cpus):
             return trials, cpus
     raise ValueError(
-        f"--placement.trials {most}: the nodes of this Ray ({_told(nodes)}) have no room for so many; ask for fewer"
+        f"--placement.concurrent-trials {most}: the nodes of this Ray ({_told(nodes)}) have no room for so many; "
+        "ask for fewer"
     )
 
 
@@ -324,7 +331,7 @@ def _num_gpus(nodes: Sequence[Node]) -> int:
 def _share(nodes: Sequence[Node], count: int, device: Device, num_cpus: float) -> float:
     """The most CPUs, of `num_cpus` shared evenly, that each of `count` processes can have on one of the nodes."""
     fair = num_cpus / count if device == "cpu" else min(MOST_CPUS, max(1.0, num_cpus / count))
-    # One node is always filled to the last process; which, and with how many, tells the share.
+    # One node is always filled to its last process; which one, and with how many, gives the share.
     shares = {_rounded(min(fair, node.cpus / held)) for node in nodes for held in range(1, count + 1)}
     return max((share for share in shares if share and _room(nodes, share, device) >= count), default=0.0)
 

@@ -1,4 +1,4 @@
-"""What is known of each dataset, one TOML file per dataset in this folder, and how its files are fetched."""
+"""The catalog: one TOML file per dataset in this folder, and how its files are downloaded."""
 
 from data_shards.catalog.cards import DatasetCard, PublishedFile, card, names
 

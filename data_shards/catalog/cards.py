@@ -4,15 +4,16 @@ import difflib
 import functools
 import tomllib
 from importlib import resources
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_shards.config import Task
+from data_shards.renamed import RenamedSettings
 
 
 class PublishedFile(BaseModel):
-    """A file as its publisher offers it; what is not known is empty, and never guessed."""
+    """A file as its publisher offers it; what is unknown is empty, and never guessed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -26,10 +27,12 @@ class PublishedFile(BaseModel):
     """Its SHA-256 in hex; empty: unknown."""
 
 
-class DatasetCard(BaseModel):
-    """A dataset's facts. Classes stand in the order of their indices."""
+class DatasetCard(RenamedSettings):
+    """A dataset's facts. Classes are in the order of their indices."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    PART: ClassVar[str] = "data"
 
     name: str
     """The dataset's name on the command line and in the store."""
@@ -46,17 +49,17 @@ class DatasetCard(BaseModel):
     source: str
     """Address to get it from, or why there is none."""
     licence: str
-    """The licence the source states; `unchecked` where nobody here has read it there."""
-    layout: Literal["npz", "folders", "csv", "phantoms"]
+    """The licence the source states; `unchecked` where it was not read there."""
+    layout: Literal["npz", "folders", "table", "phantoms"]
     """How the files are laid out."""
-    csv: str = ""
+    table: str = ""
     """The table's path inside the set; empty: the only table there."""
     image_column: str = ""
     """Column with the image's file name."""
     label_column: str = ""
     """Column with the label."""
     group_column: str = ""
-    """Column with what must not stand in two splits."""
+    """Column with what must not be in two splits."""
     split_column: str = ""
     """Column with the official split."""
     split_values: tuple[str, ...] = ()
@@ -64,14 +67,14 @@ class DatasetCard(BaseModel):
     split_policy: Literal["official", "official test", "by group", "by image"]
     """official: as published; official test: val is drawn by group out of the published train; by group: drawn, no
     group in two splits; by image: drawn, as groups are unknown."""
-    files: dict[str, PublishedFile] = {}
-    """The published files by name; none where the set must be asked for."""
+    files: dict[str, PublishedFile] = Field(default_factory=dict)
+    """The published files by name; none where the publisher must be asked for the set."""
     fetch: tuple[str, ...] = ()
     """Which of the files are fetched where none is named; empty: all, as each holds a part of the set."""
     citation: str = ""
-    """What to cite wherever results are shown."""
+    """What to cite where results are shown."""
     notes: str = ""
-    """What else one should know before use."""
+    """What else to know before use."""
 
 
 @functools.cache
@@ -83,12 +86,12 @@ def names() -> list[str]:
 
 @functools.cache
 def card(name: str) -> DatasetCard:
-    """The card of a dataset. Raises ValueError, listing the names, for one that is not in the catalogue."""
+    """The card of a dataset. Raises ValueError, listing the names, for one that is not in the catalog."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
-            f"dataset {name!r} is not in the catalogue{hint}: choose one of "
+            f"dataset {name!r} is not in the catalog{hint}: choose one of "
             f"{', '.join(names())}, or give --data.layout for a set of your own"
         )
     return DatasetCard(name=name, **tomllib.loads((resources.files(__package__) / f"{name}.toml").read_text("utf-8")))

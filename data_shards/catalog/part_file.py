@@ -1,4 +1,4 @@
-"""A file that is not whole yet: its bytes in `<name>.part`, and in `<name>.part.json` what its server called them."""
+"""An incomplete download: its bytes in `<name>.part`, and in `<name>.part.json` what the server called them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import Any
 
 
 class FetchError(ValueError):
-    """The file cannot be had, or is not the published one: says which, why, and what to do."""
+    """The file cannot be downloaded, or is not the published one: says which, why, and what to do."""
 
 
 class PartFile:
-    """The bytes that have come, and `notes` (url, validator, total) on what they are of."""
+    """The downloaded bytes, and `notes` (url, validator, total) about the file they belong to."""
 
     def __init__(self, target: Path, url: str, data: Any):
         self._target, self._data = target, data
         self.path, self._notes_path = _beside(target, ".part"), _beside(target, ".part.json")
         self.notes: dict[str, Any] = {}
-        # Without its notes, with torn ones or those of another address, a part is bytes of unknown origin.
+        # Without notes, or with damaged ones or those of another address, the origin of a part is unknown.
         with contextlib.suppress(OSError, ValueError):
             notes = json.loads(self._notes_path.read_text())
             self.notes = notes if isinstance(notes, dict) and notes.get("url") == url else {}
 
     @property
     def size(self) -> int:
-        """Bytes that have come."""
+        """Downloaded bytes."""
         return os.fstat(self._data.fileno()).st_size
 
     def begin(self, notes: dict[str, Any]) -> None:
-        """Forgets all bytes, and notes what those to come are."""
+        """Deletes all bytes, and notes what the next ones are."""
         self._data.truncate(0)
         self.notes = notes
         beside = _beside(self._target, ".part.json.tmp")
@@ -45,13 +45,13 @@ class PartFile:
         """Appends."""
         left = memoryview(data)
         try:
-            while left:  # an unbuffered file takes what there is room for
+            while left:  # an unbuffered file takes as much as fits
                 left = left[self._data.write(left) :]
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise FetchError(
-                f"{self.path} cannot be written on after {self.size:,} bytes: {error.strerror}; "
-                f"{'make room' if full else 'mend that'} and give the same command, it goes on there"
+                f"{self.path} cannot be written after {self.size:,} bytes: {error.strerror}; "
+                f"{'free some space' if full else 'fix that'} and give the same command to resume"
             ) from error
 
     def finish(self) -> None:
@@ -65,14 +65,14 @@ class PartFile:
             os.close(folder)
         self._notes_path.unlink(missing_ok=True)
 
-    def set_aside(self) -> Path:
-        """Names the bytes `<name>.wrong`, or `.wrong-2` and so on, and returns where they are."""
+    def quarantine(self) -> Path:
+        """Renames the part to `<name>.wrong`, or `.wrong-2` and so on, and returns its path."""
         number = 1
-        while (aside := _beside(self._target, f".wrong{f'-{number}' * (number > 1)}")).exists():
+        while (wrong := _beside(self._target, f".wrong{f'-{number}' * (number > 1)}")).exists():
             number += 1
-        os.replace(self.path, aside)
+        os.replace(self.path, wrong)
         self._notes_path.unlink(missing_ok=True)
-        return aside
+        return wrong
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def _tell(found: Sequence[dicom.Facts], config: DataConfig) -> None:
             "%d DICOM files say that their pixels may show who the patient is (BurnedInAnnotation or "
             "RecognizableVisualFeatures is YES): they are %s (--data.dicom.identifying)",
             identifying,
-            "kept" if config.dicom.identifying == "keep" else "set aside",
+            "kept" if config.dicom.identifying == "keep" else "quarantined",
         )
     if objects := sum(facts.not_image for facts in found):
         _log.warning(
@@ -109,5 +109,5 @@ def _require_patients(rows: Sequence[Row], expanded: Sequence[Row], config: Data
         raise ValueError(
             f"all {len(rows)} DICOM files are of one patient by their PatientID or study, so no split can be drawn: "
             "if that is a stand-in for many patients, list the files in a CSV with a group column "
-            "(--data.layout csv, --data.group-column)"
+            "(--data.layout table, --data.group-column)"
         )

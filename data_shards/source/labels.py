@@ -151,14 +151,14 @@ def grouped_by_path(rows: Sequence[Row], config: DataConfig) -> list[Row]:
 def check_settings(config: DataConfig) -> None:
     """ValueError where a setting has no meaning for the layout or task of a resolved configuration."""
     unused = {
-        "group_pattern": config.layout in ("npz", "phantoms") and "images in files (folders or csv)",
+        "group_pattern": config.layout in ("npz", "phantoms") and "images in files (folders or table)",
         "drop_classes": config.layout == "phantoms" and "image sets of your own",
         "class_map": config.layout == "phantoms" and "image sets of your own",
-        "no_finding": (config.layout != "csv" or config.task != "multilabel") and "multilabel tables",
+        "no_finding": (config.layout != "table" or config.task != "multilabel") and "multilabel tables",
         "split_values": config.layout != "folders"
         and any(pair.rpartition("=")[2] == "drop" for pair in config.split_values)
         and "split folders (=drop leaves one out)",
-        "label_separator": (config.layout != "csv" or config.task != "multilabel") and "multilabel tables",
+        "label_separator": (config.layout != "table" or config.task != "multilabel") and "multilabel tables",
     }
     for name, needed in unused.items():
         value = getattr(config, name)

@@ -18,10 +18,10 @@ from data_shards.source.row import ImageSet
 from data_shards.source.table.rows import list_table
 from data_shards.store import open_store
 
-# As a setting: no such column, whatever the catalogue says.
+# As a setting: no such column, whatever the catalog says.
 NO_COLUMN = "-"
 # What a card says of its table, where the configuration leaves it open.
-_OF_TABLES = ("csv", "image_column", "label_column", "group_column", "split_column", "split_values")
+_OF_TABLES = ("table", "image_column", "label_column", "group_column", "split_column", "split_values")
 
 
 def open_source(config: DataConfig) -> ImageSet:
@@ -38,7 +38,7 @@ def open_source(config: DataConfig) -> ImageSet:
     _require_source(config)
     if config.layout == "npz":
         return open_npz(config)
-    if config.layout == "csv":
+    if config.layout == "table":
         return list_table(config, classes_named=classes_named).image_set(config)
     return list_folders(config).image_set(config)
 
@@ -83,9 +83,9 @@ def _require_source(config: DataConfig) -> None:
 
 
 def resolved(config: DataConfig) -> DataConfig:
-    """The config with everything that it leaves to the catalogue filled in.
+    """The config with everything that it leaves to the catalog filled in.
 
-    Raises ValueError for a dataset that is neither in the catalogue nor given a layout.
+    Raises ValueError for a dataset that is neither in the catalog nor given a layout.
     """
     if config.layout == "folders" and config.split_column == NO_COLUMN:  # as one declines the column of a table
         config = config.model_copy(update={"split_folders": "ignore"})
@@ -96,7 +96,7 @@ def resolved(config: DataConfig) -> DataConfig:
     update: dict[str, Any] = {
         field: getattr(card, field) for field in ("layout", "task") if getattr(config, field) == "catalog"
     }
-    columns = _OF_TABLES if card.layout == "csv" and config.layout in ("catalog", "csv") else ()
+    columns = _OF_TABLES if card.layout == "table" and config.layout in ("catalog", "table") else ()
     update |= {field: getattr(card, field) for field in ("classes", *columns) if not getattr(config, field)}
     if config.split_column == NO_COLUMN:
         update |= {"split_column": ""}

@@ -31,7 +31,9 @@ from pipelines.bench.work import Work, processor_s, read_work, tell
 def ours(work: Work, out: Path) -> None:
     """This project's conversion, with the firewall, in local processes."""
     source = f"{work.folder}/images"
-    config = DataConfig(dataset="bench", layout="csv", source=source, split_column="split", leaks={"datasets": "off"})
+    config = DataConfig(
+        dataset="bench", layout="table", source=source, split_column="split", duplicates={"datasets": "off"}
+    )
     context = get_context("spawn")
     with ProcessPoolExecutor(work.workers, mp_context=context) as pool:
         convert(config, open_store(str(out)), run_tasks=lambda run, tasks: pool.map(run, tasks))

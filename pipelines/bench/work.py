@@ -106,7 +106,7 @@ def make_images(work: Work) -> int:
     (Path(work.folder) / "images" / "images.csv").write_text("\n".join(["file,label,split", *rows]) + "\n")
     config = DataConfig(
         dataset=DATASET,
-        layout="csv",
+        layout="table",
         source=f"{work.folder}/images",
         split_column="split",
         samples_per_shard=max(1, work.num // 8),

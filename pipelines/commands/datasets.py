@@ -16,6 +16,7 @@ import tyro
 
 from data_shards.catalog import DatasetCard, PublishedFile, card, names
 from data_shards.catalog.fetch import Verdict, check_room, fetch, verify
+from data_shards.renamed import both_keys, both_words
 from pipelines.console.arguments import UsageError
 from pipelines.console.command import Command, JsonOption
 from pipelines.console.terminal import PLAIN_EVERY_S, Terminal, console, table
@@ -61,7 +62,7 @@ def datasets(asked: DatasetsArguments) -> int:
     """Prints the catalog, or one dataset of it."""
     cards = [_card(asked.name)] if asked.name else [card(each) for each in names()]
     if asked.json:
-        dumped = [each.model_dump(mode="json") for each in cards]
+        dumped = [both_words(each.model_dump(mode="json"), each.PART) for each in cards]
         _print_json(dumped[0] if asked.name else dumped)
     elif asked.name:
         rows = [(key, _readable(value)) for key, value in cards[0].model_dump(mode="json").items()]
@@ -248,15 +249,15 @@ def _tell_fetched(known: DatasetCard, folder: Path, verdicts: dict[str, Verdict]
         console().print(f"next: {command}", soft_wrap=True)
     else:
         missing = ", ".join(name for name in known.files if name not in verdicts)
-        console().print(f"a part of the set; still to come: {missing}")
+        console().print(f"a part of the set; missing: {missing}")
 
 
 def _as_json(name: str, verdict: Verdict) -> dict[str, Any]:
     kind = verdict.checked if verdict.checked in ("md5", "sha256") else "md5"
-    return {
+    return both_keys({
         "name": name, "path": str(verdict.path), "bytes": verdict.size_bytes, "state": verdict.state,
         "checked": verdict.checked, kind: verdict.digest, "fault": verdict.fault,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _next_command(known: DatasetCard, source: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from data_shards.renamed import new_words, part_of
 from data_shards.store import Store, StoreError, StoreKeyError
 from pipelines.override import difference, explain
 
@@ -109,7 +110,7 @@ def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind:
     An input whose digest is not known yet is compared when it is known; that there is such an input, at once.
     """
     inputs = {name: digest or begun.inputs.get(name) or STILL_TO_RUN for name, digest in now.inputs.items()}
-    old, new = _completed(begun.config, kind), json.loads(to_json(now.config))
+    old, new = _completed(begun.config, kind), new_words(json.loads(to_json(now.config)), part_of(kind))
     changed = difference({**old, "inputs": begun.inputs}, {**new, "inputs": inputs})
     if changed:
         fields = "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
@@ -124,7 +125,7 @@ def _completed(config: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
     try:
         return json.loads(to_json(kind.model_validate(config).model_dump(mode="json")))
     except ValidationError:  # a field is gone or has another meaning: drift, told field by field
-        return config
+        return new_words(config, part_of(kind))
 
 
 def to_json(value: Any) -> bytes:

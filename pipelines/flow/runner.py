@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from data_shards.renamed import stored_values
 from data_shards.store import Store, StoreError
 from pipelines.faults import fault_line, has_more, kept_reason, users_mistake
 from pipelines.flow.record import (
@@ -132,7 +133,7 @@ def run_steps(
 def _identity(step: Step, states: dict[str, StepState]) -> Identity:
     records = {name: states[needed].record if needed in states else None for name, needed in step.inputs.items()}
     digests = {name: record.facts["digest"] if record else None for name, record in records.items()}
-    return Identity(step.config.model_dump(mode="json"), digests)
+    return Identity(stored_values(step.config), digests)
 
 
 def _finished(step: Step, out: Store, states: dict[str, StepState], run: str) -> Record | None:
@@ -170,7 +171,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Cont
         seconds=round(time.monotonic() - clock, 3),
         started=started.isoformat(timespec="milliseconds"),
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        placement=context.placement.model_dump(mode="json") if step.is_spread and context.placement else {},
+        placement=stored_values(context.placement) if step.is_spread and context.placement else {},
         git_commit=git_commit(),
         packages=package_versions(),
     )

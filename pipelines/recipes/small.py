@@ -73,8 +73,8 @@ def bccd() -> Recipe:
     """Blood cells cut out of smears (3 classes), grouped by smear; needs --data.source bccd_cells.tar."""
     data = DataConfig(
         dataset="bccd",
-        layout="csv",
-        csv="cells.csv",
+        layout="table",
+        table="cells.csv",
         image_column="file",
         label_column="label",
         group_column="smear",

@@ -53,7 +53,7 @@ class ShardFacts(Facts):
         duplicates = [f"{count} {what}" for what, count in self.leaks.items() if count]
         if duplicates:
             left_out = f"; {self.dropped} left out" if self.dropped else ""
-            lines.append(f"duplicates: {', '.join(duplicates)}{left_out} (medmamba shards leaks {dataset})")
+            lines.append(f"duplicates: {', '.join(duplicates)}{left_out} (medmamba shards duplicates {dataset})")
         return [*lines, f"manifest {self.digest[:12]}"]
 
     def places(self, store_uri: str) -> list[tuple[str, str]]:

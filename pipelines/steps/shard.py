@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from data_shards.config import DataConfig
 from data_shards.convert import convert
 from data_shards.manifest import MANIFEST
+from data_shards.renamed import both_keys, old_words
 from data_shards.source import check_folders, check_source
 from data_shards.split import SPLITS
 from data_shards.store import Store
@@ -25,7 +26,7 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
         context.show.progress(name, {"done": done, "total": total, "unit": unit})
 
     # Whoever may read MLflow shall not learn the salt.
-    params = config.model_dump(exclude={"salt"})
+    params = old_words(config.model_dump(exclude={"salt"}), config.PART)
     with context.tracking.running(out, run=context.run, step="shard", check=context.check, params=params) as run_id:
         _check_reachable(config, placement)
         facts = convert(config, context.store.at(data), run_tasks=ray_map, progress=progress)
@@ -49,8 +50,11 @@ def logged(facts: dict) -> dict[str, int]:
     """What MLflow is given of a conversion's facts; `num_train` and so on are images, also where they have several
     labels."""
     counts = {f"num_{split}": num for split, num in facts["samples"].items()}
-    copies = {f"copies {what}": count for what, count in facts["leaks"].items()}
-    return {name: facts[name] for name in ("num_images", "num_shards", "quarantine", "bytes")} | counts | copies
+    duplicates = {
+        f"{word} {what}": count for word in ("copies", "duplicates") for what, count in facts["leaks"].items()
+    }
+    sizes = {name: facts[name] for name in ("num_images", "num_shards", "quarantine", "bytes")}
+    return both_keys(sizes) | counts | duplicates
 
 
 def _classes_line(facts: dict) -> str:

@@ -56,7 +56,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             trials=config.tune.trials,
         )
         try:
-            ledger, errors = _sweep(config, job, placement.trials, context)
+            ledger, errors = _sweep(config, job, placement.concurrent_trials, context)
             runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
             trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])

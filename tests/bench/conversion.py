@@ -132,14 +132,16 @@ def _s3_server() -> tuple[subprocess.Popen, str]:
 
 def _case(case: dict) -> dict:
     """One conversion, and a second run of it."""
-    from data_shards.config import DataConfig, LeakConfig
+    from data_shards.config import DataConfig, DuplicatesConfig
     from data_shards.convert import convert
     from data_shards.store import open_store
     from pipelines.cluster import ray_session
     from pipelines.steps.shard import ray_map
 
     # Copies stand in different splits by chance, and the set's splits are its own: reported, not refused.
-    config = DataConfig(dataset="large", layout="npz", source=case["source"], leaks=LeakConfig(across="report"))
+    config = DataConfig(
+        dataset="large", layout="npz", source=case["source"], duplicates=DuplicatesConfig(across="report")
+    )
     out = open_store(case["uri"]).at("datasets/large/default")
     began = time.monotonic()
     ray_session.connect(num_cpus=case["workers"])

@@ -75,7 +75,7 @@ def _plan(folder: Path, shard: int, target: Path) -> None:
     from data_shards.store import open_store
 
     config = DataConfig(
-        dataset="bench", layout="csv", source=str(folder / "set"), group_column="patient", samples_per_shard=shard
+        dataset="bench", layout="table", source=str(folder / "set"), group_column="patient", samples_per_shard=shard
     )
     images, out = open_source(config), open_store(str(folder / "store"))
     plan = plan_shards(images.rows, ["train"] * len(images.rows), config)[0]

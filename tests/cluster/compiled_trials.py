@@ -20,8 +20,8 @@ from pipelines.worker.launch import world_of_one
 
 TRAIN = TrainConfig(batch_size=4, micro_batch=4, image_size=32)
 PLACEMENT = Placement(
-    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1, compile="on",
-    flat=True,
+    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", concurrent_trials=1, nodes=1,
+    compile="on", flat=True,
 )  # fmt: skip
 
 

@@ -34,7 +34,9 @@ CONFIG = TrainStepConfig(
     model=MedMambaConfig(variant="nano", drop_path=0.2),
     train=TrainConfig(epochs=3, batch_size=8, micro_batch=4, image_size=32),
 )
-PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="numba", trials=1, nodes=1)
+PLACEMENT = Placement(
+    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="numba", concurrent_trials=1, nodes=1
+)
 STOP = 6  # of four steps an epoch: a checkpoint is at the end of the first, and one in the middle of the second
 
 

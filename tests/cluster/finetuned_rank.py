@@ -60,8 +60,8 @@ class Trainings:
     def __init__(self, dataset: str, folder: Path, zero_stage: int, *, flat: bool) -> None:
         self.dataset, self.folder, self.store = dataset, folder, open_store(str(folder / "store"))
         self.placement = Placement(
-            workers=1, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1,
-            flat=flat,
+            workers=1, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto",
+            concurrent_trials=1, nodes=1, flat=flat,
         )  # fmt: skip
 
     def train(self, name: str, init: Path | None = None, resume: Path | None = None, **changes) -> Saver:

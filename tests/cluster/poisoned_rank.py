@@ -94,7 +94,7 @@ def main() -> None:
     launch.build_engine = build  # type: ignore[assignment]
     placement = Placement(
         workers=int(os.environ["WORLD_SIZE"]), device="cpu", cpus_per_worker=1, zero_stage=int(zero_stage),
-        scan="reference", trials=1, nodes=1, flat=form == "flat",
+        scan="reference", concurrent_trials=1, nodes=1, flat=form == "flat",
     )  # fmt: skip
     data, kept, error = open_dataset(dataset), Kept(), ""
     try:

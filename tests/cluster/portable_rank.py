@@ -82,7 +82,7 @@ def main() -> None:
     data = open_dataset(dataset)
     placement = Placement(
         workers=int(os.environ["WORLD_SIZE"]), device="cpu", cpus_per_worker=1, zero_stage=int(zero_stage), scan="auto",
-        trials=1, nodes=1, flat=form == "flat",
+        concurrent_trials=1, nodes=1, flat=form == "flat",
     )  # fmt: skip
     config = TrainStepConfig(train=TRAIN).with_classes(len(data.manifest.classes))
     checkpoints = Checkpoints(open_store(out))

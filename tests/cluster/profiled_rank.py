@@ -56,7 +56,9 @@ def main() -> None:
     train = TrainConfig(
         epochs=2, batch_size=int(batch_size), micro_batch=2, image_size=32, optim=OptimConfig(lr=1e-3, warmup_epochs=1)
     )
-    placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+    placement = Placement(
+        workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1
+    )
     data = (dataset, open_dataset(dataset).digest)
     with scratch("test") as store:
         checkpoints = Checkpoints(open_store(str(store)))

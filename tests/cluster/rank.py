@@ -54,8 +54,8 @@ def main() -> None:
     )
     ranks = int(os.environ["WORLD_SIZE"])
     placement = Placement(
-        workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1,
-        flat="flat" in options,
+        workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto",
+        concurrent_trials=1, nodes=1, flat="flat" in options,
     )  # fmt: skip
     reporter = Losses()
     with TemporaryDirectory() as folder:

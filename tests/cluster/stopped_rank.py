@@ -73,8 +73,8 @@ def main() -> None:
     job = TrainJob(
         name="train",
         placement=Placement(
-            workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=int(zero_stage), scan="reference", trials=1,
-            nodes=1,
+            workers=ranks, device="cpu", cpus_per_worker=1, zero_stage=int(zero_stage), scan="reference",
+            concurrent_trials=1, nodes=1,
         ),
         dataset=(open_store(dataset), open_dataset(dataset).digest),
         config=CONFIG,

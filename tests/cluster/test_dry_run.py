@@ -38,7 +38,9 @@ def test_every_recipe_has_a_placement_on_a_ray_of_so_many_gpus(num_gpus, tmp_pat
     assert set(results) == {f"{name} {workflow}" for name in RECIPES for workflow in WORKFLOWS}
     for name, result in results.items():
         placement, recipe = result["placement"], result["recipe"]
-        assert (placement["device"], placement["trials"], placement["scan"]) == ("cuda", num_gpus, "auto"), name
+        assert (placement["device"], placement["concurrent_trials"], placement["scan"]) == ("cuda", num_gpus, "auto"), (
+            name
+        )
         searched = recipe["tune"]["space"]["batch_size"] if name.endswith("release") else []
         for size in searched or [recipe["train"]["batch_size"]]:
             assert size % (recipe["train"]["micro_batch"] * placement["workers"]) == 0, name

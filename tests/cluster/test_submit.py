@@ -103,7 +103,7 @@ def test_the_job_and_its_tasks_work_on_the_ray_it_was_submitted_to_and_its_exit_
 def test_what_a_verb_says_and_its_exit_code_come_back(ray_head, token, capfd):
     assert submit(ray_head, ["datasets", "no-such-dataset"]) == 2
     out = capfd.readouterr().out
-    assert "'no-such-dataset' is not in the catalogue" in out
+    assert "'no-such-dataset' is not in the catalog" in out
     assert "Traceback" not in out
 
 

@@ -47,7 +47,9 @@ def trial(dataset: str, lr: float, folder: Path) -> Kept:
         model=MedMambaConfig(variant="nano", drop_path=0.2),
         train=TrainConfig(epochs=2, batch_size=16, micro_batch=8, image_size=32, optim=OptimConfig(lr=lr)),
     )
-    placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1)
+    placement = Placement(
+        workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", concurrent_trials=1, nodes=1
+    )
     world_of_one(placement.backend)
     checkpoints = Checkpoints(open_store(str(folder)))
     train_on_dataset(config, placement, (dataset, open_dataset(dataset).digest), lambda rank: kept, checkpoints)

@@ -31,7 +31,7 @@ def main() -> None:
     config = config.with_classes(len(data.manifest.classes))
     placement = Placement(
         workers=int(os.environ["WORLD_SIZE"]), device="cpu", cpus_per_worker=1, zero_stage=int(zero_stage), scan="auto",
-        trials=1, nodes=1,
+        concurrent_trials=1, nodes=1,
     )  # fmt: skip
     with TemporaryDirectory() as fetched:
         found = Checkpoints(out).newest(Path(fetched))

@@ -97,7 +97,7 @@ def test_copies_across_the_official_folders_are_refused_and_the_remedy_works_as_
     shutil.copy(root / "Training/glioma/Tr-gl_0003.jpg", root / "Testing/glioma/Te-gl_0999.jpg")
     asked = command(root, tmp_path / "store", "shard")
     refused = medmamba(*asked, cwd=tmp_path, code=1).stderr
-    assert "--data.leaks.across drop, move or report" in refused
-    medmamba(*asked, "--data.leaks.across", "drop", cwd=tmp_path)  # under the same name
+    assert "--data.duplicates.across drop, move or report" in refused
+    medmamba(*asked, "--data.duplicates.across", "drop", cwd=tmp_path)  # under the same name
     record = json.loads(open_store(str(tmp_path / "store")).get("runs/quickstart/shard/record.json"))
     assert (record["facts"]["dropped"], record["facts"]["samples"]["test"]) == (1, 41)

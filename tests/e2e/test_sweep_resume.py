@@ -27,7 +27,7 @@ SWEEP = [
     "4",
     "--tune.epochs",
     "6",
-    "--placement.trials",
+    "--placement.concurrent-trials",
     "1",
     "--json",
     "--placement.checkpoint-steps",

@@ -34,7 +34,7 @@ LAYERS = {
     "data_shards": (
         ("store",),
         ("decode", "source", "catalog"),
-        ("leakage", "loader"),
+        ("duplicates", "loader"),
         ("convert", "verify", "contact_sheet"),
     ),
 }

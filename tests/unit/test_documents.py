@@ -91,7 +91,7 @@ def help_of(*verb: str) -> str:
 def known_flags() -> set[str]:
     """Every option of every verb."""
     two = [("datasets", "fetch"), ("datasets", "verify"), ("bench", "data")]
-    two += [("shards", word) for word in ("verify", "show", "leaks", "quarantine", "names")]
+    two += [("shards", word) for word in ("verify", "show", "duplicates", "quarantine", "names")]
     texts = [help_of(), *(help_of(verb) for verb in VERBS), *(help_of(*words) for words in two)]
     return {flag for text in texts for flag in re.findall(r"--[a-z][\w.-]*", text)}
 

@@ -133,7 +133,7 @@ def _displayed(file: BinaryIO, index: int, config: DicomConfig, alone: bool) -> 
 
     found = opened(file, _DECODING)
     identifying = _identifying(found.data)
-    if identifying and config.identifying == "set-aside":
+    if identifying and config.identifying == "quarantine":
         raise UndecodableImage(
             f"{identifying} is YES: the pixels may show who the patient is (--data.dicom.identifying keep takes them)"
         )

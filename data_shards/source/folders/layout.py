@@ -18,7 +18,7 @@ from data_shards.source.folders.tree import FolderTree, class_name, joined, loos
 from data_shards.source.labels import ClassEdits
 from data_shards.split import SPLIT_WORDS, SPLITS, split_word
 
-_TABLE = "list the images in a table with a split column (--data.layout csv)"
+_TABLE = "list the images in a table with a split column (--data.layout table)"
 
 
 @dataclass(frozen=True)

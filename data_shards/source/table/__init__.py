@@ -1,1 +1,1 @@
-"""Image sets that a table describes: `data.layout csv`."""
+"""Image sets that a table describes: `data.layout table`."""

@@ -22,13 +22,13 @@ from data_shards.source.table.text_table import ENDINGS, Table
 from data_shards.split import SPLIT_WORDS
 
 _SCHEME = re.compile(r"^(file:/*|[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z]:/)")
-# What a path may have that normalising it would change.
+# What a path may have that normalizing it would change.
 _UNTIDY = re.compile(r"[\\:]|//|^\./|^\.\./|/\.\.?(/|$)|./$")
 
 
 @dataclass(frozen=True)
 class Places:
-    """The file of each row, "" where there is none; what the owner should know; where was looked, for messages."""
+    """The file of each row, "" where there is none; notes for the owner; the places searched, for messages."""
 
     files: list[str]
     notes: tuple[str, ...]
@@ -77,7 +77,7 @@ class _Finder:
         self._source_name = PurePosixPath(source.rstrip("/")).name
         images = [name for name in names if not name.lower().endswith(ENDINGS)]
         common = posixpath.commonpath([posixpath.dirname(name) for name in images]) if images else ""
-        # A folder that holds all images says nothing; below it the table's folders must be there.
+        # A folder that holds all images carries no information; below it the table's folders must exist.
         self._wrapper = common.split("/")[0] if not self._folder else ""
         self._ends: dict[tuple[int, bool, bool], dict[str, list[str]]] = {}
         self.files = [""] * len(values)
@@ -278,7 +278,7 @@ def _parents(folder: str) -> list[str]:
 
 
 def _readings(value: str) -> tuple[str, ...]:
-    """The path as it is written, with "/" between its parts, and with the escapes of an URL resolved."""
+    """The path as it is written, with "/" between its parts, and with the escapes of a URL resolved."""
     plain = _plain(value)
     if "%" not in value:
         return (plain,)
@@ -286,7 +286,7 @@ def _readings(value: str) -> tuple[str, ...]:
 
 
 def _plain(value: str) -> str:
-    """The path with "/" between its parts, absolute ones from "/" on: without a drive or the scheme of an URL."""
+    """The path with "/" between its parts, absolute ones from "/" on: without a drive or the scheme of a URL."""
     if not _UNTIDY.search(value):
         return value
     path = _SCHEME.sub("/", value.replace("\\", "/"))

@@ -172,7 +172,7 @@ def _classes_of(names: set[str], edits: ClassEdits, config: DataConfig) -> tuple
 def _classes_note(
     everything: set[str], classes: tuple[str, ...], edits: ClassEdits, config: DataConfig, table: Table
 ) -> Iterator[str]:
-    """What the owner should know of the classes: those without an image, and the order of grades nobody has named."""
+    """Notes on the classes: those without an image, and the order of grades that the user did not name."""
     if gone := sorted(set(_classes_of(everything, edits, config)) - set(classes)):
         yield f"{table.path}: no image is left of {listed(gone)}, so the dataset does not have these classes"
     if config.task == "ordinal" and not config.classes and not all(map(NUMBER.fullmatch, classes)):

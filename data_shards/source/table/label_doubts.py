@@ -17,7 +17,7 @@ from data_shards.source.labels import ClassEdits, composed
 from data_shards.source.lookalikes import described, folded, trimmed
 from data_shards.source.table.text_table import Table
 
-# What programs write for a missing value: never a class unless somebody says so.
+# What programs write for a missing value: never a class unless the user says so.
 _MISSING = {"nan", "<na>", "nat", "na", "n/a", "#n/a", "#na", "null", "#value!", "#ref!", "#div/0!", "#name?", "#null!"}
 # Words that may be a class or a missing value.
 _PERHAPS_MISSING = {"none", "?", "-", "--", ".", "unknown", "missing"}
@@ -26,7 +26,7 @@ _NONE_OF_THEM = {
 }  # fmt: skip
 YES, NO = {"1", "true", "yes", "t", "y"}, {"0", "false", "no", "f", "n"}
 NUMBER = re.compile(r"[+-]?\d{1,300}([.,]\d*)?")
-# A class name hardly ever holds the first two; the others are judged by what stands between them.
+# A class name hardly ever holds the first two; the others are judged by the parts between them.
 _CERTAIN, _PERHAPS = ("|", ";"), (",", "/", "+", "&", "\n")
 # Names of several words hold these, so only other labels can show that they separate.
 _WORDS = (" and ", "\t", " ")

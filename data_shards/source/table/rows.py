@@ -31,7 +31,7 @@ def list_table(config: DataConfig, *, classes_named: bool = True) -> FileList:
     Rows without a file, and of classes that are left out, say nothing about classes, groups and splits. A class that
     has no row left is a class only if the user named it (`classes_named`).
     """
-    source, wanted = config.source, config.csv
+    source, wanted = config.source, config.table
     if source.lower().endswith(ENDINGS):
         folder, _, wanted = source.rpartition("/")
         source = folder or ("/" if source.startswith("/") else ".")
@@ -149,7 +149,7 @@ def _missing(table: Table, places: Places, files: Files, config: DataConfig) -> 
 
 
 def _unlisted(table: Table, places: Places, names: Sequence[str]) -> tuple[str, ...]:
-    """A notice about files that no row names: nobody has said what they show, so they are not images of the set."""
+    """A notice about files that no row names: what they show is unknown, so they are not images of the set."""
     named = set(places.files)
     others = [name for name in names if name not in named and not name.lower().endswith(ENDINGS)]
     if not others:
@@ -170,7 +170,7 @@ def _table(files: Files, wanted: str, source: str) -> Table:
         there = ", ".join(tables[:5]) or "no table at all"
         raise ValueError(
             f"{source} holds {len(matching)} files {wanted or '*.csv'} (it has {there}): name the one with the "
-            "labels in --data.csv"
+            "labels in --data.table"
         )
     try:
         return Table(matching[0], files.read(matching[0]))

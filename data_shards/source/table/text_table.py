@@ -16,7 +16,7 @@ _MAX_SHEET_BYTES = 2 << 30
 # In the order in which they are preferred, where a set has its table in several formats.
 ENDINGS = (".csv", ".xlsx", ".tsv")
 _DELIMITERS = ",;\t|"
-# What files begin with that are named like a text but are something else.
+# The first bytes of files that are named like a text but are something else.
 _NO_TEXT = {
     b"PK\3\4": "is an XLSX workbook or a zip, not text: give it the ending .xlsx, or save it as CSV",
     b"\xd0\xcf\x11\xe0": "is a workbook of an old Excel, not text: save it as .xlsx or CSV",
@@ -29,7 +29,7 @@ _field_limit = threading.Lock()
 class Table:
     """Columns by name, cells without the space around them; lines that are empty are left out.
 
-    ValueError, naming the line, where the data is no such table.
+    ValueError, naming the line, where the data is not such a table.
     """
 
     def __init__(self, path: str, data: bytes):
@@ -56,7 +56,7 @@ class Table:
         return [cells[position] for cells in self._cells]
 
     def line(self, index: int) -> str:
-        """Where row `index` stands, for messages."""
+        """Where row `index` is, for messages."""
         return f"line {self._lines[index]} of {self.path}"
 
 
@@ -100,7 +100,7 @@ def _delimiter(text: str) -> str:
 
 
 def _parsed(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The lines, numbered, with their cells; a cell may have any length."""
+    """The lines with their numbers and cells; a cell may have any length."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines = []
     # The limit is the process's: it is raised, never lowered, while this table is read, and put back.
@@ -120,7 +120,7 @@ def _parsed(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]
 
 
 def _xlsx(path: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
-    import openpyxl  # only who has such a table pays for loading it
+    import openpyxl  # slow to import
 
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
@@ -133,7 +133,7 @@ def _xlsx(path: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
         rows = [[_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
     except Exception as error:  # the file is anybody's, and openpyxl raises whatever its parsers raise
         raise ValueError(
-            f"{path} is no XLSX that can be read ({' '.join(str(error).split())[:120]}): save it again, or as CSV"
+            f"{path} cannot be read as XLSX ({' '.join(str(error).split())[:120]}): save it again, or as CSV"
         ) from error
     # Cells beyond the last name are the formatting of empty ones; short rows end in empty cells.
     width = max((i + 1 for row in rows[:1] for i, cell in enumerate(row) if cell), default=0)

@@ -24,13 +24,13 @@ def shards(argv: list[str]) -> int:
 
 
 def _parts() -> Sequence[Command]:
-    from pipelines.commands.shards.leaks import LEAKS_COMMAND
+    from pipelines.commands.shards.duplicates import DUPLICATES
     from pipelines.commands.shards.names import NAMES
     from pipelines.commands.shards.quarantine import QUARANTINE
     from pipelines.commands.shards.show import SHOW
     from pipelines.commands.shards.verify import VERIFY
 
-    return VERIFY, SHOW, LEAKS_COMMAND, QUARANTINE, NAMES
+    return VERIFY, SHOW, DUPLICATES, QUARANTINE, NAMES
 
 
 SHARDS = Command(

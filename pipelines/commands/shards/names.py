@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from data_shards.leakage import read_report
+from data_shards.duplicates import read_report
 from data_shards.manifest import open_dataset
 from data_shards.names import Sample, samples
 from data_shards.store import Store

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from data_shards.leakage import read_report
+from data_shards.duplicates import read_report
 from data_shards.manifest import MANIFEST, Dataset, open_dataset
 from data_shards.names import Places, Sample, quarantined, quarantined_so_far, samples
 from data_shards.store import Store

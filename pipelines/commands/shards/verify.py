@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import tyro
 
 from data_shards.manifest import MAKE_AGAIN, MANIFEST
+from data_shards.renamed import both_keys
 from data_shards.verify import verify as verify_dataset
 from pipelines.commands.shards.owner import dataset_in
 from pipelines.console.command import Command, JsonOption, StoreOption
@@ -41,7 +42,7 @@ def verify(asked: VerifyArguments) -> int:
     finally:
         terminal.close()
     if asked.json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(both_keys(asdict(found)), indent=2))
         return 1 if found.problems else 0
     for problem in found.problems:
         console().print(f"wrong: {problem}")

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from data_shards.renamed import stored_values
 from data_shards.store import Store
 from pipelines.commands.work.options import Resolved
 from pipelines.console.command import open_named
@@ -40,7 +41,7 @@ def read_begun(store_uri: str, run: str) -> dict[str, Any] | None:
 
 def write_begun(store: Store, work: Resolved, workflow: str) -> None:
     """Writes what the run is begun with."""
-    begun = {"workflow": workflow, "recipe": work.values.model_dump(mode="json")}
+    begun = {"workflow": workflow, "recipe": stored_values(work.values)}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(begun, indent=2, sort_keys=True).encode())
 
 

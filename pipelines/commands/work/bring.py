@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 
+from data_shards.renamed import both_keys
 from data_shards.store import Store
 from data_shards.store.disk import require_temporary_folder
 from data_shards.store.outage import listening
@@ -131,7 +132,7 @@ def _print(work: Resolved, states: Sequence[StepState], store: Store) -> None:
         return
     facts = {state.name: state.record.facts for state in states if state.record}
     if "shard" in facts:
-        facts["shard"] = completed(facts["shard"], store)
+        facts["shard"] = both_keys(completed(facts["shard"], store))
     print(json.dumps(facts, indent=2))
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from data_shards.renamed import both_words
 from data_shards.store import Store
 from pipelines.commands.summary import print_plan
 from pipelines.commands.work.connect import check_source
@@ -27,7 +28,8 @@ def dry_run(work: Resolved, workflow: str, steps: Sequence[Step], store: Store, 
     placement = _preview(work, steps, states, store, say=notes.append)
     where = f"the Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
     if work.json:
-        resolved["placement"] = placement.model_dump(mode="json") if placement else None
+        resolved["recipe"] = both_words(recipe_values)
+        resolved["placement"] = both_words(placement.model_dump(mode="json"), placement.PART) if placement else None
         resolved |= {"placed_on": where if placement else None, "notes": notes}
         print(json.dumps({**resolved, "steps": {state.name: state.state for state in states}}, indent=2))
         return

@@ -32,7 +32,7 @@ def labelled(folder, labels, **fields):
 
 def opened(folder, **fields):
     """The set below the folder, by its table."""
-    return open_source(DataConfig(**{"dataset": "mine", "layout": "csv", "source": str(folder), **fields}))
+    return open_source(DataConfig(**{"dataset": "mine", "layout": "table", "source": str(folder), **fields}))
 
 
 def names(images):

@@ -165,7 +165,7 @@ def test_a_table_that_says_something_else_is_not_the_set_that_moved(old, new, me
         lines.append(f"{i}.png,{('benign', 'malignant')[i // 4 % 2]},{('test', 'val', 'train', 'train')[i % 4]}")
     table = tmp_path / "set" / "labels.csv"
     table.write_text("\n".join(["file,label,split", *lines, ""]))
-    config = DataConfig(dataset="own", layout="csv", source=str(table), split_column="split")
+    config = DataConfig(dataset="own", layout="table", source=str(table), split_column="split")
     store = open_store(str(tmp_path / "out"))
     first = convert(config, store)
     (tmp_path / "set").rename(tmp_path / "moved")
@@ -279,7 +279,7 @@ def test_a_class_none_of_whose_images_of_a_split_can_be_decoded_is_named_with_fi
         (folder / f"{i}.png").write_bytes(b"torn" if (label, split) == ("b", "val") else coded(pixels(i)))
         lines.append(f"{i}.png,{label},{split}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
-    config = DataConfig(dataset="own", layout="csv", source=str(folder), split_column="split", max_quarantine=0.5)
+    config = DataConfig(dataset="own", layout="table", source=str(folder), split_column="split", max_quarantine=0.5)
     told = r"class 'b' is gone from val: none of the 4 images that 'b' had there can.*15\.png \(.*shards quarantine own"
     with pytest.raises(ValueError, match=told):
         convert(config, open_store(str(tmp_path / "out")))

@@ -27,6 +27,7 @@ from data_shards.convert import convert
 from data_shards.loader.draws import uniforms
 from data_shards.loader.order import even_quotas, mixed, shuffled
 from data_shards.plan import config_digest
+from data_shards.renamed import new_words
 from data_shards.settings import settings_on_record
 from data_shards.store import open_store
 
@@ -621,6 +622,12 @@ def test_a_set_converted_again_is_the_same_version(name, sets, tmp_path):
 def test_the_digest_of_a_setting_stays(name):
     settings, digest = SETTINGS[name]
     assert config_digest(DataConfig.model_validate(settings))[:DIGITS] == digest
+
+
+@pytest.mark.parametrize("name", [name for name, (old, _) in SETTINGS.items() if new_words(old, "data") != old])
+def test_new_words_have_the_digest_of_the_old_ones(name):
+    settings, digest = SETTINGS[name]
+    assert config_digest(DataConfig.model_validate(new_words(settings, "data")))[:DIGITS] == digest
 
 
 def test_every_setting_that_decides_bytes_is_among_them():

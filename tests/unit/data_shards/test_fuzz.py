@@ -34,8 +34,8 @@ from tiny_sets import coded, in_memory_set, pixels
 from data_shards.config import DataConfig, DicomConfig
 from data_shards.convert import convert
 from data_shards.decode import UndecodableImage, decode, dicom, stored_bytes
-from data_shards.leakage import LEAKS, read_report
-from data_shards.leakage.scan import FINGERPRINTS, stored_digests
+from data_shards.duplicates import REPORT, read_report
+from data_shards.duplicates.scan import FINGERPRINTS, stored_digests
 from data_shards.loader.local_shard import LocalShards
 from data_shards.manifest import INDEX, MANIFEST, manifest_digest, open_dataset
 from data_shards.plan import plan_shards
@@ -222,7 +222,7 @@ def check_table(folder, data_and_name):
         (folder / f"{i}.png").write_bytes(PNG)
     (folder / name).write_bytes(data)
     columns = {"label_column": "label", "group_column": "patient", "split_column": "split"}
-    read_all(DataConfig(dataset="x", layout="csv", source=str(folder), **columns))
+    read_all(DataConfig(dataset="x", layout="table", source=str(folder), **columns))
 
 
 @in_folder
@@ -324,7 +324,7 @@ def check_reading(folder, data):
 
 @in_folder
 def check_report(folder, data):
-    result_of(read_report, laid_down(folder, **{LEAKS: data}))
+    result_of(read_report, laid_down(folder, **{REPORT: data}))
 
 
 @in_folder
@@ -392,7 +392,7 @@ KINDS = {
     "npz": (check_npz, damaged([npz(np.savez), npz(np.savez_compressed)])),
     "manifest": (check_manifest, st.one_of(damaged([MANIFEST_JSON]), altered_json(MANIFEST_JSON))),
     "hostile manifest": (check_reading, hostile_json(MANIFEST_JSON)),
-    "report": (check_report, st.one_of(damaged([written()[LEAKS]]), hostile_json(written()[LEAKS]))),
+    "report": (check_report, st.one_of(damaged([written()[REPORT]]), hostile_json(written()[REPORT]))),
     "fingerprints": (check_fingerprints, damaged([written()[FINGERPRINTS]])),
     "index": (check_index, damaged([written()[INDEX]])),
     "shard": (check_shard, damaged([SHARD["tar"]])),

@@ -21,10 +21,10 @@ from tiny_sets import InMemorySet, coded, in_memory_set, npz_config, pixels
 
 from data_shards.config import DataConfig
 from data_shards.convert import convert
+from data_shards.duplicates import REPORT, read_report
+from data_shards.duplicates.fingerprint import fingerprint
+from data_shards.duplicates.scan import FINGERPRINTS, FOLDER, Scan, stored_digests
 from data_shards.index import index_bytes
-from data_shards.leakage import LEAKS, read_report
-from data_shards.leakage.fingerprint import fingerprint
-from data_shards.leakage.scan import FINGERPRINTS, FOLDER, Scan, stored_digests
 from data_shards.loader.local_shard import LocalShards, ShardError
 from data_shards.loader.node_cache import NodeCache
 from data_shards.loader.pixels import cropped, stretched
@@ -257,7 +257,7 @@ def shard_entry(name, data):
     ],
 )  # fmt: skip
 def test_a_report_that_cannot_be_is_refused(store, place, value):
-    edit(store, LEAKS, place, value)
+    edit(store, REPORT, place, value)
     with pytest.raises(ManifestError, match=r"has no complete leakage\.json") as refused:
         read_report(store)
     assert str(refused.value).isprintable()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny_sets import coded, pixels
 
-from data_shards.config import DataConfig, LeakConfig
+from data_shards.config import DataConfig, DuplicatesConfig
 from data_shards.convert import convert, key_map
-from data_shards.leakage import read_report
+from data_shards.duplicates import read_report
 from data_shards.manifest import open_dataset
 from data_shards.names import Sample, find, quarantined, samples
 from data_shards.settings import settings_on_record
@@ -67,7 +67,7 @@ def write_folders(folder: Path, num: int = 12) -> DataConfig:
         (folder / name).mkdir(parents=True)
         for i in range(num):
             (folder / name / f"{i}.png").write_bytes(coded(pixels(100 * c + i)))
-    return DataConfig(dataset="own", layout="folders", source=str(folder), leaks=LeakConfig(near=0))
+    return DataConfig(dataset="own", layout="folders", source=str(folder), duplicates=DuplicatesConfig(near=0))
 
 
 def test_a_path_that_two_files_end_in_is_not_guessed(tmp_path):
@@ -94,7 +94,12 @@ def test_objects_below_a_prefix_are_found_by_their_address(tmp_path, s3):
 
 def test_the_settings_on_record_are_those_of_the_conversion_but_for_the_salt(tmp_path):
     config = write_folders(tmp_path / "set").model_copy(
-        update={"salt": "pepper", "leaks": LeakConfig(near=3, labels="drop"), "max_side": 16, "classes": ("cat", "dog")}
+        update={
+            "salt": "pepper",
+            "duplicates": DuplicatesConfig(near=3, labels="drop"),
+            "max_side": 16,
+            "classes": ("cat", "dog"),
+        }
     )
     out = open_store(str(tmp_path / "datasets/own/default"))
     convert(config, out)

@@ -8,6 +8,7 @@ from tiny_sets import in_memory_set
 
 from data_shards.config import DataConfig
 from data_shards.plan import config_digest, digest_of, plan_shards, sample_key, shard_digest
+from data_shards.renamed import stored_values
 from data_shards.source import Row
 
 CONFIG = DataConfig(dataset="tiny", layout="folders", source="/somewhere", samples_per_shard=4)
@@ -93,7 +94,7 @@ def test_settings_at_their_default_are_no_part_of_the_digest_so_that_new_ones_mo
 
 def test_no_default_that_decides_bytes_has_changed():
     """Datasets made with the old default would keep their version, although they could not be made again."""
-    assert DataConfig().model_dump(mode="json") == {
+    assert stored_values(DataConfig()) == {
         "dataset": "phantoms", "name": "default", "source": "", "layout": "catalog", "classes": [], "task": "catalog",
         "csv": "", "image_column": "", "label_column": "", "group_column": "", "split_column": "",
         "split_values": [], "split_folders": "keep", "rows_without_file": "refuse",

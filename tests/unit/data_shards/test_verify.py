@@ -11,7 +11,7 @@ from tiny_sets import coded, npz_config, pixels
 
 from data_shards.contact_sheet import chosen, sheet
 from data_shards.convert import convert
-from data_shards.leakage.scan import FINGERPRINTS
+from data_shards.duplicates.scan import FINGERPRINTS
 from data_shards.manifest import INDEX, MANIFEST, Manifest, manifest_digest, open_dataset
 from data_shards.shard import tar_key
 from data_shards.store import open_store

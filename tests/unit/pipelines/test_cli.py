@@ -248,7 +248,10 @@ def test_every_recipe_runs_on_any_number_of_gpus_and_a_gpu_without_a_worker_is_e
     for (name, workflow), expected in WORKERS.items():
         found = resolved(capsys, "run", workflow, "--recipe", name, "--dry-run", *source_of(name))
         workers = expected[num_gpus - 1]
-        assert (found["placement"]["workers"], found["placement"]["trials"]) == (workers, num_gpus), (name, workflow)
+        assert (found["placement"]["workers"], found["placement"]["concurrent_trials"]) == (workers, num_gpus), (
+            name,
+            workflow,
+        )
         assert found["placement"]["device"] == "cuda"
         assert [note.partition(" for training: ")[0] for note in found["notes"]] == (
             [f"{workers} of {num_gpus} GPUs"] if workers < num_gpus else []
@@ -274,7 +277,10 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
     [
         (["--placement.workers", "2"], r"batch_size 16 is not a multiple of train\.micro_batch 16 x 2 workers; lower"),
         (["--placement.workers", "5"], r"--placement\.workers 5: one GPU per worker, and this Ray has 4; .*at most 4"),
-        (["--placement.trials", "5"], r"--placement\.trials 5: one GPU per trial, and this Ray has 4"),
+        (
+            ["--placement.concurrent-trials", "5"],
+            r"--placement\.concurrent-trials 5: one GPU per trial, and this Ray has 4",
+        ),
         (["--placement.cpus-per-worker", "9"], r"workers 1 x --placement\.cpus-per-worker 9 = 9 CPUs, .*has 8"),
         (["--placement.device", "cpu", "--placement.workers", "64"], r"workers 64: 0\.12 of the 8 CPUs"),
         (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files: get them .* with --data\.source"),
@@ -358,7 +364,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["trian"], r"unknown command 'trian'; did you mean train\? available: quickstart, run"),
         (["train"], "train: name a recipe .*or a run"),
         (["train", "--recipe", "quikstart"], "no such recipe; did you mean quickstart?"),
-        (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalogue .*'bloodmnist'"),
+        (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalog .*'bloodmnist'"),
         (["train", *DRY, "--data.dataset", "../x"], r"data\.dataset = '\.\./x'.*letters, digits"),
         (["train", *DRY, "--train.optim.rate", "1"], r"--train\.optim\.rate, 1; did you mean --train\.optim\.lr"),
         (["train", *DRY, "--lr", "1"], r"--lr, 1; did you mean --train\.optim\.lr, --tune\.space\.lr\?"),
@@ -393,7 +399,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["train", *DRY, "--max-minutes", "nan"], "--max-minutes nan: give minutes above 0, or 0"),
         (["status", "nothing"], "there is no run 'nothing'"),
         (["datasets", "bloodmnst"], "did you mean 'bloodmnist'"),
-        (["shards", "verfy"], "shards: unknown command 'verfy': choose verify, show, leaks"),
+        (["shards", "verfy"], "shards: unknown command 'verfy': choose verify, show, duplicates"),
         (["datasets", "a", "b"], "datasets: Unrecognized options: b"),
         (["train", *DRY, "--placement.scan", "nosuch"], "--placement.scan nosuch: there are auto, reference, numba"),
         (["predict"], "predict: name at least one image"),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from data_shards.plan import config_digest
+from data_shards.renamed import stored_values
 from data_shards.store import open_store
 from medmamba.checkpoint import description, model_digest, parse_description
 from medmamba.config import MedMambaConfig
@@ -357,6 +358,43 @@ def test_another_value_is_drift(run, key, store):
         plan_steps(WORKFLOWS[workflow](changed), store, run)
 
 
+NEW_WORDS = {
+    "data.layout": ("data.layout", "table"),
+    "data.csv": ("data.table", "labels.csv"),
+    "data.leaks.across": ("data.duplicates.across", "move"),
+}
+"""Key of RUNS -> the key and the value in the words of this release."""
+
+
+def test_a_run_asked_for_in_new_words_has_not_drifted(store):
+    workflow, base, changes = RUNS["elsewhere"]
+    renamed = dict(NEW_WORDS.get(key, (key, value)) for key, value in changes.items())
+    assert renamed.keys() != changes.keys()
+    states = plan_steps(WORKFLOWS[workflow](override(recipe(base), renamed)), store, "elsewhere")
+    assert {state.name: state.state for state in states} == EARLIER["states"]["elsewhere"]
+
+
+def test_drift_of_a_run_of_earlier_code_is_told_in_new_words(store):
+    workflow, base, changes = RUNS["elsewhere"]
+    other = {**changes, "data.duplicates.across": "drop", "data.dicom.identifying": "quarantine", "data.table": "x.csv"}
+    del other["data.leaks.across"], other["data.csv"]
+    with pytest.raises(DriftError) as refused:
+        plan_steps(WORKFLOWS[workflow](override(recipe(base), other)), store, "elsewhere")
+    told = str(refused.value)
+    assert 'duplicates.across: "move" -> "drop"' in told
+    assert 'dicom.identifying: "keep" -> "quarantine"' in told
+    assert 'table: "labels.csv" -> "x.csv"' in told
+    assert "leaks" not in told
+
+
+def test_what_a_run_is_begun_with_is_stored_in_the_words_of_earlier_code():
+    made = override(recipe("quickstart"), {"data.duplicates.near": 3, "data.layout": "table"})
+    stored = stored_values(made)["data"]
+    assert (stored["leaks"]["near"], stored["csv"], stored["layout"]) == (3, "", "csv")
+    assert not {"duplicates", "table"} & stored.keys()
+    assert Recipe.model_validate(stored_values(made)) == made
+
+
 def test_a_run_of_earlier_code_keeps_its_recipe(store, capsys):
     assert main(["run", "--run", "finished", "--store", store.uri, "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -368,6 +406,19 @@ def test_the_words_of_the_command_line_keep_their_meaning(tmp_path, capsys):
     assert main([*line, "--store", str(tmp_path / "store"), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert meaning(Recipe.model_validate(told["recipe"]), told["placement"]) == WORDS_MEAN
+
+
+def test_new_words_on_the_command_line_mean_the_same(tmp_path, capsys):
+    new = WORDS.replace("--data.layout csv", "--data.layout table").replace("--data.csv", "--data.table")
+    new = new.replace("--data.leaks.", "--data.duplicates.").replace(
+        "--placement.trials", "--placement.concurrent-trials"
+    )
+    line = [str(tmp_path) if word == "SOURCE" else word for word in new.split()]
+    assert main([*line, "--store", str(tmp_path / "store"), "--dry-run", "--json"]) == 0
+    found = capsys.readouterr()
+    told = json.loads(found.out)
+    assert meaning(Recipe.model_validate(told["recipe"]), told["placement"]) == WORDS_MEAN
+    assert found.err == ""
 
 
 def meaning(made: Recipe, placement: dict[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,18 @@ def placed(num_cpus=2.0, num_gpus=0.0, **wishes):
 def test_without_a_gpu_one_worker_has_all_cpus():
     placement = placed(num_cpus=6)
     assert (placement.workers, placement.device, placement.cpus_per_worker) == (1, "cpu", 6)
-    assert (placement.backend, placement.threads, placement.zero_stage, placement.trials) == ("gloo", 6, 0, 6)
+    assert (placement.backend, placement.threads, placement.zero_stage, placement.concurrent_trials) == (
+        "gloo",
+        6,
+        0,
+        6,
+    )
 
 
 def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
     placement = placed(num_cpus=64, num_gpus=4)
     assert (placement.workers, placement.device, placement.backend) == (4, "cuda", "nccl")
-    assert (placement.cpus_per_worker, placement.zero_stage, placement.trials) == (16, 0, 4)
+    assert (placement.cpus_per_worker, placement.zero_stage, placement.concurrent_trials) == (16, 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_workers_share_the_cpus_without_exceeding_them(workers, cpus):
         ),
         ({}, {"workers": 99}, r"--placement\.workers 99: .* at least 0\.25 .*fewer workers"),
         ({}, {"workers": 2, "cpus_per_worker": 2}, r"2 x --placement\.cpus-per-worker 2 = 4 CPUs, .*has 2; lower"),
-        ({"num_gpus": 1}, {"trials": 2}, r"--placement\.trials 2: one GPU per trial"),
+        ({"num_gpus": 1}, {"concurrent_trials": 2}, r"--placement\.concurrent-trials 2: one GPU per trial"),
     ],
     ids=["no GPU", "more workers than GPUs", "starved workers", "more CPUs than there are", "more trials than GPUs"],
 )
@@ -118,7 +123,7 @@ def test_a_worker_fits_on_one_node(nodes, wishes, workers, each):
 
 
 def test_a_trial_fits_on_one_node_too():
-    assert resolve(PlacementConfig(workers=2, trials=1), [Node(4), Node(4)]).for_trial().cpus_per_worker == 4
+    assert resolve(PlacementConfig(workers=2, concurrent_trials=1), [Node(4), Node(4)]).for_trial().cpus_per_worker == 4
     assert resolve(PlacementConfig(), [Node(4), Node(4)]).for_trial().cpus_per_worker == 1
 
 
@@ -128,7 +133,7 @@ def test_a_trial_fits_on_one_node_too():
         (
             [Node(4), Node(4)],
             {"cpus_per_worker": 8},
-            r"workers 1 x .*8: a worker lies on one node, .*\(4 CPUs, 4 CPUs\)",
+            r"workers 1 x .*8: a worker is on one node, .*\(4 CPUs, 4 CPUs\)",
         ),
         ([Node(4), Node(4)], {"workers": 2, "cpus_per_worker": 3.5}, None),
         ([Node(8), Node(2, 1)], {"cpus_per_worker": 4}, r"8 CPUs, 2 CPUs and 1 GPU\) have room for 0 of them on cuda"),
@@ -150,7 +155,7 @@ def test_auto_takes_the_most_workers_that_share_the_micro_batches_evenly(micro_b
     lines: list[str] = []
     demand = Demand(micro_batches, "batch size 7 in micro-batches of 1")
     placement = resolve(PlacementConfig(), [Node(64, num_gpus)], demand, say=lines.append)
-    assert (placement.workers, placement.trials) == (workers, num_gpus)
+    assert (placement.workers, placement.concurrent_trials) == (workers, num_gpus)
     assert placement.cpus_per_worker == min(16, 64 // workers)
     assert len(lines) == (workers < num_gpus)
     assert all(line.startswith(f"{workers} of {num_gpus} GPUs for training: batch size 7") for line in lines)
@@ -173,7 +178,7 @@ def test_workers_that_the_user_named_are_not_replaced_by_fewer():
 def test_auto_takes_fewer_workers_and_trials_where_the_cpus_are_too_few(nodes, wishes, workers, trials):
     lines: list[str] = []
     placement = resolve(PlacementConfig(**wishes), nodes, say=lines.append)
-    assert (placement.workers, placement.trials) == (workers, trials)
+    assert (placement.workers, placement.concurrent_trials) == (workers, trials)
     assert placement.cpus_per_trial > 0
     (line,) = lines
     gpus = sum(node.gpus for node in nodes)
@@ -193,7 +198,7 @@ def test_fewer_workers_leave_the_trials_of_a_sweep_as_they_were():
     many = resolve(PlacementConfig(cpus_per_worker=4), [Node(16, 4)], Demand(4))
     one = resolve(PlacementConfig(cpus_per_worker=4), [Node(16, 4)], Demand(1))
     assert (many.workers, one.workers) == (4, 1)
-    assert (many.trials, many.cpus_per_trial) == (one.trials, one.cpus_per_trial) == (4, 4)
+    assert (many.concurrent_trials, many.cpus_per_trial) == (one.concurrent_trials, one.cpus_per_trial) == (4, 4)
 
 
 def test_the_patience_is_that_of_the_user_and_ends_before_a_worker_that_waits_counts_as_stalled():

@@ -44,7 +44,7 @@ def test_each_card_is_whole(name):
     assert card.licence
     assert card.source
     assert (card.layout == "npz") == (card.split_policy == "official")
-    assert (card.layout == "csv") == bool(card.label_column)
+    assert (card.layout == "table") == bool(card.label_column)
     assert (card.split_policy == "official test") == bool(card.split_column)
     assert DataConfig(split_values=card.split_values).split_values == card.split_values
     assert card.citation or name == "phantoms"
@@ -92,5 +92,5 @@ def test_real_files_have_the_checksum_and_counts_of_their_card(shared_dir, name)
 
 
 def test_an_unknown_dataset_lists_the_known_and_the_nearest():
-    with pytest.raises(ValueError, match=r"'brestmnist' is not in the catalogue \(did you mean 'breastmnist'\?\)"):
+    with pytest.raises(ValueError, match=r"'brestmnist' is not in the catalog \(did you mean 'breastmnist'\?\)"):
         catalog.card("brestmnist")

@@ -114,7 +114,7 @@ def test_a_stalled_connection_is_left_and_gone_on_with(site, get, tmp_path):
     assert time.monotonic() - began < 5
     assert (tmp_path / "set.bin").read_bytes() == BODY
     assert site.ranges == ["", "bytes=30000-"]
-    assert said[0].startswith("no byte came in time at 30,000 bytes; again in")
+    assert said[0].startswith("no byte arrived in time at 30,000 bytes; again in")
 
 
 def test_a_server_that_knows_no_ranges_sends_all_of_it_again(site, get, tmp_path):
@@ -166,10 +166,12 @@ def test_a_date_or_a_known_checksum_is_enough_to_go_on(site, get, tmp_path, etag
     assert (tmp_path / "set.bin").read_bytes() == BODY
 
 
-def test_a_wrong_file_is_set_aside_and_told_and_the_right_one_can_come_after(site, get, tmp_path):
+def test_a_wrong_file_is_quarantined_and_told_and_the_right_one_can_come_after(site, get, tmp_path):
     file, site.body = known(site), OTHER
     for _ in range(2):
-        with pytest.raises(FetchError, match=r"its MD5 is [0-9a-f]{32}, but [0-9a-f]{32} was published.*set aside as"):
+        with pytest.raises(
+            FetchError, match=r"its MD5 is [0-9a-f]{32}, but [0-9a-f]{32} was published.*quarantined as"
+        ):
             get(file)
     assert left(tmp_path) == ["set.bin.wrong", "set.bin.wrong-2"]
     assert (tmp_path / "set.bin.wrong").read_bytes() == OTHER
@@ -231,13 +233,13 @@ def test_a_refusal_that_is_meant_is_not_repeated(site, get, status):
 
 def test_a_web_page_in_place_of_the_file_is_named(site, get, tmp_path):
     site.kind = "text/html; charset=utf-8"
-    with pytest.raises(FetchError, match="gives a web page, not the file"):
+    with pytest.raises(FetchError, match="is a web page, not the file"):
         get(known(site))
 
 
 def test_a_body_that_is_coded_against_the_wish_is_refused(site, get):
     site.script.append(answers(200, Content_Encoding="gzip"))
-    with pytest.raises(FetchError, match="comes coded as gzip"):
+    with pytest.raises(FetchError, match="sent with the encoding gzip"):
         get(known(site))
     assert site.asked[0]["accept-encoding"] == "identity"
 
@@ -276,7 +278,7 @@ def test_a_body_without_length_that_breaks_off_is_found_out_by_the_checksum_or_t
         get(known(site))
     site.body = zip_of({"a/x.png": BODY})
     site.script.append(breaks_off)
-    with pytest.raises(FetchError, match="no whole zip archive"):
+    with pytest.raises(FetchError, match="not a complete zip archive"):
         get(PublishedFile(url=site.url), "set.zip")
 
 
@@ -360,7 +362,7 @@ def test_a_file_larger_than_the_free_disk_is_refused_before_it_comes(site, get, 
         handler.hang_up()
 
     site.script.append(claims)
-    with pytest.raises(FetchError, match=r"free, but 1,152,921,504,606,846,976 are still to come: make room"):
+    with pytest.raises(FetchError, match=r"free, but 1,152,921,504,606,846,976 are needed: free some"):
         get(PublishedFile(url=site.url))
 
 
@@ -379,11 +381,11 @@ def test_a_disk_that_runs_full_keeps_the_part_which_is_gone_on_with(site, small_
     (small_disk / "other").write_bytes(bytes(40_000))
     site.script.append(without_length)
     patience = Patience(sleep=waits.append)
-    with pytest.raises(FetchError, match=r"No space left on device; make room and give the same command"):
+    with pytest.raises(FetchError, match=r"No space left on device; free some space and give the same command"):
         fetch(known(site), small_disk / "set.bin", patience=patience)
     came = (small_disk / "set.bin.part").stat().st_size
     assert 0 < came < 100_000
-    with pytest.raises(FetchError, match="are still to come: make room"):
+    with pytest.raises(FetchError, match="are needed: free some"):
         fetch(known(site), small_disk / "set.bin", patience=patience)
     (small_disk / "other").unlink()
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)

@@ -16,7 +16,7 @@ from data_shards.config import DataConfig
 from data_shards.convert import convert
 from data_shards.decode import UndecodableImage, decode, stored
 from data_shards.decode.jpeg import Segment, examine, segments_of
-from data_shards.leakage.fingerprint import fingerprint
+from data_shards.duplicates.fingerprint import fingerprint
 from data_shards.source import Row
 from data_shards.store import open_store
 

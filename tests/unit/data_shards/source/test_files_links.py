@@ -206,7 +206,7 @@ def test_a_class_folder_of_one_split_that_is_a_broken_link_is_named_as_one(tmp_p
 def test_a_broken_link_to_the_folder_that_a_table_names_is_named_with_the_missing_images(tmp_path):
     tree = {"labels.csv": b"file,label\na/x.png,1\nb/y.png,0\n", "a/x.png": b"1", "b": (SOFT, "gone")}
     for kind, make in (("folder", as_folder), ("set.zip", as_zip)):
-        config = DataConfig(dataset="mine", layout="csv", source=str(make(tmp_path / kind, tree)), csv="labels.csv")
+        config = DataConfig(dataset="mine", layout="table", source=str(make(tmp_path / kind, tree)), table="labels.csv")
         with pytest.raises(ValueError, match=rf"'b/y.png' .*; 1 broken link is not read: b \({NOWHERE}\); looked"):
             open_source(config)
 

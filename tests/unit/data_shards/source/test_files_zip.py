@@ -140,7 +140,7 @@ def test_a_table_that_is_damaged_in_its_zip_is_named(tmp_path):
     data = zip_of({"t.csv": f"file,label\n{table}".encode()})
     at = zipfile.ZipFile(io.BytesIO(data)).getinfo("t.csv").header_offset + 60
     with pytest.raises(ValueError, match=r"t\.csv of .*set\.zip cannot be read \(damaged in its zip\): get it again"):
-        open_source(DataConfig(dataset="mine", layout="csv", source=saved(tmp_path, patched(data, at, b"\xff" * 20))))
+        open_source(DataConfig(dataset="mine", layout="table", source=saved(tmp_path, patched(data, at, b"\xff" * 20))))
 
 
 # --- archives that are unfit as a whole

@@ -14,7 +14,7 @@ def found(folder, written, files, *, table="t.csv", **fields):
     """The files that these paths are found as, relative to the folder."""
     rows = [(value.replace("{}", str(folder)), "ab"[i % 2]) for i, value in enumerate(written)]
     write(folder, {name: "" for name in files} | {table: table_of(rows)})
-    images = opened(folder, csv=table, **fields)
+    images = opened(folder, table=table, **fields)
     base = (folder / table).parent
     return [(base / row.where).resolve().relative_to(folder.resolve()).as_posix() for row in images.rows], images.notes
 

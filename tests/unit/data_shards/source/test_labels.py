@@ -32,7 +32,7 @@ def _cache(tmp_path_factory, monkeypatch):
 
 def sets(tmp_path, **fields):
     """The classes a, b, c in each layout."""
-    for layout in ("csv", "folders", "npz"):
+    for layout in ("table", "folders", "npz"):
         (tmp_path / layout).mkdir()
     yield labelled(tmp_path / "csv", list("aabbcc"), **fields)
     yield folders(tmp_path / "folders", "abc", **fields)
@@ -179,7 +179,7 @@ def test_settings_that_contradict_each_other_are_refused_before_any_work(fields,
         {"layout": "npz", "group_pattern": "(p)"},
         {"layout": "npz", "label_separator": ";"},
         {"layout": "folders", "no_finding": "n"},
-        {"layout": "csv", "label_separator": ";"},
+        {"layout": "table", "label_separator": ";"},
         {"dataset": "phantoms", "layout": "phantoms", "drop_classes": ("cyst",)},
     ],
 )
@@ -189,14 +189,14 @@ def test_a_setting_without_meaning_for_the_layout_is_refused_before_any_work(fie
 
 
 def test_new_settings_move_no_digest_of_a_dataset_that_does_without_them():
-    plain = DataConfig(dataset="mine", layout="csv", source="x", task="multilabel")
+    plain = DataConfig(dataset="mine", layout="table", source="x", task="multilabel")
     assert config_digest(plain) == config_digest(plain.model_copy(update={"label_separator": "|", "class_map": ()}))
     assert config_digest(plain) != config_digest(plain.model_copy(update={"label_separator": ";"}))
 
 
 def test_a_split_word_that_drops_rows_is_for_folders_only(tmp_path):
     config = DataConfig(
-        dataset="d", layout="csv", source=str(tmp_path), split_column="s", split_values=("1=train", "other=drop")
+        dataset="d", layout="table", source=str(tmp_path), split_column="s", split_values=("1=train", "other=drop")
     )
     with pytest.raises(ValueError, match=r"--data\.split-values .*other=drop.* is for split folders.*leave it out"):
         check_settings(config)

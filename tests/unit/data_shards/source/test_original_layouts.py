@@ -149,7 +149,7 @@ def test_a_group_pattern_counts_in_place_of_the_published_group_column(tmp_path)
 def test_the_fetal_table_is_read_from_excel_too(tmp_path):
     made = fetal_planes_db(tmp_path)
     from_csv = by_card("fetal-planes-db", made.source)
-    from_excel = by_card("fetal-planes-db", made.source, csv="FETAL_PLANES_DB_data.xlsx")
+    from_excel = by_card("fetal-planes-db", made.source, table="FETAL_PLANES_DB_data.xlsx")
     assert from_excel.rows == from_csv.rows
     assert [row.group for row in from_excel.rows[:3]] == ["1", "1", "2"]
 
@@ -175,7 +175,7 @@ def test_a_patient_in_the_official_train_and_test_is_named(tmp_path):
     write(tmp_path, {"t.xlsx": table} | {f"{row[0]}.png": b"" for row in rows})
     images = open_source(
         DataConfig(
-            dataset="mine", layout="csv", source=str(tmp_path), group_column="patient", split_column="Train",
+            dataset="mine", layout="table", source=str(tmp_path), group_column="patient", split_column="Train",
             split_values=("1=train", "0=test"),
         )
     )  # fmt: skip
@@ -188,7 +188,7 @@ def test_patients_of_the_cervical_set_come_from_a_table_of_ones_own(tmp_path):
     files = sorted(path for path in source.rglob("*.*") if path.suffix.lower() == ".png" and path.stat().st_size)
     lines = ["file,label,patient"] + [f"{f.relative_to(source)},{f.parent.name},p{i // 2}" for i, f in enumerate(files)]
     (source / "patients.csv").write_text("\n".join(lines))
-    images = by_card("cervical-us", source, layout="csv", group_column="patient")
+    images = by_card("cervical-us", source, layout="table", group_column="patient")
     assert images.classes == catalog.card("cervical-us").classes
     assert {row.group for row in images.rows} == {f"p{i // 2}" for i in range(len(files))}
 
@@ -200,7 +200,7 @@ TABLE = [("file", "label"), ("a.png", "x"), ("b.png", "y"), ("gone.png", "x")]
 
 
 def own(folder, **fields):
-    return open_source(DataConfig(**{"dataset": "mine", "layout": "csv", "source": str(folder), **fields}))
+    return open_source(DataConfig(**{"dataset": "mine", "layout": "table", "source": str(folder), **fields}))
 
 
 def test_rows_without_a_file_are_refused_with_a_way_to_go_on_and_dropped_where_allowed(tmp_path):

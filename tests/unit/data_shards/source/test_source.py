@@ -73,7 +73,7 @@ def test_a_medmnist_file_keeps_its_official_splits_and_pixels(shared_dir, name, 
         assert row.labels == tuple(arrays["test_labels"][-1].tolist())
 
 
-CELLS = {"dataset": "bccd", "layout": "csv", "group_column": "smear"}
+CELLS = {"dataset": "bccd", "layout": "table", "group_column": "smear"}
 
 
 def test_the_blood_cells_come_from_their_tar_with_smears_as_groups(shared_dir):
@@ -123,7 +123,7 @@ FOLDERS = {f"{c}/{c} ({i}).png": png(i) for c in ("benign", "malignant") for i i
 CSV = "file,label,patient,part\r\n" + "".join(
     f"{name},{name.split('/')[0]},p{i},{('train', 'train', 'val', 'test')[i % 4]}\r\n" for i, name in enumerate(FOLDERS)
 )
-TABLE = {"layout": "csv", "group_column": "patient"}
+TABLE = {"layout": "table", "group_column": "patient"}
 
 
 def test_folders_of_classes_leave_out_what_only_looks_like_a_class(tmp_path):
@@ -151,12 +151,12 @@ def test_sources_on_s3_give_the_same_rows(tmp_path, s3, shared_dir):
     open_store(s3).put("set.zip", zip_of(FOLDERS))
     open_store(s3).put("parts/a.zip", zip_of(FOLDERS))
     open_store(s3).put("b.npz", shared_dir / "data" / "breastmnist.npz")
-    for layout in ("folders", "csv"):
+    for layout in ("folders", "table"):
         there = open_source(config(f"{s3}/set", layout=layout))
         here = open_source(config(local, layout=layout))
         assert there.rows == here.rows
         assert there.reader.read(there.rows[2]) == here.reader.read(here.rows[2])
-    assert open_source(config(f"{s3}/set/table.csv", layout="csv")).rows == here.rows
+    assert open_source(config(f"{s3}/set/table.csv", layout="table")).rows == here.rows
     for source in ("set.tar", "set.zip", "parts"):
         there = open_source(config(f"{s3}/{source}", layout="folders"))
         assert there.rows == open_source(config(local, layout="folders")).rows
@@ -185,7 +185,7 @@ def test_semicolons_and_bare_names_in_subfolders_are_understood(tmp_path):
 def test_several_labels_in_one_cell(tmp_path):
     table = "file,label\na.png,edema|mass\nb.png,\nc.png,mass\n"
     write(tmp_path, {f"{n}.png": png(1) for n in "abc"} | {"t.csv": table})
-    images = open_source(config(tmp_path, layout="csv", task="multilabel"))
+    images = open_source(config(tmp_path, layout="table", task="multilabel"))
     assert images.classes == ("edema", "mass")
     assert [row.labels for row in images.rows] == [(0, 1), (), (1,)]
 
@@ -341,36 +341,40 @@ def case(message, files=None, **fields):
 @pytest.mark.parametrize(
     ("files", "fields", "message"),
     [
-        case("'mine' is not in the catalogue"),
+        case("'mine' is not in the catalog"),
         case("needs its files", layout="folders", source=""),
         case("needs its files: get them .https://zenodo", dataset="breastmnist", source=""),
         case("was not found; check", layout="folders", source="/no/such"),
         case("was not found; check", layout="npz", source="/no/such.npz"),
-        case("was not found; check", layout="csv", source="/no/such.tar"),
+        case("was not found; check", layout="table", source="/no/such.tar"),
         case("is a folder, but this layout is one file", {}, layout="npz"),
         case("has no folders", {"a.png": b""}, layout="folders"),
         case("look like splits", {"train/a.png": b"", "test/b.png": b""}, layout="folders"),
         case("class folder 'empty' .* is empty", {**FOLDERS, "empty/.keep": b""}, layout="folders"),
         case("class folder 'gone' .* is missing", FOLDERS, layout="folders", classes=("benign", "malignant", "gone")),
         case("'malignant' .* is none of the classes", FOLDERS, layout="folders", classes=("benign",)),
-        case("holds 0 files", FOLDERS, layout="csv"),
-        case("holds 2 files", {"a.csv": CSV, "b.csv": CSV}, layout="csv"),
-        case("holds 2 files", {"a.xlsx": b"", "b.xlsx": b""}, layout="csv"),
-        case("has no rows", {"a.csv": "file,label\n"}, layout="csv"),
-        case("not UTF-8", {"a.csv": b"file,label\n\xff\xfe,1\n"}, layout="csv"),
-        case("line 3 of a.csv has 1 cells", {"a.csv": "file,label\na,b\nc\n"}, layout="csv"),
-        case("no column 'smear'", FOLDERS | {"a.csv": CSV}, layout="csv", group_column="smear"),
-        case("no column 'label'", {"x.png": b"", "a.csv": "file,grade\nx.png,1\n"}, layout="csv"),
+        case("holds 0 files", FOLDERS, layout="table"),
+        case("holds 2 files", {"a.csv": CSV, "b.csv": CSV}, layout="table"),
+        case("holds 2 files", {"a.xlsx": b"", "b.xlsx": b""}, layout="table"),
+        case("has no rows", {"a.csv": "file,label\n"}, layout="table"),
+        case("not UTF-8", {"a.csv": b"file,label\n\xff\xfe,1\n"}, layout="table"),
+        case("line 3 of a.csv has 1 cells", {"a.csv": "file,label\na,b\nc\n"}, layout="table"),
+        case("no column 'smear'", FOLDERS | {"a.csv": CSV}, layout="table", group_column="smear"),
+        case("no column 'label'", {"x.png": b"", "a.csv": "file,grade\nx.png,1\n"}, layout="table"),
         case(
             r"1 of 2 rows .* not there .'gone\.png' in line 3",
             {"x.png": b"", "a.csv": "file,label\nx.png,1\ngone.png,0\n"},
-            layout="csv",
+            layout="table",
         ),
-        case("again in line 3", {"x.png": b"", "a.csv": "file,label\nx.png,1\nx.png,0\n"}, layout="csv"),
-        case("may be any of", {"1/x.png": b"", "2/x.png": b"", "a.csv": "file,label\nx.png,1\n"}, layout="csv"),
-        case("label '7' in line 2", {"x.png": b"", "a.csv": "file,label\nx.png,7\n"}, layout="csv", classes=("a", "b")),
+        case("again in line 3", {"x.png": b"", "a.csv": "file,label\nx.png,1\nx.png,0\n"}, layout="table"),
+        case("may be any of", {"1/x.png": b"", "2/x.png": b"", "a.csv": "file,label\nx.png,1\n"}, layout="table"),
+        case(
+            "label '7' in line 2", {"x.png": b"", "a.csv": "file,label\nx.png,7\n"}, layout="table", classes=("a", "b")
+        ),
         case("line 2 .* needs its group", {"x.png": b"", "a.csv": "file,label,patient\nx.png,1,\n"}, **TABLE),
-        case("'dev' in line 2", {"x.png": b"", "a.csv": "file,label,s\nx.png,1,dev\n"}, layout="csv", split_column="s"),
+        case(
+            "'dev' in line 2", {"x.png": b"", "a.csv": "file,label,s\nx.png,1,dev\n"}, layout="table", split_column="s"
+        ),
         case("phantoms are", dataset="phantoms", classes=("a", "b", "c")),
         case("is compressed", layout="folders", source="/x/set.tar.gz"),
         case("no known kind", {"x.png": b""}, layout="folders", source="x.png"),

@@ -6,7 +6,7 @@ import pytest
 from finished_run import FACTS, finish
 from PIL import Image
 
-from data_shards.config import DataConfig, LeakConfig
+from data_shards.config import DataConfig, DuplicatesConfig
 from data_shards.convert import convert
 from data_shards.store import open_store
 from pipelines.cli import main
@@ -14,7 +14,7 @@ from pipelines.commands.class_table import completed, print_classes
 from pipelines.recipes import Recipe
 from pipelines.steps.shard import logged
 
-AS_THEY_ARE = LeakConfig(across="report")
+AS_THEY_ARE = DuplicatesConfig(across="report")
 LABELS = ("edema", "mass", "edema|mass", "")
 
 
@@ -28,7 +28,12 @@ def multilabel(tmp_path_factory):
         lines.append(f"{i}.png,{LABELS[i % 4]},{('train', 'train', 'val', 'test')[i // 4 % 4]}")
     (folder / "t.csv").write_text("\n".join(lines))
     config = DataConfig(
-        dataset="mine", layout="csv", source=str(folder), task="multilabel", split_column="part", leaks=AS_THEY_ARE
+        dataset="mine",
+        layout="table",
+        source=str(folder),
+        task="multilabel",
+        split_column="part",
+        duplicates=AS_THEY_ARE,
     )
     store = open_store(str(tmp_path_factory.mktemp("store")))
     return store, {**convert(config, store.at("datasets", "mine", "default")), "data": "datasets/mine/default"}

@@ -92,7 +92,7 @@ def test_a_set_of_several_files_is_its_folder_and_a_part_of_it_is_no_set(capsys,
     with running(Site(open("part.zip", "rb").read())) as site:
         monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": bare}))
         out, _ = fetched(capsys, "pad-ufes-20", *mirror(site), "--file", "images/imgs_part_1.zip")
-        assert "a part of the set; still to come: metadata.csv, images/imgs_part_2.zip" in " ".join(out.split())
+        assert "a part of the set; missing: metadata.csv, images/imgs_part_2.zip" in " ".join(out.split())
         assert "next:" not in out
         result = json.loads(fetched(capsys, "pad-ufes-20", *mirror(site), "--json")[0])
     assert [file["state"] for file in result["files"]] == ["fetched", "already there", "fetched", "fetched"]
@@ -112,7 +112,7 @@ def test_a_set_that_does_not_fit_the_disk_is_refused_before_it_is_asked_for(caps
     monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": huge}))
     with running(Site(b"")) as site:
         _, err = fetched(capsys, "fetal-planes-db", *mirror(site), code=1)
-    assert "are still to come: make room" in err
+    assert "are needed: free some" in err
     assert site.asked == []
 
 
@@ -159,7 +159,7 @@ def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, 
         (["fetch", "bloodmnist", "--mirror", "ftp://x"], "--mirror ftp://x is not an address"),
         (["fetch", "bloodmnist", "--too", "x"], "datasets fetch: Unrecognized options: --too"),
         (["verify", "bloodmnist"], "name at least one file"),
-        (["verify", "blood", "x"], "is not in the catalogue"),
+        (["verify", "blood", "x"], "is not in the catalog"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

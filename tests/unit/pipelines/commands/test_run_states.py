@@ -83,7 +83,9 @@ def test_a_step_of_a_run_that_a_process_holds_is_running_with_its_newest_checkpo
     other = open_store(str(tmp_path))
     other.put("runs/r/train/config.json", store.get("runs/half/train/config.json"))
     state = TrainState(epoch=2, step=25, losses=[0.5] * 5)
-    placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+    placement = Placement(
+        workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1
+    )
     described = describe(state, seed=0, placement=placement, manifest="m")
     (tmp_path / "file").write_bytes(b"x")
     Checkpoints(other.at("runs/r/train")).write(25, dict.fromkeys(FILES, tmp_path / "file"), described)

@@ -1,4 +1,4 @@
-"""`medmamba shards names, quarantine, leaks --names`: from keys to files, which never enter the store."""
+"""`medmamba shards names, quarantine, duplicates --names`: from keys to files, which never enter the store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_shards.config import DataConfig, PhantomConfig
 from data_shards.convert import convert, key_map
-from data_shards.leakage import LEAKS
+from data_shards.duplicates import REPORT
 from data_shards.manifest import open_dataset
 from data_shards.store import Store, open_store
 from pipelines.cli import main
@@ -63,7 +63,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(source) -> DataConfig:
-    return config_of(source, salt="pepper", leaks={"within": "drop"})
+    return config_of(source, salt="pepper", duplicates={"within": "drop"})
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_table_in_a_subfolder_names_files_relative_to_itself_and_where_they_ar
     (folder / "tables").mkdir()
     lines = [f"../{name}/Miller {i}.png,{name}" for name in ("cat", "dog") for i in range(NUM)]
     (folder / "tables" / "labels.csv").write_text("\n".join(["file,label", *lines]) + "\n")
-    config = config_of(folder, layout="csv")
+    config = config_of(folder, layout="table")
     store = made(tmp_path / "store", config)
     (folder / "cat" / "Miller 1.png").unlink()
     told = asked_json(capsys, "names", "--store", store.uri)
@@ -266,7 +266,7 @@ def test_samples_of_arrays_and_phantoms_are_their_place_in_the_set(tmp_path, cap
         (["names", "dogs"], "pets/default"),
         (["names", "--out", "names.txt"], "give a .csv"),
         (["names", "--predictions", "mine", "pets"], "has no predictions"),
-        (["leaks", "--page", "page.txt"], "give a .html"),
+        (["duplicates", "--page", "page.txt"], "give a .html"),
         (["quarantine", "--out", "q.csv"], "give --names"),
     ],
     ids=["key", "word", "dataset", "ending", "predictions", "page", "names"],
@@ -293,13 +293,17 @@ def test_names_are_written_neither_into_the_store_nor_among_the_images_nor_over_
         assert told in asked(capsys, "names", "--out", target, "--store", store.uri, code=2)
         assert told in asked(capsys, "quarantine", "--names", "--out", target, "--store", store.uri, code=2)
     page = store.uri + "/page.html"
-    assert "is in the store" in asked(capsys, "leaks", "--names", "--page", page, "--store", store.uri, code=2)
+    assert "is in the store" in asked(capsys, "duplicates", "--names", "--page", page, "--store", store.uri, code=2)
     assert other.read_text() == "file,label\n"
 
 
 def test_nothing_that_the_verbs_find_enters_the_store(store, tmp_path, capsys):
     before = {key: store.get(key) for key in store.list()}
-    for argv in (["names"], ["quarantine", "--names"], ["leaks", "--names", "--page", str(tmp_path / "page.html")]):
+    for argv in (
+        ["names"],
+        ["quarantine", "--names"],
+        ["duplicates", "--names", "--page", str(tmp_path / "page.html")],
+    ):
         asked(capsys, *argv, "--store", store.uri)
     assert {key: store.get(key) for key in store.list()} == before
     assert not any(b"Miller" in data for data in before.values())
@@ -333,7 +337,7 @@ def test_predictions_name_the_files_that_were_misclassified_the_surest_first(tmp
     assert "another dataset" in asked(capsys, "names", "pets", "--predictions", "mine", "--store", store.uri, code=2)
 
 
-# ------------------------------------------------------------------------------------------------- quarantine, leaks
+# --------------------------------------------------------------------------------------------- quarantine, duplicates
 
 
 def test_quarantine_counts_the_reasons_and_names_the_files(store, capsys):
@@ -377,12 +381,12 @@ def write_leaking(folder: Path) -> DataConfig:
         write_image(folder / f"copy {i}.png", 4 if i < 30 else 5)
         lines.append(f"copy {i}.png,{'cat' if i < 30 else 'dog'},train")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
-    return config_of(folder, layout="csv", split_column="split")
+    return config_of(folder, layout="table", split_column="split")
 
 
 def test_a_conversion_refused_for_duplicates_lists_all_of_them_by_file_with_a_page(tmp_path, capsys):
     config = write_leaking(tmp_path / "set")
-    with pytest.raises(ValueError, match="`medmamba shards leaks") as caught:
+    with pytest.raises(ValueError, match="`medmamba shards duplicates") as caught:
         made(tmp_path / "store", config)
     command = str(caught.value).partition("`medmamba shards ")[2].partition("`")[0].split()
     page = tmp_path / "page.html"
@@ -408,11 +412,12 @@ def test_a_conversion_refused_for_duplicates_lists_all_of_them_by_file_with_a_pa
 def test_counts_of_duplicates_agree_between_terminal_json_and_page(tmp_path, capsys):
     config = write_leaking(tmp_path / "set")
     store = made(
-        tmp_path / "store", config.model_copy(update={"leaks": config.leaks.model_copy(update={"across": "report"})})
+        tmp_path / "store",
+        config.model_copy(update={"duplicates": config.duplicates.model_copy(update={"across": "report"})}),
     )
-    told = asked_json(capsys, "leaks", "--store", store.uri)
-    shown = asked(capsys, "leaks", "--store", store.uri)
-    drawn = store.get("datasets/pets/default/leakage.html").decode()
+    told = asked_json(capsys, "duplicates", "--store", store.uri)
+    shown = asked(capsys, "duplicates", "--store", store.uri)
+    drawn = store.get("datasets/pets/default/duplicates.html").decode()
     for what, count in told["counts"].items():
         assert f'<td>{what}</td><td class="number">{count:,}</td>' in drawn
         assert any(line.split("│")[-1].strip() == f"{count:,}" for line in shown.splitlines() if line.startswith(what))
@@ -427,15 +432,15 @@ def test_counts_of_duplicates_agree_between_terminal_json_and_page(tmp_path, cap
 
 def test_labels_of_a_report_of_an_earlier_release_are_shown_as_names(store, tmp_path, capsys):
     shutil.copytree(store.uri, tmp_path / "old")
-    key = f"datasets/pets/default/{LEAKS}"
+    key = f"datasets/pets/default/{REPORT}"
     old, copy = json.loads(store.get(key)), open_store(str(tmp_path / "old"))
     for finding in old["findings"]:
         del finding["more"], finding["equal"]
         for each in finding["copies"]:
             del each["label_names"]
     copy.put(key, json.dumps(old).encode())
-    assert "cat" in asked(capsys, "leaks", "--store", copy.uri)
-    told = asked_json(capsys, "leaks", "--names", "--store", copy.uri)
+    assert "cat" in asked(capsys, "duplicates", "--store", copy.uri)
+    told = asked_json(capsys, "duplicates", "--names", "--store", copy.uri)
     assert {tuple(c["label_names"]) for f in told["findings"] for c in f["copies"]} == {("cat",)}
     assert {c["path"] for f in told["findings"] for c in f["copies"]} == {
         "cat/Miller 3.png",
@@ -447,7 +452,7 @@ def test_labels_of_a_report_of_an_earlier_release_are_shown_as_names(store, tmp_
 def test_a_dataset_that_is_unfinished_for_another_reason_has_no_duplicates_to_list(tmp_path, capsys):
     store = open_store(str(tmp_path))
     store.put("datasets/pets/default/config.json", b'{"dataset": "pets"}')
-    assert "was not refused because of duplicates" in asked(capsys, "leaks", "--store", store.uri, code=2)
+    assert "was not refused because of duplicates" in asked(capsys, "duplicates", "--store", store.uri, code=2)
     assert "0 of 0 images" in asked(capsys, "quarantine", "--store", store.uri)
     for damaged in (b"torn", b"[]", b"{}", b'{"dataset": "other"}', b'{"seed": "no"}'):
         store.put("datasets/pets/default/config.json", damaged)

@@ -30,19 +30,19 @@ def test_show_writes_a_contact_sheet_and_tells_the_counts(store, tmp_path, capsy
     assert f"12 images of {store}/datasets/phantoms/default are in {target}" in told
 
 
-def test_leaks_tells_counts_and_where_the_pictures_are(store, capsys):
-    assert main(["shards", "leaks", "--store", store]) == 0
+def test_duplicates_tells_counts_and_where_the_pictures_are(store, capsys):
+    assert main(["shards", "duplicates", "--store", store]) == 0
     told = capsys.readouterr().out
     assert "exact across splits" in told
-    assert f"{store}/datasets/phantoms/default/leakage.html" in told
-    assert main(["shards", "leaks", "phantoms/default", "--store", store, "--json"]) == 0
+    assert f"{store}/datasets/phantoms/default/duplicates.html" in told
+    assert main(["shards", "duplicates", "phantoms/default", "--store", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 60
 
 
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["shards", "look"], "choose verify, show, leaks"),
+        (["shards", "look"], "choose verify, show, duplicates"),
         (["shards", "show", "phantom"], "phantoms/default"),
         (["shards", "show", "--split", "trian"], "it has train, val, test"),
         (["shards", "show", "--per-class", "0"], "at least 1"),

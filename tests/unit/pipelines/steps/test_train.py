@@ -22,7 +22,7 @@ from pipelines.worker.meter.bench_rows import BenchSpeed
 from pipelines.worker.meter.speed_check import SpeedCheck
 from pipelines.worker.state import ResumeError, TrainState, describe
 
-ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+ALONE = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1)
 
 
 @pytest.fixture

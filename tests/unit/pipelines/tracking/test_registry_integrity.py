@@ -205,7 +205,9 @@ def test_an_evaluation_refuses_weights_that_are_not_those_of_the_training(releas
 
     store, train = release[0], registered.facts(release[0], "evaluated", auc=0.9)["train"]
     store.put(f"{train['model']}/{name}", store.get(f"{train['model']}/{name}") + b" ")
-    placement = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+    placement = Placement(
+        workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1
+    )
     model = (store.at(train["model"]), train["digest"])
     dataset = (store.at("datasets"), "0" * 64)  # not looked at: the model is refused first
     job = EvaluateJob(name="evaluate", placement=placement, dataset=dataset, model=model, micro_batch=8)

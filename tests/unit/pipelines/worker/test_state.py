@@ -19,7 +19,9 @@ from pipelines.worker.state import (
     state_of,
 )
 
-PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+PLACEMENT = Placement(
+    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1
+)
 STATE = TrainState(
     epoch=3, consumed=16, step=32, losses=[0.1, 1 / 3], best_epoch=2, best_step=20,
     best={"val_auc": 0.9, "val_loss": 0.3}, history=[{"epoch": 1, "val_auc": 0.8}],

@@ -16,7 +16,9 @@ from pipelines.worker.checkpoint.writer import CheckpointWriter
 from pipelines.worker.engine.snapshot import Snapshot
 from pipelines.worker.state import TrainState
 
-PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+PLACEMENT = Placement(
+    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1
+)
 ABOUT = {"seed": 0, "placement": PLACEMENT, "manifest": "m" * 64}
 
 

@@ -17,7 +17,9 @@ from pipelines.worker.checkpoint.resume import find_resume
 from pipelines.worker.checkpoint.stored import FILES, FOLDER, Checkpoints
 from pipelines.worker.state import NewerFormatError, ResumeError, TrainState, describe, described_bytes
 
-PLACEMENT = Placement(workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", trials=1, nodes=1)
+PLACEMENT = Placement(
+    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="auto", concurrent_trials=1, nodes=1
+)
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -15,7 +15,14 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.engine.compile_cache import CompileCache, decide_compile, is_compiled
 
 AUTO = Placement(
-    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1, compile="auto"
+    workers=1,
+    device="cpu",
+    cpus_per_worker=1,
+    zero_stage=0,
+    scan="reference",
+    concurrent_trials=1,
+    nodes=1,
+    compile="auto",
 )
 SHORT = TrainStepConfig(model=MedMambaConfig(variant="nano", num_classes=2))
 LONG = override(SHORT, {"train.epochs": 10**9})

@@ -50,7 +50,8 @@ from pipelines.worker.launch import world_of_one
 from pipelines.worker.engine.objective import Objective
 world_of_one("gloo")
 place = Placement(
-    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", trials=1, nodes=1, flat={flat}
+    workers=1, device="cpu", cpus_per_worker=1, zero_stage=0, scan="reference", concurrent_trials=1, nodes=1,
+    flat={flat}
 )
 train = TrainConfig(batch_size=2, micro_batch=2, image_size=32)
 model = build_model(MedMambaConfig(dims=(8, 16), depths=(1, 1), num_classes=2), scan="reference")

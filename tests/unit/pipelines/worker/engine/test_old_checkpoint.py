@@ -25,7 +25,13 @@ def snapshot(newest: str | None) -> bytes:
 
 def placement(workers=1, zero_stage=0) -> Placement:
     return Placement(
-        workers=workers, device="cpu", cpus_per_worker=1, zero_stage=zero_stage, scan="auto", trials=1, nodes=1
+        workers=workers,
+        device="cpu",
+        cpus_per_worker=1,
+        zero_stage=zero_stage,
+        scan="auto",
+        concurrent_trials=1,
+        nodes=1,
     )
 
 

@@ -13,7 +13,7 @@ from pipelines.worker.meter.speed_check import SpeedCheck, slow_reason, speed_ch
 
 H200 = "NVIDIA H200"
 ALONE = Placement(
-    workers=1, device="cuda", cpus_per_worker=8, zero_stage=0, scan="cuda", trials=1, nodes=1, compile="on"
+    workers=1, device="cuda", cpus_per_worker=8, zero_stage=0, scan="cuda", concurrent_trials=1, nodes=1, compile="on"
 )
 REFERENCE = BenchSpeed(H200, "T", 224, "bfloat16", 32, 2000.0)
 FAST = {"epoch": 1, "step": 300, "images_per_s_last": 1900.0, "data_wait_share_last": 0.0, "gpu_utilization": 0.99}

@@ -13,15 +13,15 @@ from typing import Literal
 
 import numpy as np
 
-from data_shards.leakage.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
-from data_shards.leakage.report import Copy, DuplicatesError, Finding, named_labels
+from data_shards.duplicates.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
+from data_shards.duplicates.report import Copy, DuplicatesError, Finding, named_labels
 from data_shards.source.row import Row
 from data_shards.split import SPLITS
 
 MOST_FINDINGS = 10_000
-# Of one finding so many duplicates are always listed, and all of them until the report has so many in all: some 20 MB.
+# So many duplicates of a finding are always listed; all of them until the report has so many in total, some 20 MB.
 MOST_COPIES, MOST_COPIES_IN_ALL = 50, 100_000
-HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out the most, then val
+HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out most, then val
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DuplicateClusters:
 
     def spare(self, splits: Sequence[str], allowed: np.ndarray) -> list[int]:
         """All but the first of equal images with equal labels in one split."""
-        seen: set[tuple] = set()
+        seen: set[tuple[object, ...]] = set()
         spare = []
         for members in self.same:
             for i in members:
@@ -107,7 +107,7 @@ class DuplicateClusters:
 
     def _telling_first(self, members: Sequence[int]) -> list[int]:
         """The members, those first that show in which splits and under which labels the image is."""
-        seen: set[tuple] = set()
+        seen: set[tuple[object, ...]] = set()
         first: list[int] = []
         others: list[int] = []
         for i in members:
@@ -198,11 +198,11 @@ class DuplicateClusters:
 
 def clusters_of(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the clusters of exact duplicates, and of exact and near ones together: (N,) int64 each."""
-    from data_shards.leakage.near import clusters, near_clusters  # with numba, which only this needs
+    from data_shards.duplicates.near import clusters, near_clusters  # with numba, which only this needs
 
     exact = clusters(prints.pixels)
     lone = np.flatnonzero(prints.state == UNDECODABLE)
-    exact[lone] = len(prints) + lone  # what cannot be seen is like nothing
+    exact[lone] = len(prints) + lone  # an undecodable image has no duplicates
     if near == 0:
         return exact, exact
     sharp = np.flatnonzero(prints.state == SHARP)
@@ -218,7 +218,8 @@ def _united(first: np.ndarray, among: np.ndarray, second: np.ndarray) -> np.ndar
     second = np.unique(second, return_inverse=True)[1]
     num_first, num = int(first.max(initial=-1)) + 1, int(first.max(initial=-1) + second.max(initial=-1)) + 2
     edges = coo_array((np.ones(len(among), np.int8), (first[among], num_first + second)), shape=(num, num))
-    return connected_components(edges, directed=False)[1][first].astype(np.int64)
+    united: np.ndarray = connected_components(edges, directed=False)[1][first].astype(np.int64)
+    return united
 
 
 def components(rows: Sequence[Row], alike: np.ndarray) -> np.ndarray:

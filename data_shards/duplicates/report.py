@@ -1,4 +1,4 @@
-"""What was found of duplicates among the images of a dataset: `leakage.json` beside its manifest."""
+"""The report of duplicates among the images of a dataset: `leakage.json` beside its manifest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError
 
-LEAKS = "leakage.json"
+REPORT = "leakage.json"
 _MOST_COPIES_ONCE = 50  # that reports without `equal` list of a finding
 
 
 class DuplicatesError(LeakError):
     """A conversion is refused because of duplicates; `report` lists all of them, by key."""
 
-    report: LeakReport
+    report: DuplicatesReport
     public: str
     """What was found, without the name of any file."""
 
@@ -30,7 +30,7 @@ class _Frozen(BaseModel):
 
 
 class Copy(_Frozen):
-    """One image of a finding, under the name that stored reports have for it."""
+    """One image of a finding; stored reports call it a copy."""
 
     key: Key
     split: SplitName
@@ -65,9 +65,9 @@ class Finding(_Frozen):
     copies: tuple[Copy, ...] = Field(min_length=2)
     """At least one of every split and label that there is."""
     more: int = Field(default=0, ge=0)
-    """Copies beyond those that are listed. Reports of earlier releases listed 50 and did not count the others."""
+    """Images beyond those that are listed. Reports of earlier releases listed 50 and did not count the others."""
     equal: int | None = None
-    """How many of all the copies have pixels equal to another one's; none in reports of earlier releases, which called
+    """How many of all the images have pixels equal to another one's; none in reports of earlier releases, which called
     a finding exact where any two were."""
 
     @property
@@ -77,20 +77,20 @@ class Finding(_Frozen):
 
     @property
     def head(self) -> str:
-        """Its kind, and of a near one how many copies are exact."""
+        """Its kind, and of a near one how many images are exact duplicates."""
         if self.equal is None and self.kind == "exact" and self.num_copies > 2:
             return "exact or near"
         return f"near ({self.equal} with equal pixels)" if self.kind == "near" and self.equal else self.kind
 
     def rest(self, shown: int) -> str:
-        """How many copies are not among the first `shown`, in words; "" where there are none."""
+        """How many images are not among the first `shown`, in words; "" where there are none."""
         hidden = self.num_copies - shown
         if self.equal is None and self.num_copies == _MOST_COPIES_ONCE:
-            return f"and {hidden:,} or more copies: the release that made the report listed {_MOST_COPIES_ONCE}"
-        return f"and {hidden:,} more copies" if hidden else ""
+            return f"and {hidden:,} or more images: the release that made the report listed {_MOST_COPIES_ONCE}"
+        return f"and {hidden:,} more images" if hidden else ""
 
 
-class LeakReport(_Frozen):
+class DuplicatesReport(_Frozen):
     """What was found among the images of a dataset, and what was done. `leakage.json` beside the manifest."""
 
     format: Literal[1] = 1
@@ -99,11 +99,11 @@ class LeakReport(_Frozen):
     blank: Count
     """Images without structure, compared by their pixels only."""
     near: Count
-    """Bits in which near copies may differ."""
+    """Bits in which near duplicates may differ."""
     across: Literal["report", "drop", "move", "refuse"]
-    """What was done about copies in different splits."""
+    """What was done about duplicates in different splits."""
     counts: dict[Annotated[str, Field(pattern=r"^[ -~]{1,80}$")], Count]
-    """Copies beyond the first of their kind, by what they are."""
+    """Duplicates beyond the first, by kind and place."""
     dropped: tuple[Key, ...]
     """Keys of images that were left out."""
     findings: tuple[Finding, ...]
@@ -112,25 +112,25 @@ class LeakReport(_Frozen):
     """Findings beyond those."""
 
 
-def read_report(store: Store, key: str = LEAKS) -> LeakReport:
-    """The report of a finished dataset. ManifestError where it is missing or none."""
+def read_report(store: Store, key: str = REPORT) -> DuplicatesReport:
+    """The report of a finished dataset. ManifestError where it is missing or damaged."""
     try:
-        return LeakReport.model_validate_json(store.get(key), strict=True)
+        return DuplicatesReport.model_validate_json(store.get(key), strict=True)
     except (StoreKeyError, ValidationError) as error:
         problem = explained(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:120]
         raise ManifestError(
-            f"{store.uri} has no complete {LEAKS} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
+            f"{store.uri} has no complete {REPORT} ({problem}): delete {MANIFEST} there {MAKE_AGAIN}"
         ) from error
 
 
-def refuse_elsewhere(report: LeakReport) -> None:
+def refuse_elsewhere(report: DuplicatesReport) -> None:
     """LeakError where images of a finished dataset were also in another one when it was made."""
     for finding in report.findings:
         if finding.where == "across datasets":
             num = report.counts.get("also in other datasets", "some")
             raise LeakError(
                 f"{num} images are also in other datasets of this store (e.g. key {finding.copies[0].key} in "
-                f"{finding.copies[1].dataset!r}): use another store, or --data.leaks.datasets report"
+                f"{finding.copies[1].dataset!r}): use another store, or --data.duplicates.datasets report"
             )
 
 

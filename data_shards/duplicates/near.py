@@ -10,18 +10,20 @@ those that share a band are compared (Norouzi et al., arXiv 1307.2982). numba, b
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from data_shards.leakage.fingerprint import NUM_BITS
+from data_shards.duplicates.fingerprint import NUM_BITS
 
 
 def clusters(keys: np.ndarray) -> np.ndarray:
     """Equal rows of (N, w) uint64 get the same number, counted from 0: (N,) int64."""
     whole = np.ascontiguousarray(keys).view([("", keys.dtype)] * keys.shape[1]).ravel()
-    return np.unique(whole, return_inverse=True)[1].reshape(len(keys)).astype(np.int64)
+    numbers: np.ndarray = np.unique(whole, return_inverse=True)[1].reshape(len(keys)).astype(np.int64)
+    return numbers
 
 
 def near_clusters(bits: np.ndarray, *, most: int) -> np.ndarray:
@@ -39,17 +41,18 @@ def near_clusters(bits: np.ndarray, *, most: int) -> np.ndarray:
             values = values.astype(np.uint16)  # which numpy sorts by radix, ten times faster
         order = np.argsort(values, kind="stable")
         _join(distinct, values, order, parent, most)
-    return _roots(parent)[same]
+    found: np.ndarray = _roots(parent)[same]
+    return found
 
 
 def _bands(most: int) -> list[tuple[int, int]]:
-    # Bits of one band are taken far from each other: the signs of neighbouring frequencies say much the same.
+    # Bits of one band are far from each other: the signs of neighboring frequencies are similar.
     ends = [NUM_BITS * i // (most + 1) for i in range(most + 2)]
     return list(itertools.pairwise(ends))
 
 
 def _cut(bits: np.ndarray, band: tuple[int, int]) -> np.ndarray:
-    """Bits [start, end) of each fingerprint, in an order that spreads frequencies over bands, as whole numbers."""
+    """Bits [start, end) of each fingerprint, in an order that spreads frequencies over bands, as integers."""
     values = np.zeros(len(bits), np.uint64)
     for place, position in enumerate(range(*band)):
         bit = position * 71 % NUM_BITS  # 71 and 168 share no factor: each bit is in one band
@@ -58,17 +61,17 @@ def _cut(bits: np.ndarray, band: tuple[int, int]) -> np.ndarray:
 
 
 @intrinsic
-def _ones(typing, value):
+def _ones(typing: Any, value: Any) -> Any:
     """How many bits of a uint64 are 1."""
 
-    def code(context, builder, signature, arguments):
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
 
     return types.uint64(types.uint64), code
 
 
 @njit(cache=True)
-def _join(bits, values, order, parent, most):
+def _join(bits: np.ndarray, values: np.ndarray, order: np.ndarray, parent: np.ndarray, most: int) -> None:
     """Unites the clusters of all pairs with equal `values` and a distance of at most `most`."""
     num = len(order)
     start = 0
@@ -94,7 +97,7 @@ def _join(bits, values, order, parent, most):
 
 
 @njit(cache=True)
-def _unite(parent, a, b):
+def _unite(parent: np.ndarray, a: int, b: int) -> None:
     while parent[a] != a:
         parent[a] = parent[parent[a]]
         a = parent[a]
@@ -108,7 +111,7 @@ def _unite(parent, a, b):
 
 
 @njit(cache=True)
-def _roots(parent):
+def _roots(parent: np.ndarray) -> np.ndarray:
     roots = np.empty_like(parent)
     for i in range(len(parent)):
         root = i

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_sets import InMemorySet, coded, pixels
 
-from data_shards.leakage.fingerprint import BLANK, NUM_BITS, SHARP, UNDECODABLE, Fingerprints, fingerprint, joined
+from data_shards.duplicates.fingerprint import BLANK, NUM_BITS, SHARP, UNDECODABLE, Fingerprints, fingerprint, joined
 from data_shards.source import Row
 
 EXPECTED = ["6b55a556575544b6", "6ad6a92a96ab4ab5", "00000052ad2a92af"]

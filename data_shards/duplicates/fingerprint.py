@@ -1,8 +1,8 @@
 """What two images are compared by: a digest of the decoded pixels, and 168 bits that survive small changes.
 
-The bits are the signs of the lowest frequencies of the image's grey 32 x 32 thumbnail: coefficient (v, u) of
-its cosine transform, 0 <= v, u <= 12, without the mean. NOTES.md says why so many, and which distance means what.
-Every number on the way is a whole one, so that each machine finds the same bits.
+The bits are the signs of the lowest frequencies of the image's gray 32 x 32 thumbnail: coefficient (v, u) of
+its cosine transform, 0 <= v, u <= 12, without the mean. NOTES.md explains the number of bits and the distances.
+All intermediate numbers are integers, so that each machine finds the same bits.
 Legend: N images, H height, W width, C channels.
 """
 
@@ -21,12 +21,12 @@ from data_shards.source.row import Reader, Row
 NUM_BITS = 168
 _WORDS = 3
 _SIDE, _FREQUENCIES = 32, 13
-# In 1/4096ths: sums of 32 x 32 products with 8-bit grey stay below 2^53, so float64 holds them exactly, and the order
+# In 1/4096ths: sums of 32 x 32 products with 8-bit gray stay below 2^53, so float64 holds them exactly, and the order
 # in which a BLAS adds them does not matter.
 _COSINES = np.rint(
     4096 * np.cos(np.pi * np.arange(_FREQUENCIES)[:, None] * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
 ).astype(np.float64)
-# A blank image's frequencies are noise. Of 8,731 real thumbnails none varies by less than 5.9 grey levels.
+# A blank image's frequencies are noise. Of 8,731 real thumbnails none varies by less than 5.9 gray levels.
 _LEAST_DEVIATION = 2
 
 UNDECODABLE, BLANK, SHARP = 0, 1, 2
@@ -56,7 +56,7 @@ def fingerprint(reader: Reader, rows: Sequence[Row], *, max_side: int | None = N
             source = reader.read(row)
             image = decode(source, max_side=max_side)
         except UndecodableImage:
-            continue  # it goes into quarantine when its shard is made
+            continue  # it is quarantined when its shard is made
         size[i] = len(source) if isinstance(source, bytes) else source.nbytes
         state[i], pixels[i], thumbnails[i] = SHARP, pixel_digest(image), _thumbnail(image)
     state[(state == SHARP) & _blank(thumbnails)] = BLANK
@@ -90,7 +90,8 @@ def _thumbnail(image_HWC: np.ndarray) -> np.ndarray:
 def _blank(thumbnails_NHW: np.ndarray) -> np.ndarray:
     values = thumbnails_NHW.reshape(len(thumbnails_NHW), -1).astype(np.int64)
     num = values.shape[1]
-    return num * (values**2).sum(1) - values.sum(1) ** 2 < (num * _LEAST_DEVIATION) ** 2
+    blank: np.ndarray = num * (values**2).sum(1) - values.sum(1) ** 2 < (num * _LEAST_DEVIATION) ** 2
+    return blank
 
 
 def _bits(thumbnails_NHW: np.ndarray) -> np.ndarray:

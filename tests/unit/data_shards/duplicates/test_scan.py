@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny_sets import coded, npz_config, pixels
 
-from data_shards.config import DataConfig, LeakConfig, PhantomConfig
+from data_shards.config import DataConfig, DuplicatesConfig, PhantomConfig
 from data_shards.convert import convert
-from data_shards.leakage.scan import FOLDER, scan_rows
+from data_shards.duplicates.scan import FOLDER, scan_rows
 from data_shards.store import Store, open_store
 
 
@@ -46,7 +46,7 @@ def write_leaking(folder: Path, num: int = 24) -> DataConfig:
         (folder / f"{i}.png").write_bytes(coded(pixels(number)))
         lines.append(f"{i}.png,{'ab'[i // 3 % 2]},{('train', 'val', 'test')[i % 3]}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
-    return DataConfig(dataset="own", layout="csv", source=str(folder), split_column="split")
+    return DataConfig(dataset="own", layout="table", source=str(folder), split_column="split")
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def refused(tmp_path) -> tuple[DataConfig, Store]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"leaks": LeakConfig(across="drop")},
-        {"leaks": LeakConfig(across="move", near=0)},
+        {"duplicates": DuplicatesConfig(across="drop")},
+        {"duplicates": DuplicatesConfig(across="move", near=0)},
         {"split_column": "", "seed": 7, "val_fraction": 0.3},
-        {"leaks": LeakConfig(across="report"), "max_quarantine": 0.5, "samples_per_shard": 5},
-        {"leaks": LeakConfig(across="report"), "classes": ("b", "a")},
+        {"duplicates": DuplicatesConfig(across="report"), "max_quarantine": 0.5, "samples_per_shard": 5},
+        {"duplicates": DuplicatesConfig(across="report"), "classes": ("b", "a")},
     ],
     ids=["drop", "move", "drawn splits", "other shards", "other order of classes"],
 )
@@ -80,14 +80,14 @@ def test_a_refused_conversion_is_tried_again_with_other_settings_without_a_look_
 
 def test_a_try_under_another_name_finds_the_fingerprints_too(refused):
     config, out = refused
-    again = config.model_copy(update={"name": "second", "leaks": LeakConfig(across="drop")})
+    again = config.model_copy(update={"name": "second", "duplicates": DuplicatesConfig(across="drop")})
     assert looked_at(again, open_store(out.uri.removesuffix("default") + "second")) == 0
 
 
 @pytest.mark.parametrize("changes", [{"max_side": 8}, {"salt": "s"}], ids=["smaller images", "salt"])
 def test_what_decides_a_fingerprint_or_hides_a_name_makes_all_images_looked_at(refused, changes):
     config, out = refused
-    again = config.model_copy(update={"leaks": LeakConfig(across="report"), **changes})
+    again = config.model_copy(update={"duplicates": DuplicatesConfig(across="report"), **changes})
     assert looked_at(again, out) == 24
 
 
@@ -150,7 +150,7 @@ def test_fingerprints_of_archives_and_of_objects_are_found_again_until_those_are
             arrays = dict(np.load(source.source))
             arrays["train_images"][0] = arrays["val_images"][0] if number == 0 else number
             np.savez(source.source, **arrays)
-            return source.model_copy(update={"leaks": LeakConfig(across="refuse")})
+            return source.model_copy(update={"duplicates": DuplicatesConfig(across="refuse")})
         for path in files:
             remote.put(path.name, path)
         return config.model_copy(update={"source": remote.uri})
@@ -194,7 +194,7 @@ def test_damaged_fingerprints_are_made_again(refused, damage):
     config, out = refused
     for key in list(out.list(FOLDER)):
         out.put(key, damage(out.get(key)))
-    assert looked_at(config.model_copy(update={"leaks": LeakConfig(across="drop")}), out) == 24
+    assert looked_at(config.model_copy(update={"duplicates": DuplicatesConfig(across="drop")}), out) == 24
 
 
 def test_no_file_name_is_kept_with_the_fingerprints(refused):

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_shards.config import DataConfig
+from data_shards.duplicates.clusters import OtherDataset
+from data_shards.duplicates.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.fields import KEY, MAX_CLASSES
-from data_shards.leakage.duplicates import OtherDataset
-from data_shards.leakage.fingerprint import BLANK, SHARP, UNDECODABLE, Fingerprints, fingerprint
 from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError, read_classes
 from data_shards.plan import digest_of
+from data_shards.renamed import stored_values
 from data_shards.rules import RULES
 from data_shards.source.row import ImageSet, Reader, Row
 from data_shards.split import SPLITS
@@ -45,23 +46,23 @@ _SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
     "size": ((), np.dtype(np.int64)),
 }
 _COLUMNS = tuple(_SHAPES)
-_WORTH_KEEPING_S = 2.0  # a chunk that took less is sooner done again after a kill than written by every conversion
+_WORTH_KEEPING_S = 2.0  # doing a faster chunk again after a kill costs less than writing it in every conversion
 _ID_BYTES = 16
 # Of one task, and about so many tasks.
 _FEWEST_IMAGES, _MOST_IMAGES, _TASKS = 32, 4096, 64
 
 
 class Scan:
-    """The fingerprints of N rows: those that an earlier try left in the store, until `add` brings the others.
+    """The fingerprints of N rows: those that an earlier attempt left in the store, and those that `add` adds.
 
     A fingerprint is known by what decides it (the image's file and its stamp, the frame, max_side, the DICOM settings,
     the rules) and by the salt, without which a file's name could be guessed from it. Labels, splits, seeds, what is
-    done about duplicates and the conversion's name do not matter, so a try with others of them finds it again. Images
-    that could not be decoded are never kept: what they lacked may be there now, such as a library.
+    done about duplicates and the conversion's name do not matter, so an attempt with other ones finds it again. Images
+    that could not be decoded are never kept: what was missing, such as a library, may be there now.
     """
 
     def __init__(self, image_set: ImageSet, config: DataConfig, out: Store):
-        settings = digest_of([RULES, config.salt, config.max_side, config.dicom.model_dump(mode="json")])
+        settings = digest_of([RULES, config.salt, config.max_side, stored_values(config.dicom)])
         self.ids = [image_id(settings, image_set.reader.stamp(row), row.frame) for row in image_set.rows]
         self._image_set, self._max_side, self._out = image_set, config.max_side, out
         num = len(self.ids)
@@ -75,11 +76,11 @@ class Scan:
 
     @property
     def missing(self) -> np.ndarray:
-        """Positions of the rows that have still to be looked at, in order."""
+        """Positions of the rows that still have to be read, in order."""
         return np.flatnonzero(~self._found)
 
     def tasks(self) -> list[ScanTask]:
-        """The rows that have still to be looked at: enough tasks for many workers, of at most 4,096 images."""
+        """The rows that still have to be read: enough tasks for many workers, of at most 4,096 images."""
         missing = self.missing
         step = min(_MOST_IMAGES, max(_FEWEST_IMAGES, -(-len(missing) // _TASKS)))
         return [self._task(missing[start : start + step]) for start in range(0, len(missing), step)]
@@ -96,7 +97,7 @@ class Scan:
         self._found[positions] = self._new = True
 
     def keep(self, out: Store) -> None:
-        """Leaves what is known in the store as one object, for the next try."""
+        """Writes all known fingerprints to the store as one object, for the next attempt."""
         if not self._new or out.head(MANIFEST) is not None:
             return
         before = list(out.list(FOLDER))
@@ -117,7 +118,7 @@ class Scan:
 
 @contextlib.contextmanager
 def kept_if_ended(scan: Scan, out: Store) -> Iterator[None]:
-    """Whatever ends the block early, a refusal or Ctrl-C, the fingerprints are kept first."""
+    """Keeps the fingerprints where the block ends early, by a refusal or Ctrl-C."""
     try:
         yield
     except BaseException:
@@ -127,13 +128,13 @@ def kept_if_ended(scan: Scan, out: Store) -> Iterator[None]:
 
 
 def image_id(settings: str, stamp: str, frame: int) -> str:
-    """What an image's fingerprint is known by: 32 hex digits, or "" where its file has no stamp."""
+    """What identifies an image's fingerprint: 32 hex digits, or "" where its file has no stamp."""
     return digest_of([settings, stamp, frame])[:32] if stamp else ""
 
 
 @dataclass(frozen=True)
 class ScanTask:
-    """Rows whose images are to be looked at; it can be pickled and holds no other rows."""
+    """Rows whose images are to be fingerprinted; it can be pickled and holds no other rows."""
 
     reader: Reader
     rows: Sequence[Row]
@@ -147,7 +148,7 @@ class ScanTask:
 def scan_rows(task: ScanTask) -> tuple[np.ndarray, Fingerprints]:
     """Positions and fingerprints of the task's rows. Runs in any process.
 
-    Where they took long they are kept in the store at once, as the driver may be killed.
+    Where they took long they are kept in the store at once, because the driver may be killed.
     """
     began = time.monotonic()
     found = fingerprint(task.reader, task.rows, max_side=task.max_side)
@@ -169,7 +170,7 @@ def _keep(ids: Sequence[str], prints: Fingerprints, out: Store) -> str:
 
 
 def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], Fingerprints]]:
-    """What tries of this conversion left, and those of the same dataset under another name: id -> place, and prints."""
+    """What attempts of this conversion, and of the same dataset under another name, left: id -> place, and prints."""
     root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
     if root and "/" not in rest:
         out = open_store(f"{root}/datasets/{dataset}", patience_s=out.patience_s)
@@ -183,7 +184,7 @@ def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], F
 
 
 def _kept(key: str, out: Store) -> tuple[dict[str, int], Fingerprints] | None:
-    """Fingerprints that were kept; None where they are damaged, or of another release."""
+    """Fingerprints that were kept; None where they are damaged or of another release."""
     try:
         data = out.get(key)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -283,7 +284,7 @@ def _schema() -> pa.Schema:
 
 
 def _problem(table: pa.Table) -> str:
-    """The first column that holds what no fingerprints do, and the rule; "" for none."""
+    """The first column with a value that fingerprints cannot have, and the rule; "" for none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -305,11 +306,11 @@ def _problem(table: pa.Table) -> str:
 def other_datasets(out: Store, dataset: str) -> Iterator[OtherDataset]:
     """The other finished datasets of the store in which `out` is datasets/<dataset>/<name>.
 
-    Other conversions of the same images are none of them. ManifestError where the fingerprints of one are damaged.
+    Other conversions of the same images are not included. ManifestError where the fingerprints of one are damaged.
     """
     root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
     if not root or "/" in rest:
-        return  # a place of its own, in no store of ours
+        return  # not in a store
     datasets = open_store(f"{root}/datasets", patience_s=out.patience_s)
     keys = set(datasets.list())
     for key in sorted(keys):

@@ -1,4 +1,4 @@
-"""The command shards leaks: which images appear twice, as a table, JSON, or a page that stays with their owner."""
+"""The command shards duplicates: which images appear twice, as a table, JSON, or a page that stays with their owner."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 import tyro
 
 from data_shards.decode import UndecodableImage, decode
-from data_shards.leakage import LEAKS, Copy, Finding, LeakReport, named_labels, read_report
-from data_shards.leakage.page import LEAKS_PAGE, MOST_COPIES_SHOWN, page
-from data_shards.leakage.scan import REFUSED
+from data_shards.duplicates import REPORT, Copy, DuplicatesReport, Finding, named_labels, read_report
+from data_shards.duplicates.page import EARLIER_PAGE, MOST_COPIES_SHOWN, PAGE, page
+from data_shards.duplicates.scan import REFUSED
 from data_shards.manifest import MANIFEST, open_dataset, read_classes
 from data_shards.names import Places, samples
+from data_shards.renamed import both_keys
 from data_shards.shard import tar_key
 from data_shards.store import Store
 from pipelines.commands.shards.listing import check_target, place_text
@@ -30,8 +31,8 @@ _NO_PLACES = Places({}, None)
 
 
 @dataclass(frozen=True)
-class LeaksArguments(Owner, StoreOption, JsonOption):
-    """What `shards leaks` takes."""
+class DuplicatesArguments(Owner, StoreOption, JsonOption):
+    """What `shards duplicates` takes."""
 
     dataset: tyro.conf.Positional[str] = ""
     """DATASET or DATASET/NAME, as under datasets/ in the store, finished or refused. Empty: the only one there."""
@@ -40,10 +41,10 @@ class LeaksArguments(Owner, StoreOption, JsonOption):
     page: str = ""
     """HTML file to write with pictures and, with --names, files; outside of the store and of the image set."""
     all: Flag = False
-    """Print all groups that are listed, with all their copies."""
+    """Print all groups that are listed, with all their images."""
 
 
-def leaks(asked: LeaksArguments) -> int:
+def duplicates(asked: DuplicatesArguments) -> int:
     """Prints the duplicates of a dataset, or writes a page with them."""
     store = asked.open_store()
     out = dataset_in(store, asked.dataset, unfinished=True)
@@ -53,7 +54,7 @@ def leaks(asked: LeaksArguments) -> int:
             f"{out.uri} is not finished, and was not refused because of duplicates: bring it to done with "
             "`medmamba shard`"
         )
-    report = _labelled(read_report(out, LEAKS if finished else REFUSED), out, store)
+    report = _labelled(read_report(out, REPORT if finished else REFUSED), out, store)
     places = _NO_PLACES
     if asked.names or asked.page:
         config = owners_config(store, out, asked)
@@ -69,8 +70,8 @@ def leaks(asked: LeaksArguments) -> int:
     return 0
 
 
-def _labelled(report: LeakReport, out: Store, store: Store) -> LeakReport:
-    """The report with class names in every copy: those of earlier releases hold labels as numbers only."""
+def _labelled(report: DuplicatesReport, out: Store, store: Store) -> DuplicatesReport:
+    """The report with class names for every image: those of earlier releases hold labels as numbers only."""
     if all(copy.label_names or not copy.labels for finding in report.findings for copy in finding.copies):
         return report
     names = {copy.dataset for finding in report.findings for copy in finding.copies}
@@ -86,15 +87,16 @@ def _labelled(report: LeakReport, out: Store, store: Store) -> LeakReport:
     return report.model_copy(update={"findings": tuple(labelled(finding) for finding in report.findings)})
 
 
-def _keys(report: LeakReport, out: Store, finished: bool) -> set[str]:
+def _keys(report: DuplicatesReport, out: Store, finished: bool) -> set[str]:
     if finished:
         return {each.key for each in samples(open_dataset(out), report)}
     return {copy.key for finding in report.findings for copy in finding.copies if not copy.dataset}
 
 
-def _told(report: LeakReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
+def _told(report: DuplicatesReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
     """The report as JSON, with the number of all groups, and files where they are wanted."""
     told = report.model_dump(mode="json")
+    told["findings"] = [both_keys(finding) for finding in told["findings"]]
     for finding in told["findings"]:
         for copy in finding["copies"]:
             if places is not None and not copy["dataset"]:
@@ -110,15 +112,15 @@ def _told(report: LeakReport, out: Store, places: Places | None, finished: bool)
     return {**told, **state, "uri": out.uri}
 
 
-def _without_file(report: LeakReport, places: Places) -> int:
+def _without_file(report: DuplicatesReport, places: Places) -> int:
     keys = {copy.key for finding in report.findings for copy in finding.copies if not copy.dataset}
     return len((keys - set(report.dropped)) - places.of.keys())
 
 
-def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places) -> None:
+def _print(report: DuplicatesReport, out: Store, asked: DuplicatesArguments, places: Places) -> None:
     table(
         "Duplicates",
-        ("copies beyond the first", "images"),
+        ("duplicates beyond the first", "images"),
         [(what, f"{count:,}") for what, count in report.counts.items()],
     )
     groups = len(report.findings) + report.more
@@ -135,19 +137,23 @@ def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places
             f"and {counted(report.more, 'more group')} that the report counts but does not list", soft_wrap=True
         )
     if asked.names and (missing := _without_file(report, places)):
-        console().print(
-            f"without a file in the source, because it was removed or renamed: {counted(missing, 'copy', 'copies')}"
-        )
+        console().print(f"without a file in the source, because it was removed or renamed: {counted(missing, 'image')}")
     for note in places.notes:
         console().print(note, soft_wrap=True)
-    where = asked.page or (f"{out.uri}/{LEAKS_PAGE}" if out.head(LEAKS_PAGE) is not None else "--page FILE.html")
+    where = asked.page or _page_in(out)
     console().print(
         f"policy {report.across}, {counted(len(report.dropped), 'image')} left out; pictures: {where}", soft_wrap=True
     )
 
 
-def _rows(number: int, finding: Finding, asked: LeaksArguments, places: Places) -> list[tuple[str, ...]]:
-    """A line for each copy of a group, and one that says how many are not shown."""
+def _page_in(out: Store) -> str:
+    """Where the page of a dataset is, or how to get one."""
+    name = next((name for name in (PAGE, EARLIER_PAGE) if out.head(name) is not None), "")
+    return f"{out.uri}/{name}" if name else "--page FILE.html"
+
+
+def _rows(number: int, finding: Finding, asked: DuplicatesArguments, places: Places) -> list[tuple[str, ...]]:
+    """A line for each image of a group, and one that says how many are not shown."""
     copies = finding.copies if asked.all else finding.copies[:MOST_COPIES_SHOWN]
     head = f"{finding.head}, {finding.where}" + (", different labels" if finding.conflict else "")
     rows = []
@@ -163,7 +169,9 @@ def _rows(number: int, finding: Finding, asked: LeaksArguments, places: Places) 
     return rows
 
 
-def _write_page(report: LeakReport, out: Store, places: Places, asked: LeaksArguments, finished: bool) -> None:
+def _write_page(
+    report: DuplicatesReport, out: Store, places: Places, asked: DuplicatesArguments, finished: bool
+) -> None:
     pictures = _Pictures(out if finished else None, places)
 
     def named(copy: Copy) -> str:
@@ -202,9 +210,9 @@ class _Pictures:
         return None
 
 
-LEAKS_COMMAND = Command(
-    "shards leaks",
+DUPLICATES = Command(
+    "shards duplicates",
     "Report duplicates: across splits, under two labels, in other datasets; --names finds files.",
-    LeaksArguments,
-    leaks,
+    DuplicatesArguments,
+    duplicates,
 )

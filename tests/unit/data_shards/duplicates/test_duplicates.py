@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from tiny_sets import coded
 
-from data_shards.config import DataConfig, LeakConfig
+from data_shards.config import DataConfig, DuplicatesConfig
 from data_shards.convert import convert, key_map
-from data_shards.leakage import LEAKS, DuplicatesError, Finding, LeakReport, lost_text, read_report
-from data_shards.leakage.page import LEAKS_PAGE
-from data_shards.leakage.scan import FINGERPRINTS, FOLDER, REFUSED
+from data_shards.duplicates import REPORT, DuplicatesError, DuplicatesReport, Finding, lost_text, read_report
+from data_shards.duplicates.page import PAGE
+from data_shards.duplicates.scan import FINGERPRINTS, FOLDER, REFUSED
 from data_shards.manifest import MANIFEST, ManifestError, open_dataset
 from data_shards.split import LeakError
 from data_shards.store import open_store
@@ -50,7 +50,7 @@ def distinct(first: int = 100) -> list[tuple[str, int, str, str, str]]:
 
 
 def config_of(folder: Path, **changes) -> DataConfig:
-    settings = {"dataset": "mine", "layout": "csv", "source": str(folder), "group_column": "group"}
+    settings = {"dataset": "mine", "layout": "table", "source": str(folder), "group_column": "group"}
     return DataConfig(**{**settings, "split_column": "split", **changes})
 
 
@@ -72,7 +72,7 @@ def test_a_set_without_copies_is_reported_as_such(tmp_path):
     report = read_report(store)
     assert (report.images, report.findings, report.dropped, facts["dropped"]) == (12, (), (), 0)
     assert set(report.counts.values()) == {0}
-    assert "No image appears twice" in store.get(LEAKS_PAGE).decode()
+    assert "No image appears twice" in store.get(PAGE).decode()
 
 
 def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_any_shard_is_written(tmp_path):
@@ -83,18 +83,18 @@ def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_any_s
     told = str(caught.value)
     assert "'copy in train.png' (train, label 'a') = 'test0.png' (test, label 'a'): equal pixels" in told
     assert "'near copy in val.png' (val, label 'b') = 'test1.png' (test, label 'b'): nearly equal" in told
-    assert "--data.leaks.across" in told
+    assert "--data.duplicates.across" in told
     assert [key for key in store.list() if key != "config.json" and not key.startswith(FOLDER)] == []
 
 
 def test_near_0_looks_for_equal_pixels_only(tmp_path):
-    config = config_of(write_set(tmp_path / "set", [*distinct(), COPIES[1]]), leaks={"near": 0})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), COPIES[1]]), duplicates={"near": 0})
     assert convert(config, open_store(str(tmp_path / "out")))["leaks"]["near across splits"] == 0
 
 
 def test_report_keeps_every_image_where_it_was_and_tells_both_copies(tmp_path):
     store = open_store(str(tmp_path / "out"))
-    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"})
     facts = convert(config, store)
     assert facts["num_images"] == 14
     assert facts["leaks"] == {
@@ -114,7 +114,7 @@ def test_report_keeps_every_image_where_it_was_and_tells_both_copies(tmp_path):
 
 def test_drop_leaves_out_the_copies_that_are_held_out_less_and_names_them_in_the_report(tmp_path):
     store = open_store(str(tmp_path / "out"))
-    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "drop"})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "drop"})
     facts = convert(config, store)
     assert (facts["num_images"], facts["dropped"]) == (12, 2)
     assert names_in(store, config)["test"] == [f"test{i}.png" for i in range(4)]
@@ -126,7 +126,7 @@ def test_drop_leaves_out_the_copies_that_are_held_out_less_and_names_them_in_the
 def test_move_takes_a_copy_to_the_split_that_is_held_out_more_with_its_whole_group(tmp_path):
     store = open_store(str(tmp_path / "out"))
     companion = ("companion.png", 500, "a", "train", "patient x")
-    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES, companion]), leaks={"across": "move"})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES, companion]), duplicates={"across": "move"})
     convert(config, store)
     found = names_in(store, config)
     assert {"copy in train.png", "companion.png", "near copy in val.png"} <= set(found["test"])
@@ -145,7 +145,9 @@ def test_splits_that_are_drawn_keep_copies_of_different_patients_on_one_side(tmp
     assert (facts["leaks"]["exact across splits"], facts["leaks"]["dealt out together"]) == (0, 20)
     assert len(set(home.values())) == 3
     # Drawn without a look at copies, as `report` has it, some would have been torn apart.
-    blind = convert(config.model_copy(update={"leaks": LeakConfig(across="report")}), open_store(str(tmp_path / "b")))
+    blind = convert(
+        config.model_copy(update={"duplicates": DuplicatesConfig(across="report")}), open_store(str(tmp_path / "b"))
+    )
     assert blind["leaks"]["exact across splits"] > 0
 
 
@@ -162,25 +164,25 @@ def test_official_splits_of_the_catalogue_are_reported_on_and_kept(tmp_path, sha
 @pytest.mark.parametrize(("policy", "kept"), [("report", 13), ("drop", 11)])
 def test_equal_pixels_under_two_labels_are_told_and_may_be_dropped(tmp_path, policy, kept):
     other_label = ("again.png", 100, "b", "train", "patient z")  # train0 is of class a
-    config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), leaks={"labels": policy})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), duplicates={"labels": policy})
     store = open_store(str(tmp_path / "out"))
     facts = convert(config, store)
     assert facts["num_images"] == kept
     assert facts["leaks"]["under different labels"] == 2
     assert [finding.conflict for finding in read_report(store).findings] == [True]
-    assert "different labels" in store.get(LEAKS_PAGE).decode()
+    assert "different labels" in store.get(PAGE).decode()
 
 
 def test_equal_pixels_under_two_labels_may_be_refused(tmp_path):
     other_label = ("again.png", 100, "b", "train", "patient z")
-    config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), leaks={"labels": "refuse"})
-    with pytest.raises(LeakError, match=r"1 times equal pixels under different labels.*--data\.leaks\.labels"):
+    config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), duplicates={"labels": "refuse"})
+    with pytest.raises(LeakError, match=r"1 times equal pixels under different labels.*--data\.duplicates\.labels"):
         convert(config, open_store(str(tmp_path / "out")))
 
 
 def test_equal_pixels_twice_in_a_split_may_be_reduced_to_one(tmp_path):
     again = ("again.png", 100, "a", "train", "patient z")
-    config = config_of(write_set(tmp_path / "set", [*distinct(), again]), leaks={"within": "drop"})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), again]), duplicates={"within": "drop"})
     facts = convert(config, open_store(str(tmp_path / "out")))
     assert (facts["num_images"], facts["dropped"], facts["leaks"]["exact within a split"]) == (12, 1, 1)
 
@@ -192,13 +194,13 @@ def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_
     config = config_of(write_set(tmp_path / "b", shared), dataset="other")
     store = root.at("datasets/other/default")
     with pytest.raises(LeakError, match=r"1 images are also in the dataset 'mine/default'"):
-        convert(config.model_copy(update={"leaks": LeakConfig(datasets="refuse")}), store)
+        convert(config.model_copy(update={"duplicates": DuplicatesConfig(datasets="refuse")}), store)
     assert convert(config, store)["leaks"]["also in other datasets"] == 1
     (finding,) = read_report(store).findings
     assert [(copy.dataset, copy.split) for copy in finding.copies] == [("", "test"), ("mine/default", "train")]
     assert [copy.label_names for copy in finding.copies] == [("b",), ("a",)]
     with pytest.raises(LeakError, match=r"1 images are also in other datasets"):  # asked of a finished one
-        convert(config.model_copy(update={"leaks": LeakConfig(datasets="refuse")}), store)
+        convert(config.model_copy(update={"duplicates": DuplicatesConfig(datasets="refuse")}), store)
     # Another conversion of the same images is no leak.
     again = convert(config.model_copy(update={"name": "small", "max_side": 16}), root.at("datasets/other/small"))
     assert again["leaks"]["also in other datasets"] == 1
@@ -209,12 +211,13 @@ def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/first/default"))
     # 102 stands there twice: first a near copy in val, then itself in train.
     near_first = [("0 near.png", -102, "a", "val", "patient x"), *distinct()]
-    lenient = LeakConfig(across="report")
+    lenient = DuplicatesConfig(across="report")
     convert(
-        config_of(write_set(tmp_path / "b", near_first), dataset="second", leaks=lenient), root.at("datasets/second/d")
+        config_of(write_set(tmp_path / "b", near_first), dataset="second", duplicates=lenient),
+        root.at("datasets/second/d"),
     )
     store = root.at("datasets/third/default")
-    facts = convert(config_of(write_set(tmp_path / "c", distinct()), dataset="third", leaks=lenient), store)
+    facts = convert(config_of(write_set(tmp_path / "c", distinct()), dataset="third", duplicates=lenient), store)
     assert facts["leaks"]["also in other datasets"] == 12
     report = read_report(store)
     assert [finding.kind for finding in report.findings] == ["exact"] * 24
@@ -223,12 +226,12 @@ def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_
 
 
 def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
-    for module in ("duplicates", "guard"):
-        monkeypatch.setattr(f"data_shards.leakage.{module}.MOST_FINDINGS", 5)
+    for module in ("clusters", "guard"):
+        monkeypatch.setattr(f"data_shards.duplicates.{module}.MOST_FINDINGS", 5)
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
     rows = [*distinct(), *COPIES]
-    config = config_of(write_set(tmp_path / "b", rows), dataset="other", leaks=LeakConfig(across="report"))
+    config = config_of(write_set(tmp_path / "b", rows), dataset="other", duplicates=DuplicatesConfig(across="report"))
     store = root.at("datasets/other/default")
     assert convert(config, store)["leaks"]["also in other datasets"] == 14
     report = read_report(store)
@@ -242,7 +245,7 @@ def test_a_group_in_which_only_some_are_equal_is_near_and_says_how_many_are_equa
     convert(config_of(write_set(tmp_path / "set", rows)), store)
     (finding,) = read_report(store).findings
     assert (finding.kind, finding.equal, finding.num_copies) == ("near", 2, 3)
-    assert "1. near (2 with equal pixels)" in store.get(LEAKS_PAGE).decode()
+    assert "1. near (2 with equal pixels)" in store.get(PAGE).decode()
 
 
 def many_copies(num: int) -> list[tuple[str, int, str, str, str]]:
@@ -253,7 +256,9 @@ def many_copies(num: int) -> list[tuple[str, int, str, str, str]]:
 
 def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_label(tmp_path):
     store = open_store(str(tmp_path / "out"))
-    convert(config_of(write_set(tmp_path / "set", many_copies(60)), leaks=LeakConfig(across="report")), store)
+    convert(
+        config_of(write_set(tmp_path / "set", many_copies(60)), duplicates=DuplicatesConfig(across="report")), store
+    )
     (finding,) = read_report(store).findings
     assert [(copy.split, copy.label_names) for copy in finding.copies[:3]] == [
         ("train", ("a",)),
@@ -261,15 +266,17 @@ def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_l
         ("test", ("a",)),
     ]
     assert (len(finding.copies), finding.more, len({copy.key for copy in finding.copies})) == (61, 0, 61)
-    assert "61 copies" in store.get(LEAKS_PAGE).decode()
-    assert "and 55 more copies" in store.get(LEAKS_PAGE).decode()
+    assert "61 images" in store.get(PAGE).decode()
+    assert "and 55 more images" in store.get(PAGE).decode()
 
 
 def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_shards.leakage.duplicates.MOST_COPIES", 4)
-    monkeypatch.setattr("data_shards.leakage.duplicates.MOST_COPIES_IN_ALL", 10)
+    monkeypatch.setattr("data_shards.duplicates.clusters.MOST_COPIES", 4)
+    monkeypatch.setattr("data_shards.duplicates.clusters.MOST_COPIES_IN_ALL", 10)
     store = open_store(str(tmp_path / "out"))
-    convert(config_of(write_set(tmp_path / "set", many_copies(20)), leaks=LeakConfig(across="report")), store)
+    convert(
+        config_of(write_set(tmp_path / "set", many_copies(20)), duplicates=DuplicatesConfig(across="report")), store
+    )
     (finding,) = read_report(store).findings
     assert (len(finding.copies), finding.more, finding.num_copies) == (10, 11, 21)
 
@@ -279,17 +286,17 @@ def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, mo
     [
         (
             {"across": "drop"},
-            r"'b' is gone from train: of the 1 images that 'b' had there, 1 dropped.*leaks\.across report",
+            r"'b' is gone from train: of the 1 images that 'b' had there, 1 dropped.*duplicates\.across report",
         ),
-        ({"across": "move"}, r"'b' is gone from train: .* 1 moved to another split .*leaks\.across report"),
-        ({"labels": "drop"}, r"'b' is gone from train: .* 1 dropped .*--data\.leaks\.labels report"),
+        ({"across": "move"}, r"'b' is gone from train: .* 1 moved to another split .*duplicates\.across report"),
+        ({"labels": "drop"}, r"'b' is gone from train: .* 1 dropped .*--data\.duplicates\.labels report"),
     ],
     ids=["dropped across splits", "moved", "dropped for its labels"],
 )
 def test_a_class_that_lost_all_its_images_of_a_split_to_duplicates_is_named_with_the_reason(tmp_path, leaks, told):
     rows = [row for row in distinct() if row[3] != "train" or row[2] == "a"]
     copy = ("only b.png", 100, "b", "train", "p") if "labels" in leaks else ("only b.png", 121, "b", "train", "p")
-    config = config_of(write_set(tmp_path / "set", [*rows, copy]), leaks={"across": "report", **leaks})
+    config = config_of(write_set(tmp_path / "set", [*rows, copy]), duplicates={"across": "report", **leaks})
     with pytest.raises(DuplicatesError, match=told):
         convert(config, open_store(str(tmp_path / "out")))
 
@@ -305,24 +312,26 @@ def test_classes_that_are_gone_are_named_with_their_splits():
 def test_a_refusal_leaves_the_complete_report_by_key_and_says_which_command_prints_it(tmp_path):
     store = open_store(str(tmp_path / "a store/datasets/mine/default"))
     folder = write_set(tmp_path / "set", [*distinct(), *COPIES])
-    with pytest.raises(DuplicatesError, match=r"`medmamba shards leaks mine/default --names --store '.*/a store'`"):
+    with pytest.raises(
+        DuplicatesError, match=r"`medmamba shards duplicates mine/default --names --store '.*/a store'`"
+    ):
         convert(config_of(folder), store)
     report = read_report(store, REFUSED)
     assert (report.across, len(report.findings), report.more, report.dropped) == ("refuse", 2, 0, ())
     assert b"copy in train" not in store.get(REFUSED)
-    convert(config_of(folder, leaks={"across": "drop"}), store)
+    convert(config_of(folder, duplicates={"across": "drop"}), store)
     assert store.head(REFUSED) is None
 
 
 def test_a_report_of_an_earlier_release_is_read(tmp_path):
     store = open_store(str(tmp_path / "out"))
-    convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"}), store)
-    old = json.loads(store.get(LEAKS))
+    convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"}), store)
+    old = json.loads(store.get(REPORT))
     for finding in old["findings"]:
         del finding["more"], finding["equal"]
         for copy in finding["copies"]:
             del copy["label_names"]
-    store.put(LEAKS, json.dumps(old).encode())
+    store.put(REPORT, json.dumps(old).encode())
     report = read_report(store)
     assert [finding.head for finding in report.findings] == ["exact", "near"]
     assert [copy.label_names for copy in report.findings[0].copies] == [(), ()]
@@ -336,7 +345,7 @@ def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_c
         return Finding.model_validate(facts)
 
     assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
-    assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more copies"]
+    assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more images"]
     assert finding(50).rest(6) == "and 44 or more copies: the release that made the report listed 50"
     assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
 
@@ -354,27 +363,27 @@ def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_pa
 
 def test_the_page_shows_the_copies_and_no_name_that_only_the_owner_knows(tmp_path):
     store = open_store(str(tmp_path / "out"))
-    convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"}), store)
-    page = store.get(LEAKS_PAGE).decode()
+    convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"}), store)
+    page = store.get(PAGE).decode()
     assert page.count("data:image/png;base64,") == 4
-    assert "copy in train" not in page + store.get(LEAKS).decode()
+    assert "copy in train" not in page + store.get(REPORT).decode()
 
 
 def test_the_report_does_not_depend_on_the_number_of_tasks_or_their_order(tmp_path):
-    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), leaks={"across": "report"})
+    config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"})
     one, two = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
     convert(config, one)
     convert(config, two, run_tasks=lambda run, tasks: [run(task) for task in tasks[::-1]])
-    assert one.get(LEAKS) == two.get(LEAKS)
+    assert one.get(REPORT) == two.get(REPORT)
     assert one.get(MANIFEST) == two.get(MANIFEST)
 
 
 def test_a_dataset_whose_report_is_lost_says_how_to_make_it_again(tmp_path):
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", distinct())), store)
-    report = json.loads(store.get(LEAKS))
-    assert LeakReport.model_validate(report).images == 12
-    store.put(LEAKS, b"{}")
+    report = json.loads(store.get(REPORT))
+    assert DuplicatesReport.model_validate(report).images == 12
+    store.put(REPORT, b"{}")
     with pytest.raises(ManifestError, match=r"no complete leakage\.json.* under another --run"):
         read_report(store)
 
@@ -406,9 +415,9 @@ def test_validation_drawn_from_an_official_train_split_keeps_copies_together(tmp
 def test_the_remedy_for_copies_across_official_folders_works_when_it_is_followed(tmp_path, policy, num):
     config = official(tmp_path / "set", {"Testing/a/copy.png": 4})
     store = open_store(str(tmp_path / "out"))
-    with pytest.raises(LeakError, match=r"--data\.leaks\.across drop, move or report"):
+    with pytest.raises(LeakError, match=r"--data\.duplicates\.across drop, move or report"):
         convert(config, store)
-    lenient = config.model_copy(update={"leaks": LeakConfig(across=policy)})
+    lenient = config.model_copy(update={"duplicates": DuplicatesConfig(across=policy)})
     assert convert(lenient, store)["num_images"] == num
 
 

@@ -1,4 +1,4 @@
-"""The firewall between splits: what is done about duplicates before anything is written."""
+"""What is done about duplicates before anything is written, so that none is in two splits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_shards.config import LeakConfig
-from data_shards.leakage.duplicates import (
+from data_shards.config import DuplicatesConfig
+from data_shards.duplicates.clusters import (
     HELD_OUT,
     MOST_FINDINGS,
     DuplicateClusters,
@@ -19,8 +19,8 @@ from data_shards.leakage.duplicates import (
     clusters_of,
     components,
 )
-from data_shards.leakage.fingerprint import SHARP, UNDECODABLE, Fingerprints
-from data_shards.leakage.report import Copy, DuplicatesError, LeakReport, lost_text, named_labels
+from data_shards.duplicates.fingerprint import SHARP, UNDECODABLE, Fingerprints
+from data_shards.duplicates.report import Copy, DuplicatesError, DuplicatesReport, lost_text, named_labels
 from data_shards.source.row import Row
 from data_shards.split import SPLITS
 
@@ -34,13 +34,13 @@ class Guarded:
 
     rows: list[int]
     splits: list[str]
-    report: LeakReport
+    report: DuplicatesReport
 
 
 def guard(
     rows: Sequence[Row],
     prints: Fingerprints,
-    config: LeakConfig,
+    config: DuplicatesConfig,
     *,
     draw: Draw,
     keys: Sequence[str],
@@ -121,14 +121,14 @@ def _copy_there(other: OtherDataset, j: int) -> Copy:
 def _report(
     found: DuplicateClusters,
     prints: Fingerprints,
-    config: LeakConfig,
+    config: DuplicatesConfig,
     across: Literal["report", "drop", "move", "refuse"],
     *,
     splits: Sequence[str],
     dropped: np.ndarray,
     elsewhere: Sequence[_Elsewhere],
     together: np.ndarray | None = None,
-) -> LeakReport:
+) -> DuplicatesReport:
     findings, num_findings = found.findings(splits, dropped)
     shared = np.zeros(len(found.rows), bool)
     for other in elsewhere:
@@ -138,7 +138,7 @@ def _report(
             found.finding_elsewhere(*pair, splits=splits, dropped=dropped)
             for pair in other.pairs[: MOST_FINDINGS - len(findings)]
         ]
-    return LeakReport(
+    return DuplicatesReport(
         images=len(found.rows),
         undecodable=int((prints.state == UNDECODABLE).sum()),
         blank=int(len(found.rows) - np.isin(prints.state, (UNDECODABLE, SHARP)).sum()),
@@ -151,7 +151,7 @@ def _report(
     )
 
 
-def _dropped(found: DuplicateClusters, config: LeakConfig, across: str) -> np.ndarray:
+def _dropped(found: DuplicateClusters, config: DuplicatesConfig, across: str) -> np.ndarray:
     """(N,) bool: what is left out for its labels, or for a duplicate in a split held out more; raises as guard does."""
     dropped = np.zeros(len(found.rows), bool)
     conflicts = found.conflicts()
@@ -160,7 +160,7 @@ def _dropped(found: DuplicateClusters, config: LeakConfig, across: str) -> np.nd
             conflicts,
             "equal pixels under different labels",
             "at least one of the labels is wrong",
-            "--data.leaks.labels drop or report",
+            "--data.duplicates.labels drop or report",
         )
     if config.labels == "drop":
         dropped[[i for members in conflicts for i in members]] = True
@@ -170,7 +170,7 @@ def _dropped(found: DuplicateClusters, config: LeakConfig, across: str) -> np.nd
             torn,
             "duplicates of one image in different splits",
             "a model would be tested on what it has seen",
-            "--data.leaks.across drop, move or report",
+            "--data.duplicates.across drop, move or report",
         )
     dropped[[i for members in torn for i in members if found.splits[i] != found.held_out(members)]] = True
     return dropped
@@ -182,12 +182,12 @@ def _refuse_those_elsewhere(found: DuplicateClusters, elsewhere: Sequence[_Elsew
             raise DuplicatesError(
                 f"{len(other.rows)} images are also in the dataset {other.name!r} of this store (for example "
                 f"{found.rows[here].where!r}, key {found.keys[here]}, which has the key {there.key} there): use "
-                "another store, or --data.leaks.datasets report"
+                "another store, or --data.duplicates.datasets report"
             )
 
 
 def _refuse_lost_classes(
-    found: DuplicateClusters, splits: Sequence[str], dropped: np.ndarray, config: LeakConfig
+    found: DuplicateClusters, splits: Sequence[str], dropped: np.ndarray, config: DuplicatesConfig
 ) -> None:
     """DuplicatesError where what was dropped or moved were all images that a split had of a class."""
     homes = list(zip(splits, dropped.tolist(), strict=True))
@@ -208,25 +208,25 @@ def _refuse_lost_classes(
     fates = {"dropped": num_dropped, "moved to another split": len(there) - num_dropped}
     told = " and ".join(f"{count} {fate}" for fate, count in fates.items() if count)
     keeping = {"across": config.across in ("drop", "move"), "labels": config.labels == "drop"}
-    asked = " and ".join(f"--data.leaks.{name} report" for name, does in keeping.items() if does)
+    asked = " and ".join(f"--data.duplicates.{name} report" for name, does in keeping.items() if does)
     raise DuplicatesError(
         f"{lost_text(lost, found.classes)}: of the {len(there)} images that {found.label_names((label,))[0]!r} had "
         f"there, {told} as duplicates, but every split needs every class; keep the duplicates with "
-        f"{asked or '--data.leaks.across report'}, add images of the class, or leave the class out"
+        f"{asked or '--data.duplicates.across report'}, add images of the class, or leave the class out"
     )
 
 
-def _policy(config: LeakConfig, *, drawn: bool, official: bool) -> Literal["report", "drop", "move", "refuse"]:
+def _policy(config: DuplicatesConfig, *, drawn: bool, official: bool) -> Literal["report", "drop", "move", "refuse"]:
     if config.across != "auto":
         return config.across
     if drawn:
-        return "move"  # nothing is fixed yet, so duplicates are dealt out together and nothing is lost
+        return "move"  # no split is given, so duplicates are drawn together and nothing is lost
     return "report" if official else "refuse"
 
 
 def _in_groups(rows: Sequence[Row], together: np.ndarray) -> list[Row]:
     """The rows with groups that hold duplicates together. A row that is alone stays without a group, so that sets
-    without duplicates are drawn as if nobody had looked."""
+    without duplicates are drawn as before."""
     first = np.unique(together, return_index=True, return_inverse=True)
     home, times = first[1][first[2]].tolist(), np.bincount(first[2])[first[2]].tolist()
     found = []
@@ -237,8 +237,8 @@ def _in_groups(rows: Sequence[Row], together: np.ndarray) -> list[Row]:
 
 
 def _draw_val(rows: Sequence[Row], alike: np.ndarray, draw: Draw) -> list[str]:
-    """The splits of rows that come with some. Where validation is drawn from train, duplicates stay together: what is
-    refused of official splits must not be made by the drawing."""
+    """The splits of rows that have some already. Where validation is drawn from train, duplicates stay together: the
+    drawing must not make what is refused in official splits."""
     if {row.split for row in rows} != {"train", "test"}:
         return draw(rows)
     train = [i for i, row in enumerate(rows) if row.split == "train"]
@@ -251,7 +251,7 @@ def _draw_val(rows: Sequence[Row], alike: np.ndarray, draw: Draw) -> list[str]:
 
 
 def _moved(splits: list[str], together: np.ndarray, torn: list[list[int]]) -> list[str]:
-    """Whole groups move to where the most held out of their duplicates is."""
+    """Complete groups move to where the most held out of their duplicates is."""
     target: dict[int, str] = {}
     for members in torn:
         home = int(together[members[0]])

@@ -1,4 +1,4 @@
-"""The leak report as one page: counts, and the images of each finding side by side."""
+"""The report of duplicates as one page: counts, and the images of each finding side by side."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from data_shards.leakage.report import Copy, Finding, LeakReport, named_labels
+from data_shards.duplicates.report import Copy, DuplicatesReport, Finding, named_labels
 
-LEAKS_PAGE = "leakage.html"
+PAGE = "duplicates.html"
+EARLIER_PAGE = "leakage.html"
 MOST_SHOWN = 100  # findings with images: a page of some megabytes
 MOST_COPIES_SHOWN = 6  # of each finding
 _SIDE = 160
@@ -31,7 +32,7 @@ figcaption { font-size: .8rem; overflow-wrap: anywhere } img { image-rendering: 
 
 
 def page(
-    report: LeakReport,
+    report: DuplicatesReport,
     *,
     title: str,
     classes: tuple[str, ...],
@@ -39,14 +40,14 @@ def page(
     named: Callable[[Copy], str] = lambda copy: "",
     most: int = MOST_SHOWN,
 ) -> str:
-    """HTML that needs nothing else.
+    """HTML without references to other files.
 
     Args:
         report: What was found.
         title: The dataset.
         classes: Its class names, for reports of earlier releases, which hold labels as numbers only.
-        picture: Gives a copy's pixels (H, W, C), or None where they cannot be had.
-        named: Gives a copy's file, for a page that stays with the owner of the images.
+        picture: Gives an image's pixels (H, W, C), or None where they cannot be read.
+        named: Gives an image's file, for a page that stays with the owner of the images.
         most: Findings that are shown with their images.
     """
     rows = "".join(f'<tr><td>{_e(what)}</td><td class="number">{n:,}</td></tr>' for what, n in report.counts.items())
@@ -60,15 +61,16 @@ def page(
 <h1>{_e(title)}: duplicates</h1>
 <p>{report.images:,} images compared by their decoded pixels (exact) and by fingerprints that differ in at most
 {report.near} of 168 bits (near); {report.blank:,} without structure by their pixels only; {report.undecodable:,} could
-not be decoded. Copies in different splits: policy <b>{report.across}</b>. {len(report.dropped):,} images left out.</p>
-<table><tr><th>copies beyond the first</th><th>images</th></tr>{rows}</table>
+not be decoded. Duplicates in different splits: policy <b>{report.across}</b>. {len(report.dropped):,} images left
+out.</p>
+<table><tr><th>duplicates beyond the first</th><th>images</th></tr>{rows}</table>
 <p>{num:,} groups of duplicates.</p>
 {"".join(shown) or "<p>No image appears twice.</p>"}{_rest(report, len(shown))}
 </body></html>
 """
 
 
-def _rest(report: LeakReport, shown: int) -> str:
+def _rest(report: DuplicatesReport, shown: int) -> str:
     """How many groups are not on the page, and where they are."""
     listed = len(report.findings) - shown
     told = [f"{listed:,} more groups are in leakage.json without pictures."] if listed else []
@@ -90,7 +92,7 @@ def _section(
     rest = finding.rest(len(copies))
     more = f"<p>{rest}</p>" if rest else ""
     where = f'<span class="{mark}">{finding.where}</span>'
-    head = f"{number}. {finding.head}, {where}{conflict}, {finding.num_copies:,} copies"
+    head = f"{number}. {finding.head}, {where}{conflict}, {finding.num_copies:,} images"
     return f"<section><h2>{head}</h2>{figures}{more}</section>"
 
 

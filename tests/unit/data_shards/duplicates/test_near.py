@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_shards.leakage.fingerprint import NUM_BITS
-from data_shards.leakage.near import clusters, near_clusters
+from data_shards.duplicates.fingerprint import NUM_BITS
+from data_shards.duplicates.near import clusters, near_clusters
 
 
 def random_bits(num: int, *, seed: int = 0) -> np.ndarray:

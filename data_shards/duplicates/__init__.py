@@ -1,11 +1,11 @@
-"""Images that appear more than once, in one split or in several: found before anything is written, and reported."""
+"""Duplicates in one split or in several: found before anything is written, and reported."""
 
-from data_shards.leakage.report import (
-    LEAKS,
+from data_shards.duplicates.report import (
+    REPORT,
     Copy,
     DuplicatesError,
+    DuplicatesReport,
     Finding,
-    LeakReport,
     lost_text,
     named_labels,
     read_report,
@@ -13,11 +13,11 @@ from data_shards.leakage.report import (
 )
 
 __all__ = [
-    "LEAKS",
+    "REPORT",
     "Copy",
     "DuplicatesError",
+    "DuplicatesReport",
     "Finding",
-    "LeakReport",
     "lost_text",
     "named_labels",
     "read_report",

@@ -1,4 +1,4 @@
-"""How training images are altered: the `augment` part of a recipe. Does not import torch, as a recipe may not."""
+"""Settings of data augmentation: the `augment` part of a recipe. Must not import torch, like all of a recipe."""
 
 from typing import Literal
 

@@ -213,9 +213,9 @@ def _is_remembered(state: os.stat_result, sha256: str) -> bool:
 def _remember(state: os.stat_result, sha256: str) -> None:
     with contextlib.suppress(OSError):  # without a writable home it is only slower
         mark = _mark(sha256, state)
-        beside = mark.with_name(f"{mark.name}.{os.getpid()}")
-        beside.write_text(_state(state))
-        os.replace(beside, mark)
+        temporary = mark.with_name(f"{mark.name}.{os.getpid()}")
+        temporary.write_text(_state(state))
+        os.replace(temporary, mark)
 
 
 def _allocate(path: Path, size_bytes: int) -> None:

@@ -180,7 +180,7 @@ def _jpeg_part(
         buffer=_scratch(math.prod(shape)),
         strict=False,
     )
-    assert pixels.shape == shape, f"asked for {shape} pixels, got {pixels.shape}"
+    assert pixels.shape == shape, f"expected {shape} pixels, got {pixels.shape}"
     return (pixels[:, :, 0] if shape[2] == 1 else pixels), scale
 
 

@@ -36,11 +36,11 @@ class FileStore(Store):
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
         """See Store. Written to a temporary file, synced, then renamed: readers never see a partial file."""
         target = self.folder / checked_key(key)
-        beside = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+        temporary = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
         with self._errors(f"cannot write {key}", data=data):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with beside.open("wb") as file:
+                with temporary.open("wb") as file:
                     if isinstance(data, Path):
                         with data.open("rb") as source:
                             shutil.copyfileobj(source, file, 1 << 20)
@@ -49,16 +49,16 @@ class FileStore(Store):
                     file.flush()
                     os.fsync(file.fileno())
                 if not if_absent:
-                    os.replace(beside, target)
+                    os.replace(temporary, target)
                     return True
                 try:
-                    os.link(beside, target)
+                    os.link(temporary, target)
                 except FileExistsError:
                     return False
                 return True
             finally:
                 with contextlib.suppress(OSError):
-                    beside.unlink()
+                    temporary.unlink()
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         with self._errors(f"cannot read {key}", key=key), (self.folder / checked_key(key)).open("rb") as file:

@@ -131,12 +131,12 @@ def _cached(target: Path, write: Callable[[Path], None]) -> Path:
         with _one_at_a_time(target.parent):
             if target.exists():
                 return target
-            beside = target.with_name(f".tmp-{secrets.token_hex(8)}")
+            temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
             try:
-                write(beside)
-                os.replace(beside, target)
+                write(temporary)
+                os.replace(temporary, target)
             finally:
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
     return target
 
 

@@ -293,8 +293,8 @@ def _classes_of_splits(reader: _Reader) -> FolderLayout:
             f"inside; if the inner ones are the classes, read one of the outer ones (--data.source {typed([one])}) or "
             f"{_TABLE}; if the outer ones are, name them: --data.classes {typed(reader.tops)}"
         )
-    beside = [reader.below(top) for top in reader.tops]
-    splits = split_of_each(sorted({name for _, name in places}), reader.config, beside=beside)
+    siblings = [reader.below(top) for top in reader.tops]
+    splits = split_of_each(sorted({name for _, name in places}), reader.config, siblings=siblings)
     folders = [
         ClassFolder(part, class_name(top), splits[name], name)
         for (top, name), part in zip(places, parts, strict=True)

@@ -33,11 +33,11 @@ def said(folder: str, config: DataConfig) -> str:
 
 
 def split_of_each(
-    folders: Sequence[str], config: DataConfig, *, beside: Sequence[Sequence[str]] = ()
+    folders: Sequence[str], config: DataConfig, *, siblings: Sequence[Sequence[str]] = ()
 ) -> dict[str, str]:
     """The split of each folder; "" if split folders are ignored. ValueError if one is unknown or a split is missing.
 
-    `beside` lists the folders by their parent folder, if they have several.
+    `siblings` lists the folders by their parent folder, if they have several.
     """
     splits = {name: meaning(name, config) for name in folders}
     unknown = [name for name in folders if not splits[name]]
@@ -49,7 +49,7 @@ def split_of_each(
     splits = _without_doubt(splits, config)
     for split in SPLITS:
         _check_one_of_each([name for name in folders if splits[name] == split], split, config)
-        for together in beside or [folders]:
+        for together in siblings or [folders]:
             _check_parts([name for name in together if splits[name] == split], split, config)
     there = [split for split in SPLITS if split in splits.values()]
     missing = [split for split in ("train", "test") if split not in there]

@@ -1,4 +1,4 @@
-"""Some images of each class side by side, to look at: what stands in the shards, not what the source was."""
+"""Some images of each class side by side, for viewing: as stored in the shards, not as in the source."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _GAP, _TEXT = 6, 16
 
 
 def chosen(dataset: Dataset, split: str, *, per_class: int) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Each class with its first `per_class` images (H, W, C) of the split: a fair sample, as shards are shuffled.
+    """Each class with its first `per_class` images (H, W, C) of the split; a random sample, as shards are shuffled.
 
-    Reads these images' bytes only. A multilabel image stands under each of its classes.
+    Reads only the bytes of these images. A multilabel image appears under each of its classes.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: the dataset has no such split.
         StoreError: a shard is missing.
     """
     index = dataset.index(split)
@@ -30,7 +30,7 @@ def chosen(dataset: Dataset, split: str, *, per_class: int) -> Iterator[tuple[st
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], *, side: int = 96) -> Image.Image:
-    """One line of images per class under its name, each within `side` x `side` pixels."""
+    """One row of images per class, below the class name; each image fits into `side` x `side` pixels."""
     columns = max((len(images) for _, images in rows), default=0)
     width = max(columns * (side + _GAP), 320) + _GAP
     height = len(rows) * (side + _TEXT + 2 * _GAP) + _GAP
@@ -47,7 +47,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], *, side: int = 96) -> Image.
 
 
 def fitted(pixels_HWC: np.ndarray, side: int) -> Image.Image:
-    """RGB, as large as fits into `side` x `side`; small images are enlarged by whole pixels."""
+    """The image as RGB, scaled to fit into `side` x `side`; small images are enlarged without interpolation."""
     image = Image.fromarray(pixels_HWC.repeat(3, 2) if pixels_HWC.shape[2] == 1 else pixels_HWC)
     scale = side / max(image.size)
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR

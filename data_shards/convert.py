@@ -1,6 +1,6 @@
-"""Image set -> shards -> index -> manifest, in this order: a dataset with a manifest is complete.
+"""Image set -> shards -> index -> manifest, written in this order: a dataset with a manifest is complete.
 
-A conversion that was killed is resumed: shards whose commit mark is there are kept.
+A killed conversion can be resumed: shards with a commit mark are kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from data_shards.store.lease import Lease, one_driver
 from data_shards.verify import check_moved
 
 LEASE = ".lease.json"
-_ABANDONED_S = 6 * 3600  # no upload of one shard takes as long
+_ABANDONED_S = 6 * 3600  # no upload of a shard takes that long
 _log = logging.getLogger(__name__)
 
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
@@ -73,30 +73,29 @@ def convert(
     run_tasks: RunTasks = map,
     progress: Progress = lambda done, total, unit: None,
 ) -> dict[str, Any]:
-    """Writes the dataset of `config` into `out` (rooted at `datasets/<dataset>/<name>`), or finds it there.
+    """Writes the dataset of `config` into `out` (rooted at `datasets/<dataset>/<name>`), unless it is already there.
 
     Args:
-        config: What to convert.
-        out: Where to.
-        run_tasks: Like `map`, with results in any order: how `scan_rows` and `write_shard` are run on tasks that can
-            be pickled.
-        progress: Called with what is done, of how much, in images while they are looked at, then in shards.
+        config: Settings of the conversion.
+        out: The store to write to.
+        run_tasks: Runs `scan_rows` and `write_shard` on picklable tasks; like `map`, but results may come in any order.
+        progress: Called with (done, total, unit): unit is "images" while fingerprinting, then "shards".
 
     Returns:
         Facts: digest (the dataset's version), uri, dataset, task, counts {split: {class: n}}, samples {split: n}
-        (for multilabel not the sum of the counts), splits_from (a clause, or ""), num_shards, num_images, bytes,
+        (not the sum of the counts if multilabel), splits_from (a clause, or ""), num_shards, num_images, bytes,
         quarantine (number of images), leaks {what: number of copies}, dropped (number of images), made and kept
         (shards written now, shards found).
 
     Raises:
-        ValueError: the store holds a dataset of other settings here, the image set or its splits are at fault, or
-            more images than `max_quarantine` cannot be decoded. No manifest is written then.
-        DuplicatesError: an image is in two splits, and the config refuses that. No shard is written then.
+        ValueError: the store has a dataset with other settings, the image set or its splits are invalid, or more
+            images than `max_quarantine` cannot be decoded. No manifest is written.
+        DuplicatesError: an image is in two splits, and the config refuses that. No shard is written.
     """
     if out.head(MANIFEST) is not None:
         return _facts(_found(config, out), made=0)
-    # Two drivers of the same settings write the same bytes, so they may both work; where a store cannot say who was
-    # first, only one does.
+    # Two drivers with equal settings write equal bytes, so both may run. Only stores without conditional writes need
+    # a single driver.
     with one_driver(out, LEASE, f"{socket.gethostname()}, process {os.getpid()}") as held:
         _remove_abandoned(out)
         image_set = _open(config)
@@ -107,19 +106,19 @@ def convert(
 
 @dataclass(frozen=True)
 class Conversion:
-    """One image set on its way into a store: scan, guard, write, commit."""
+    """Conversion of one image set: scan, guard, write, commit."""
 
     config: DataConfig
     out: Store
     image_set: ImageSet
     settings: bytes
-    """What is kept beside the dataset of what it was made with."""
+    """The settings file stored with the dataset."""
     run_tasks: RunTasks
     progress: Progress
     held: Lease | None
 
     def run(self) -> int:
-        """Everything up to the manifest; how many shards were written."""
+        """Runs all steps up to the manifest; returns the number of shards written."""
         keys = sample_keys(self.image_set.rows, self.config)
         self.out.ensure(SETTINGS, self.settings)
         scan = Scan(self.image_set, self.config, self.out)
@@ -131,7 +130,7 @@ class Conversion:
         return written.made
 
     def _scan(self, scan: Scan) -> None:
-        """Completes the fingerprints: only images that no earlier try has looked at are read."""
+        """Completes the fingerprints; images that an earlier attempt has fingerprinted are not read again."""
         num = len(self.image_set.rows)
         done = num - len(scan.missing)
         self.progress(done, num, "images")
@@ -141,8 +140,8 @@ class Conversion:
             self.progress(done, num, "images")
 
     def _guard(self, keys: Sequence[str], prints: Fingerprints) -> _Chosen:
-        """The rows that remain once duplicates are dealt with, in their splits. DuplicatesError where they may not."""
-        self.out.delete(REFUSED)  # of an earlier try
+        """The rows that remain after handling duplicates, with their splits. DuplicatesError if the config refuses."""
+        self.out.delete(REFUSED)  # from an earlier attempt
         config, image_set = self.config, self.image_set
         draw = functools.partial(
             assign_splits,
@@ -175,7 +174,7 @@ class Conversion:
         )
 
     def _refused(self, refusal: DuplicatesError) -> DuplicatesError:
-        """The refusal with the command that lists all duplicates, whose report is kept for it."""
+        """Stores the report of the duplicates; returns the error with the command that lists them."""
         self.out.put(REFUSED, refusal.report.model_dump_json(indent=1).encode())
         found = DuplicatesError(f"{refusal}; `{_listing('duplicates', self.config, self.out)}` lists all duplicates")
         counts = "; ".join(f"{count} {what}" for what, count in refusal.report.counts.items() if count)
@@ -183,13 +182,13 @@ class Conversion:
         return found
 
     def _write(self, chosen: _Chosen) -> _Written:
-        """The shards: those that an earlier try has finished are kept."""
+        """Writes the shards, except those that an earlier attempt has finished."""
         config, out, image_set = self.config, self.out, self.image_set
         sizes = chosen.prints.size.tolist()
         plans = plan_shards(chosen.rows, chosen.splits, config, keys=chosen.keys, sizes=sizes)
         tasks = [ShardTask(image_set.reader, plan, config, image_set.task, out) for plan in plans]
         found = {task.plan.name: find_shard(task) for task in tasks}
-        # A shard that lacks images is made again: they may have been repaired since.
+        # A shard with quarantined images is written again: they may have been repaired since.
         parts = {name: _Part(part) for name, part in found.items() if part and not part.quarantine}
         missing = [task for task in tasks if task.plan.name not in parts]
         self.progress(len(parts), len(plans), "shards")
@@ -199,7 +198,7 @@ class Conversion:
         return _Written(plans, [parts[plan.name] for plan in plans], len(missing))
 
     def _commit(self, chosen: _Chosen, written: _Written) -> None:
-        """Fingerprints, report of duplicates and index, then the manifest, which makes the dataset complete."""
+        """Writes fingerprints, duplicates report and index, then the manifest, which makes the dataset complete."""
         config, out = self.config, self.out
         if self.held is not None:
             self.held.check()
@@ -207,22 +206,22 @@ class Conversion:
         self._write_report(chosen)
         if not out.holds(SETTINGS, self.settings):
             raise ValueError(
-                f"another conversion with other settings began in {out.uri} while this one ran, and may have replaced "
-                "its shards: run again once it has ended, and give one of the two a name of its own with --data.name"
+                f"another conversion with different settings started in {out.uri} and may have replaced shards of "
+                "this one; rerun when it has ended, with a different --data.name for one of them"
             )
         index, manifest = _contents(written, self.image_set, config, _listing("quarantine", config, out))
         data = (manifest.model_dump_json(indent=1) + "\n").encode()
         out.ensure(INDEX, index)
         if not out.put(MANIFEST, data, if_absent=True) and out.get(MANIFEST) != data:
             raise ValueError(
-                f"{out.uri} was finished with other settings while this conversion ran: give one of the two a name of "
-                "its own with --data.name"
+                f"another conversion finished {out.uri} with different settings while this one ran; use a different "
+                "--data.name for one of them"
             )
         for key in list(out.list(FOLDER)):
             out.delete(key)
 
     def _write_report(self, chosen: _Chosen) -> None:
-        """Fingerprints, and the report of duplicates as JSON and as a page."""
+        """Writes the fingerprints, and the duplicates report as JSON and as a page."""
         image_set, out = self.image_set, self.out
         out.ensure(FINGERPRINTS, fingerprints_bytes(chosen.keys, chosen.rows, chosen.splits, chosen.prints))
 
@@ -239,7 +238,7 @@ class Conversion:
 
 
 def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
-    """(key, path inside the set, frame) of every sample. It is recomputed from the source, as it is never stored."""
+    """(key, path inside the set, frame) of every sample, computed from the source because it is never stored."""
     rows = open_source(config).rows
     for row, key in zip(rows, sample_keys(rows, config), strict=True):
         yield key, row.where, row.frame
@@ -247,7 +246,7 @@ def key_map(config: DataConfig) -> Iterator[tuple[str, str, int]]:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The rows that remain, with what is known of each, and the report of duplicates."""
+    """The rows to convert, column by column, and the duplicates report."""
 
     rows: list[Row]
     keys: list[str]
@@ -257,7 +256,7 @@ class _Chosen:
 
 
 class _Part:
-    """What the driver keeps of a written shard: its samples as columns, for there may be a million."""
+    """What the driver keeps of a written shard; samples as columns, because there may be millions."""
 
     def __init__(self, part: ShardPart):
         self.table, self.quarantine, self.flaws = index_table(part), part.quarantine, part.flaws
@@ -268,16 +267,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Written:
-    """The shards in their order."""
+    """The shards, in order."""
 
     plans: list[ShardPlan]
     parts: list[_Part]
     made: int
-    """How many of them were not there yet."""
+    """Number of shards written by this run."""
 
 
 def _found(config: DataConfig, out: Store) -> Dataset:
-    """The finished dataset. ValueError where it was made with other settings, or these judge it otherwise."""
+    """The finished dataset. ValueError if it was made with other settings or these settings reject it."""
     refuse_drift(config, out)
     dataset = open_dataset(out)
     if has_moved(config, out):
@@ -290,37 +289,37 @@ def _found(config: DataConfig, out: Store) -> Dataset:
 
 
 def _open(config: DataConfig) -> ImageSet:
-    """The image set, with its notes logged. ValueError where it has only one class."""
+    """The image set; its notes are logged. ValueError if it has only one class."""
     image_set = open_source(_findable(config))
     for note in image_set.notes:  # logged only: no file name goes into the store
         _log.warning("%s", note)
     if len(image_set.classes) < 2 and image_set.task != "multilabel":
         raise ValueError(
-            f"the image set has the one class {', '.join(image_set.classes)}: there is nothing to tell apart; add the "
-            "images of another class, or check --data.source and the label column"
+            f"the image set has only one class ({', '.join(image_set.classes)}), but needs at least two; add images "
+            "of another class, or check --data.source and the label column"
         )
     return image_set
 
 
 def _findable(config: DataConfig) -> DataConfig:
-    """The config with an absolute source: a task may run in another folder than the one it was asked for in."""
+    """The config with an absolute source, because tasks may run in another working directory."""
     if not config.source or "://" in config.source:
         return config
     return config.model_copy(update={"source": os.path.abspath(os.path.expanduser(config.source))})
 
 
 def _remove_abandoned(out: Store) -> None:
-    """Deletes what killed writers left behind long ago."""
+    """Deletes old leftovers of killed writers."""
     for key in out.clean(older_than_s=_ABANDONED_S):
-        _log.warning("removed what a killed writer left behind of %s", key)
-    for key in list(out.list(".probe-")):  # a younger one may be of a driver that looks at the store just now
+        _log.warning("removed the unfinished write of %s by a killed process", key)
+    for key in list(out.list(".probe-")):  # a newer one may be in use by another driver
         with contextlib.suppress(StoreKeyError):
             if out.age_s(key) > _ABANDONED_S:
                 out.delete(key)
 
 
 def _remove_strays(plans: Sequence[ShardPlan], out: Store) -> None:
-    """Deletes shards that an unfinished conversion of other settings left behind."""
+    """Deletes shards left by an unfinished conversion with other settings."""
     planned = {key for plan in plans for key in (tar_key(plan.name), part_key(plan.name))}
     for folder in ("shards/", "parts/"):
         for key in set(out.list(folder)) - planned:
@@ -328,25 +327,25 @@ def _remove_strays(plans: Sequence[ShardPlan], out: Store) -> None:
 
 
 def _contents(written: _Written, image_set: ImageSet, config: DataConfig, listing: str) -> tuple[bytes, Manifest]:
-    """Index and manifest. ValueError where too many images, or all of a class, cannot be decoded."""
+    """Index and manifest. ValueError if too many images, or all of a class in a split, cannot be decoded."""
     import pyarrow as pa
 
     parts, plans = written.parts, written.plans
     quarantine = tuple(sorted((q for part in parts for q in part.quarantine), key=lambda q: q.key))
     table = pa.concat_tables(part.table for part in parts)
     reasons = {q.key: q.reason for q in quarantine}
-    told = f"`{listing}` lists all of them"
-    check_quarantine(config, len(quarantine), len(table), lambda: [*first_named(plans, reasons), told])
+    hint = f"`{listing}` lists all of them"
+    check_quarantine(config, len(quarantine), len(table), lambda: [*first_named(plans, reasons), hint])
     if quarantine:  # logged only: no file name goes into the store
-        _log.warning("%d images quarantined: %s; %s", len(quarantine), "; ".join(first_named(plans, reasons)), told)
-    check_lost_classes(plans, reasons, image_set.classes, told)
+        _log.warning("%d images quarantined: %s; %s", len(quarantine), "; ".join(first_named(plans, reasons)), hint)
+    check_lost_classes(plans, reasons, image_set.classes, hint)
     _log_flaws(parts)
     index = index_bytes(table)
     channels: Literal[1, 3] = 3 if any(part.rgb for part in parts) else 1
     mean, std = channel_statistics(np.sum([part.histogram_CV for part in parts], axis=0)[:channels])
     return index, Manifest(
         dataset=config.dataset,
-        task=image_set.task,  # type: ignore[arg-type]
+        task=image_set.task,
         classes=image_set.classes,
         licence=card(config.dataset).licence if config.dataset in names() else "not stated",
         config_sha256=config_digest(config),
@@ -366,7 +365,7 @@ def _log_flaws(parts: Sequence[_Part]) -> None:
         flaws.update(part.flaws)
     if flaws:
         _log.warning(
-            "%d images are damaged but lost no pixel and are kept: %s",
+            "%d images are damaged but lost no pixels and are kept: %s",
             flaws.total(),
             "; ".join(f"{flaw} ({num})" for flaw, num in flaws.most_common()),
         )

@@ -1,6 +1,6 @@
-"""Types of what is read from a dataset's files and becomes a path, a size or a shape, and one sentence on what is not.
+"""Types of values read from a dataset's files that become a path, size or shape, and messages for invalid ones.
 
-The files may come from anybody. Each value is held to its rule before anything is opened by it.
+The files are untrusted: each value is checked before it is used to open or allocate anything.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ KEY = re.compile(r"[0-9a-f]{20}")
 
 Sha256 = Annotated[str, Field(pattern=rf"^{SHA256.pattern}$")]
 Key = Annotated[str, Field(pattern=rf"^{KEY.pattern}$")]
-"""Of a sample or a group (`plan.sample_key`, `plan.group_key`)."""
+"""Key of a sample or a group (`plan.sample_key`, `plan.group_key`)."""
 SplitName = Annotated[str, Field(pattern=r"^(train|val|test)$")]
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]
-"""Part of a path. Those of a dataset are `PLANNED` names."""
+"""Used in paths. Shards of a dataset have `PLANNED` names."""
 PLANNED = re.compile(r"(train|val|test)-[0-9]{5,9}")
-"""As `plan.plan_shards` names shards: the split comes first."""
+"""Shard names as given by `plan.plan_shards`: the split comes first."""
 SizeBytes = Annotated[int, Field(ge=0, le=MAX_OBJECT_BYTES)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Label = Annotated[int, Field(ge=0, lt=MAX_CLASSES)]
@@ -36,7 +36,7 @@ DatasetName = Annotated[str, Field(max_length=255), AfterValidator(lambda name: 
 
 
 def explained(error: ValidationError, most: int = 80) -> str:
-    """The first broken rule as `field = value: rule`, in printable characters only."""
+    """The first violated rule as `field = value: rule`, in printable characters only."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "its JSON"
     value = "" if isinstance(first["input"], dict | list) or not first["loc"] else f" = {_cut(first['input'], most)}"
@@ -44,7 +44,7 @@ def explained(error: ValidationError, most: int = 80) -> str:
 
 
 def _cut(value: object, most: int, *, quoted: bool = True) -> str:
-    # Before repr: a number of a million digits takes seconds to print.
+    # Checked before repr, which takes seconds for a million digits.
     if isinstance(value, int) and value.bit_length() > 256:
         return "a number of more than 77 digits"
     text = value if isinstance(value, str) else repr(value)

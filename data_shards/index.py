@@ -1,4 +1,4 @@
-"""The index of a dataset, `samples.parquet`: a row for every sample, which says where its image is."""
+"""The index of a dataset, `samples.parquet`: one row per sample, with the location of its image."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SplitIndex:
     group: np.ndarray  # (n,) str of 20 hex digits
     labels: np.ndarray  # (n, C) uint8, 1 where the sample is of the class
     shard: np.ndarray  # (n,) int64, position in the manifest's `shards`
-    offset: np.ndarray  # (n,) int64, first byte of the coded image in its shard
-    size: np.ndarray  # (n,) int64, bytes of the coded image
+    offset: np.ndarray  # (n,) int64, first byte of the encoded image in its shard
+    size: np.ndarray  # (n,) int64, bytes of the encoded image
     height: np.ndarray  # (n,) int64, pixels
     width: np.ndarray  # (n,) int64, pixels
     channels: np.ndarray  # (n,) int64, 1 or 3
@@ -40,7 +40,7 @@ class SplitIndex:
 
 
 def index_table(part: ShardPart) -> pa.Table:
-    """The rows of one shard in the index."""
+    """The index rows of one shard."""
     import pyarrow as pa
 
     columns = {
@@ -51,7 +51,7 @@ def index_table(part: ShardPart) -> pa.Table:
 
 
 def index_bytes(table: pa.Table) -> bytes:
-    """The index as Parquet; the same rows give the same bytes with the same pyarrow (its version is in the footer)."""
+    """The index as Parquet. Equal rows give equal bytes with the same pyarrow, whose version is in the footer."""
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
@@ -63,17 +63,17 @@ def index_schema() -> pa.Schema:
     """Names and types of the columns."""
     import pyarrow as pa
 
-    whole = {name: pa.int64() for name in ("offset", "size", "height", "width", "channels")}
+    numbers = {name: pa.int64() for name in ("offset", "size", "height", "width", "channels")}
     text = {name: pa.string() for name in ("key", "group", "split", "shard")}
-    kinds = {**text, "labels": pa.list_(pa.int32()), **whole}
+    kinds = {**text, "labels": pa.list_(pa.int32()), **numbers}
     order = ("key", "labels", "group", "split", "shard", "offset", "size", "height", "width", "channels")
     return pa.schema([pa.field(name, kinds[name], nullable=False) for name in order])
 
 
 def index_problem(table: pa.Table, shard_bytes: Mapping[str, int], *, most_channels: int, task: str) -> str:
-    """The first column whose values cannot be those of a dataset with these shards, and the rule; "" for none.
+    """The first column with an impossible value for these shards, and the rule; "" if all are valid.
 
-    Offsets, sizes and shapes are read and allocated by, so each must fit its shard and what `decode` accepts.
+    Offsets, sizes and shapes control reads and allocations, so each must fit its shard and the limits of `decode`.
     """
     import pyarrow.compute as pc
 
@@ -86,7 +86,7 @@ def index_problem(table: pa.Table, shard_bytes: Mapping[str, int], *, most_chann
     named = table["shard"].combine_chunks().dictionary_encode()
     names = named.dictionary.to_pylist()
     if any(name not in shard_bytes for name in names):
-        return ""  # told as another count of samples than the manifest's
+        return ""  # reported when the sample counts are compared with the manifest
     limit = np.array([shard_bytes[name] for name in names], np.int64)[named.indices.to_numpy()]
     home = np.array([name.partition("-")[0] for name in names])[named.indices.to_numpy()]
     offset, size, height, width, channels = (
@@ -94,19 +94,19 @@ def index_problem(table: pa.Table, shard_bytes: Mapping[str, int], *, most_chann
     )
     lengths = pc.list_value_length(table["labels"]).to_numpy()
     rules = {
-        "split": (home == table["split"].to_numpy(), "is not that of its shard"),
+        "split": (home == table["split"].to_numpy(), "differs from that of its shard"),
         "size": ((size >= 1) & (size <= limit), "is not within its shard"),
         "offset": ((offset >= FIRST_OFFSET) & (offset <= limit - size), "is not within its shard"),
         "height": ((height >= 1) & (height <= MAX_PIXELS), f"is not between 1 and {MAX_PIXELS}"),
         "width": (
             (width >= 1) & (width <= MAX_PIXELS // np.maximum(height, 1)),
-            f"makes no pixels or over {MAX_PIXELS}",
+            f"gives no pixels or more than {MAX_PIXELS}",
         ),
         "channels": (
             ((channels == 1) | (channels == 3)) & (channels <= most_channels),
             f"is not 1 or 3, or above the manifest's {most_channels}",
         ),
-        "labels": ((lengths == 1) | (task == "multilabel"), f"are not one, as {task} has it"),
+        "labels": ((lengths == 1) | (task == "multilabel"), f"are not exactly one, as {task} needs"),
     }
     for name, (fits, rule) in rules.items():
         if not fits.all():
@@ -115,7 +115,7 @@ def index_problem(table: pa.Table, shard_bytes: Mapping[str, int], *, most_chann
 
 
 def known_labels(table: pa.Table, num_classes: int) -> bool:
-    """Whether each label is the index of a class, and no sample has one twice."""
+    """Whether each label is the index of a class, and no sample has the same label twice."""
     import pyarrow.compute as pc
 
     lists = table["labels"].combine_chunks()
@@ -130,14 +130,14 @@ def known_labels(table: pa.Table, num_classes: int) -> bool:
 
 
 def rows_of(table: pa.Table, split: str) -> pa.Table:
-    """The samples of a split."""
+    """The index rows of a split."""
     import pyarrow.compute as pc
 
     return table.filter(pc.equal(table["split"], split))
 
 
 def check_groups(table: pa.Table) -> None:
-    """LeakError where a group is in two splits."""
+    """LeakError if a group is in two splits."""
     import pyarrow.compute as pc
 
     pairs = table.select(["group", "split"]).group_by("group").aggregate([("split", "count_distinct")])
@@ -146,13 +146,13 @@ def check_groups(table: pa.Table) -> None:
         group = pairs["group"][int(np.argmax(counts > 1))].as_py()
         splits = table.filter(pc.equal(table["group"], group))["split"].unique().to_pylist()
         raise LeakError(
-            f"group {group} is in the splits {' and '.join(splits)}: a group may be in one split only; fix "
-            "the split column, or draw the splits by group"
+            f"group {group} is in the splits {' and '.join(splits)}, but must be in only one; fix the split column, or "
+            "draw the splits by group"
         )
 
 
 def split_index(rows: pa.Table, num_classes: int, shard_names: list[str]) -> SplitIndex:
-    """The rows column by column."""
+    """The index rows of one split as arrays."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

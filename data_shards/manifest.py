@@ -1,7 +1,7 @@
 """Table of contents of a dataset: `manifest.json` and its index `samples.parquet`.
 
-The manifest is written last, so a dataset with a manifest is whole. It holds the digest of the index and of every
-shard, and no time, host or path: its own sha256 is the dataset's version everywhere.
+The manifest is written last, so a dataset with a manifest is complete. It has the digests of the index and of every
+shard, but no time, host or path: its own sha256 is the dataset's version.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ INDEX = "samples.parquet"
 
 
 class ManifestError(ValueError):
-    """A manifest or index that is missing, torn, edited or of another format."""
+    """A manifest or index that is missing, truncated, edited or in another format."""
 
 
 class _Frozen(BaseModel):
@@ -59,7 +59,7 @@ class _Frozen(BaseModel):
 
 
 class ShardEntry(_Frozen):
-    """One shard: `shards/<name>.tar`, its size in bytes, its digest and how many samples it holds."""
+    """One shard: `shards/<name>.tar`, its size in bytes, its sha256 and its number of samples."""
 
     name: ShardName
     bytes: SizeBytes
@@ -68,7 +68,7 @@ class ShardEntry(_Frozen):
 
 
 class SplitCounts(_Frozen):
-    """What one split holds; a multilabel sample counts for each of its classes."""
+    """Contents of one split; a multilabel sample counts for each of its classes."""
 
     samples: Count
     groups: Count
@@ -76,7 +76,7 @@ class SplitCounts(_Frozen):
 
 
 class IndexEntry(_Frozen):
-    """The index beside the manifest, by its digest."""
+    """The index file, with its digest."""
 
     name: Literal["samples.parquet"] = "samples.parquet"
     bytes: SizeBytes
@@ -84,7 +84,7 @@ class IndexEntry(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What a dataset is and of which bytes it consists."""
+    """Description of a dataset and the digests of its files."""
 
     format: Literal[1] = 1
     dataset: DatasetName
@@ -92,13 +92,13 @@ class Manifest(_Frozen):
     classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     licence: str
     config_sha256: Sha256
-    """Digest of the settings that decided the bytes (`plan.config_digest`)."""
+    """Digest of the settings that affect the bytes (`plan.config_digest`)."""
     channels: Literal[1, 3]
-    """3 if any image is RGB: batches then hold grey ones as RGB too."""
+    """3 if any image is RGB: batches then hold gray images as RGB too."""
     mean: tuple[Share, ...]
-    """Of the train split's pixels, per channel, where white is 1."""
+    """Mean of the train split's pixels per channel, in [0, 1]."""
     std: tuple[Share, ...]
-    """Standard deviation of the same."""
+    """Standard deviation of the train split's pixels per channel, in [0, 1]."""
     splits: dict[SplitName, SplitCounts]
     shards: tuple[ShardEntry, ...]
     quarantine: tuple[Quarantined, ...]
@@ -108,20 +108,18 @@ class Manifest(_Frozen):
     @classmethod
     def _classes_have_names(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(classes)) != len(classes) or "" in classes:
-            raise ValueError("each class has a name, and each name is given once")
+            raise ValueError("every class needs a name, and each name may appear only once")
         return classes
 
     @model_validator(mode="after")
     def _fits_together(self) -> Manifest:
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(
-                f"mean has {len(self.mean)} and std {len(self.std)} values, but there is one of each per channel, "
-                f"and channels is {self.channels}"
+                f"mean has {len(self.mean)} and std {len(self.std)} values, but each needs one per channel, and "
+                f"channels is {self.channels}"
             )
         if strange := next((shard.name for shard in self.shards if not PLANNED.fullmatch(shard.name)), None):
-            raise ValueError(
-                f"a shard is named {strange}, but names are of the form train-00000, val-00000, test-00000"
-            )
+            raise ValueError(f"a shard is named {strange}, but names have the form train-00000, val-00000, test-00000")
         for what, names in (
             ("shards", [shard.name for shard in self.shards]),
             ("quarantine", [image.key for image in self.quarantine]),
@@ -133,7 +131,7 @@ class Manifest(_Frozen):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A whole dataset in a store, its manifest and index verified; the shards are verified when they are opened."""
+    """A complete dataset in a store. Manifest and index are verified; shards are verified when they are opened."""
 
     store: Store
     manifest: Manifest
@@ -144,13 +142,13 @@ class Dataset:
         """The samples of a split.
 
         Raises:
-            ValueError: there is no such split.
+            ValueError: the dataset has no such split.
         """
         return self._indexes[self._known(split)]
 
     def _known(self, split: str) -> str:
         if split not in self.manifest.splits:
-            raise ValueError(f"{split!r} is no split of {self.store.uri}: it has {', '.join(self.manifest.splits)}")
+            raise ValueError(f"{self.store.uri} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         return split
 
     @functools.cached_property
@@ -168,10 +166,10 @@ def manifest_digest(data: bytes) -> str:
 
 
 def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCounts]:
-    """Samples, groups and classes of every split.
+    """Number of samples, groups and images per class of every split.
 
     Raises:
-        LeakError: a group stands in two splits.
+        LeakError: a group is in two splits.
         ValueError: a class is missing from a split.
     """
     counts = {}
@@ -181,8 +179,8 @@ def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCoun
         missing = [name for name, count in zip(classes, labels, strict=True) if count == 0]
         if missing:
             raise ValueError(
-                f"the split {split!r} holds no image of {', '.join(missing)}, but every class must stand in every "
-                "split: add images of it, leave the class out, or change the fractions or the seed of the splits"
+                f"the split {split!r} has no image of {', '.join(missing)}, but every split needs every class; add "
+                "images of it, leave the class out, or change the fractions or the seed of the splits"
             )
         counts[split] = SplitCounts(
             samples=len(rows),
@@ -194,9 +192,9 @@ def count_splits(table: pa.Table, classes: Sequence[str]) -> dict[str, SplitCoun
 
 
 def channel_statistics(histogram_CV: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in [0, 1], from how many pixels have each of the 256 values.
+    """Mean and standard deviation per channel, in [0, 1], from pixel counts (C, 256).
 
-    From whole numbers, so they do not depend on the order in which shards were made.
+    Computed from integers, so the result does not depend on the order of the shards.
     """
     means, deviations = [], []
     for counts in histogram_CV.tolist():
@@ -209,23 +207,23 @@ def channel_statistics(histogram_CV: np.ndarray) -> tuple[tuple[float, ...], tup
 
 
 def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
-    """The dataset in a store (rooted at `datasets/<dataset>/<name>`), manifest and index verified.
+    """The dataset in a store (rooted at `datasets/<dataset>/<name>`), with manifest and index verified.
 
     Args:
         store: The store or its uri.
-        digest: The version that is wanted; None takes whatever lies there.
+        digest: The required version; None accepts any.
 
     Raises:
-        ManifestError: the manifest or index is missing, torn, edited, of another format or of another version.
-        LeakError: a group stands in two splits.
+        ManifestError: the manifest or index is missing, truncated, edited, or of another format or version.
+        LeakError: a group is in two splits.
     """
     store = open_store(store) if isinstance(store, str) else store
     data = _read(store, MANIFEST)
     found = manifest_digest(data)
     if digest is not None and found != digest:
         raise ManifestError(
-            f"{store.uri}/{MANIFEST} has the digest {found}, but {digest} is wanted: the dataset was made anew or "
-            "edited since; use the dataset's present version, or restore the old one"
+            f"{store.uri}/{MANIFEST} has the digest {found}, but {digest} is required: the dataset has been rebuilt or "
+            "edited since; use its current version, or restore the old one"
         )
     manifest = _parse(store, data)
     table = _verified_index(store, manifest)
@@ -234,25 +232,23 @@ def open_dataset(store: Store | str, *, digest: str | None = None) -> Dataset:
         same = same and count_splits(table, manifest.classes) == manifest.splits
     except LeakError:
         raise
-    except ValueError:  # a label that is none of the classes, or a class without images
+    except ValueError:  # a label out of range, or a class without images
         same = False
     if not same:
-        raise ManifestError(f"{store.uri}/{MANIFEST} counts other samples than its index holds: {_REMAKE}")
+        raise ManifestError(f"{store.uri}/{MANIFEST} and its index have different sample counts: {_REMAKE}")
     return Dataset(store, manifest, found, table)
 
 
 def read_classes(store: Store) -> tuple[str, ...]:
-    """The class names of the dataset in a store, for messages: none where its manifest cannot be read."""
+    """The class names of the dataset in a store, for messages; empty if its manifest cannot be read."""
     try:
         return Manifest.model_validate_json(store.get(MANIFEST)).classes
     except (StoreKeyError, ValidationError):
         return ()
 
 
-# Under another --run, because a run whose shard step has a record does not make it again.
-MAKE_AGAIN = (
-    "and make the dataset again: `medmamba shard` with the same settings under another --run keeps whole shards"
-)
+# Under another --run, because a run skips a shard step that is already recorded.
+MAKE_AGAIN = "and rebuild the dataset: `medmamba shard` with the same settings and another --run keeps complete shards"
 _REMAKE = f"it was edited or damaged; delete it {MAKE_AGAIN}"
 
 
@@ -261,8 +257,8 @@ def _read(store: Store, key: str) -> bytes:
         return store.get(key)
     except StoreKeyError as error:
         raise ManifestError(
-            f"there is no {key} in {store.uri}: a dataset has one once all its shards are written; run the shard "
-            "step (under another --run where this one has it on record), or give the address of a finished dataset"
+            f"{store.uri} has no {key}, which is written after all shards; run the shard step (with another --run if "
+            "this one has already recorded it), or give the address of a finished dataset"
         ) from error
 
 
@@ -280,7 +276,7 @@ def _verified_index(store: Store, manifest: Manifest) -> pa.Table:
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.index.sha256:
         raise ManifestError(
-            f"{store.uri}/{INDEX} has the sha256 {found}, but {manifest.index.sha256} is in its manifest: {_REMAKE}"
+            f"{store.uri}/{INDEX} has the sha256 {found}, but its manifest says {manifest.index.sha256}: {_REMAKE}"
         )
     try:
         table = read_bounded(data, index_schema(), least_row_bytes=LEAST_ROW_BYTES, most_labels=len(manifest.classes))

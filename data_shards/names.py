@@ -1,7 +1,7 @@
-"""From key to file: the samples of a dataset found again in its source, on the machine of the images' owner.
+"""From key to file: finds the samples of a dataset in its source, on the machine that has the images.
 
-Keys are hashes, so a file's name is found by hashing the names that are in the source. No image is read, and nothing
-of this is written to a store.
+Keys are hashes, so files are found by hashing the names in the source. No image is read, and nothing is written to a
+store.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ IN_SHARD, QUARANTINED, DROPPED = "in shard", "quarantined", "dropped"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a store says of one sample of a dataset."""
+    """One sample of a dataset, as the store describes it."""
 
     key: str
     split: str = ""
     labels: tuple[str, ...] = ()
     """Class names."""
     state: str = IN_SHARD
-    """In a shard, quarantined, or dropped as a duplicate."""
+    """IN_SHARD, QUARANTINED or DROPPED (as a duplicate)."""
     reason: str = ""
-    """Why it is not in a shard."""
+    """Why the sample is not in a shard."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample's image is in the source."""
+    """Location of a sample's image in the source."""
 
     path: str
-    """Path inside the set, which the key is made from."""
+    """Path inside the image set; the key is made from it."""
     frame: int
     file: str
-    """The address that opens it."""
+    """Path or URI that opens it."""
     row: Row | None = None
-    """Its row in the image set; none where the set could not be read as such."""
+    """Its row in the image set; None if the set could not be read."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """The files of a dataset's keys, as far as the source still has them."""
+    """The files of a dataset's samples that the source still has, by key."""
 
     of: Mapping[str, Place]
     unlisted: int | None
-    """Images of the source that the dataset does not know; none where that is not known."""
+    """Number of images in the source that are not in the dataset; None if unknown."""
     notes: tuple[str, ...] = ()
-    """What else its owner should know."""
+    """Messages for the user."""
     image_set: ImageSet | None = field(default=None, repr=False)
 
 
 def samples(dataset: Dataset, report: DuplicatesReport) -> list[Sample]:
-    """All samples of a finished dataset: those in its shards, those in quarantine and those that were dropped."""
+    """All samples of a finished dataset: in its shards, quarantined and dropped."""
     classes, table = dataset.manifest.classes, dataset.table.select(["key", "split", "labels"])
     columns = (table[name].to_pylist() for name in ("key", "split", "labels"))
     found = [Sample(key, split, named_labels(labels, classes)) for key, split, labels in zip(*columns, strict=True)]
@@ -86,12 +86,12 @@ def quarantined(dataset: Dataset) -> list[Sample]:
 
 
 def quarantined_so_far(out: Store) -> tuple[list[Sample], int]:
-    """The undecodable images of a conversion that has not finished, and how many images its shards were made from."""
+    """The undecodable images of an unfinished conversion, and the number of images in its finished shards."""
     found, num = [], 0
     for key in out.list("parts/"):
         try:
             part = ShardPart.model_validate_json(out.get(key))
-        except (StoreKeyError, ValidationError):  # replaced just now, or damaged: made again by the next try
+        except (StoreKeyError, ValidationError):  # just replaced, or damaged: the next attempt rewrites it
             continue
         bad: tuple[Quarantined, ...] = part.quarantine
         found += [Sample(each.key, part.split, (), QUARANTINED, each.reason) for each in bad]
@@ -100,12 +100,12 @@ def quarantined_so_far(out: Store) -> tuple[list[Sample], int]:
 
 
 def find(config: DataConfig, wanted: Collection[str]) -> Places:
-    """The files of the keys `wanted`, which are all those of a dataset; `config` is what it was made with.
+    """The files of the keys `wanted`, which are all keys of a dataset made with `config`.
 
-    A source that has changed since is not an error: keys without a file are missing from the result. Where it can no
-    longer be read as it was, files are found by hashing all ends of their paths.
+    A source that has changed since is not an error: keys without a file are missing from the result. If it can no
+    longer be read as before, files are found by hashing every suffix of their paths.
 
-    Raises ValueError where there is no source at all.
+    Raises ValueError if the source is missing.
     """
     source = config.source
     if source and "://" not in source:
@@ -118,7 +118,7 @@ def find(config: DataConfig, wanted: Collection[str]) -> Places:
     except ValueError as error:
         if resolved(config).layout not in ("folders", "table"):
             raise
-        places, notes = _by_path(config, wanted), [f"the source is not read as it was then: {error}"]
+        places, notes = _by_path(config, wanted), [f"the source can no longer be read as before: {error}"]
     else:
         base = _base(config)
         keys = (sample_key(config.dataset, config.salt, row.where, row.frame) for row in rows)
@@ -132,14 +132,14 @@ def find(config: DataConfig, wanted: Collection[str]) -> Places:
 
 
 def with_labels(sample: Sample, place: Place | None, image_set: ImageSet | None) -> Sample:
-    """The sample with the labels that the source gives it, where the store does not say them."""
+    """The sample, with the source's labels if the store has none."""
     if sample.labels or place is None or place.row is None or image_set is None:
         return sample
     return replace(sample, labels=named_labels(place.row.labels, image_set.classes))
 
 
 def _base(config: DataConfig) -> str:
-    """What stands before a path inside the source to make it an address."""
+    """The prefix that turns a path inside the source into a full path or URI."""
     if not config.source:
         return ""
     source = config.source
@@ -149,7 +149,7 @@ def _base(config: DataConfig) -> str:
 
 
 def _by_path(config: DataConfig, wanted: Collection[str]) -> dict[str, Place]:
-    """Files one of whose ends of the path gives a wanted key; not those of which several give the same."""
+    """Files with a path suffix that gives a wanted key, except keys that several files give."""
     base = _base(config)
     found: dict[str, Place] = {}
     times: Counter[str] = Counter()
@@ -170,7 +170,7 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def _frames(config: DataConfig, where: str) -> Iterator[tuple[int, str]]:
-    """Frames and their keys, without end: how many there are only the dataset knows."""
+    """Frames and their keys, endlessly: only the dataset knows how many frames a file has."""
     frame = 0
     while True:
         yield frame, sample_key(config.dataset, config.salt, where, frame)
@@ -178,7 +178,7 @@ def _frames(config: DataConfig, where: str) -> Iterator[tuple[int, str]]:
 
 
 def _dropped(report: DuplicatesReport, classes: tuple[str, ...]) -> list[Sample]:
-    told = {
+    listed = {
         copy.key: (copy, finding)
         for finding in report.findings
         for copy in finding.copies
@@ -186,10 +186,10 @@ def _dropped(report: DuplicatesReport, classes: tuple[str, ...]) -> list[Sample]
     }
     found = []
     for key in report.dropped:
-        if key in told:
-            copy, finding = told[key]
+        if key in listed:
+            copy, finding = listed[key]
             found.append(Sample(key, copy.split, named_labels(copy.labels, classes), DROPPED, _why(finding)))
-        else:  # of a report that had no room for it
+        else:  # the report lists a limited number of findings
             found.append(Sample(key, state=DROPPED, reason="duplicate"))
     return found
 

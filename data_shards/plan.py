@@ -1,4 +1,4 @@
-"""Rows with their splits -> which shard holds which row, in which order. Pure: reads no image and writes nothing."""
+"""Rows and their splits -> the rows of each shard, in order. Pure: reads no images and writes nothing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from data_shards.config import DataConfig
     from data_shards.source.row import Row
 
-# One encoder for all: json.dumps would build one for each of several hundred thousand keys.
+# Shared, because json.dumps would build an encoder for each of several hundred thousand keys.
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
-_DEFAULTS = 2  # 2: shards end by size, copies of an image are dealt out together
-# What a sample takes in a tar beside its image: three headers, its label and JSON, and what fills up the blocks.
+_DEFAULTS = 2  # 2: shards end by size, copies of an image are assigned together
+# Bytes of a sample in a tar in addition to its image: three headers, label, JSON and padding.
 _OVERHEAD_BYTES = 3072
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """A row of the source under the names that the shards know it by."""
+    """A row of the source with its key and group as used in the shards."""
 
     key: str
     group: str
@@ -42,44 +42,44 @@ class ShardPlan:
 
 
 def sample_key(dataset: str, salt: str, where: str, frame: int) -> str:
-    """20 hex digits that name a sample; without the salt they cannot be found from a guessed file name."""
+    """20 hex digits that identify a sample; without the salt they cannot be derived from a guessed file name."""
     return _hex(dataset, salt, where, frame)
 
 
 def group_key(dataset: str, salt: str, group: str) -> str:
-    """20 hex digits that name a group (patient, smear, ...) of a dataset."""
+    """20 hex digits that identify a group (patient, smear, ...) of a dataset."""
     return _hex(dataset, salt, group)
 
 
 def config_digest(config: DataConfig) -> str:
-    """sha256 of every setting that decides the bytes, whatever the conversion is called and wherever its source is.
+    """sha256 of every setting that affects the bytes; independent of the conversion's name and the source's location.
 
-    Settings at their default are left out, so that a setting added later does not move the version of datasets made
-    before. The defaults themselves may therefore change only together with _DEFAULTS (a test holds them).
+    Settings at their default are omitted, so that adding a setting does not change the version of older datasets. The
+    defaults may therefore change only together with _DEFAULTS (a test checks this).
     """
     return digest_of([_DEFAULTS, config.identity(defaults=False)])
 
 
 def shard_digest(plan: ShardPlan, config: DataConfig) -> str:
-    """sha256 of all that one shard is made from, by which a resumed conversion knows a shard that it need not make.
+    """sha256 of everything one shard is made from; a resumed conversion keeps shards whose digest matches.
 
-    The source's address is part of it: keys of two npz files are the same, their pixels are not. So is the number of
-    the rules of conversion, which decide what is quarantined.
+    It includes the source's address, because two npz files have equal keys but different pixels, and the version of
+    the conversion rules, which decide what is quarantined.
     """
     rows = [(planned.key, planned.group, planned.row.labels) for planned in plan.rows]
     return digest_of([config_digest(config), config.source, RULES, plan.name, plan.split, rows])
 
 
 def sample_keys(rows: Sequence[Row], config: DataConfig) -> list[str]:
-    """The key of each row. ValueError where two rows are the same image (path and frame)."""
+    """The key of each row. ValueError if two rows are the same image (path and frame)."""
     keys = [sample_key(config.dataset, config.salt, row.where, row.frame) for row in rows]
     if len(set(keys)) < len(keys):
         seen: dict[str, Row] = {}
         for key, row in zip(keys, rows, strict=True):
             if key in seen:
                 raise ValueError(
-                    f"{row.where!r} (frame {row.frame}) stands twice in the image set, with labels "
-                    f"{seen[key].labels} and {row.labels}: each image may be listed once"
+                    f"{row.where!r} (frame {row.frame}) appears twice in the image set, with labels "
+                    f"{seen[key].labels} and {row.labels}; list each image only once"
                 )
             seen[key] = row
     return keys
@@ -93,11 +93,17 @@ def plan_shards(
     keys: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[ShardPlan]:
-    """The shards of a dataset, split by split, each shuffled from `config.seed` and cut into parts of equal counts.
+    """The shards of a dataset: each split is shuffled by `config.seed` and cut into shards of equal counts.
 
-    The order does not depend on that of the rows, and any prefix of a split's shards is a fair sample of it.
-    A row without a group is a group of its own. `keys`: those of the rows, where they are known already; `sizes`: bytes
-    of each row's image, by which shards stay below `config.shard_bytes` on average.
+    The order does not depend on the order of the rows, and any prefix of a split's shards is a random sample of it.
+    A row without a group is its own group.
+
+    Args:
+        rows: The images.
+        splits: The split of each row.
+        config: Settings of the conversion.
+        keys: The keys of the rows, if already computed.
+        sizes: Bytes of each row's image; they keep shards below `config.shard_bytes` on average.
 
     Raises:
         ValueError: two rows are the same image (path and frame).
@@ -118,7 +124,7 @@ def plan_shards(
 
 
 def _shuffled(rows: list[PlannedRow], seed: int) -> list[PlannedRow]:
-    # By hash rather than by a random generator: stable over library versions and blind to the rows' order.
+    # By hash, not by a random generator: stable across library versions and independent of the rows' order.
     return sorted(rows, key=lambda planned: _sha256(f'["order",{seed},"{planned.key}"]')[:20])
 
 
@@ -131,7 +137,7 @@ def _cut(split: str, rows: list[PlannedRow], num_shards: int) -> list[ShardPlan]
 
 
 def digest_of(value: Any) -> str:
-    """sha256 (hex) of a JSON value in its one canonical spelling."""
+    """sha256 (hex) of the canonical JSON of a value."""
     return _sha256(_canonical_json(value))
 
 

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: how many a conversion puts up with, and what it says of them."""
+"""Images that cannot be decoded: how many a conversion accepts, and how it reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_shards.plan import ShardPlan
 
 
 class RefusedError(ValueError):
-    """A conversion that is refused; `public` says why without the name of any file, for records that others read."""
+    """A refused conversion. `public` gives the reason without file names, for records that others read."""
 
     def __init__(self, message: str, *, public: str):
         super().__init__(message)
@@ -20,7 +20,7 @@ class RefusedError(ValueError):
 
 
 def check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[], list[str]]) -> None:
-    """RefusedError where too large a share of the images is bad; `named` says which, for their owner."""
+    """RefusedError if too many of the images are bad; `named` lists them for the owner of the images."""
     share = bad / max(1, bad + good)
     if share > config.max_quarantine:
         found = (
@@ -35,7 +35,7 @@ def check_quarantine(config: DataConfig, bad: int, good: int, named: Callable[[]
 def check_lost_classes(
     plans: Sequence[ShardPlan], reasons: dict[str, str], classes: Sequence[str], listing: str
 ) -> None:
-    """ValueError where a class has lost all its images of a split because none of them could be decoded."""
+    """ValueError if a class has no images left in a split because none of them could be decoded."""
     planned = Counter((plan.split, label) for plan in plans for p in plan.rows for label in p.row.labels)
     bad = Counter(
         (plan.split, label) for plan in plans for p in plan.rows if p.key in reasons for label in p.row.labels
@@ -48,14 +48,14 @@ def check_lost_classes(
     keys = {p.key for plan in there for p in plan.rows if label in p.row.labels}
     named = "; ".join(first_named(there, {key: reason for key, reason in reasons.items() if key in keys}))
     raise ValueError(
-        f"{lost_text(lost, classes)}: none of the {len(keys)} images that {classes[label]!r} had there can be decoded "
+        f"{lost_text(lost, classes)}: none of the {len(keys)} images of {classes[label]!r} there can be decoded "
         f"({named}), but every split needs every class; repair them, add images of the class, or leave the class out; "
         f"{listing}"
     )
 
 
 def first_named(plans: Sequence[ShardPlan], reasons: dict[str, str], most: int = 3) -> list[str]:
-    """The first files in quarantine with their reasons, for the owner's eyes only."""
+    """The first quarantined files with their reasons; only for the owner of the images, never stored."""
     rows = sorted((p.row.where, reasons[p.key]) for plan in plans for p in plan.rows if p.key in reasons)
     more = [f"and {len(rows) - most} more"] if len(rows) > most else []
     return [f"{printable(where)} ({printable(reason)})" for where, reason in rows[:most]] + more

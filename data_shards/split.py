@@ -1,4 +1,4 @@
-"""Rows to splits: a group stands in one split only, classes are spread evenly, a seed decides the rest."""
+"""Assigns rows to splits: a group is in one split only, classes are spread evenly, a seed decides the rest."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ import numpy as np
 from data_shards.options import option
 
 SPLITS = ("train", "val", "test")
-# What a folder or a cell of a table may call them, in lower case.
+# Names for splits in folders and table cells, lower case.
 SPLIT_WORDS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-# What only folders are called. Two of these words mean one thing in one set and another in the next: see `split_word`.
+# Names used only for folders. "dev" and "eval" mean different splits in different sets: see `split_word`.
 _FOLDER_WORDS = SPLIT_WORDS | {
     "trainval": "train", "validate": "val", "holdout": "test", "heldout": "test",
     "dev": "dev", "development": "dev", "eval": "eval", "evaluation": "eval",
 }  # fmt: skip
-# Words beside a split's that say nothing: train_set, test-images, training data.
+# Words next to a split name that carry no meaning: train_set, test-images, training data.
 _FILLER = re.compile("(?:dataset|set|data|image|img|picture|sample|split|folder|file)s?")
 _GLUED = re.compile(rf"({'|'.join(sorted(_FOLDER_WORDS, key=len, reverse=True))}){_FILLER.pattern}")
 
 
 def split_word(folder: str) -> tuple[str, tuple[str, ...]]:
-    """What a folder's name says of its split, and the words beside that.
+    """The split that a folder is named after, and the other words in its name.
 
-    The first is "train", "val" or "test"; "dev" or "eval" where the other folders decide which of them it is; "" where
-    the name says nothing of a split, or two things. Numbers and words such as `set` or `images` are left out of the
-    second: `Train (70%)` and `01_train_images` are ("train", ()), `TEST_SIMPLE` is ("test", ("simple",)).
+    The first is "train", "val" or "test"; "dev" or "eval" if the other folders decide which split is meant; "" if the
+    name gives no split or several. The second omits numbers and words such as `set` or `images`: `Train (70%)` and
+    `01_train_images` give ("train", ()), `TEST_SIMPLE` gives ("test", ("simple",)).
     """
     spaced = re.sub(r"(?<=[^\W\d_A-Z])(?=[A-Z])", " ", folder)  # trainingSet
     spaced = re.sub(r"(?i)(h[eo]ld)[\W_]?(out)", r"\1\2", spaced)
     words = [word.lower() for word in re.findall(r"[^\W\d_]+", spaced)]
     words = [glued[1] if (glued := _GLUED.fullmatch(word)) else word for word in words]
     found = {_FOLDER_WORDS[word] for word in words if word in _FOLDER_WORDS}
-    if found == {"train", "val"}:  # both in one folder, as val is still to be drawn
+    if found == {"train", "val"}:  # one folder for both: val is still to be drawn
         found = {"train"}
     others = tuple(word for word in words if word not in _FOLDER_WORDS and not _FILLER.fullmatch(word))
     return (found.pop() if len(found) == 1 else ""), others
 
 
 def split_of_cell(cell: str) -> str:
-    """The split that a cell of a table names, "" where that is not certain.
+    """The split that a table cell names; "" if that is uncertain.
 
-    What folders are called counts where nothing else is in the cell: `Test set` and `Train (80%)`, but not `not test`,
+    Folder names count only if the cell has no other content: `Test set` and `Train (80%)`, but not `not test`,
     `train 0` or `train/val`.
     """
     if plain := SPLIT_WORDS.get(cell.lower()):
@@ -61,7 +61,7 @@ def split_of_cell(cell: str) -> str:
 
 
 class Labelled(Protocol):
-    """What splitting needs to know of a sample."""
+    """The fields of a sample that splitting needs."""
 
     @property
     def labels(self) -> tuple[int, ...]: ...
@@ -72,7 +72,7 @@ class Labelled(Protocol):
 
 
 class LeakError(ValueError):
-    """One group stands in two splits: what is learnt of a patient would be tested on the same patient."""
+    """One group is in two splits, so a model would be tested on patients it was trained on."""
 
 
 def assign_splits(
@@ -84,13 +84,15 @@ def assign_splits(
     seed: int,
     classes: Sequence[str] = (),
 ) -> list[str]:
-    """The split of each row, "train", "val" or "test".
+    """The split of each row: "train", "val" or "test".
 
-    Given splits are kept as they are; where they are train and test only, val is drawn from train (`val_fraction` of
-    it). Without given splits all three are drawn. Drawing deals out whole groups, so that each split gets its share
-    of every class; a row without a group is a group of its own. `classes` are the names for messages.
-    LeakError if a given split tears a group apart; ValueError if only some rows have a split, or if a class would be
-    missing from a split.
+    Given splits are kept; if they are only train and test, val is drawn from train (`val_fraction` of it). Without
+    given splits all three are drawn. Groups are drawn as a unit, so that each split gets its share of every class; a
+    row without a group is its own group. `classes` are the names for messages.
+
+    Raises:
+        LeakError: the given splits divide a group.
+        ValueError: only some rows have a split, or a class would be missing from a split.
     """
     without = sum(row.split is None for row in rows)
     if 0 < without < len(rows):
@@ -113,12 +115,12 @@ def assign_splits(
 
 
 def _check_given(given: set[str]) -> None:
-    """ValueError where the splits that images come with are none from which the missing one can be drawn."""
+    """ValueError if train or test is missing from the given splits: neither can be drawn."""
     if given <= set(SPLITS) and not {"train", "test"} <= given:
         missing = " and ".join(sorted({"train", "test"} - given))
         raise ValueError(
-            f"the images come with the splits {', '.join(sorted(given))}, but every dataset needs train and test, and "
-            f"{missing} is missing: say which split serves as it (--data.split-values val=test; validation is then "
+            f"the images have the splits {', '.join(sorted(given))}, but every dataset needs train and test, and "
+            f"{missing} is missing; choose the split to use for it (--data.split-values val=test; validation is then "
             "drawn from train), or have all splits drawn (--data.split-column -)"
         )
 
@@ -126,15 +128,15 @@ def _check_given(given: set[str]) -> None:
 def check_splits(
     rows: Sequence[Labelled], splits: Sequence[str], *, num_classes: int, classes: Sequence[str] = ()
 ) -> None:
-    """LeakError if a group stands in two splits, ValueError if a split lacks a class."""
+    """LeakError if a group is in two splits, ValueError if a split lacks a class."""
     homes: dict[str, str] = {}
     present: dict[str, dict[int, int]] = {split: defaultdict(int) for split in SPLITS}
     for row, split in zip(rows, splits, strict=True):
         if split not in present:
-            raise ValueError(f"split {split!r} is unknown: a split is train, val or test")
+            raise ValueError(f"unknown split {split!r}: use train, val or test")
         if row.group is not None and homes.setdefault(row.group, split) != split:
             raise LeakError(
-                f"group {row.group!r} stands in {homes[row.group]} and in {split}: a group belongs into one split, so "
+                f"group {row.group!r} is in the splits {homes[row.group]} and {split}, but must be in only one; "
                 "correct the splits, or have all of them drawn by group with --data.split-column -"
             )
         for label in row.labels:
@@ -145,20 +147,20 @@ def check_splits(
                 name = classes[index] if index < len(classes) else str(index)
                 total = sum(other[index] for other in present.values())
                 raise ValueError(
-                    f"class {name!r} is missing from the {split} split (it has {total} samples in all): every split "
-                    "needs every class, so add groups of this class, raise the split's fraction, or leave out the "
-                    f"class with {option('drop-classes', name)}"
+                    f"class {name!r} is missing from the {split} split (it has {total} samples in total), but every "
+                    "split needs every class; add groups of this class, raise the split's fraction, or leave the "
+                    f"class out with {option('drop-classes', name)}"
                 )
 
 
 def _drawn(rows: Sequence[Labelled], num_classes: int, fractions: np.ndarray, seed: int) -> list[str]:
     members: dict[tuple[bool, str], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        # Zero-padded so that the order of lone rows is that of the rows.
+        # Zero-padded, so that rows without a group keep their order when sorted.
         members[(True, row.group) if row.group is not None else (False, f"{index:012d}")].append(index)
     groups = [members[key] for key in sorted(members)]
     np.random.default_rng(seed).shuffle(groups)
-    # One column per class and one for all samples, so that rows without any label (multilabel) count too.
+    # The last column counts all samples, so that rows without labels (multilabel) count too.
     counts = np.zeros((len(groups), num_classes + 1))
     for position, group in enumerate(groups):
         for index in group:
@@ -172,7 +174,7 @@ def _drawn(rows: Sequence[Labelled], num_classes: int, fractions: np.ndarray, se
 
 
 def _dealt(counts_GC: np.ndarray, fractions: np.ndarray) -> list[int]:
-    """Index of the split for each group, such that the class counts of each split come close to its share."""
+    """Index of the split for each group, so that the class counts of each split are close to its share."""
     totals_C = np.maximum(counts_GC.sum(axis=0), 1)
     want_SC = fractions[:, None] * totals_C
     have_SC = np.zeros_like(want_SC)
@@ -182,7 +184,7 @@ def _dealt(counts_GC: np.ndarray, fractions: np.ndarray) -> list[int]:
         homes[group] = split
         have_SC[split] += counts_GC[group]
 
-    # First every split gets one group of every class, rarest class first: shares alone leave small splits empty.
+    # First, every split gets one group of each class, rarest class first: shares alone would leave small splits empty.
     num_groups_C = (counts_GC > 0).sum(axis=0)[:-1]
     for label in np.argsort(num_groups_C, kind="stable").tolist():
         for split in np.argsort(fractions, kind="stable").tolist():
@@ -193,7 +195,7 @@ def _dealt(counts_GC: np.ndarray, fractions: np.ndarray) -> list[int]:
             )
             if free:
                 place(min(free, key=lambda g: counts_GC[g, -1]), split)
-    # Then the weightiest groups first, each to where it lowers sum((have - want)^2 / want) the most.
+    # Then the largest groups first, each to the split where it reduces sum((have - want)^2 / want) most.
     weight_G = (counts_GC / totals_C).sum(axis=1)
     for group in np.argsort(-weight_G, kind="stable"):
         if homes[group] < 0:

@@ -1,4 +1,4 @@
-"""Reads a finished dataset again, all of it, and says everything in which it is not what its manifest promises."""
+"""Reads a finished dataset completely and lists every difference from its manifest."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from data_shards.source import open_source
 from data_shards.split import LeakError
 from data_shards.store import Store, StoreError, StoreKeyError, open_store
 
-MOST_TOLD = 20  # problems of one shard
-SEEN_AGAIN = 16  # most images of which the pixels are compared when a source has moved
+MAX_PROBLEMS = 20  # listed per shard
+COMPARED_SAMPLES = 16  # whose pixels are compared when a source has moved, at most
 
 RunTasks = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 
 
 @dataclass
 class Verified:
-    """What was read, and what is wrong with it."""
+    """How much was read, and the problems that were found."""
 
     uri: str
     digest: str = ""
@@ -43,20 +43,20 @@ class Verified:
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
-    """Objects that are none of the dataset's: nothing reads them."""
+    """Objects that do not belong to the dataset; nothing reads them."""
 
 
 @dataclass(frozen=True)
 class VerifyTask:
-    """One shard to read again; it can be pickled and holds nothing of the others."""
+    """One shard to verify. Picklable; holds nothing about other shards."""
 
     uri: str
     split: str
     entry: ShardEntry
     index: SplitIndex
-    """Its samples."""
+    """Samples of this shard."""
     digests: dict[str, bytes]
-    """Of their pixels, by key."""
+    """Pixel digests by sample key."""
     has_cls: bool
 
 
@@ -72,12 +72,12 @@ class _ReadShard:
 def verify(
     out: Store, *, run_tasks: RunTasks = map, progress: Callable[[int, int, str], None] = lambda done, total, unit: None
 ) -> Verified:
-    """Every object, tar member and pixel of the dataset in `out` against manifest, index and fingerprints.
+    """Compares every object, tar member and pixel of the dataset in `out` with manifest, index and fingerprints.
 
     Args:
         out: The dataset's store, datasets/<dataset>/<name>.
-        run_tasks: Like `map`, with results in any order: how `read_shard` is run on tasks that can be pickled.
-        progress: Called with what is done, of how much, in shards.
+        run_tasks: Runs `read_shard` on picklable tasks; like `map`, but results may come in any order.
+        progress: Called with (shards done, total, "shards").
     """
     found = Verified(out.uri)
     try:
@@ -97,7 +97,7 @@ def verify(
         progress(done, len(tasks), "shards")
     manifest = dataset.manifest
     if not found.problems and channel_statistics(train[: manifest.channels]) != (manifest.mean, manifest.std):
-        found.problems.append("the manifest's mean and std are not those of the train split's pixels")
+        found.problems.append("the manifest's mean and std differ from those of the train split's pixels")
     expected = {key(shard.name) for shard in manifest.shards for key in (tar_key, part_key)}
     found.strays = sorted({key for folder in ("shards/", "parts/", SCAN) for key in out.list(folder)} - expected)
     found.problems.sort()
@@ -105,11 +105,11 @@ def verify(
 
 
 def check_moved(config: DataConfig, dataset: Dataset) -> None:
-    """Looks whether `config.source` has the images that a finished dataset was made from, wherever they are now.
+    """Checks that `config.source` still has the images that a finished dataset was made from.
 
-    Classes and task must be the same; every sample of the dataset must be among the images under the same name, with
-    the same labels, and in the test split where the source says so; at most SEEN_AGAIN samples must have the same
-    pixels. Images may have been added: a finished dataset does not get them. Raises ValueError.
+    Classes and task must match. Every sample of the dataset must be in the source under the same name, with the same
+    labels, and in the test split if the source says so. Pixels are compared for up to COMPARED_SAMPLES samples. Images
+    added to the source are ignored. Raises ValueError at the first difference.
     """
     image_set, manifest = open_source(config), dataset.manifest
     if (tuple(image_set.classes), image_set.task) != (tuple(manifest.classes), manifest.task):
@@ -124,10 +124,10 @@ def check_moved(config: DataConfig, dataset: Dataset) -> None:
             raise ValueError(_other_images(config, dataset, "does not have an image of"))
         if set(row.labels) != set(labels):
             raise ValueError(_other_images(config, dataset, f"has other labels for {row.where!r} than"))
-        # Validation images may have been drawn from train; of duplicates in two splits one side may have been moved.
+        # Validation may have been drawn from train, and a duplicate may have been moved to the other split.
         if row.split and config.duplicates.across != "move" and (row.split == "test") != (split == "test"):
             raise ValueError(_other_images(config, dataset, f"has {row.where!r} in {row.split}, not in {split} as"))
-    for found in _spread(dataset, SEEN_AGAIN):
+    for found in _spread(dataset, COMPARED_SAMPLES):
         row = rows[found["key"]]
         data = dataset.store.get(tar_key(found["shard"]), start=found["offset"], length=found["size"])
         try:
@@ -139,20 +139,21 @@ def check_moved(config: DataConfig, dataset: Dataset) -> None:
 
 
 def _spread(dataset: Dataset, most: int) -> list[dict[str, Any]]:
-    """At most so many rows of the index, from its beginning to its end."""
+    """Up to `most` rows of the index, evenly spaced."""
     every = max(1, -(-len(dataset.table) // most))
-    return dataset.table.take(list(range(0, len(dataset.table), every))).to_pylist()
+    rows: list[dict[str, Any]] = dataset.table.take(list(range(0, len(dataset.table), every))).to_pylist()
+    return rows
 
 
 def _other_images(config: DataConfig, dataset: Dataset, what: str) -> str:
     return (
-        f"--data.source {config.source} {what} the finished dataset {dataset.store.uri}: for another image set give "
-        "the new dataset a name of its own with --data.name"
+        f"--data.source {config.source} {what} the finished dataset {dataset.store.uri}; to convert another image set, "
+        "choose a new --data.name"
     )
 
 
 def read_shard(task: VerifyTask) -> _ReadShard:
-    """One shard, read again; runs in any process."""
+    """Reads and checks one shard; runs in any process."""
     entry, index = task.entry, task.index
     read = _ReadShard(entry.name, 0, 0, np.zeros((3, 256), np.int64), [])
     key = tar_key(entry.name)
@@ -167,26 +168,26 @@ def read_shard(task: VerifyTask) -> _ReadShard:
     read.bytes = len(data)
     if (len(data), hashlib.sha256(data).hexdigest()) != (entry.bytes, entry.sha256):
         read.problems.append(
-            f"{key} has {len(data)} bytes and not the manifest's {entry.bytes}"
+            f"{key} has {len(data)} bytes, but the manifest says {entry.bytes}"
             if len(data) != entry.bytes
-            else f"{key} has another sha256 than the manifest"
+            else f"{key} has a different sha256 than the manifest"
         )
     try:
         samples = _members(data)
     except (tarfile.TarError, ValueError, OSError, EOFError, KeyError) as error:
-        read.problems.append(f"{key} is no whole tar ({error})")
+        read.problems.append(f"{key} is not a complete tar file ({error})")
         return read
     if list(samples) != index.key.tolist():
-        read.problems.append(f"{key} holds {len(samples)} samples, not the {len(index)} of the index in their order")
+        read.problems.append(f"{key} has {len(samples)} samples; they differ from the {len(index)} in the index")
     for position, name in enumerate(index.key.tolist()):
         if name in samples:
             problem = _sample_problem(samples[name], task, position, read)
             if problem:
                 read.problems.append(f"{key}: sample {name} {problem}")
     read.samples = len(samples)
-    hidden = len(read.problems) - MOST_TOLD
+    hidden = len(read.problems) - MAX_PROBLEMS
     if hidden > 0:
-        read.problems[MOST_TOLD:] = [f"{key}: and {hidden} problems more"]
+        read.problems[MAX_PROBLEMS:] = [f"{key}: and {hidden} more problems"]
     return read
 
 
@@ -195,28 +196,28 @@ def _tasks(dataset: Dataset, digests: dict[str, bytes]) -> Iterator[VerifyTask]:
     has_cls = manifest.task != "multilabel"
     for position, entry in enumerate(manifest.shards):
         split = entry.name.partition("-")[0]
-        whole = dataset.index(split)
-        chosen = whole.shard == position
-        index = SplitIndex(**{name: getattr(whole, name)[chosen] for name in SplitIndex.__dataclass_fields__})
+        full = dataset.index(split)
+        chosen = full.shard == position
+        index = SplitIndex(**{name: getattr(full, name)[chosen] for name in SplitIndex.__dataclass_fields__})
         known = {key: digests[key] for key in index.key.tolist() if key in digests}
         yield VerifyTask(dataset.store.uri, split, entry, index, known, has_cls)
 
 
 def _members(data: bytes) -> dict[str, dict[str, tuple[int, bytes]]]:
-    """Of each sample in the tar: extension -> where its bytes begin, and they."""
+    """For each sample in the tar: extension -> (offset of its bytes, bytes)."""
     samples: dict[str, dict[str, tuple[int, bytes]]] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for info in tar:
             key, _, extension = info.name.partition(".")
             members = samples.setdefault(key, {})
             if extension in members:
-                raise ValueError(f"{info.name} stands there twice")
+                raise ValueError(f"{info.name} appears twice")
             members[extension] = info.offset_data, data[info.offset_data : info.offset_data + info.size]
     return samples
 
 
 def _sample_problem(members: dict[str, tuple[int, bytes]], task: VerifyTask, i: int, read: _ReadShard) -> str:
-    """What is wrong with the sample at position i of the shard's index; "" for nothing."""
+    """The problem with the sample at position i of the shard's index; "" if it is correct."""
     index, split, has_cls = task.index, task.split, task.has_cls
     digest = task.digests.get(str(index.key[i]))
     images = [extension for extension in members if extension in IMAGE_MEMBERS]
@@ -226,14 +227,14 @@ def _sample_problem(members: dict[str, tuple[int, bytes]], task: VerifyTask, i: 
     expected = {"group": str(index.group[i]), "key": str(index.key[i]), "labels": labels, "split": split}
     try:
         if json.loads(members["json"][1]) != expected:
-            return "says other labels, group or split than the index"
+            return "has different labels, group or split than the index"
     except ValueError:
-        return "has a .json that is none"
+        return "has a .json that is not JSON"
     if has_cls and members["cls"][1] != str(labels[0]).encode():
-        return "has another class than the index"
+        return "has a different class than the index"
     offset, image = members[images[0]]
     if (offset, len(image)) != (index.offset[i], index.size[i]):
-        return "lies elsewhere than the index says"
+        return "has a different position or size than in the index"
     try:
         pixels_HWC = decode(image, examined=True)
     except UndecodableImage as error:
@@ -241,6 +242,6 @@ def _sample_problem(members: dict[str, tuple[int, bytes]], task: VerifyTask, i: 
     if pixels_HWC.shape != (index.height[i], index.width[i], index.channels[i]):
         return f"has the shape {pixels_HWC.shape}"
     if digest is None or pixel_digest(pixels_HWC).tobytes() != digest:
-        return f"has other pixels than {FINGERPRINTS} says"
+        return f"has different pixels than in {FINGERPRINTS}"
     read.histogram += pixel_histogram(pixels_HWC)
     return ""

@@ -1,11 +1,11 @@
-"""What a file is that is not an image of a known format: a short reason that quotes nothing of it."""
+"""Identifies files that are not supported images; the reason is short and quotes nothing from the file."""
 
 from __future__ import annotations
 
 import re
 import zlib
 
-# Bytes at the beginning -> what the file is. The first that fits counts.
+# First bytes -> reason. The first match counts.
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself: run git lfs pull"),
     (b"\xff\x0a", "JPEG XL, which is not read: save it as PNG"),
@@ -61,7 +61,7 @@ _LINK = re.compile(r"(?:\.{0,2}/)?(?:[^/\n]+/)*[^/\n]+\.(?:png|jpe?g|tiff?|bmp|g
 
 
 def kind_of(data: bytes) -> str:
-    """What the bytes of a file are, "" if that is not known."""
+    """The kind of a file by its bytes, "" if unknown."""
     head = data[:_HEAD]
     if not data.strip(b"\0"):
         return "only zero bytes: its contents are lost"
@@ -131,7 +131,7 @@ def _is_nifti(head: bytes) -> bool:
 
 
 def _text_kind(head: bytes) -> str:
-    """What kind of text a file is, "" if it is none."""
+    """The kind of a text file, "" if it is not text."""
     if _POINTER.fullmatch(head):
         return "a git-annex pointer, not the file itself: run git annex get"
     text = _as_text(head)
@@ -156,12 +156,12 @@ def _text_kind(head: bytes) -> str:
 
 
 def _as_text(head: bytes) -> str:
-    """The bytes as a text, "" if they are none."""
+    """The bytes as text, "" if they are not text."""
     encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = head.decode(encoding)
     except UnicodeDecodeError as error:
-        if len(head) < _HEAD or error.start < len(head) - 4:  # not only a character cut at the end of the head
+        if len(head) < _HEAD or error.start < len(head) - 4:  # more than a character cut at the end of the head
             return ""
         text = head[: error.start].decode(encoding, "ignore")
     plain = all(character.isprintable() or character.isspace() for character in text[:4096])

@@ -1,8 +1,8 @@
-"""Any source image -> uint8 pixels, grey or RGB, or a named reason why not; and the coded bytes that a shard keeps.
+"""Source image -> uint8 pixels, gray or RGB, or UndecodableImage; and the encoded bytes that a shard stores.
 
-Transparent pixels are laid over black. 12- and 16-bit grey maps its full range onto 8 bits, so images stay comparable;
-signed, wider and floating-point pixels have no such range and are refused. Orientation from EXIF is applied; colour
-profiles are ignored.
+Transparent pixels are blended with black. 12- and 16-bit gray maps its full range to 8 bits, so images stay comparable;
+signed, wider and floating-point pixels have no such range and are refused. EXIF orientation is applied; color profiles
+are ignored.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_shards.decode.foreign import kind_of
 from data_shards.decode.lost_pixels import examine
 from data_shards.decode.undecodable import UndecodableImage
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
-# Decoding takes 4 bytes per pixel and more; no single medical photograph comes near this many.
+# Decoding takes at least 4 bytes per pixel; no single medical photograph has nearly this many.
 MAX_PIXELS = 100_000_000
-# That of JPEG and DICOM. A damaged JPEG 2000 of 219 bytes, 15 pixels wide and half a million high, took 350 MB.
+# The limit of JPEG and DICOM. A damaged JPEG 2000 of 219 bytes, 15 pixels wide and half a million high, took 350 MB.
 MAX_SIDE = 65_535
 _ORIENTATION = 0x0112
 # Tags of a TIFF.
@@ -31,7 +31,7 @@ _WHITE_IS_ZERO, _SIGNED = 0, 2
 _SIGNATURES = {
     b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP", b"GIF8": "GIF",
 }  # fmt: skip
-# What Pillow raises on damaged files; the fault boundary is one image.
+# What Pillow raises on damaged files. One bad image must not stop a conversion.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -47,27 +47,27 @@ _DAMAGE = (
 
 
 class Stored(NamedTuple):
-    """What a shard keeps of an image."""
+    """An image as stored in a shard."""
 
     data: bytes
     ending: str
     """png or jpg."""
     pixels: np.ndarray
     flaw: str
-    """What is wrong with the source although no pixel is lost; "" if nothing is."""
+    """Damage of the source that lost no pixels; "" if undamaged."""
 
 
 def decode(data: bytes | np.ndarray, *, max_side: int | None = None, examined: bool = False) -> np.ndarray:
-    """Pixels, uint8 (H, W, 1) or (H, W, 3); shrunk so that no side exceeds `max_side`. Raises UndecodableImage.
+    """The pixels, uint8 (H, W, 1) or (H, W, 3), shrunk so that no side exceeds `max_side`. Raises UndecodableImage.
 
-    A damaged file that lost pixels is refused, even if its decoder fills them up. An image of a shard was `examined`
-    when it was written: one that an earlier version kept is shown.
+    A damaged file that lost pixels is refused, even if its decoder fills them in. Images from shards were `examined`
+    when written and are not checked again.
     """
     return _decoded(data, max_side, examined)[0]
 
 
 def _decoded(data: bytes | np.ndarray, max_side: int | None, examined: bool) -> tuple[np.ndarray, str]:
-    """The pixels, and what is wrong with the file although none is lost."""
+    """The pixels, and any damage of the file that lost no pixels."""
     if isinstance(data, np.ndarray):
         plain = _plain(data)
         if max_side is None or max(plain.shape[:2]) <= max_side:
@@ -78,10 +78,10 @@ def _decoded(data: bytes | np.ndarray, max_side: int | None, examined: bool) -> 
         if not examined:
             complete, flaw = examine(data, image)
             image = image if complete is data else _opened(complete)
-        pixels = _pixels(_shrunk(_grey_or_rgb(ImageOps.exif_transpose(image), image), max_side))
-        # A PNG of 16-bit grey and alpha (byte 25 is 4) is opened as RGBA.
-        is_grey = image.format == "PNG" and data[25] == 4
-        return np.ascontiguousarray(pixels[:, :, :1]) if is_grey else pixels, flaw
+        pixels = _pixels(_shrunk(_gray_or_rgb(ImageOps.exif_transpose(image), image), max_side))
+        # Pillow opens a PNG with 16-bit gray and alpha (byte 25 is 4) as RGBA.
+        is_gray = image.format == "PNG" and data[25] == 4
+        return np.ascontiguousarray(pixels[:, :, :1]) if is_gray else pixels, flaw
     except UndecodableImage:
         raise
     except _DAMAGE as error:
@@ -89,22 +89,21 @@ def _decoded(data: bytes | np.ndarray, max_side: int | None, examined: bool) -> 
 
 
 def stored_bytes(data: bytes | np.ndarray, *, max_side: int | None = None) -> tuple[bytes, str, np.ndarray]:
-    """What a shard keeps of an image: coded bytes without metadata, their ending ("png" or "jpg"), and its pixels.
+    """An image as stored in a shard: encoded bytes without metadata, their ending ("png" or "jpg"), and its pixels.
 
-    As `stored`, which also says what is wrong with the source.
+    Like `stored`, without the flaw.
     """
     return stored(data, max_side=max_side)[:3]
 
 
 def stored(data: bytes | np.ndarray, *, max_side: int | None = None) -> Stored:
-    """What a shard keeps of an image.
+    """An image as stored in a shard. The same data gives the same bytes. Raises UndecodableImage.
 
-    8-bit grey and RGB keep their coded pixels as JPEG or PNG, with everything but the pixels cut out. All else, also
-    a turned or shrunk image, becomes a PNG. Bytes that were cut are decoded again before they are returned, and equal
-    the source's pixels. The same data gives the same bytes. Raises UndecodableImage.
+    8-bit gray and RGB keep their encoded pixels as JPEG or PNG, with metadata removed; the result is decoded and
+    compared with the source's pixels. All other images, including rotated and shrunk ones, become PNG.
     """
     pixels, flaw = _decoded(data, max_side, False)
-    # Of a PNG with a flaw the checksums are wrong: other decoders would refuse it.
+    # A PNG with a flaw has wrong checksums, so other decoders would refuse it.
     if isinstance(data, bytes) and not (flaw and data.startswith(b"\x89PNG")):
         kept = _without_metadata(data, pixels.shape)
         if kept is not None and np.array_equal(decode(kept[0], examined=True), pixels):
@@ -123,22 +122,22 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 
 def _opened(data: bytes) -> Image.Image:
-    """An opened image of one frame whose size may be decoded."""
+    """The opened image. UndecodableImage if it is too large or has several frames."""
     if not data:
         raise UndecodableImage("empty file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         frames = getattr(image, "n_frames", 1)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UndecodableImage(_unknown(data)) from error
     except _DAMAGE as error:
-        # A text may begin as a BMP does; those of PNM are images.
+        # A text may begin like a BMP. PNM images (P...) are text too.
         raise UndecodableImage(("" if data[:1] == b"P" else kind_of(data)) or _short(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise UndecodableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     if max(image.size) > MAX_SIDE:
         raise UndecodableImage(f"{image.width} x {image.height} pixels: a side may have {MAX_SIDE:,}")
-    # A camera's JPEG may carry a preview as a second picture (MPO); an animation or a stack is not one image.
+    # A camera's JPEG may contain a preview as second image (MPO); animations and stacks are refused.
     if frames > 1 and image.format != "MPO":
         raise UndecodableImage(f"{frames} frames in one file")
     return image
@@ -156,14 +155,14 @@ def _unknown(data: bytes) -> str:
 
 
 def _headless_dicom(data: bytes) -> str:
-    from data_shards.decode.dicom.header import first_element  # that package imports this module
+    from data_shards.decode.dicom.header import first_element  # lazy: that package imports this module
 
     headless = first_element(io.BytesIO(data)) is not None
     return "a DICOM file without its preamble, which is read in image sets only" if headless else ""
 
 
-def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:
-    """The upright image in mode L or RGB; `source` is the opened file, which knows how its pixels are coded."""
+def _gray_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:
+    """The upright image in mode L or RGB; `source` is the opened file with its tags."""
     image.load()
     tags = getattr(source, "tag_v2", {})
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
@@ -174,12 +173,12 @@ def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:
         bits = tags.get(_BITS, (16,))[0]
         if bits > 16:
             raise UndecodableImage(f"{bits}-bit pixels")
-        grey = _from_16_bits(np.asarray(image), bits)
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow sees to this only where it is 8 bits or fewer
-            grey = 255 - grey
+        gray = _from_16_bits(np.asarray(image), bits)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only up to 8 bits
+            gray = 255 - gray
         if isinstance(clear := image.info.get("transparency"), int):
-            grey[np.asarray(image) == clear] = 0
-        return Image.fromarray(grey)
+            gray[np.asarray(image) == clear] = 0
+        return Image.fromarray(gray)
     if image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         black = Image.new(image.mode, image.size, (*(0,) * (len(image.mode) - 1), 255))
@@ -190,16 +189,18 @@ def _grey_or_rgb(image: Image.Image, source: Image.Image) -> Image.Image:
 
 
 def _over_black(image: Image.Image) -> Image.Image:
-    grey, alpha = (np.asarray(band, np.float32) for band in image.split())
-    return Image.fromarray(np.rint(grey * alpha / 255).astype(np.uint8))
+    gray, alpha = (np.asarray(band, np.float32) for band in image.split())
+    return Image.fromarray(np.rint(gray * alpha / 255).astype(np.uint8))
 
 
 def _from_16_bits(values: np.ndarray, bits: int) -> np.ndarray:
     most = (1 << bits) - 1
     if values.min() < 0 or values.max() > most:
         raise UndecodableImage(f"pixels from {values.min()} to {values.max()} are not {bits}-bit grey")
-    # By table: a division per pixel takes eight bytes of memory for each.
-    return np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)[values]
+    # By table: dividing each pixel would take eight bytes of memory per pixel.
+    table = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)
+    pixels: np.ndarray = table[values]
+    return pixels
 
 
 def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -221,7 +222,7 @@ def _short(error: BaseException) -> str:
 
 
 def _without_metadata(data: bytes, shape: tuple[int, ...]) -> tuple[bytes, str] | None:
-    """The file cut down to its pixels; None if it must be coded anew (turned, shrunk, or of another kind)."""
+    """The file without metadata; None if it must be encoded again (rotated, shrunk, or another format)."""
     image = _opened(data)
     same_size = (image.height, image.width) == shape[:2]
     if not same_size or image.mode not in ("L", "RGB") or image.getexif().get(_ORIENTATION, 1) != 1:
@@ -235,7 +236,7 @@ def _without_metadata(data: bytes, shape: tuple[int, ...]) -> tuple[bytes, str] 
 
 
 def _bare_png(data: bytes) -> bytes | None:
-    """Signature, IHDR, IDAT and IEND of a PNG; nothing after the end."""
+    """Signature, IHDR, IDAT and IEND of a PNG, without trailing bytes."""
     kept, position = [data[:8]], 8
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
@@ -249,7 +250,7 @@ def _bare_png(data: bytes) -> bytes | None:
 
 
 def _bare_jpeg(data: bytes) -> bytes | None:
-    """A JPEG's tables and scans (ITU T.81, annex B), plus the two markers that say how colours are coded."""
+    """A JPEG's tables and scans (ITU T.81, annex B), plus the two markers that give the color encoding."""
     kept, position = [data[:2]], 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
@@ -270,12 +271,12 @@ def _bare_jpeg(data: bytes) -> bytes | None:
             if adobe or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
                 kept.append(data[position:end])
         position = end
-    # Pillow also reads files whose end marker is lost.
+    # Pillow also reads files without an end marker.
     return b"".join([*kept, b"\xff\xd9"]) if data[position : position + 2] in (b"", b"\xff\xd9") else None
 
 
 def _end_of_scan(data: bytes, position: int) -> int:
-    """Where the entropy-coded data from `position` ends: at the next marker that is neither stuffing nor a restart."""
+    """End of the entropy-coded data from `position`: the next marker except stuffing and restarts."""
     while (position := data.find(b"\xff", position)) >= 0:
         following = data[position + 1 : position + 2]
         if following and following != b"\0" and not b"\xd0" <= following <= b"\xd7" and following != b"\xff":

@@ -1,9 +1,9 @@
-"""A JPEG's markers and scans (ITU T.81): whether pixels are lost in it, and the file without what is not pixels.
+"""Markers and scans of a JPEG (ITU T.81): detects lost pixels, and removes everything but the pixels.
 
-Decoders fill up what a damaged file lacks and only warn, so a scan that was cut in half decodes without an error. Here
-libjpeg's warnings are read: what lost pixels is refused, what lost none is named and kept. A changed bit that gives
-other codes of the same number of blocks is not seen by any decoder, as a JPEG has no checksum. Zero bytes, as a disk or
-a download leaves them, are seen where no encoder writes them: what zeros mean follows from the Huffman tables.
+Decoders fill in missing pixels and only warn, so a scan that was cut in half decodes without an error. This module
+reads libjpeg's warnings: files that lost pixels are refused, other damage is named and accepted. A flipped bit that
+still gives valid codes for all blocks cannot be detected, because a JPEG has no checksum. Zero bytes left by a disk or
+a download are detected where no encoder writes them, which follows from the Huffman tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import simplejpeg
 from data_shards.decode.undecodable import UndecodableImage
 
 _END = b"\xff\xd9"
-# In a scan FF is followed by 00 (a stuffed FF), by a restart marker, or by a marker that ends it.
+# In a scan, FF is followed by 00 (a stuffed FF), a restart marker, or a marker that ends the scan.
 _END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _MARKER = re.compile(rb"\xff+[\x01-\xfe]")
 _FRAMES = {marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)}
@@ -29,26 +29,26 @@ _SCAN, _HUFFMAN_TABLES, _QUANTIZATION_TABLES = 0xDA, 0xC4, 0xDB
 _BASELINE = {0xC0, 0xC1}
 _AC = 0x10  # in the number of a Huffman table
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
-# 48 bytes have a block of 63 coefficients in them. Behind a scan zeros may fill up the file, of which libjpeg takes up
-# to 8 bytes for the scan's.
+# 48 bytes contain a block of 63 coefficients. Zeros after a scan may be padding, of which libjpeg counts up to 8 bytes
+# as part of the scan.
 _ZEROS = re.compile(rb"\0{48,}|\0{16,}\Z")
-# Without an end marker. A sender may fill up a file to a multiple of four bytes.
+# Without an end marker. Senders may pad a file to a multiple of four bytes.
 _ZEROS_AT_END = re.compile(rb"\0{4,}\Z")
-# Gratings and tiles have blocks of a few equal coefficients again and again, so it takes this many.
+# Gratings and tiles repeat blocks of a few equal coefficients, so only more than that are suspicious.
 _EQUAL_COEFFICIENTS = 5
-# Of the interface to libjpeg, which knows the common ones only.
+# Raised by simplejpeg, which supports only common subsamplings.
 _UNUSUAL = "Could not determine subsampling level of JPEG image"
 
 
 class Segment(NamedTuple):
-    """A marker, its parameters, and, of a scan, the coded data behind it."""
+    """A marker, its parameters and, for a scan, the entropy-coded data that follows."""
 
     marker: int
     parameters: bytes
     scan: bytes = b""
 
     def coded(self) -> bytes:
-        """The segment as it is in a file."""
+        """The segment's bytes in a file."""
         head = struct.pack(">BBH", 0xFF, self.marker, len(self.parameters) + 2)
         return head + self.parameters + self.scan
 
@@ -58,13 +58,13 @@ class Segments(NamedTuple):
 
     found: list[Segment]
     num_stray: int
-    """Bytes between two segments that belong to neither."""
+    """Number of bytes between segments."""
     ended: bool
     """Whether there is an end marker."""
 
 
 def segments_of(data: bytes) -> Segments:
-    """The segments of the (first) JPEG in `data`; what is cut off in the middle of a segment is not one."""
+    """The segments of the first JPEG in `data`, without a truncated last one."""
     found: list[Segment] = []
     position, num_stray = 2, 0
     while match := _MARKER.search(data, position):
@@ -88,9 +88,9 @@ def segments_of(data: bytes) -> Segments:
 
 
 def examine(data: bytes) -> tuple[bytes, str]:
-    """The JPEG with an end marker, and what is wrong with it although no pixel is lost, "" if nothing is.
+    """The JPEG with an end marker, and any damage that lost no pixels ("" if undamaged).
 
-    Raises UndecodableImage where pixels are lost.
+    Raises UndecodableImage if pixels are lost.
     """
     warning, segments = _warning(data), segments_of(data)
     _require_all_scans(segments)
@@ -116,7 +116,7 @@ def examine(data: bytes) -> tuple[bytes, str]:
 
 
 def _warning(data: bytes) -> str:
-    """What libjpeg first warns of when it decodes the file, "" if nothing. An eighth of the size costs a tenth."""
+    """libjpeg's first warning when decoding, or "". At an eighth of the size this takes a tenth of the time."""
     try:
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
@@ -125,7 +125,7 @@ def _warning(data: bytes) -> str:
 
 
 def _require_all_scans(segments: Segments) -> None:
-    """UndecodableImage where colours or details were to come in a scan that is not there: libjpeg is silent then."""
+    """UndecodableImage if a scan with colors or details is missing: libjpeg does not warn about that."""
     frame = next((each for each in segments.found if each.marker in _FRAMES), None)
     if frame is None:
         raise UndecodableImage("damaged JPEG: no pixels")
@@ -143,9 +143,9 @@ def _require_all_scans(segments: Segments) -> None:
 
 
 def _refuse_zeros(segments: Sequence[Segment]) -> None:
-    """UndecodableImage where zero bytes are in place of coded pixels or of tables."""
+    """UndecodableImage if zero bytes have replaced encoded pixels or tables."""
     frame = 0
-    first_symbols: dict[int, int] = {}  # of each Huffman table, by its class and number
+    first_symbols: dict[int, int] = {}  # by class and number of the Huffman table
     for marker, parameters, scan in segments:
         if marker in _FRAMES:
             frame = marker
@@ -162,7 +162,7 @@ def _refuse_zeros(segments: Sequence[Segment]) -> None:
 
 
 def _huffman_tables(parameters: bytes) -> Iterator[tuple[int, bytes]]:
-    """Class and number of each Huffman table, and its symbols, those of the shortest codes first."""
+    """Class and number of each Huffman table, and its symbols, shortest codes first."""
     position = 0
     while position + 17 <= len(parameters):
         end = position + 17 + sum(parameters[position + 1 : position + 17])
@@ -183,33 +183,31 @@ def _divides_by_zero(parameters: bytes) -> bool:
 
 
 def _never_zeros(frame: int, parameters: bytes, first_symbols: Mapping[int, int]) -> bool:
-    """Whether no encoder writes a long run of zero bits in a scan.
+    """Whether an encoder would never write a long run of zero bits in this scan.
 
-    The first code of a Huffman table is all zeros, so such a run is its first symbol again and again: r coefficients
-    of 0, then one of s bits that are 0, thus negative. Where the symbol ends the block (s = 0), the run is a flat area.
+    The first code of a Huffman table is all zeros, so such a run repeats its first symbol: r zero coefficients, then
+    one of s zero bits, which is negative. If the symbol ends the block (s = 0), the run is a flat area.
     """
     if frame not in _BASELINE | _PROGRESSIVE or frame in _ARITHMETIC or len(parameters) < 6:
         return False
     first, last, bits = parameters[-3:] if frame in _PROGRESSIVE else (1, 63, 0)
-    if first == 0 or bits >> 4:  # the blocks' means, which are equal in a flat area; further bits, which have no codes
+    if first == 0 or bits >> 4:  # means of blocks are equal in flat areas; refinement bits have no codes
         return False
     tables = {_AC | table & 15 for table in parameters[2 : 1 + 2 * parameters[0] : 2]}
-    return any(
-        _never_again_and_again(first_symbols[table], last - first + 1) for table in tables if table in first_symbols
-    )
+    return any(_never_repeats(first_symbols[table], last - first + 1) for table in tables if table in first_symbols)
 
 
-def _never_again_and_again(symbol: int, num_coefficients: int) -> bool:
-    """Whether blocks never consist of one symbol, the bits behind which are 0."""
+def _never_repeats(symbol: int, num_coefficients: int) -> bool:
+    """Whether no block consists only of this symbol followed by zero bits."""
     num_zeros, size = symbol >> 4, symbol & 15
     if size == 0:
-        return num_zeros == 15  # 16 zeros always come before another coefficient
+        return num_zeros == 15  # 16 zeros always precede another coefficient
     num, beyond = divmod(num_coefficients, num_zeros + 1)
     return beyond > 0 or num >= _EQUAL_COEFFICIENTS
 
 
 def _pixels_only(segments: Segments) -> list[Segment]:
-    """Tables and scans, with the parameters that a sequential scan must have."""
+    """Tables and scans; parameters of sequential scans are set to their required values."""
     kept = [each for each in segments.found if not (0xE0 <= each.marker <= 0xEF or each.marker == 0xFE)]
     frames = {each.marker for each in kept if each.marker in _FRAMES}
     if frames & (_PROGRESSIVE | _LOSSLESS):
@@ -224,7 +222,7 @@ def _joined(segments: Sequence[Segment]) -> bytes:
 
 
 def _without_filling(segments: list[Segment], warning: str) -> list[Segment] | None:
-    """The segments without the bytes behind a scan that libjpeg names, if they are not left over from lost blocks."""
+    """The segments without the stray bytes that libjpeg reports after a scan, unless they remain from lost blocks."""
     found = _STRAY.search(warning)
     if found is None:
         return None
@@ -241,7 +239,7 @@ def _without_filling(segments: list[Segment], warning: str) -> list[Segment] | N
 
 
 def _is_filling(tail: bytes) -> bool:
-    """Whether bytes are one value again and again, or text: what is left over when blocks are lost looks random."""
+    """Whether bytes repeat one value or are text; remains of lost blocks look random."""
     return len(set(tail)) == 1 or (tail.isascii() and tail.decode().isprintable())
 
 

@@ -1,8 +1,8 @@
-"""Whether a file lost pixels that its decoder fills up in silence: what can be known of each format.
+"""Detects files with lost pixels that a decoder fills in silently, as far as each format allows.
 
-PNG has checksums, which Pillow does not look at in its pixels. TIFF may lack strips, and its deflated, run-length and
-JPEG parts can be checked. WebP and JPEG 2000 have no checksum: only a run of zero bytes, as a disk or a download leaves
-it, is known to be none of their code. Uncompressed pixels, LZW and fax codes cannot be checked.
+PNG has checksums, which Pillow does not verify for pixels. TIFF may lack strips, and its deflated, run-length and JPEG
+parts can be checked. WebP and JPEG 2000 have no checksum: only a long run of zero bytes, left by a disk or a download,
+is certainly not their code. Uncompressed pixels, LZW and fax codes cannot be checked.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from data_shards.decode import jpeg
 from data_shards.decode.undecodable import UndecodableImage
 
 _CHUNK_BYTES = 1 << 20
-# Tags of a TIFF.
+# TIFF tags.
 _WIDTH, _HEIGHT = 256, 257
 _COMPRESSION, _STRIPS, _STRIP_BYTES, _ROWS_PER_STRIP, _SAMPLES, _PLANAR = 259, 273, 279, 278, 277, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _BITS, _JPEG_TABLES = 322, 323, 324, 325, 258, 347
 _PLAIN, _JPEG, _DEFLATE, _PACKBITS = 1, 7, (8, 32946), 32773
-_CODED = (4, 5)  # fax without fill bits, and LZW, where equal values become ever longer codes
-# JPEG 2000 and lossless WebP had at most 10 zero bytes in a row in images of one colour, with borders and of noise,
-# lossy WebP one for some 10,000 black pixels.
+_CODED = (4, 5)  # fax without fill bits, and LZW, which codes runs of equal values with growing codes
+# Measured on images of one color, with borders and of noise: JPEG 2000 and lossless WebP had at most 10 zero bytes in a
+# row, lossy WebP one per 10,000 black pixels.
 _ZEROS = re.compile(rb"\0{65,}")
 _PIXELS_PER_ZERO = 4096
-# First column and row of each pass of an interlaced PNG, and the steps between them.
+# First column and row of each pass of an interlaced PNG, and the step between columns and rows.
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 def examine(data: bytes, image: Image.Image) -> tuple[bytes, str]:
-    """The file as its decoder takes it, and what is wrong with it although no pixel is lost, "" if nothing is.
+    """The file as its decoder accepts it, and any damage that lost no pixels ("" if undamaged).
 
-    `image` is the opened file. Raises UndecodableImage where pixels are lost.
+    `image` is the opened file. Raises UndecodableImage if pixels are lost.
     """
     if image.format in ("JPEG", "MPO"):
         return jpeg.examine(data)
@@ -56,7 +56,7 @@ def examine(data: bytes, image: Image.Image) -> tuple[bytes, str]:
 
 
 def examine_jpeg2000(data: bytes) -> tuple[bytes, str]:
-    """As `examine`, of a JPEG 2000 file or codestream. OpenJPEG refuses one that is cut, but also a lost end mark."""
+    """Like `examine`, for a JPEG 2000 file or codestream. Adds a missing end mark, which OpenJPEG needs."""
     end = data.rfind(b"\xff\xd9")
     _refuse_zeros("JPEG 2000", data[max(0, data.find(b"\xff\x93")) : end if end >= 0 else len(data)], 0)
     if end >= 0:
@@ -65,7 +65,7 @@ def examine_jpeg2000(data: bytes) -> tuple[bytes, str]:
 
 
 def refuse_zeros(what: str, coded: bytes) -> None:
-    """UndecodableImage where coded pixels have a long run of zero bytes, which no image gives."""
+    """UndecodableImage if encoded pixels have a long run of zero bytes, which no image gives."""
     _refuse_zeros(what, coded, 0)
 
 
@@ -77,13 +77,13 @@ def _refuse_zeros(what: str, coded: bytes, more: int) -> None:
 
 
 def _require_all_rows(data: bytes, image: Image.Image) -> None:
-    """UndecodableImage where the pixels end early: Pillow leaves the missing ones at 0, and the last row then is."""
+    """UndecodableImage if the pixels end early: Pillow leaves missing ones at 0, so the last row is 0."""
     image.load()
-    width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    width, height, bits, colors = struct.unpack_from(">IIBB", data, 16)
     interlaced = data[28] == 1
     if not interlaced and np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any():
         return
-    bits_of_pixel = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    bits_of_pixel = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colors]
     expected = 0
     for left, top, across, down in _ADAM7 if interlaced else [(0, 0, 1, 1)]:
         columns, rows = -(-(width - left) // across), -(-(height - top) // down)
@@ -93,7 +93,7 @@ def _require_all_rows(data: bytes, image: Image.Image) -> None:
 
 
 def _png_pixels(data: bytes) -> Iterator[tuple[int, memoryview]]:
-    """Where the chunks of pixels begin, and their data."""
+    """Position and data of each chunk of pixels."""
     position = 8
     while position + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
@@ -106,7 +106,7 @@ def _examine_png(data: bytes) -> str:
     parts, wrong = [], False
     for position, part in _png_pixels(data):
         end = position + 12 + struct.unpack_from(">I", data, position)[0]
-        if end > len(data):  # Pillow refuses a file that is cut where rows are missing
+        if end > len(data):  # missing rows have been refused already
             return "no end marker"
         parts.append(part)
         (checksum,) = struct.unpack_from(">I", data, end - 4)
@@ -117,7 +117,7 @@ def _examine_png(data: bytes) -> str:
 
 
 def _examine_inflated(parts: Sequence[memoryview]) -> str:
-    """Where a chunk has a wrong checksum: the pixels are right if their own checksum, behind them, is."""
+    """For a chunk with a wrong checksum: the pixels are intact if the zlib checksum after them is right."""
     if not _inflates(b"".join(parts)):
         raise UndecodableImage("damaged PNG, pixels are lost: the checksum of its pixels is wrong")
     return "a wrong checksum of a chunk"
@@ -136,7 +136,7 @@ def _inflates(coded: bytes) -> bool:
 
 
 def _inflated_bytes(coded: bytes) -> int:
-    """How many bytes zlib data become, up to where they are damaged."""
+    """Inflated size of zlib data in bytes, up to the first damage."""
     inflate, num = zlib.decompressobj(), 0
     with contextlib.suppress(zlib.error):
         while coded and not inflate.eof:
@@ -167,28 +167,37 @@ def _examine_tiff(data: bytes, image: Any) -> None:
 
 
 def _num_parts(tags: Any) -> int:
-    width, height = tags[_WIDTH], tags[_HEIGHT]  # Pillow swaps its own where the image is to be turned
-    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANAR, 1) == 2 else 1
+    # Not the image's own size, which Pillow swaps for rotated images.
+    width: int = tags[_WIDTH]
+    height: int = tags[_HEIGHT]
+    planes: int = tags.get(_SAMPLES, 1) if tags.get(_PLANAR, 1) == 2 else 1
     if _TILES in tags:
-        return planes * -(-width // tags[_TILE_WIDTH]) * -(-height // tags[_TILE_HEIGHT])
-    return planes * -(-height // max(1, min(tags.get(_ROWS_PER_STRIP, height), height)))
+        tile_width: int = tags[_TILE_WIDTH]
+        tile_height: int = tags[_TILE_HEIGHT]
+        return planes * -(-width // tile_width) * -(-height // tile_height)
+    rows: int = tags.get(_ROWS_PER_STRIP, height)
+    return planes * -(-height // max(1, min(rows, height)))
 
 
 def _part_bytes(tags: Any, index: int) -> int:
-    """Bytes of the pixels in a strip or tile."""
-    bits = tags.get(_BITS, (1,))
-    bits_of_pixel = (
+    """Uncompressed bytes of a strip or tile."""
+    bits: tuple[int, ...] = tags.get(_BITS, (1,))
+    bits_of_pixel: int = (
         bits[0] if tags.get(_PLANAR, 1) == 2 else sum(bits) if len(bits) > 1 else bits[0] * tags.get(_SAMPLES, 1)
     )
     if _TILES in tags:
-        return -(-tags[_TILE_WIDTH] * bits_of_pixel // 8) * tags[_TILE_HEIGHT]
-    rows = max(1, min(tags.get(_ROWS_PER_STRIP, tags[_HEIGHT]), tags[_HEIGHT]))
-    first = index % -(-tags[_HEIGHT] // rows) * rows
-    return -(-tags[_WIDTH] * bits_of_pixel // 8) * min(rows, tags[_HEIGHT] - first)
+        tile_width: int = tags[_TILE_WIDTH]
+        tile_height: int = tags[_TILE_HEIGHT]
+        return -(-tile_width * bits_of_pixel // 8) * tile_height
+    width: int = tags[_WIDTH]
+    height: int = tags[_HEIGHT]
+    rows: int = max(1, min(tags.get(_ROWS_PER_STRIP, height), height))
+    first = index % -(-height // rows) * rows
+    return -(-width * bits_of_pixel // 8) * min(rows, height - first)
 
 
 def _unpacked_bytes(packed: bytes) -> int:
-    """How many bytes run-length data (PackBits) become; -1 where they end in the middle of a run."""
+    """Unpacked size of run-length data (PackBits) in bytes; -1 if they end in the middle of a run."""
     position = unpacked = 0
     while position < len(packed):
         count = packed[position]
@@ -198,7 +207,7 @@ def _unpacked_bytes(packed: bytes) -> int:
 
 
 def _webp_pixels(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """The coded pixels of a WebP file, and whether they are lossy; alpha is not among them."""
+    """The encoded pixels of a WebP file without alpha, and whether they are lossy."""
     position = 12
     while position + 8 <= len(data):
         kind, (length,) = data[position : position + 4], struct.unpack_from("<I", data, position + 4)

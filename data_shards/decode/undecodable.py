@@ -1,8 +1,11 @@
-"""The error of an image that gives no pixels."""
+"""The error for an image that cannot be decoded.
+
+Its reasons are stored in the manifest of a dataset: rewording one changes the version of datasets with such an image.
+"""
 
 
-class UndecodableImage(ValueError):  # noqa: N818 - it says what the image is, not what we did
-    """This image gives no pixels; `reason` is short, for the quarantine."""
+class UndecodableImage(ValueError):  # noqa: N818 - the name describes the image
+    """The image cannot be decoded; `reason` is short, for the quarantine."""
 
     def __init__(self, reason: str):
         super().__init__(reason)

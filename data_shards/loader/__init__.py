@@ -1,4 +1,4 @@
-"""Manifest -> micro-batches. Names are imported on first use, so that a decoding process loads only its own module."""
+"""Manifest -> micro-batches. Names are imported lazily, so that a decoding process loads only its own module."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

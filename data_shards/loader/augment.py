@@ -1,8 +1,8 @@
-"""Random changes of a whole batch at once, on the batch's device. The only module here that imports torch.
+"""Random augmentation of a batch on its device. The only module here that imports torch.
 
-What chance does to an image depends on (seed, epoch, sample) alone: not on the batch, the rank or the device. All
-geometric changes of an image are one affine map and one interpolation. Legend: B batch, C channels, H height,
-W width; maps work in grid_sample's coordinates, where the image spans [-1, 1] in x and in y.
+The changes of an image depend only on (seed, epoch, sample), not on the batch, the rank or the device. All geometric
+changes of an image are one affine map and one interpolation. Legend: B batch, C channels, H height, W width; maps use
+grid_sample's coordinates, where the image spans [-1, 1] in x and in y.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 from data_shards.loader.augment_config import AugmentConfig
 from data_shards.loader.draws import uniforms
 
-# One column of draws for each random number of an image, so that switching one change off moves no other.
+# One column of draws per random number of an image, so that disabling one change does not affect the others.
 _DRAWS = (
     *("hflip", "vflip", "rot90", "shift_x", "shift_y", "scale", "rotate", "brightness", "contrast"),
     *("erase", "erase_x", "erase_y", "erase_width", "erase_height", "pad_x", "pad_y", "saturation", "hue"),
@@ -26,9 +26,9 @@ _DRAWS = (
 _CHAINS = 3
 _CHAIN_DRAWS = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y", "tone", "strength")
 _MIX_DRAWS = _CHAINS * (len(_CHAIN_DRAWS) + 1) + 1
-# Purposes of draws (see draws.py).
+# Purposes of draws, see draws.py.
 _CHANGE, _MIX = 0xA0, 0xA1
-# Brightness and two colour differences (YIQ, NTSC 1953) from red, green and blue.
+# Brightness and two color differences (YIQ, NTSC 1953) from red, green and blue.
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 _RGB = tuple(map(tuple, np.linalg.inv(np.array(_YIQ)).tolist()))
 
@@ -38,29 +38,30 @@ _Map = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 def augment(images_BCHW: Tensor, config: AugmentConfig, *, seed: int, epoch: int, sample: np.ndarray) -> Tensor:
     """The batch with every image changed at random, floats in [0, 1] like the input; same shape, device and dtype.
 
-    `sample` (B,) int64 says which numbers are drawn for each image: the loader's `chance`. They are drawn on the CPU,
-    wherever the images are, so that CPU and GPU make the same changes.
+    `sample` (B,) int64 selects the random numbers of each image: the loader's `chance`. They are drawn on the CPU, so
+    that CPU and GPU make the same changes.
 
     Raises:
         ValueError: the images are not floats.
     """
     if not images_BCHW.is_floating_point():
-        raise ValueError(f"images to augment are {images_BCHW.dtype}, but must be floats in [0, 1]: convert them first")
+        raise ValueError(f"images to augment are {images_BCHW.dtype}, but must be floats in [0, 1]; convert them first")
     draws = torch.from_numpy(augment_draws(config, seed=seed, epoch=epoch, sample=sample))
     return augment_drawn(images_BCHW, draws.to(images_BCHW), config)
 
 
 def augment_draws(config: AugmentConfig, *, seed: int, epoch: int, sample: np.ndarray) -> np.ndarray:
-    """Every random number that `augment_drawn` needs: (B, n) float32 in [0, 1), n the same for the same config."""
+    """All random numbers for `augment_drawn`: float32 (B, n) in [0, 1); n depends only on the config."""
     tables = [uniforms(seed, epoch, sample, len(_DRAWS), purpose=_CHANGE)]
     if config.augmix:
         tables.append(uniforms(seed, epoch, sample, _MIX_DRAWS, purpose=_MIX))
-    # Cut to 24 bits, which float32 holds exactly: rounding could make a 1 of the last of them.
-    return (np.floor(np.concatenate(tables, axis=1) * 2**24) / 2**24).astype(np.float32)
+    # Truncated to 24 bits, which float32 represents exactly: rounding could give 1.
+    draws: np.ndarray = np.floor(np.concatenate(tables, axis=1) * 2**24) / 2**24
+    return draws.astype(np.float32)
 
 
 def augment_drawn(images_BCHW: Tensor, draws_Bn: Tensor, config: AugmentConfig) -> Tensor:
-    """`augment` with numbers from `augment_draws`, on the images' device: tensors alone, so it can be compiled."""
+    """`augment` with numbers from `augment_draws` on the images' device; uses only tensors, so it can be compiled."""
     columns = draws_Bn.unbind(1)
     draws, table = dict(zip(_DRAWS, columns, strict=False)), columns[len(_DRAWS) :]
     if config.moves_pixels:
@@ -68,7 +69,7 @@ def augment_drawn(images_BCHW: Tensor, draws_Bn: Tensor, config: AugmentConfig) 
     if config.brightness or config.contrast:
         images_BCHW = _relit(images_BCHW, draws, config)
     if (config.saturation or config.hue) and images_BCHW.shape[1] == 3:
-        images_BCHW = _recoloured(images_BCHW, draws, config)
+        images_BCHW = _recolored(images_BCHW, draws, config)
     if config.augmix:
         images_BCHW = _mixed(images_BCHW, table, config)
     if config.erase:
@@ -78,33 +79,33 @@ def augment_drawn(images_BCHW: Tensor, draws_Bn: Tensor, config: AugmentConfig) 
 
 def _moved(images_BCHW: Tensor, where: _Map, padding: str) -> Tensor:
     height, width = images_BCHW.shape[-2:]
-    x_B1W, y_BH1 = _centres(width, images_BCHW)[None, None, :], _centres(height, images_BCHW)[None, :, None]
-    # Written out rather than as affine_grid and matrix products: for maps this small those cost more than sampling.
+    x_B1W, y_BH1 = _centers(width, images_BCHW)[None, None, :], _centers(height, images_BCHW)[None, :, None]
+    # Explicit, because affine_grid and matrix products cost more than sampling for such small maps.
     (xx, xy, x0), (yx, yy, y0) = ([value[:, None, None] for value in row] for row in where)
     grid_BHW2 = torch.stack([xx * x_B1W + (xy * y_BH1 + x0), yx * x_B1W + (yy * y_BH1 + y0)], 3)
     return functional.grid_sample(images_BCHW, grid_BHW2, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def _centres(length: int, like: Tensor) -> Tensor:
-    """Where the centres of `length` pixels in a row lie."""
+def _centers(length: int, like: Tensor) -> Tensor:
+    """Coordinates of the centers of `length` pixels."""
     return (torch.arange(length, device=like.device, dtype=like.dtype) * 2 + 1) / length - 1
 
 
 def _affine(draws: dict[str, Tensor], config: AugmentConfig, height: int, width: int) -> _Map:
-    """For each image the map from a place in the result to the place in the source that it is taken from.
+    """For each image, the map from a position in the result to its position in the source.
 
     The source's x = xx * x + xy * y + x0 and y = yx * x + yy * y + y0; returned as ((xx, xy, x0), (yx, yy, y0)).
     """
     aspect = height / width
-    # Enlarged by a factor as often as shrunk by it.
+    # Symmetric: enlarging by a factor is as likely as shrinking by it.
     zoom = torch.exp(_either_way(draws["scale"], math.log1p(config.scale)))
     angle = _either_way(draws["rotate"], math.radians(config.rotate))
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    # Turned in pixels, not in [-1, 1], or an image that is not square would be sheared.
+    # Rotated in pixels, not in [-1, 1], which would shear images that are not square.
     xx, xy, yx, yy = cos, -sin * aspect, sin / aspect, cos
     if config.rot90:
         turns = (draws["rot90"] * 4).long().clamp(max=3)
-        # Exact integers, so that a quarter turn alone moves pixels without blurring them.
+        # Exact integers, so that a quarter turn alone does not blur.
         qc, qs = _constant([1, 0, -1, 0], xx)[turns], _constant([0, 1, 0, -1], xx)[turns]
         xx, xy, yx, yy = qc * xx - qs * yx, qc * xy - qs * yy, qs * xx + qc * yx, qs * xy + qc * yy
     mirror_x, mirror_y = _sign(draws["hflip"], config.hflip), _sign(draws["vflip"], config.vflip)
@@ -123,8 +124,8 @@ def _relit(images_BCHW: Tensor, draws: dict[str, Tensor], config: AugmentConfig)
     return torch.addcmul(mean * (1 - factor) + shift, images_BCHW, factor).clamp_(0, 1)
 
 
-def _recoloured(images_B3HW: Tensor, draws: dict[str, Tensor], config: AugmentConfig) -> Tensor:
-    """Colours turned about the axis of greys, and stretched away from it."""
+def _recolored(images_B3HW: Tensor, draws: dict[str, Tensor], config: AugmentConfig) -> Tensor:
+    """Rotates colors around the gray axis (hue), and scales their distance from it (saturation)."""
     angle = _either_way(draws["hue"], math.radians(config.hue))
     factor = torch.exp(_either_way(draws["saturation"], math.log1p(config.saturation)))
     cos, sin, zero, one = torch.cos(angle) * factor, torch.sin(angle) * factor, angle * 0, angle * 0 + 1
@@ -135,7 +136,7 @@ def _recoloured(images_B3HW: Tensor, draws: dict[str, Tensor], config: AugmentCo
 
 
 def _mixed(images_BCHW: Tensor, table: tuple[Tensor, ...], config: AugmentConfig) -> Tensor:
-    """AugMix: the image and a mixture of chains of changes, weighed as Dirichlet(1) and Beta(1, 1) have it."""
+    """AugMix: blends the image with a mixture of chains of changes, with Dirichlet(1) and Beta(1, 1) weights."""
     weights = torch.stack([-torch.log1p(-table[n]) for n in range(_CHAINS)])
     weights = (weights + 1e-6) / (weights + 1e-6).sum(0)
     mixture = torch.zeros_like(images_BCHW)
@@ -148,7 +149,7 @@ def _mixed(images_BCHW: Tensor, table: tuple[Tensor, ...], config: AugmentConfig
 
 
 def _skewed(draws: dict[str, Tensor], severity: float, like: Tensor) -> _Map:
-    """Turned by up to 30 degrees, sheared and shifted by up to 0.3; each change is left out in half of the chains."""
+    """Rotation by up to 30 degrees, shear and shift by up to 0.3; each change is omitted in half of the chains."""
     aspect = like.shape[-2] / like.shape[-1]
     turn, shear_x, shear_y, x0, y0 = (
         torch.sign(draw - 0.5) * (4 * (draw - 0.5).abs() - 1).clamp(min=0) * most * severity
@@ -161,11 +162,11 @@ def _skewed(draws: dict[str, Tensor], severity: float, like: Tensor) -> _Map:
 
 
 def _toned(images_BCHW: Tensor, draws: dict[str, Tensor], severity: float) -> Tensor:
-    """One change of the greys: none, stretched to black and white, fewer levels, or the brightest inverted."""
+    """One change of the intensities: none, full contrast, fewer levels, or the brightest inverted."""
     strength = (draws["strength"] * severity)[:, None, None, None]
     low, high = images_BCHW.amin((1, 2, 3), keepdim=True), images_BCHW.amax((1, 2, 3), keepdim=True)
     stretched = (images_BCHW - low) / (high - low).clamp(min=1e-3)
-    levels = torch.floor(2 ** (8 - 4 * strength))  # of 256 at least 16 are left
+    levels = torch.floor(2 ** (8 - 4 * strength))  # at least 16 of 256
     fewer = torch.floor(images_BCHW * (levels - 1) + 0.5) / (levels - 1)
     inverted = torch.where(images_BCHW >= 1 - strength, 1 - images_BCHW, images_BCHW)
     choice = (draws["tone"] * 4).long().clamp(max=3)[:, None, None, None]
@@ -184,7 +185,7 @@ def _erased(images_BCHW: Tensor, draws: dict[str, Tensor], probability: float) -
 
 
 def _span(place: Tensor, extent: Tensor, length: int) -> Tensor:
-    """(B, length) bool: a run of 0.2 to 0.4 of the length somewhere inside it."""
+    """A random run of 0.2 to 0.4 of the length, bool (B, length)."""
     run = (0.2 + 0.2 * extent) * length
     first = place * (length - run)
     at = torch.arange(length, device=place.device)[None, :]
@@ -192,12 +193,12 @@ def _span(place: Tensor, extent: Tensor, length: int) -> Tensor:
 
 
 def _constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """The values as a tensor like `like`, made on its device: a CUDA graph cannot hold a copy from the CPU."""
+    """The values as a tensor like `like`, created on its device: a CUDA graph cannot contain a copy from the CPU."""
     return torch.stack([like.new_full((), value) for value in values])
 
 
 def _either_way(draw: Tensor, most: float) -> Tensor:
-    """Uniform draws in [0, 1) spread over [-most, most)."""
+    """Maps uniform draws from [0, 1) to [-most, most)."""
     return (2 * draw - 1) * most
 
 

@@ -1,4 +1,4 @@
-"""How training images are altered: the `augment` part of a recipe. Does not import torch, as a recipe may not."""
+"""Settings of data augmentation: the `augment` part of a recipe. Must not import torch, like all of a recipe."""
 
 from typing import Literal
 
@@ -11,35 +11,36 @@ class AugmentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     crop: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Take a part of at least this share of the image's area, of a shape between 3:4 and 4:3, instead of stretching
-    the whole image. Done while decoding: a JPEG is decoded only as far and as finely as the part needs."""
+    """Take a random crop with at least this share of the image's area and an aspect ratio between 3:4 and 4:3. Done
+    while decoding: a JPEG is decoded only as far and at the scale that the crop needs."""
     hflip: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Probability of exchanging left and right. Set 0 where the side of the body matters."""
+    """Probability of flipping left and right. Set 0 if the side of the body matters."""
     vflip: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Probability of exchanging top and bottom. Only where the image has no upright: histology, cells, skin."""
+    """Probability of flipping top and bottom. Only for images without an upright orientation, such as histology, cells
+    and skin."""
     rot90: bool = False
-    """Turn by 0, 90, 180 or 270 degrees, each equally likely. Only where the image has no upright."""
+    """Rotate by 0, 90, 180 or 270 degrees, equally likely. Only for images without an upright orientation."""
     translate: float = Field(default=0.1, ge=0.0, le=0.5)
     """Shift by up to this fraction of the height and of the width."""
     scale: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Enlarge or shrink by a factor of up to 1 + this."""
     rotate: float = Field(default=10.0, ge=0.0, le=180.0)
-    """Turn by up to this many degrees either way."""
+    """Rotate by up to this many degrees in either direction."""
     brightness: float = Field(default=0.1, ge=0.0, le=1.0)
     """Lighten or darken by up to this fraction of the range from black to white."""
     contrast: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Stretch or squeeze the grays about the image's mean by a factor of up to 1 + this."""
+    """Raise or lower the contrast around the image's mean by a factor of up to 1 + this."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of painting over one rectangle (a fifth to two fifths of each side) with the image's mean."""
 
     pad_crop: int = Field(default=0, ge=0)
-    """Shift by up to this many whole pixels: a crop of the padded image, which blurs nothing. For small images."""
+    """Shift by up to this many pixels without interpolation: a crop of the padded image. For small images."""
     padding: Literal["reflection", "zeros"] = "reflection"
-    """What comes in from outside the image when it is moved: its mirror image, or black."""
+    """Fill for areas outside the image when it is moved: its mirror image, or black."""
     saturation: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Make colors paler or stronger by a factor of up to 1 + this. Does nothing to gray images."""
     hue: float = Field(default=0.0, ge=0.0, le=180.0)
-    """Turn colors by up to this many degrees either way. Does nothing to gray images."""
+    """Rotate hues by up to this many degrees in either direction. Does nothing to gray images."""
     augmix: float = Field(default=0.0, ge=0.0, le=1.0)
     """Severity of a mixture of three chains of changes with the image itself (AugMix, arXiv 1912.02781)."""
 

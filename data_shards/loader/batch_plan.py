@@ -1,7 +1,7 @@
-"""Which samples each micro-batch holds: a function of the recipe, the epoch and the rank, and of nothing else.
+"""The samples of each micro-batch; they depend only on the recipe, the epoch and the rank.
 
-A global batch is cut into micro-batches; rank r of R takes micro-batches r, r + R, ... of every global batch. What a
-micro-batch holds therefore does not depend on the number of ranks, and every rank gets equally many.
+A global batch is cut into micro-batches; rank r of R takes micro-batches r, r + R, ... of every global batch. So the
+content of a micro-batch does not depend on the number of ranks, and all ranks get equally many.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_shards.loader.pixels import Crop
 from data_shards.manifest import Dataset
 
 Sampling = Literal["shuffled", "balanced"]
-"""shuffled: each sample once an epoch; balanced: each class equally often, samples of rare classes several times."""
+"""shuffled: each sample once per epoch; balanced: each class equally often, so samples of rare classes repeat."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class BatchPlan:
     split: str
     """train, val or test."""
     batch_size: int
-    """Samples of a global batch, over all ranks."""
+    """Samples per global batch, over all ranks."""
     image_size: int | tuple[int, int]
     """Side, or (height, width), in pixels."""
     train: bool
-    """Shuffled from (seed, epoch), the incomplete last global batch dropped; else in the order of the index, the last
+    """True: shuffled by (seed, epoch), incomplete last global batch dropped. False: in the order of the index, last
     global batch padded (zeros, `mask` False)."""
     micro_batch: int | None = None
-    """Samples of a micro-batch; None: `batch_size / ranks`."""
+    """Samples per micro-batch; None: `batch_size / ranks`."""
     seed: int = 0
-    """Of the whole training."""
+    """Seed of the training."""
     sampling: Sampling = "shuffled"
-    """How often each sample comes in a training epoch; its length is the same."""
+    """How often each sample appears in a training epoch; the length of the epoch is the same."""
     crop: Crop | None = None
-    """Take a random part of each image instead of stretching the whole."""
+    """Take a random crop of each image; None: the complete image."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,11 +49,11 @@ class BatchPlan:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def of_epoch(self, dataset: Dataset | Mixture, epoch: int, *, start: int, rank: int, ranks: int) -> EpochPlan:
-        """The micro-batches of one rank in one epoch, from the sample `start` on.
+        """The micro-batches of one rank in one epoch, starting at the sample `start`.
 
         Raises:
-            ValueError: the batch cannot be cut evenly, no training batch fits, `start` is not between two global
-                batches, or classes of a multilabel dataset are to be balanced.
+            ValueError: the batch cannot be cut evenly, the split is smaller than a training batch, `start` is not
+                between two global batches, or balanced sampling is used with multilabel data.
         """
         num_in_split = len(dataset.index(self.split))
         micro_batch = _micro_batch(self.batch_size, self.micro_batch, ranks)
@@ -75,8 +75,8 @@ class BatchPlan:
         if not (0 <= start <= num_samples and (start % self.batch_size == 0 or start == num_samples)):
             raise ValueError(
                 f"start is {start}, but an epoch of {self.split!r} ({num_samples} samples in batches of "
-                f"{self.batch_size}) can only be entered between two batches: give a multiple of {self.batch_size} up "
-                f"to {num_samples}, as `consumed` has it"
+                f"{self.batch_size}) can only start between two batches; use a multiple of {self.batch_size} up to "
+                f"{num_samples}, such as `consumed` of a micro-batch"
             )
 
     def _training_order(self, dataset: Dataset | Mixture, epoch: int) -> np.ndarray:
@@ -85,7 +85,7 @@ class BatchPlan:
         if self.sampling == "balanced":
             if (index.labels.sum(1) != 1).any():
                 raise ValueError(
-                    "balanced sampling draws by class, but these samples have several classes or none: use 'shuffled'"
+                    "balanced sampling draws by class, but these samples have several classes or none; use 'shuffled'"
                 )
             pools = [np.flatnonzero(index.labels[:, number]) for number in range(index.labels.shape[1])]
             pools = [pool for pool in pools if len(pool)]
@@ -100,8 +100,8 @@ class BatchPlan:
 class EpochPlan:
     """The micro-batches of one rank in one epoch.
 
-    `order` holds the split's positions from the first sample to the last of the epoch, padding as -1; `cuts`, where in
-    it each micro-batch begins.
+    `order` has the split's positions in the order of the epoch, with padding as -1; `cuts` has the start of each
+    micro-batch in it.
     """
 
     order: np.ndarray
@@ -115,13 +115,14 @@ class EpochPlan:
 
     @functools.cached_property
     def chance(self) -> np.ndarray:
-        """For each place of `order` which random numbers are its sample's."""
-        return self.order + visits(self.order) * self.num_in_split
+        """For each place of `order`, the address of its sample's random numbers."""
+        chance: np.ndarray = self.order + visits(self.order) * self.num_in_split
+        return chance
 
     @property
     def left(self) -> np.ndarray:
         """The positions of all micro-batches, without padding."""
-        left = self.order[np.add.outer(np.array(self.cuts, np.int64), np.arange(self.micro_batch))]
+        left: np.ndarray = self.order[np.add.outer(np.array(self.cuts, np.int64), np.arange(self.micro_batch))]
         return left[left >= 0]
 
     def part(self, cut: int) -> slice:
@@ -129,11 +130,11 @@ class EpochPlan:
         return slice(cut, cut + self.micro_batch)
 
     def consumed(self, cut: int) -> int:
-        """Samples of the epoch done once the global batch of this micro-batch is done."""
+        """Samples of the epoch up to the end of this micro-batch's global batch."""
         return min((cut // self.batch_size + 1) * self.batch_size, self.num_samples)
 
     def is_same(self, other: EpochPlan) -> bool:
-        """Whether both hold the same micro-batches."""
+        """Whether both have the same micro-batches."""
         names = ("cuts", "batch_size", "micro_batch", "seed", "epoch")
         return np.array_equal(self.order, other.order) and all(
             getattr(self, name) == getattr(other, name) for name in names
@@ -146,7 +147,7 @@ def _micro_batch(batch_size: int, micro_batch: int | None, ranks: int) -> int:
     if batch_size % ((micro_batch or 1) * ranks):
         cut = f"{ranks} ranks" if micro_batch is None else f"{ranks} ranks x micro-batches of {micro_batch}"
         raise ValueError(
-            f"the global batch of {batch_size} samples cannot be cut evenly into {cut}: make it a multiple of "
+            f"the global batch of {batch_size} samples cannot be cut evenly into {cut}; make it a multiple of "
             f"{(micro_batch or 1) * ranks}, or use fewer workers or a smaller micro-batch"
         )
     return micro_batch or batch_size // ranks
@@ -155,6 +156,6 @@ def _micro_batch(batch_size: int, micro_batch: int | None, ranks: int) -> int:
 def _check_training(num_samples: int, batch_size: int, split: str) -> None:
     if num_samples < batch_size:
         raise ValueError(
-            f"the split {split!r} holds {num_samples} samples, but a training batch takes {batch_size} and an "
-            f"incomplete one is dropped: make the batch at most {num_samples}"
+            f"the split {split!r} has {num_samples} samples, but a training batch needs {batch_size} and incomplete "
+            f"ones are dropped; set the batch size to at most {num_samples}"
         )

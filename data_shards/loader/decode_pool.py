@@ -1,8 +1,8 @@
-"""Processes that decode images, so that neither the GIL nor torch is in their way, into memory shared with this one.
+"""Processes that decode images into shared memory, independent of this process's GIL and without torch.
 
-They are started with a fresh interpreter, never forked: this process may hold CUDA, Ray and threads. The shared memory
-has no name (an anonymous file, handed on as a descriptor), so nothing is left in /dev/shm whoever is killed, and a
-small /dev/shm is no limit. A process ends when the connection to its parent closes, which a SIGKILL of the parent does.
+They start with a new interpreter and are never forked: this process may have CUDA, Ray and threads. The shared memory
+is an anonymous file, passed as a descriptor, so a killed process leaves nothing in /dev/shm, whose size is no limit
+either. A process ends when the connection to its parent closes, even if the parent was killed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import numpy as np
 
 from data_shards.loader.pixels import Coded, decode_into
 
-PER_PROCESS = 2  # batches on their way: one that is filled and one that waits
-# Batches that may be in use outside at once without being copied: two that wait in the loader, one on its way to the
-# device and the one that is computed with make five.
+PER_PROCESS = 2  # batches in progress: one being filled and one waiting
+# Batches that may be in use outside without being copied: two waiting in the loader, one in transfer to the device and
+# one in computation make five.
 LENT = 6
-# Fresh memory costs page faults, which made decoding a fifth slower: glibc keeps what it has.
+# Page faults of new memory made decoding a fifth slower, so glibc must not return memory to the system.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data_shards.loader.decode_pool import main; main()"
@@ -41,12 +41,12 @@ _LOOK_EVERY_S = 2.0
 
 
 class DecodeProcessError(ValueError):
-    """A decoding process that is gone."""
+    """A decoding process has ended unexpectedly."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A batch that was put in."""
+    """A batch in progress."""
 
     slot: int
     child: int
@@ -58,10 +58,11 @@ class DecodePool:
     """Processes that share a ring of slots with this one.
 
     Args:
-        reader: Reads coded images (see `decode_into`); it is pickled into every process.
-        processes: How many.
+        reader: Reads encoded images (see `decode_into`); pickled for every process.
+        processes: Number of processes.
         shape: (B, H, W, C) of a batch.
-        lock: Page-locks the ring, so that a GPU copies from it, and returns what undoes that; None where it cannot.
+        lock: Page-locks the ring, so that a GPU can copy from it, and returns a function that undoes it; None if it
+            cannot.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class DecodePool:
         os.ftruncate(self._memory, slots * self._size)
         self._map = mmap.mmap(self._memory, slots * self._size)
         self._free = list(range(slots))
-        self._waiting: list[Ticket] = []  # in the order in which they were put in
-        self._sent: list[deque[Ticket]] = [deque() for _ in range(processes)]  # not yet answered, by process
+        self._waiting: list[Ticket] = []  # in order of `put`
+        self._sent: list[deque[Ticket]] = [deque() for _ in range(processes)]  # unanswered, by process
         self._put = 0
         self._children = [_start(self._memory) for _ in range(processes)]
         unlock = lock(np.frombuffer(self._map, np.uint8)) if lock is not None else None
@@ -90,16 +91,16 @@ class DecodePool:
 
     @property
     def depth(self) -> int:
-        """How many batches may be put in before one is taken out."""
+        """Number of batches that may be in progress."""
         return self.processes * PER_PROCESS
 
     @property
     def has_room(self) -> bool:
-        """Whether another batch may be put in now."""
+        """Whether `put` may be called now."""
         return len(self._waiting) < self.depth
 
     def put(self, coded: Coded) -> Ticket:
-        """Hands a batch to a process."""
+        """Sends a batch to a process. DecodeProcessError if the process has ended."""
         ticket = Ticket(self._free.pop(), self._put % self.processes)
         self._put += 1
         try:
@@ -113,11 +114,11 @@ class DecodePool:
     def take(
         self, ticket: Ticket | None = None, empty: Callable[[tuple[int, ...]], np.ndarray] | None = None
     ) -> np.ndarray:
-        """The batch (B, H, W, C) of this ticket, or that was put in first of those which are still in.
+        """The batch (B, H, W, C) of this ticket, or the oldest one in progress.
 
-        It is in the ring, where its memory is used again when the last view of it is gone; or a copy, where too many
-        are in use outside, or `empty` is given and the ring is not locked: then in an array that `empty` makes.
-        Raises what decoding raised, or DecodeProcessError where the process is gone.
+        It is a view of the ring, whose slot is reused once the last view is gone. It is a copy, in an array from
+        `empty` if given, when too many batches are in use or `empty` is given and the ring is not locked.
+        Raises the error of decoding, or DecodeProcessError if the process has ended.
         """
         slot = self._taken(ticket or self._waiting[0])
         images = np.frombuffer(self._map, np.uint8, self._size, slot * self._size)
@@ -141,10 +142,10 @@ class DecodePool:
             self._receive(ticket.child)
 
     def _receive(self, child: int) -> None:
-        """One answer of a process: to what it was sent first."""
+        """Receives one answer of a process, for its oldest unanswered batch."""
         connection, process = self._children[child]
         try:
-            # End of file alone is not relied on: a process that something else forked may hold the other end.
+            # End of file is not enough: a process forked by other code may hold the other end open.
             while not connection.poll(_LOOK_EVERY_S):
                 if process.poll() is not None and not connection.poll(0):
                     raise EOFError
@@ -155,7 +156,7 @@ class DecodePool:
         answered.is_done, answered.error = True, error
 
     def drain(self, tickets: Collection[Ticket] | None = None) -> None:
-        """Waits for these batches, or all that were put in, and forgets them."""
+        """Waits for these batches, or all in progress, and discards them."""
         for ticket in list(self._waiting if tickets is None else tickets):
             self._wait(ticket)
             self._free.append(ticket.slot)
@@ -172,14 +173,14 @@ class DecodePool:
             code = None
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
         return DecodeProcessError(
-            f"decoding process {process.pid} {how} in the middle of its work; where memory ran out (SIGKILL), use "
-            "fewer loader workers or a smaller micro-batch, then run again: the loader goes on from its state"
+            f"decoding process {process.pid} {how} unexpectedly; if memory ran out (SIGKILL), use fewer loader workers "
+            "or a smaller micro-batch, then rerun: the loader resumes from its state"
         )
 
 
 def main() -> None:
-    """What a decoding process runs: `python -c _START SYS_PATH CONNECTION MEMORY PARENT`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    """Main function of a decoding process: `python -c _START SYS_PATH CONNECTION MEMORY PARENT`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the group; the parent decides
     connection, memory, parent = Connection(int(sys.argv[2])), int(sys.argv[3]), int(sys.argv[4])
     try:
         reader, shape = pickle.loads(connection.recv_bytes())
@@ -195,11 +196,11 @@ def main() -> None:
 
 
 def _decoded(reader: Any, coded: Coded, slot: np.ndarray) -> bytes:
-    """Fills the slot; the error that ended it, pickled, or None."""
+    """Fills the slot; returns None or the error of decoding, pickled."""
     try:
         decode_into(slot, coded, reader.read_many)
         return pickle.dumps(None)
-    except Exception as error:  # it is raised again, as what it is, where the batch is asked for
+    except Exception as error:  # raised again in the parent when the batch is taken
         error.add_note("in a decoding process:\n" + traceback.format_exc())
         try:
             return pickle.dumps(pickle.loads(pickle.dumps(error)))
@@ -214,11 +215,11 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("medmamba-batches")
-    with tempfile.TemporaryFile() as file:  # not Linux: an unlinked file
+    with tempfile.TemporaryFile() as file:  # an unlinked file outside of Linux
         return os.dup(file.fileno())
 
 
-def _start(memory: int) -> tuple[Connection, subprocess.Popen]:
+def _start(memory: int) -> tuple[Connection, subprocess.Popen[bytes]]:
     ours, theirs = Pipe()
     with theirs:
         numbers = [str(number) for number in (theirs.fileno(), memory, os.getpid())]
@@ -233,15 +234,15 @@ def _start(memory: int) -> tuple[Connection, subprocess.Popen]:
 
 def _end(
     owner: int,
-    children: list[tuple[Connection, subprocess.Popen]],
+    children: list[tuple[Connection, subprocess.Popen[bytes]]],
     memory: int,
     unlock: Callable[[], None] | None,
 ) -> None:
-    if os.getpid() != owner:  # a copy of this process made by fork
+    if os.getpid() != owner:  # in a fork of this process
         return
     for connection, process in children:
         connection.close()
-        process.kill()  # it holds nothing that could be left half done: see local_shard and pixel_file
+        process.kill()  # safe at any time: see local_shard and pixel_file
     for _, process in children:
         process.wait()
     if unlock is not None:

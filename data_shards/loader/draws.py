@@ -1,4 +1,4 @@
-"""Random numbers by address: the same for the same (seed, epoch, sample), whoever asks, in whatever order.
+"""Random numbers by address: equal for equal (seed, epoch, sample), in any process and order.
 
 SplitMix64 (Steele, Lea, Flood 2014, doi.org/10.1145/2660193.2660195), used as a hash of the address and a counter.
 """
@@ -6,13 +6,14 @@ SplitMix64 (Steele, Lea, Flood 2014, doi.org/10.1145/2660193.2660195), used as a
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniforms(seed: int, epoch: int, sample: np.ndarray, num: int, *, purpose: int) -> np.ndarray:
-    """Numbers in [0, 1), float64 (len(sample), num); another `purpose` gives others for the same sample."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    """Numbers in [0, 1), float64 (len(sample), num); each `purpose` gives different ones for the same sample."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         state = np.zeros(1, np.uint64)
         for part in (seed, epoch, purpose):
             state = _mixed(state + np.uint64(part % (1 << 64)) + _STRIDE)
@@ -21,7 +22,7 @@ def uniforms(seed: int, epoch: int, sample: np.ndarray, num: int, *, purpose: in
         return (_mixed(state[:, None] + counter) >> np.uint64(11)) * 2.0**-53
 
 
-def _mixed(z: np.ndarray) -> np.ndarray:
+def _mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

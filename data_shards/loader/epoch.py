@@ -1,7 +1,7 @@
-"""The micro-batches of one epoch, made ahead by threads or processes and given in order.
+"""The micro-batches of one epoch, prepared ahead by threads or processes and delivered in order.
 
-Images are stretched to one size (their aspect ratio is not kept), or a random part of each is brought to it.
-Legend: B micro-batch, H height, W width, C channels (1 grey or 3 RGB).
+Images, or random crops of them, are resized to one size without keeping the aspect ratio.
+Legend: B micro-batch, H height, W width, C channels (1 gray or 3 RGB).
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from data_shards.loader.micro_batch import GpuMemory, MicroBatch, plain_memory
 from data_shards.loader.pixel_cache import Pixels
 from data_shards.loader.pixels import Coded, decode_into
 
-# A decoding process takes about 0.4 s of a processor to start, so few or small images are decoded by threads.
+# Starting a decoding process takes about 0.4 s of CPU time, so few or small images are decoded by threads.
 PROCESSES_FROM_S = 4.0
-# On a machine with a GPU the processes also put larger micro-batches of decoded images together, in memory that the GPU
-# copies from.
+# With a GPU, the processes also assemble larger micro-batches of cached images, in memory that the GPU copies from.
 GATHER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What makes micro-batches ahead; see Loader."""
+    """Settings of the workers; see Loader."""
 
     number: int
     processes: bool | None
@@ -39,13 +38,13 @@ class Workers:
 
     @property
     def empty(self) -> Callable[[tuple[int, ...]], np.ndarray] | None:
-        """Makes the memory of a micro-batch; None where any will do."""
+        """Creates the memory of a micro-batch; None if any memory will do."""
         return None if self.memory is None else self.memory.empty
 
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """The micro-batches of this rank: iterate to get them (each time from the start), `len` of them."""
+    """The micro-batches of this rank; each iteration starts from the beginning, `len` is their number."""
 
     plan: EpochPlan
     pixels: Pixels
@@ -53,7 +52,7 @@ class Epoch:
     pools: Pools
     workers: Workers
     following: Callable[[], Epoch] | None
-    """The next epoch, where it will be asked for afterwards."""
+    """Creates the next epoch, if it will follow."""
 
     def __len__(self) -> int:
         return len(self.plan.cuts)
@@ -62,15 +61,15 @@ class Epoch:
         if self.workers.number == 0:
             return map(self._make, self.plan.cuts)
         if self.decodes_in_processes:
-            # Put together by one thread, so that copying, too, happens during the training.
+            # Assembled by one thread, so that copying overlaps with training.
             decoded = self._decoded()
             return _ahead(lambda _: next(decoded), self.plan.cuts, threads=1, close=decoded.close)
-        # With a GPU only copying is left, which one thread does; more would only ask for the GIL.
+        # With a GPU only copying is left; more threads would only compete for the GIL.
         return _ahead(self._make, self.plan.cuts, threads=self.workers.number if self.workers.memory is None else 1)
 
     @property
     def order(self) -> np.ndarray:
-        """The split's positions from the first sample of the epoch to the last, padding as -1."""
+        """The split's positions in the order of the epoch, with padding as -1."""
         return self.plan.order
 
     @property
@@ -82,8 +81,8 @@ class Epoch:
     def decodes_in_processes(self) -> bool:
         """Whether the workers are processes.
 
-        With a GPU: where any of the epoch is left to decode, because a thread that decodes takes the GIL from the one
-        that drives the GPU. Else: where decoding what is left of the epoch is worth their start.
+        With a GPU: if anything is left to decode, because decoding threads would take the GIL from the one that drives
+        the GPU. Else: if there is enough to decode to justify their start.
         """
         workers = self.workers
         if workers.processes is not None or workers.number == 0:
@@ -94,7 +93,7 @@ class Epoch:
         return self.pixels.decoding_s(left) >= PROCESSES_FROM_S
 
     def put(self, pool: DecodePool, cut: int) -> Job:
-        """Hands a micro-batch to a process, as far as it is not in memory."""
+        """Sends the images of a micro-batch that are not cached to a process."""
         coded = self._missing(cut, gather=self._gathers)
         return Job(cut, coded, None if coded is None else pool.put(coded))
 
@@ -104,11 +103,11 @@ class Epoch:
 
     @property
     def _gathers(self) -> bool:
-        """Whether the processes also read what is decoded already."""
+        """Whether the processes also read cached images."""
         return self.pixels.file is not None and math.prod(self.shape) >= GATHER_BYTES
 
     def _make(self, cut: int) -> MicroBatch:
-        """A micro-batch, decoded here as far as it is not in memory."""
+        """A micro-batch; images that are not cached are decoded in this process."""
         coded = self._missing(cut)
         images = (self.workers.empty or plain_memory)(self.shape)
         if coded is not None:
@@ -116,7 +115,7 @@ class Epoch:
         return self._complete(images, coded, cut)
 
     def _decoded(self) -> Generator[MicroBatch, None, None]:
-        """Decoded by processes as far as they are not in memory; in the end the processes begin the next epoch."""
+        """The micro-batches, with images that are not cached decoded by processes, which then start the next epoch."""
         pool, jobs, others = self.pools.take(self)
         next_epoch: Started | None = None
         cuts = self.plan.cuts
@@ -125,11 +124,11 @@ class Epoch:
             for left in range(len(cuts), 0, -1):
                 while len(jobs) < pool.depth and pool.has_room and (cut := next(to_come, None)) is not None:
                     jobs.append(self.put(pool, cut))
-                if len(jobs) == left and self.following is not None:  # all of this epoch is on its way
+                if len(jobs) == left and self.following is not None:  # all of this epoch is in progress
                     next_epoch = next_epoch or Started(self.following(), deque())
                     next_epoch.put(pool)
                 yield self._finish(pool, jobs.popleft())
-        except GeneratorExit:  # left early, or the whole program ends and the processes are gone already
+        except GeneratorExit:  # left early, or the program ends and the processes are already gone
             with contextlib.suppress(DecodeProcessError):
                 _drop(jobs, pool)
                 self.pools.give(pool, next_epoch, others)
@@ -161,22 +160,22 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Job:
-    """A micro-batch on its way."""
+    """A micro-batch in progress."""
 
     cut: int
     coded: Coded | None
-    ticket: Ticket | None  # None: nothing of it is left for a process to do
+    ticket: Ticket | None  # None: nothing to decode
 
 
 @dataclass(frozen=True)
 class Started:
-    """An epoch of which the first micro-batches are decoded before it begins."""
+    """An epoch whose first micro-batches are decoded before it begins."""
 
     epoch: Epoch
     jobs: deque[Job]
 
     def put(self, pool: DecodePool) -> None:
-        """One micro-batch for each process; the pool's other places are for the epoch before and for validation."""
+        """Sends one micro-batch to each process; other slots remain for the current epoch and for validation."""
         for cut in self.epoch.plan.cuts[len(self.jobs) : pool.processes]:
             if not pool.has_room:
                 return
@@ -184,7 +183,7 @@ class Started:
 
 
 class Pools:
-    """The decoding processes of a loader between two epochs, with what they have begun of the next one."""
+    """The decoding processes of a loader between epochs, with the epochs they have started."""
 
     def __init__(self, shards: LocalShards):
         self.shards = shards
@@ -193,15 +192,15 @@ class Pools:
 
     @property
     def begun(self) -> list[Started]:
-        """What is on its way of epochs that nobody has asked for yet."""
+        """Epochs that processes have started but that have not been requested yet."""
         return [started for _, started in self._idle if started is not None]
 
     def take(self, epoch: Epoch) -> tuple[DecodePool, deque[Job], Started | None]:
-        """Processes that nobody else uses now, what they have begun of this epoch, or else of another one.
+        """Idle processes, their jobs of this epoch, and another epoch that they have started.
 
-        Those for other batches end.
+        Ends idle processes that are made for other batches.
         """
-        # Those that have begun with this epoch first.
+        # Processes that have started this epoch come first.
         self._idle.sort(key=lambda each: each[1] is not None and each[1].epoch.is_same(epoch))
         while self._idle:
             pool, started = self._idle.pop()
@@ -211,14 +210,14 @@ class Pools:
                 return pool, deque(), started
             elif started.epoch.is_same(epoch):
                 return pool, started.jobs, None
-            else:  # nobody will ask for it any more
+            else:  # it will not be requested any more
                 _drop(started.jobs, pool)
                 return pool, deque(), None
         lock = epoch.workers.memory.lock if epoch.workers.memory is not None else None
         return DecodePool(self.shards, epoch.workers.number, epoch.shape, lock), deque(), None
 
     def give(self, pool: DecodePool, started: Started | None, others: Started | None) -> None:
-        """Keeps the processes for who comes next, with what they have begun of one epoch."""
+        """Returns processes for later use, with at most one epoch that they have started."""
         if self._is_closed:
             pool.close()
             return
@@ -227,21 +226,21 @@ class Pools:
         self._idle.append((pool, started or others))
 
     def close(self) -> None:
-        """Ends the processes that no epoch uses now; the others end when they are given back."""
+        """Ends idle processes; others end when they are returned."""
         self._is_closed = True
         while self._idle:
             self._idle.pop()[0].close()
 
 
 def _drop(jobs: Iterable[Job], pool: DecodePool) -> None:
-    """Forgets what nobody will ask for."""
+    """Discards jobs that will not be requested."""
     pool.drain([job.ticket for job in jobs if job.ticket is not None])
 
 
 def _ahead(
     make: Callable[[int], MicroBatch], cuts: Sequence[int], *, threads: int, close: Callable[[], None] = lambda: None
 ) -> Iterator[MicroBatch]:
-    """`make(cut)` for each cut, made ahead by threads, given in order."""
+    """`make(cut)` for each cut, computed ahead by threads, in order."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
     ahead: deque[Future[MicroBatch]] = deque()
     try:

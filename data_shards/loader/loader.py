@@ -1,4 +1,4 @@
-"""A dataset opened for reading: it owns the shards, the decoded images and the decoding processes."""
+"""Reads a dataset: owns its shards, decoded images and decoding processes."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ CACHE_BYTES = 512 << 20
 
 
 class Loader:
-    """A dataset as one rank reads it: `epoch` gives its micro-batches.
+    """Reads a dataset for one rank: `epoch` gives its micro-batches.
 
-    What one epoch opened and decoded, and its decoding processes, serve the next ones and other splits. A context
-    manager: at the end of the block the processes end and the memory is free.
+    Opened shards, decoded images and decoding processes are reused by later epochs and other splits. A context manager:
+    leaving the block ends the processes and frees the memory.
 
     Args:
         dataset: From `open_dataset`, or several of them from `mix`.
-        rank: Which of the ranks this is.
-        ranks: How many there are.
-        workers: What makes micro-batches ahead, threads or processes; 0 makes each when it is asked for.
-        processes: Whether the workers are processes; None: with a GPU wherever anything is left to decode, else where
-            there is so much to decode that it pays.
-        memory: What this process's GPU copies from: micro-batches are in such memory, and decoded whole images are
-            kept in a file that the processes of this machine share, instead of in `cache_bytes`.
-        cache_bytes: Memory for decoded whole images, kept from epoch to epoch; 0: none is kept.
-        disk_bytes: What copies of remote shards and decoded images may take on this machine's disk, of all datasets
-            together; 0: half of what is free. Shards that do not fit are read image by image.
+        rank: This rank, from 0.
+        ranks: Number of ranks.
+        workers: Number of threads or processes that prepare micro-batches ahead; 0 prepares each on demand.
+        processes: Whether the workers are processes; None: with a GPU if anything is left to decode, else if there is
+            enough to decode to justify their start.
+        memory: Memory for this process's GPU: micro-batches are created in it, and decoded images without a crop are
+            cached in a file shared by the processes of this machine, instead of in `cache_bytes`.
+        cache_bytes: Memory for decoded images without a crop, kept across epochs; 0 disables it.
+        disk_bytes: Limit for copies of remote shards and decoded images of all datasets on this machine's disk; 0: half
+            of the free space. Shards that do not fit are read image by image.
 
     Raises:
         ValueError: `rank` is not one of the ranks.
@@ -57,7 +57,7 @@ class Loader:
         disk_bytes: int = 0,
     ):
         if ranks < 1:
-            raise ValueError(f"ranks is {ranks}: it must be at least 1")
+            raise ValueError(f"ranks is {ranks}, but must be at least 1")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}, but with {ranks} ranks it must be from 0 to {ranks - 1}")
         self.dataset, self.rank, self.ranks = dataset, rank, ranks
@@ -80,7 +80,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the decoding processes and lets go of the decoded images."""
+        """Ends the decoding processes and releases the decoded images."""
         self.pools.close()
         self._pixels.clear()
 
@@ -88,11 +88,11 @@ class Loader:
         """The micro-batches of this rank for one epoch.
 
         Args:
-            plan: How the split is cut into them.
-            epoch: Counted from 0; with the plan's seed it decides the order, and which part of an image a crop takes.
-            start: Samples of the epoch already consumed: the `consumed` of the last micro-batch seen.
-            next_epoch: In training, whether the next epoch is asked for afterwards: decoding processes begin with it
-                while the last micro-batches of this one, and a validation, are still in use.
+            plan: How the split is cut into micro-batches.
+            epoch: Number of the epoch, from 0; with the plan's seed it decides the order and the random crops.
+            start: Samples of the epoch already consumed: `consumed` of the last micro-batch seen.
+            next_epoch: In training, whether the next epoch will follow: decoding processes start with it while the
+                last micro-batches of this one, and a validation, are still in use.
 
         Raises:
             ValueError: see `BatchPlan.of_epoch`.
@@ -110,7 +110,7 @@ class Loader:
         )
 
     def read(self, split: str, index: np.ndarray, *, image_size: int) -> np.ndarray:
-        """The images (len(index), H, W, C) uint8 at these positions of the split's index, stretched to `image_size`."""
+        """The images at these positions of the split's index, uint8 (len(index), H, W, C), resized to `image_size`."""
         pixels = self._pixels_of(split, (image_size, image_size), None)
         images = plain_memory((len(index), *pixels.shape))
         coded = pixels.missing(index, index, seed=0, epoch=0)

@@ -1,6 +1,6 @@
-"""A dataset's shards as verified memory maps on this machine: the store's own files, or copies of its objects.
+"""A dataset's shards as verified memory maps on this machine: the store's files, or copies of its objects.
 
-Where the copies do not fit into the machine's cache, the rest is read from the store image by image.
+Shards that do not fit into the machine's cache are read from the store image by image.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from data_shards.store import Store, StoreKeyError
 
 _PART_BYTES = 16 << 20
 _HEADER = tarfile.BLOCKSIZE
-# One request that also reads what lies between two images is quicker than two: S3 answers after some 20 ms, at 50 MB/s
-# and more.
+# One request that also reads the gap between two images is faster than two: S3 answers after some 20 ms, at 50 MB/s and
+# more.
 _GAP_BYTES, _RANGE_BYTES = 256 << 10, 8 << 20
-_REQUESTS = 8  # at once, of one process
+_REQUESTS = 8  # concurrent, per process
 
 
 class ShardError(ValueError):
-    """A shard that is missing or does not hold the bytes its manifest promises."""
+    """A shard is missing, or its bytes differ from the manifest."""
 
 
 class LocalShards:
-    """Shards by their position; each is verified against its sha256 when it is first opened on this machine."""
+    """Shards by position; each is verified against its sha256 when first opened on this machine."""
 
     def __init__(self, shards: Sequence[tuple[Store, ShardEntry]], disk_bytes: int = 0):
         self.shards, self.disk_bytes = tuple(shards), disk_bytes
@@ -40,12 +40,12 @@ class LocalShards:
         self._open: dict[int, mmap.mmap | None] = {}  # None: no room for a copy, so it is read by ranges
         self._lock = threading.Lock()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[LocalShards], tuple[tuple[tuple[Store, ShardEntry], ...], int]]:
         return LocalShards, (self.shards, self.disk_bytes)
 
     @property
     def to_copy(self) -> dict[str, int]:
-        """The shards that this machine needs a copy of: sha256 and bytes."""
+        """Shards of which this machine needs a copy: sha256 and bytes."""
         return {entry.sha256: entry.bytes for store, entry in self.shards if store.path(tar_key(entry.name)) is None}
 
     def read_many(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
@@ -69,7 +69,7 @@ class LocalShards:
 
     def _mapped(self, shard: int) -> mmap.mmap | None:
         if shard not in self._open:
-            with self._lock:  # so that no two threads fetch and hash the same shard
+            with self._lock:  # so that only one thread fetches and hashes a shard
                 if shard not in self._open:
                     self._open[shard] = self._opened(*self.shards[shard])
         return self._open[shard]
@@ -77,26 +77,28 @@ class LocalShards:
     def _opened(self, store: Store, entry: ShardEntry) -> mmap.mmap | None:
         path = store.path(tar_key(entry.name))
         try:
-            # Before its bytes are read, or room is made for them: what is there may not be a file, or of any size.
+            # Checked before bytes are read or space is reserved, because the object may be missing or of any size.
             if (size_bytes := _size_there(store, entry)) != entry.bytes:
-                found = "is not there" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.bytes}"
+                found = "is missing" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.bytes}"
                 raise _damaged(store, entry, found)
             if path is not None:
                 return self.cache.verified(path, entry.sha256)
             mine = {shard.sha256 for _, shard in self.shards}
-            with contextlib.suppress(DigestError):  # damaged on the way; if it is damaged there, it will be again
+            with contextlib.suppress(DigestError):  # it may have been damaged in transfer, so try twice
                 return self.cache.copy(entry, lambda: _parts(store, entry), mine=mine)
             return self.cache.copy(entry, lambda: _parts(store, entry), mine=mine)
         except (StoreKeyError, FileNotFoundError):
-            raise _damaged(store, entry, "is not there") from None
+            raise _damaged(store, entry, "is missing") from None
         except DigestError as error:
             raise _damaged(store, entry, f"has the sha256 {error.found}") from None
         except OSError as error:
-            where = path or "the copies of shards on this machine (below XDG_CACHE_HOME, or else ~/.cache)"
-            raise ShardError(f"{where} cannot be used: {error}; make it readable, writable and with room") from error
+            where = path or "the shard cache of this machine (below XDG_CACHE_HOME, or else ~/.cache)"
+            raise ShardError(
+                f"{where} cannot be used: {error}; make it readable and writable, and free some space"
+            ) from error
 
     def _read_far(self, places: dict[int, tuple[int, int, int]]) -> dict[int, bytes]:
-        """These places read from the store, neighbours in one request."""
+        """Reads these places from the store, with one request for neighbors."""
         runs: list[list[int]] = []
         for n in sorted(places, key=lambda n: places[n]):
             shard, first, size = places[n]
@@ -114,14 +116,14 @@ class LocalShards:
         return found
 
     def _read_run(self, places: dict[int, tuple[int, int, int]]) -> dict[int, bytes]:
-        """Neighbouring places of one shard. A digest of them does not exist: their tar headers must fit instead."""
+        """Reads neighboring places of one shard. They have no digest, so their tar headers are checked instead."""
         store, entry = self.shards[next(iter(places.values()))[0]]
         begin = min(first for _, first, _ in places.values()) - _HEADER
         end = max(first + size for _, first, size in places.values())
         try:
             data = store.get(tar_key(entry.name), start=begin, length=end - begin)
         except StoreKeyError:
-            raise _damaged(store, entry, "is not there") from None
+            raise _damaged(store, entry, "is missing") from None
         for _, first, size in places.values():
             try:
                 header = tarfile.TarInfo.frombuf(data[first - _HEADER - begin : first - begin], "ascii", "strict")
@@ -138,7 +140,7 @@ def _parts(store: Store, entry: ShardEntry) -> Iterator[bytes]:
 
 
 def _size_there(store: Store, entry: ShardEntry) -> int | None:
-    """How many bytes the store says that the shard has; an answer may be wrong once, so a surprising one is doubted."""
+    """The shard's size in the store; an unexpected answer may be an error, so it is requested up to three times."""
     for _ in range(3):
         if (size_bytes := store.head(tar_key(entry.name))) == entry.bytes:
             break
@@ -148,6 +150,6 @@ def _size_there(store: Store, entry: ShardEntry) -> int | None:
 def _damaged(store: Store, entry: ShardEntry, found: str) -> ShardError:
     key = tar_key(entry.name)
     return ShardError(
-        f"shard {key} of {store.uri} {found}, but the manifest promises the sha256 {entry.sha256}: it was lost, "
-        f"damaged or replaced; delete {key} and {MANIFEST} there {MAKE_AGAIN}"
+        f"shard {key} of {store.uri} {found}, but the manifest says sha256 {entry.sha256}: it was lost, damaged or "
+        f"replaced; delete {key} and {MANIFEST} there {MAKE_AGAIN}"
     )

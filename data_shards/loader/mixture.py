@@ -1,4 +1,4 @@
-"""Several datasets read as one: classes by name, places of an epoch by weight."""
+"""Several datasets read as one: classes are matched by name, samples of an epoch are divided by weight."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.manifest import Dataset, ShardEntry, SplitIndex
+from data_shards.index import SplitIndex
+from data_shards.manifest import Dataset, ShardEntry
 from data_shards.store import Store
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """What a Loader takes in a dataset's place.
+    """Several datasets, for use in a Loader like a single one.
 
-    Classes of the same name are one class. `weights` share out the places of a training epoch, which has as many as
-    all datasets have samples; None: each sample once. Evaluation takes each sample once in any case.
+    Classes with equal names are one class. `weights` divide the samples of a training epoch, whose length is the number
+    of samples of all datasets; None: each sample once. Evaluation always uses each sample once.
     """
 
     datasets: tuple[Dataset, ...]
@@ -26,32 +27,37 @@ class Mixture:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """All class names, in the order in which the datasets bring them."""
+        """All class names, in order of first appearance."""
         return tuple(dict.fromkeys(name for dataset in self.datasets for name in dataset.manifest.classes))
 
     @property
     def shards(self) -> list[tuple[Store, ShardEntry]]:
-        """The shards of all datasets, one after the other."""
+        """The shards of all datasets, concatenated."""
         return [(dataset.store, shard) for dataset in self.datasets for shard in dataset.manifest.shards]
 
     @property
     def channels(self) -> int:
-        """3 if any dataset has colour: grey images are then repeated."""
+        """3 if any dataset is RGB, in which gray images are repeated; else 1."""
         return max(dataset.manifest.channels for dataset in self.datasets)
 
     def index(self, split: str) -> SplitIndex:
-        """The samples of a split of all datasets, one after the other; labels by `classes`, shards by `shards`."""
-        return self._indexes(split)[0]
+        """The samples of a split of all datasets, concatenated; labels follow `classes`, shards follow `shards`."""
+        return self._joined(split)[0]
 
     def members(self, split: str) -> list[np.ndarray]:
         """The positions in `index` of each dataset's samples."""
-        return self._indexes(split)[1]
+        return self._joined(split)[1]
 
     @functools.cached_property
-    def _indexes(self):
-        return functools.cache(self._joined)
+    def _known(self) -> dict[str, tuple[SplitIndex, list[np.ndarray]]]:
+        return {}
 
     def _joined(self, split: str) -> tuple[SplitIndex, list[np.ndarray]]:
+        if split not in self._known:
+            self._known[split] = self._join(split)
+        return self._known[split]
+
+    def _join(self, split: str) -> tuple[SplitIndex, list[np.ndarray]]:
         parts, members, shards_before, samples_before = [], [], 0, 0
         for dataset in self.datasets:
             index = dataset.index(split)
@@ -71,18 +77,18 @@ def mix(datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> 
     """The datasets as one.
 
     Raises:
-        ValueError: there is none, their tasks do not fit, or the weights are not one positive number each.
+        ValueError: there are no datasets, their tasks differ, or the weights are not one positive number each.
     """
     tasks = {dataset.manifest.task for dataset in datasets}
     grades = {dataset.manifest.classes for dataset in datasets if dataset.manifest.task == "ordinal"}
     if len(tasks) != 1 or len(grades) > 1:
         raise ValueError(
-            f"a mixture of {len(datasets)} datasets of the tasks {sorted(tasks)}: it needs at least one, all of one "
-            "task, and ordinal ones must have the same grades; leave out those that differ"
+            f"a mixture of {len(datasets)} datasets with the tasks {sorted(tasks)} is not possible: it needs at least "
+            "one dataset, all of the same task, and equal grades if ordinal; leave out those that differ"
         )
     if weights is not None and (len(weights) != len(datasets) or not all(weight > 0 for weight in weights)):
         raise ValueError(
-            f"weights {tuple(weights)} for {len(datasets)} datasets: give each a positive number, and leave out the "
-            "dataset that shall not take part"
+            f"weights {tuple(weights)} for {len(datasets)} datasets: give each a positive number, or leave out "
+            "unwanted datasets"
         )
     return Mixture(tuple(datasets), None if weights is None else tuple(float(weight) for weight in weights))

@@ -1,9 +1,9 @@
-"""What the processes of one machine share: copies of remote shards and decoded images within a limit, and which files
-were verified.
+"""The cache shared by the processes of one machine: copies of remote shards and decoded images within a limit, and a
+record of verified files.
 
-Every change is made under a file lock, which the kernel lifts when its holder is killed, and appears by a rename: a
-copy is whole or not there. Files are named by their sha256, so the ranks of a machine and later runs find them. A
-file of decoded images is filled while it is used (see pixel_file); its users hold its lock together.
+Every change is made under a file lock, which the kernel releases when its holder is killed, and becomes visible by a
+rename, so copies are always complete. Files are named by sha256, so the ranks of a machine and later runs find them.
+A file of decoded images is filled while in use (see pixel_file); its users hold a shared lock.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from data_shards.fields import SHA256
 from data_shards.loader.pixel_file import PixelFile, file_bytes, memory_bytes, rows_in
 from data_shards.manifest import ShardEntry
 
-# A file written to in the same tick of the file system's clock in which it was looked at would look unchanged.
+# A write in the same tick of the file system's clock as the check would not be noticed.
 _SETTLED_S = 2.0
-_ROOM = "room"  # the lock of whoever takes room on the disk; all others are named by a sha256
+_ROOM = "room"  # the lock for reserving disk space; all others are named by a sha256
 _ENDINGS = (".tar", ".pixels", ".part")
 _LEFT_FREE_BYTES = 1 << 20
 
 
 class DigestError(ValueError):
-    """Bytes that are not what they should be; `found` is their sha256."""
+    """Bytes with an unexpected sha256, which is `found`."""
 
     def __init__(self, found: str):
         super().__init__(f"found the sha256 {found}")
@@ -42,45 +42,45 @@ class NodeCache:
     """The cache of this machine.
 
     Args:
-        limit_bytes: How much all files may take; 0: half of what the disk has free without them.
+        limit_bytes: Limit for all files; 0: half of the disk space that is free without them.
     """
 
     def __init__(self, limit_bytes: int = 0):
         self.limit_bytes = limit_bytes
 
     def verified(self, path: Path, sha256: str) -> mmap.mmap:
-        """A file of this digest as memory, read for it unless this machine did so before and it is unchanged since.
+        """A memory map of a file with this digest, which is verified unless this machine has already done so.
 
-        The memory stays what it is when another file takes the file's place.
+        The map remains valid when the file is replaced.
 
         Raises:
-            DigestError: it holds other bytes.
-            FileNotFoundError: there is none.
+            DigestError: the file has other bytes.
+            FileNotFoundError: the file does not exist.
         """
-        with _lock(sha256):  # so that not every process reads it at once
+        with _lock(sha256):  # so that only one process at a time reads it
             return _verified(path, sha256)
 
     def copy(
         self, entry: ShardEntry, fetch: Callable[[], Iterator[bytes]], *, mine: Collection[str]
     ) -> mmap.mmap | None:
-        """A verified copy of a shard as memory, fetched if there is none; None where there is no room for it.
+        """A memory map of a verified copy of a shard, fetched if missing; None if there is no room for it.
 
         Args:
-            entry: Which shard; the copy is named by its sha256.
-            fetch: Its bytes, part by part.
-            mine: sha256 of the shards that must not give way to this one. Of others, and of decoded images that nobody
-                uses now, the least recently used go.
+            entry: The shard; the copy is named by its sha256.
+            fetch: Gives its bytes in parts.
+            mine: sha256 of the shards that must not be evicted. Other shards, and decoded images not in use, are
+                evicted, least recently used first.
 
         Raises:
-            DigestError: what arrived is not the shard.
-            OSError: the cache cannot be written to.
+            DigestError: the fetched bytes are not the shard.
+            OSError: the cache is not writable.
         """
         folder = cache_folder()
         path, part = folder / f"{entry.sha256}.tar", folder / f"{entry.sha256}.part"
         with _locked(folder, entry.sha256):
-            with contextlib.suppress(FileNotFoundError, DigestError):  # none yet, or one damaged on this disk
+            with contextlib.suppress(FileNotFoundError, DigestError):  # no copy yet, or a damaged one
                 mapped = _verified(path, entry.sha256)
-                os.utime(path)  # the time of its last use
+                os.utime(path)  # marks its last use
                 _remember(path.stat(), entry.sha256)
                 return mapped
             path.unlink(missing_ok=True)
@@ -100,19 +100,19 @@ class NodeCache:
             return _verified(path, entry.sha256)
 
     def pixel_file(self, key: str, num: int, shape: tuple[int, ...], *, to_come: Mapping[str, int]) -> PixelFile | None:
-        """The machine's file of decoded images of that name, created if missing; None where the disk has no room.
+        """The machine's file of decoded images with this name, created if missing; None if the disk has no room.
 
-        A new one has as many rows as the limit, the disk and half of the memory allow: more than memory holds would be
-        read from the disk again and again. Only decoded images that nobody uses now give way to it.
+        A new file has as many rows as the limit, the disk and half of the memory allow: more than fits into memory
+        would be read from disk repeatedly. Only decoded images not in use are evicted for it.
 
         Args:
             key: Its name, a sha256.
-            num: Rows that it needs for all images.
+            num: Rows needed for all images.
             shape: (H, W, C) of an image.
-            to_come: The shards that are to be copied here, too, by sha256, and their bytes.
+            to_come: Shards that will also be copied here: sha256 and bytes.
 
         Raises:
-            OSError: the cache cannot be written to.
+            OSError: the cache is not writable.
         """
         folder = cache_folder()
         path, row_bytes = folder / f"{key}.pixels", math.prod(shape)
@@ -127,8 +127,8 @@ class NodeCache:
                         os.close(held)
                         return None
                     part = path.with_suffix(".part")
-                    part.touch(mode=0o600)  # images of patients: for this user alone
-                    os.truncate(part, file_bytes(rows, row_bytes))  # it takes its room as it fills
+                    part.touch(mode=0o600)  # images of patients, so only for this user
+                    os.truncate(part, file_bytes(rows, row_bytes))  # sparse: uses disk space as it fills
                     os.replace(part, path)
                 os.utime(path)
                 return PixelFile(path, shape, held)
@@ -137,7 +137,7 @@ class NodeCache:
                 raise
 
     def _pixel_room(self, folder: Path, wanted_bytes: int, to_come: Mapping[str, int]) -> int:
-        """Bytes that a new file of decoded images may take, after others have given way to `wanted_bytes`."""
+        """Bytes that a new file of decoded images may take, after evicting others for `wanted_bytes`."""
         _delete_left(folder)
         booted = time.time() - _since_boot_s()
         files = _files(folder)
@@ -148,16 +148,16 @@ class NodeCache:
             used = sum(state.st_size for state in files.values())
             free = _free(folder, files)
             room = min((self.limit_bytes or (free + used) // 2) - used, free - _LEFT_FREE_BYTES) - reserved
-            # Files of a boot before this one are of no use to anybody.
+            # Files from before the last boot are useless.
             if not pixels or (room >= wanted_bytes and files[pixels[0]].st_mtime >= booted):
                 return max(0, room)
             if _delete(folder, oldest := pixels.pop(0)):
                 del files[oldest]
 
     def _has_room(self, folder: Path, size_bytes: int, part: Path, mine: Collection[str]) -> bool:
-        """Takes room for `part` on the disk; others' files give way, those used longest ago first."""
+        """Reserves disk space for `part`, evicting other files, least recently used first; False if there is none."""
         with _locked(folder, _ROOM):
-            part.unlink(missing_ok=True)  # left by a process that was killed: its lock is ours now
+            part.unlink(missing_ok=True)  # left by a killed process, because we hold the lock
             _delete_left(folder)
             copies = _files(folder)
             used = sum(state.st_size for state in copies.values())
@@ -165,7 +165,7 @@ class NodeCache:
             limit = self.limit_bytes or (free + used) // 2
             fixed = sum(state.st_size for path, state in copies.items() if path.suffix == ".part" or path.stem in mine)
             if fixed + size_bytes > limit or size_bytes >= free + used - fixed:
-                return False  # nobody's copy gives way to what would not fit without it either
+                return False  # would not fit even after evicting everything else
             for path in sorted(copies, key=lambda path: copies[path].st_mtime_ns):
                 if used + size_bytes <= limit and size_bytes < free:
                     break
@@ -179,7 +179,7 @@ class NodeCache:
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps its copies, named by their sha256; made if it is missing."""
+    """The folder of this machine's cache; created if missing."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "medmamba" / "shards"
     (folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _verified(path: Path, sha256: str) -> mmap.mmap:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise DigestError(found)
-        # Had it been written to meanwhile, its state would be another, but for a write in the same tick of the clock.
+        # A concurrent write changes the state, unless it happens in the same tick of the clock.
         if _state(os.fstat(file.fileno())) == _state(state) and time.time() - state.st_ctime > _SETTLED_S:
             _remember(state, sha256)
         return mapped
@@ -211,15 +211,15 @@ def _is_remembered(state: os.stat_result, sha256: str) -> bool:
 
 
 def _remember(state: os.stat_result, sha256: str) -> None:
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs time, not correctness
+    with contextlib.suppress(OSError):  # without a writable home it is only slower
         mark = _mark(sha256, state)
-        beside = mark.with_name(f"{mark.name}.{os.getpid()}")
-        beside.write_text(_state(state))
-        os.replace(beside, mark)
+        temporary = mark.with_name(f"{mark.name}.{os.getpid()}")
+        temporary.write_text(_state(state))
+        os.replace(temporary, mark)
 
 
 def _allocate(path: Path, size_bytes: int) -> None:
-    """Makes a file that takes its room, and is counted by whoever looks next, before its bytes are there."""
+    """Creates a file of full size, so that other processes count its space before it is written."""
     with path.open("wb") as file:
         (os.posix_fallocate if hasattr(os, "posix_fallocate") else _truncate)(file.fileno(), 0, size_bytes)
 
@@ -236,7 +236,7 @@ def _since_boot_s() -> float:
 def _lock(sha256: str) -> Iterator[None]:
     try:
         folder = cache_folder()
-    except OSError:  # a home that cannot be written to
+    except OSError:  # no writable home
         yield
         return
     with _locked(folder, sha256):
@@ -245,7 +245,7 @@ def _lock(sha256: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of that name; BlockingIOError where another holds it and `wait` is off."""
+    """Holds the lock of that name; BlockingIOError if another process holds it and `wait` is False."""
     assert name == _ROOM or SHA256.fullmatch(name), f"{name!r} is not a sha256, but files here are named by it"
     with (folder / "locks" / name).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -253,7 +253,7 @@ def _locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[None]:
 
 
 def _held(folder: Path, name: str) -> int:
-    """The lock of that name, held together with others until this file is closed."""
+    """A descriptor with the shared lock of that name; closing it releases the lock."""
     file = os.open(folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
@@ -264,24 +264,24 @@ def _named_by_digest(folder: Path, ending: str) -> list[Path]:
 
 
 def _files(folder: Path) -> dict[Path, os.stat_result]:
-    """All that takes room here."""
+    """All files that use disk space."""
     return {path: path.stat() for ending in _ENDINGS for path in _named_by_digest(folder, ending)}
 
 
 def _free(folder: Path, files: Mapping[Path, os.stat_result]) -> int:
-    """What the disk has free once files that are still being filled are full."""
+    """Free disk space, minus the space that sparse files will still use."""
     filling = [state for path, state in files.items() if path.suffix == ".pixels"]
     return shutil.disk_usage(folder).free - sum(max(0, state.st_size - 512 * state.st_blocks) for state in filling)
 
 
 def _delete_left(folder: Path) -> None:
-    """Removes what processes that were killed left half made."""
+    """Removes unfinished files of killed processes."""
     for left in _named_by_digest(folder, ".part"):
         _delete(folder, left)
 
 
 def _delete(folder: Path, path: Path) -> bool:
-    """Removes a file of which nobody holds the lock; a process that has mapped it keeps its bytes."""
+    """Removes a file unless it is locked; processes that have mapped it keep its bytes."""
     try:
         with _locked(folder, path.stem, wait=False):
             path.unlink(missing_ok=True)

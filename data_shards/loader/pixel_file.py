@@ -1,10 +1,10 @@
-"""Decoded whole images in a file of this machine's cache, shared by all processes that read the same images.
+"""Decoded images in a file of this machine's cache, shared by all processes that read the same images.
 
-The file holds `capacity` rows of pixels and behind them one byte for each row, which is 1 once the row is complete.
-Whoever decodes an image writes its pixels first and its byte second, so a process that is killed leaves no row that
-would be believed; two that write the same row write the same bytes. That order holds in the memory of one running
-kernel, not on the disk after a crash: the name of a file therefore contains the boot of its machine.
-Read and written with pread and pwrite: a full disk is then an error and not a signal, and no page is mapped twice.
+The file has `capacity` rows of pixels, followed by one byte per row, which is 1 once the row is complete. A process
+writes the pixels of an image before its byte, so a killed process leaves no incomplete row marked as complete; two that
+write the same row write the same bytes. This order holds within one running kernel, not on disk after a crash, so the
+file's name depends on the boot id. The file is accessed with pread and pwrite: a full disk is then an error instead of
+a signal, and no page is mapped twice.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL
+from PIL import features
 
 _FORMAT = 1
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -35,10 +36,10 @@ class PixelFile:
     Args:
         path: The file.
         shape: (H, W, C) of an image.
-        held: An open file that is closed with this one: the lock that keeps the cache from deleting it.
+        held: A descriptor to close with this file: the lock that protects it from eviction.
 
     Raises:
-        OSError: it cannot be read and written.
+        OSError: the file cannot be opened for reading and writing.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], held: int | None = None):
@@ -50,51 +51,51 @@ class PixelFile:
         self.capacity = rows_in(os.fstat(self._file).st_size, self.row_bytes)
         self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
         flags_at = self.capacity * self.row_bytes
-        # Both change as others fill the file.
+        # Both change while other processes fill the file.
         self.images = np.frombuffer(self._map, np.uint8, flags_at).reshape(self.capacity, *shape)
         self.is_filled = np.frombuffer(self._map, np.bool_, self.capacity, flags_at)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str, tuple[int, ...]], PixelFile | None], tuple[str, tuple[int, ...]]]:
         return reopened, (str(self.path), self.shape)
 
     def read(self, position: int, image: np.ndarray) -> bool:
-        """Fills the image (H, W, C), contiguous, from a row; False where the row is not there."""
+        """Fills the contiguous image (H, W, C) from a row; False if the row is not filled."""
         if position >= self.capacity or not self.is_filled[position]:
             return False
         return os.preadv(self._file, [image.data], position * self.row_bytes) == self.row_bytes
 
     def write(self, position: int, image: np.ndarray) -> None:
-        """Keeps an image; nothing happens where the file has no such row or the disk no room."""
+        """Stores an image; does nothing if the file has no such row or the disk is full."""
         if position >= self.capacity:
             return
-        with contextlib.suppress(OSError):  # what is not kept is decoded again
+        with contextlib.suppress(OSError):  # the image will be decoded again
             if os.pwrite(self._file, image.data, position * self.row_bytes) == self.row_bytes:
                 os.pwrite(self._file, b"\1", self.capacity * self.row_bytes + position)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Where images of a batch are kept, or are to be once they are decoded."""
+    """The cache rows of a batch's images, filled or to be filled after decoding."""
 
-    file: PixelFile | None  # None: the file could not be opened in this process
+    file: PixelFile | None  # None if the file could not be opened in this process
     position: np.ndarray  # (n,) int64, row of the file
 
     def read_into(self, images: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """Fills the rows of `images` that are kept; returns (n,) bool, which they are."""
+        """Fills the rows of `images` that are cached; returns (n,) bool, which ones."""
         if self.file is None:
             return np.zeros(len(row), bool)
         pairs = zip(self.position.tolist(), row.tolist(), strict=True)
         return np.array([self.file.read(position, images[at]) for position, at in pairs], bool)
 
     def write(self, n: int, image: np.ndarray) -> None:
-        """Keeps the n-th image."""
+        """Stores the n-th image."""
         if self.file is not None:
             self.file.write(int(self.position[n]), image)
 
 
 @functools.lru_cache(maxsize=16)
 def reopened(path: str, shape: tuple[int, ...]) -> PixelFile | None:
-    """The file, opened once in this process; None where it is gone."""
+    """The file, opened once in this process; None if it is gone."""
     try:
         return PixelFile(Path(path), shape)
     except (OSError, ValueError):
@@ -102,21 +103,21 @@ def reopened(path: str, shape: tuple[int, ...]) -> PixelFile | None:
 
 
 def file_bytes(capacity: int, row_bytes: int) -> int:
-    """Size of a file of so many rows."""
+    """Size of a file with `capacity` rows."""
     return capacity * (row_bytes + 1)
 
 
 def rows_in(size_bytes: int, row_bytes: int) -> int:
-    """How many rows a file of this size has."""
+    """Number of rows in a file of this size."""
     return size_bytes // (row_bytes + 1)
 
 
 def pixel_key(sha256s: Sequence[str], places: Sequence[np.ndarray], shape: tuple[int, ...]) -> str | None:
-    """The name of the file of these images at this size; None where this system does not tell when it was started.
+    """The name of the file of these images at this size; None if the system has no boot id.
 
     Args:
-        sha256s: Of the shards.
-        places: Columns of int64 that say which bytes of which shard each image is.
+        sha256s: Digests of the shards.
+        places: Columns of int64 with the shard, offset and size of each image.
         shape: (H, W, C).
     """
     try:
@@ -130,7 +131,7 @@ def pixel_key(sha256s: Sequence[str], places: Sequence[np.ndarray], shape: tuple
 
 
 def memory_bytes() -> int:
-    """Memory of this machine, or of the part of it that this process may use."""
+    """Memory of this machine in bytes, or the limit of this process's cgroup."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _GROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
@@ -139,9 +140,7 @@ def memory_bytes() -> int:
 
 
 def _decoders() -> tuple[str, ...]:
-    """What decides the pixels of a coded image: other versions may round otherwise."""
-    from PIL import features
-
+    """Versions of the decoders: other versions may round differently."""
     return (
         PIL.__version__,
         _version("pyspng"),

@@ -1,13 +1,12 @@
-"""Coded images of a shard -> uint8 pixels of one size: the whole image stretched, or a random part of it.
+"""Encoded images of a shard -> uint8 pixels of one size, from the complete image or a random crop.
 
-A whole image is stretched with PIL's antialiased bilinear filter, as in evaluation and prediction. A part of a JPEG is
-decoded only as far down and as finely as it is needed, and brought to size by the same filter in SIMD, which differs
-from PIL's by at most 1 of 255.
+A complete image is resized with PIL's antialiased bilinear filter, as in evaluation and prediction. A crop of a JPEG is
+decoded only down to its lower edge and at the needed scale, and resized by the same filter in SIMD, which differs from
+PIL's by at most 1 of 255.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import struct
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import simplejpeg
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -30,16 +31,17 @@ try:
 except ImportError:
     pyspng = None
 
-# Of the scales M/8 that JPEG knows, libjpeg-turbo has SIMD for these; 3/4 takes longer than the whole (NOTES.md).
+# Of JPEG's scales M/8, libjpeg-turbo has SIMD for these; 3/4 takes longer than full scale (NOTES.md).
 _REDUCED = (8, 4, 2)
-_TRIES = 10  # of a random part that lies within the image, as torchvision's RandomResizedCrop has them
+_TRIES = 10  # to draw a crop within the image, like torchvision's RandomResizedCrop
 _CROP_DRAWS = 0xC0
 _PNG = b"\x89PNG"
+_BILINEAR = ResizeAlg.convolution(FilterType.bilinear)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Random parts of images: at least `min_area` of the area, width / height between 1 / `aspect` and `aspect`."""
+    """Random crops: at least `min_area` of the area, width / height between 1 / `aspect` and `aspect`."""
 
     min_area: float
     aspect: float = 4 / 3
@@ -47,18 +49,18 @@ class Crop:
 
 @dataclass(frozen=True)
 class Coded:
-    """Images of a batch that have still to be decoded: where they lie, and which part of each is wanted."""
+    """Images of a batch that must be decoded: their location and crop."""
 
     row: np.ndarray  # (n,) int64, where in the batch
     shard: np.ndarray  # (n,) int64, position among the shards
     offset: np.ndarray  # (n,) int64, bytes
     size: np.ndarray  # (n,) int64, bytes
-    boxes: np.ndarray | None  # (n, 4) int64: left, top, right, bottom in pixels; None: the whole image
-    kept: Kept | None = None  # where whole images are kept on this machine once one process has decoded them
+    boxes: np.ndarray | None  # (n, 4) int64: left, top, right, bottom in pixels; None: the complete image
+    kept: Kept | None = None  # rows of this machine's cache, for complete images
 
 
 def decode_into(images: np.ndarray, coded: Coded, read: Callable[..., list[bytes]]) -> None:
-    """Fills the rows of `images` (B, H, W, C) that `coded` names; `read(shard, offset, size)` gives their bytes."""
+    """Fills the rows of `images` (B, H, W, C) listed in `coded`; `read(shard, offset, size)` gives their bytes."""
     shape = images.shape[1:]
     left = np.arange(len(coded.row))
     if coded.kept is not None:
@@ -76,7 +78,7 @@ def decode_into(images: np.ndarray, coded: Coded, read: Callable[..., list[bytes
 
 
 def stretched(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
-    """A coded image as (height, width, channels) uint8 pixels; grey is repeated where RGB is asked for."""
+    """An encoded image as uint8 pixels (height, width, channels); gray is repeated for RGB."""
     if data.startswith(_PNG):
         pixels = _png(data)
         if pixels.shape[:2] != (height, width):
@@ -93,14 +95,14 @@ def stretched(data: bytes, height: int, width: int, channels: int) -> np.ndarray
 
 
 def cropped(data: bytes, box: tuple[int, int, int, int], height: int, width: int, channels: int) -> np.ndarray:
-    """The part `box` (left, top, right, bottom, in pixels) of a coded image as (height, width, channels) pixels."""
+    """The crop `box` (left, top, right, bottom, in pixels) of an encoded image as (height, width, channels) pixels."""
     scale = 1
     if data.startswith(_PNG):
         pixels = _png(data)
     else:
         pixels, scale = _jpeg_part(data, box, height, width, channels)
     left, top, right, bottom = (side / scale for side in box)
-    # Whole pixels around the part; within them the part may begin and end between two pixels.
+    # The pixels that contain the crop, whose edges may be between pixels.
     x0, y0 = int(left), int(top)
     around = pixels[y0 : -int(-bottom // 1), x0 : -int(-right // 1)]
     return _with_channels(
@@ -111,10 +113,10 @@ def cropped(data: bytes, box: tuple[int, int, int, int], height: int, width: int
 def crop_boxes(
     crop: Crop, heights: np.ndarray, widths: np.ndarray, *, seed: int, epoch: int, sample: np.ndarray
 ) -> np.ndarray:
-    """For each sample the part (left, top, right, bottom) int64 (n, 4) that chance gives it in this epoch.
+    """The random crop of each sample in this epoch: (left, top, right, bottom), int64 (n, 4).
 
-    Area and shape are drawn ten times, and the first part that fits is taken; where none fits, as in a very long
-    image, the largest part of allowed shape in the middle.
+    Area and aspect are drawn ten times, and the first crop that fits is used; if none fits, as in a very long image,
+    the largest allowed crop in the center.
     """
     draws = uniforms(seed, epoch, sample, 2 * _TRIES + 2, purpose=_CROP_DRAWS)
     area = (crop.min_area + (1 - crop.min_area) * draws[:, :_TRIES]) * (heights * widths)[:, None]
@@ -135,19 +137,20 @@ def crop_boxes(
 
 
 def _png(data: bytes) -> np.ndarray:
-    """Pixels (H, W) or (H, W, 3) of a PNG, which has the same in every decoder."""
+    """Pixels (H, W) or (H, W, 3) of a PNG, which are equal in all decoders."""
     _check_size(*struct.unpack_from(">II", data, 16))
     if pyspng is not None:
-        return pyspng.load(data)
+        pixels: np.ndarray = pyspng.load(data)
+        return pixels
     return np.asarray(PngImageFile(io.BytesIO(data)))
 
 
 def _check_size(width: int, height: int) -> None:
-    """ValueError before memory is taken for pixels that no conversion would have put into a shard."""
+    """ValueError if the size is larger than any conversion writes; checked before memory is allocated."""
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(
-            f"an image of the shard says that it has {width} x {height} pixels, but {MAX_PIXELS:,} at most can be "
-            "stored: the dataset was not made by a conversion; make it again from its images"
+            f"an image of the shard claims {width} x {height} pixels, but at most {MAX_PIXELS:,} are allowed: the "
+            "dataset was not made by a conversion; rebuild it from its images"
         )
 
 
@@ -160,16 +163,14 @@ def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 def _jpeg_part(
     data: bytes, box: tuple[int, int, int, int], height: int, width: int, channels: int
 ) -> tuple[np.ndarray, int]:
-    """Pixels of a JPEG that hold the part `box`, and by how much they are shrunk."""
-    import simplejpeg
-
+    """Pixels of a JPEG that contain the crop `box`, and the factor by which they are reduced."""
     left, top, right, bottom = box
     scale = next((s for s in _REDUCED if bottom - top >= s * height and right - left >= s * width), 1)
-    data, full_height, full_width, colours = _cut_below(data, bottom)
+    data, full_height, full_width, colors = _cut_below(data, bottom)
     _check_size(full_width, full_height)
-    # Asked for at least this many pixels, libjpeg takes the smallest scale that gives them: 1 / scale.
-    shape = (-(-full_height // scale), -(-full_width // scale), 1 if colours == 1 or channels == 1 else 3)
-    # Not strict: after a cut the file goes on where the decoder has what it wants. Its sha256 was verified.
+    # Given these minimum sizes, libjpeg uses the smallest sufficient scale: 1 / scale.
+    shape = (-(-full_height // scale), -(-full_width // scale), 1 if colors == 1 or channels == 1 else 3)
+    # Not strict, because a cut file continues after the last needed row. Its sha256 was verified.
     pixels = simplejpeg.decode_jpeg(
         data,
         "GRAY" if shape[2] == 1 else "RGB",
@@ -179,30 +180,30 @@ def _jpeg_part(
         buffer=_scratch(math.prod(shape)),
         strict=False,
     )
-    assert pixels.shape == shape, f"asked for {shape} pixels, got {pixels.shape}"
+    assert pixels.shape == shape, f"expected {shape} pixels, got {pixels.shape}"
     return (pixels[:, :, 0] if shape[2] == 1 else pixels), scale
 
 
 def _cut_below(data: bytes, bottom: int) -> tuple[bytes, int, int, int]:
-    """A JPEG whose header promises no more rows than are needed, so that decoding ends there; its (H, W, C).
+    """A JPEG whose header is changed to the needed number of rows, so that decoding ends there, and its (H, W, C).
 
-    Only where all colours come in one scan from top to bottom; a progressive image needs every scan.
+    Only if all colors are in one scan from top to bottom; a progressive image needs every scan.
     """
-    height = width = colours = block = frame = 0
+    height = width = colors = block = frame = 0
     position = 2
     while True:
         marker, length = struct.unpack_from(">HH", data, position)
         if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # the frame (ITU T.81, B.2.2)
             frame = position if marker <= 0xFFC1 else 0
-            height, width, colours = struct.unpack_from(">HHB", data, position + 5)
-            block = 8 * max(data[position + 11 + 3 * n] & 15 for n in range(colours))
+            height, width, colors = struct.unpack_from(">HHB", data, position + 5)
+            block = 8 * max(data[position + 11 + 3 * n] & 15 for n in range(colors))
         elif marker == 0xFFDA:  # the first scan
-            # Colour is smoothed across the border of two rows of blocks: with one row more than is needed, the wanted
-            # pixels are those of the whole image.
+            # Color is smoothed across rows of blocks: with one extra row of blocks, the needed pixels equal those of
+            # the complete image.
             rows = (bottom // block + 2) * block
-            if not frame or data[position + 4] != colours or rows >= height:
-                return data, height, width, colours
-            return b"".join([data[: frame + 5], struct.pack(">H", rows), data[frame + 7 :]]), rows, width, colours
+            if not frame or data[position + 4] != colors or rows >= height:
+                return data, height, width, colors
+            return b"".join([data[: frame + 5], struct.pack(">H", rows), data[frame + 7 :]]), rows, width, colors
         position += 2 + length
 
 
@@ -210,21 +211,18 @@ _of_this_thread = threading.local()
 
 
 def _resampled(pixels: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """The part (left, top, width, height) of the pixels (H, W) or (H, W, 3), brought to (height, width)."""
+    """The box (left, top, width, height) of the pixels (H, W) or (H, W, 3), resized to (height, width)."""
     if pixels.shape[:2] == (height, width) and box == (0, 0, width, height):
         return pixels
-    resizer, images = _resizer()
-    kind = images.PixelType.U8 if pixels.ndim == 2 else images.PixelType.U8x3
-    options = images.ResizeOptions(resize_alg=_bilinear(), crop_box=images.CropBox(*box))
+    kind = PixelType.U8 if pixels.ndim == 2 else PixelType.U8x3
+    options = ResizeOptions(resize_alg=_BILINEAR, crop_box=CropBox(*box))
     target = _target(width, height, kind)
-    resizer.resize(images.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes()), target, options)
+    _resizer().resize(ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes()), target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, *pixels.shape[2:])
 
 
 def _target(width: int, height: int, kind: Any) -> Any:
-    """What is resized into, the same each time as long as the size is."""
-    from cykooz_resizer import ImageData
-
+    """The target of resizing, reused while the size stays the same."""
     if getattr(_of_this_thread, "target_is", None) != (width, height, kind):
         _of_this_thread.target_is = (width, height, kind)
         _of_this_thread.target = ImageData(width, height, kind)
@@ -232,22 +230,15 @@ def _target(width: int, height: int, kind: Any) -> Any:
 
 
 def _scratch(size: int) -> np.ndarray:
-    """Memory of this thread that is used again: the page faults of new memory would cost a fifth of decoding."""
-    if getattr(_of_this_thread, "scratch", None) is None or _of_this_thread.scratch.nbytes < size:
-        _of_this_thread.scratch = np.empty(size, np.uint8)
-    return _of_this_thread.scratch
+    """Reused memory of this thread: page faults of new memory would take a fifth of the decoding time."""
+    scratch: np.ndarray | None = getattr(_of_this_thread, "scratch", None)
+    if scratch is None or scratch.nbytes < size:
+        scratch = _of_this_thread.scratch = np.empty(size, np.uint8)
+    return scratch
 
 
-def _resizer() -> tuple[Any, Any]:
-    import cykooz_resizer
-
-    if not hasattr(_of_this_thread, "resizer"):  # it keeps buffers that no two threads may share
-        _of_this_thread.resizer = cykooz_resizer.Resizer()
-    return _of_this_thread.resizer, cykooz_resizer
-
-
-@functools.lru_cache(maxsize=1)
-def _bilinear() -> Any:
-    from cykooz_resizer import FilterType, ResizeAlg
-
-    return ResizeAlg.convolution(FilterType.bilinear)
+def _resizer() -> Resizer:
+    if not hasattr(_of_this_thread, "resizer"):  # per thread, because it has internal buffers
+        _of_this_thread.resizer = Resizer()
+    resizer: Resizer = _of_this_thread.resizer
+    return resizer

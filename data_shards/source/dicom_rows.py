@@ -1,4 +1,4 @@
-"""Rows of files -> rows of frames: how many images each DICOM file of a set holds, and whose they are."""
+"""Expands DICOM files to one row per frame, grouped by patient."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from data_shards.decode import dicom
 from data_shards.source.row import Row
 
 _log = logging.getLogger(__name__)
-# Headers are read by threads, as a store far away takes some 20 ms to answer. So many are asked for ahead: all at once
-# would take a kilobyte each for its future.
+# Headers are read by threads, because a remote store takes some 20 ms to answer. Only _AHEAD are queued at a time: each
+# future takes a kilobyte.
 _AT_ONCE, _AHEAD = 16, 4096
 
 
 def with_frames(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO], config: DataConfig) -> list[Row]:
-    """The rows, with one for every frame of each DICOM file, and with groups for them if the set names none.
+    """The rows, with one for every frame of each DICOM file, and with groups if the set has none.
 
-    The group is the patient ID, else that of another file of the same study, else the study, else the file: whatever
-    keeps frames and slices of one person on one side of a split. Only headers are read, and only of files that are
-    not named as PNG, JPEG and so on.
+    The group is the patient ID, or that of another file of the same study, or the study, or the file, so that frames
+    and slices of one patient stay in one split. Only headers are read, and only of files that are not named as PNG,
+    JPEG and so on.
 
-    Raises ValueError where most of the files are DICOM and the extra for it is not installed, and where all belong to
-    one patient, so that no split could be drawn.
+    Raises ValueError if most of the files are DICOM and the extra `dicom` is not installed, or if all belong to one
+    patient, so that no split can be drawn.
     """
     found = _found([row for row in rows if not dicom.named_as_image(row.where)], open_file)
     if not found:
@@ -36,7 +36,7 @@ def with_frames(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO], confi
         raise ValueError(
             f"{len(found)} of {len(rows)} images are DICOM files, which need the extra dicom: {dicom.EXTRA}"
         )
-    _tell(list(found.values()), config)
+    _warn(list(found.values()), config)
     patients = {facts.study: facts.patient for facts in found.values() if facts.study and facts.patient}
     expanded = []
     for row in rows:
@@ -50,17 +50,17 @@ def with_frames(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO], confi
 
 
 def _found(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO]) -> dict[str, dicom.Facts]:
-    """What is known of those files that are DICOM, by their path."""
+    """Facts about the DICOM files among the rows, by path."""
 
     def facts(row: Row) -> dicom.Facts | None:
         try:
             with open_file(row) as file:
                 return dicom.facts(file) if dicom.is_dicom(file) else None
-        except OSError:  # told when the image is read
+        except OSError:  # reported when the image is read
             return None
 
     found: dict[str, dicom.Facts] = {}
-    # Outside of the threads, as filters of warnings are the process's.
+    # Set outside of the threads: warning filters belong to the process.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="headers") as pool:
         for start in range(0, len(rows), _AHEAD):
             ahead = rows[start : start + _AHEAD]
@@ -69,29 +69,29 @@ def _found(rows: Sequence[Row], open_file: Callable[[Row], BinaryIO]) -> dict[st
 
 
 def _all_frames(facts: dicom.Facts, config: DataConfig) -> bool:
-    """Whether each frame is a row; what is quarantined as it is not an image is one."""
+    """Whether each frame becomes a row. A non-image object that will be quarantined is a single row."""
     return config.dicom.frames == "each" and not (facts.not_image and config.dicom.objects == "quarantine")
 
 
-def _tell(found: Sequence[dicom.Facts], config: DataConfig) -> None:
+def _warn(found: Sequence[dicom.Facts], config: DataConfig) -> None:
     if identifying := sum(facts.identifying for facts in found):
         _log.warning(
-            "%d DICOM files say that their pixels may show who the patient is (BurnedInAnnotation or "
-            "RecognizableVisualFeatures is YES): they are %s (--data.dicom.identifying)",
+            "%d DICOM files are marked as showing who the patient is (BurnedInAnnotation or "
+            "RecognizableVisualFeatures is YES); they are %s (--data.dicom.identifying)",
             identifying,
             "kept" if config.dicom.identifying == "keep" else "quarantined",
         )
     if objects := sum(facts.not_image for facts in found):
         _log.warning(
-            "%d DICOM files are not images but other objects, such as doses, segmentations or labels of slides: they "
-            "are %s (--data.dicom.objects)",
+            "%d DICOM files are not images but other objects, such as doses, segmentations or slide labels; they are "
+            "%s (--data.dicom.objects)",
             objects,
-            "kept where they have pixels" if config.dicom.objects == "keep" else "quarantined",
+            "kept if they have pixels" if config.dicom.objects == "keep" else "quarantined",
         )
     if unsaid := sum(facts.unsaid for facts in found):
         _log.warning(
-            "%d DICOM files of ultrasound or secondary capture do not say whether names are burned into their pixels: "
-            "look at some of them before the shards leave your hands",
+            "%d DICOM files of ultrasound or secondary capture do not state whether patient names are burned into the "
+            "pixels; inspect some of them before sharing the shards",
             unsaid,
         )
 
@@ -107,7 +107,6 @@ def _require_patients(rows: Sequence[Row], expanded: Sequence[Row], config: Data
     groups = {row.group for row in expanded}
     if len(rows) > 1 and len(groups) == 1 and None not in groups and not (config.group_column or config.group_pattern):
         raise ValueError(
-            f"all {len(rows)} DICOM files are of one patient by their PatientID or study, so no split can be drawn: "
-            "if that is a stand-in for many patients, list the files in a CSV with a group column "
-            "(--data.layout table, --data.group-column)"
+            f"all {len(rows)} DICOM files have the same PatientID or study, so no split can be drawn; if they are of "
+            "several patients, list them in a CSV with a group column (--data.layout table, --data.group-column)"
         )

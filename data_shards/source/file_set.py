@@ -1,4 +1,4 @@
-"""An image set whose images are files: pictures as they are, and the frames of DICOM files."""
+"""An image set whose images are files: encoded images, and frames of DICOM files."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from data_shards.source.dicom_rows import with_frames
 from data_shards.source.files.files import FileReader, Files
 from data_shards.source.row import ImageSet, Row
 
-# What one read fetches at least, from a DICOM file or one whose name does not say what it is: at planning most headers
-# lie in the first, at conversion most slices in one. Files that are named as pictures are read whole.
+# Least bytes per read of a DICOM file, or one of unknown type: most headers fit into the first number, most slices into
+# the second. Files named as images are read completely.
 _HEADER_BYTES, _FILE_BYTES = 64 << 10, 1 << 20
 
 
 @dataclass(frozen=True)
 class FileSetReader:
-    """Reads images that are files below `root`; a row's `where` is relative to it, in a tar as in a folder."""
+    """Reads images that are files below `root`; a row's `where` is relative to it."""
 
     files: FileReader
     root: str
     dicom: DicomConfig
 
     def read(self, row: Row) -> bytes | np.ndarray:
-        """The file's bytes, as they are, or the pixels of a DICOM file's frame.
+        """The file's bytes unchanged, or the pixels of a DICOM frame.
 
-        UndecodableImage where the file is there but cannot be read, or is a DICOM file that cannot be displayed.
+        UndecodableImage if the file cannot be read, or is a DICOM file that cannot be displayed.
         """
         try:
             with self._open(row, _FILE_BYTES) as file:
                 if not dicom.is_dicom(file):
                     return file.read()
                 return dicom.frame(file, row.frame, self.dicom, alone=dicom.named_as_image(row.where))
-        except OSError as error:  # a link to nowhere, no right to read it, a bad block
+        except OSError as error:  # a broken link, missing permission, a bad block
             raise UndecodableImage(f"cannot be read: {error.strerror or type(error).__name__}") from error
 
     def header(self, row: Row) -> BinaryIO:
-        """The row's file, of which little is read at a time."""
+        """The row's file, opened with a small buffer."""
         return self._open(row, _HEADER_BYTES)
 
     def inside(self, row: Row) -> str:
@@ -51,21 +51,21 @@ class FileSetReader:
         return posixpath.normpath(posixpath.join(self.root, row.where))
 
     def stamp(self, row: Row) -> str:
-        """See Reader. With the file's name, as the same `where` is another file below another root."""
+        """See Reader. Includes the file's name, because the same `where` is another file below another root."""
         name = self.inside(row)
         stamp = self.files.stamp(name, row.place)
         return f"{name}|{stamp}" if stamp else ""
 
     def _open(self, row: Row, buffer_bytes: int) -> BinaryIO:
         name = self.inside(row)
-        if dicom.named_as_image(row.where):  # in one request
+        if dicom.named_as_image(row.where):  # one request is enough
             return io.BytesIO(self.files.read(name, row.place))
         return self.files.open(name, row.place, buffer_bytes=buffer_bytes)
 
 
 @dataclass(frozen=True)
 class FileList:
-    """The files of a set with what their names or a table say of them; none of them has been opened."""
+    """The files of a set, with labels and splits from their names or a table; none has been opened."""
 
     files: Files
     root: str
@@ -75,7 +75,7 @@ class FileList:
     splits_from: str = ""
 
     def image_set(self, config: DataConfig) -> ImageSet:
-        """The images: for DICOM files, whose headers are read for it, one of every frame."""
+        """The images; DICOM headers are read, and each frame becomes an image."""
         reader = FileSetReader(self.files.reader, self.root, config.dicom)
         rows = with_frames(list(self._placed(reader)), reader.header, config)
         notes = (*self.notes, *self.files.notes)

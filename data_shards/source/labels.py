@@ -1,6 +1,6 @@
-"""What the configuration changes about the labels and groups of a source: classes left out or renamed, groups by path.
+"""Changes to a source's labels and groups: classes dropped or renamed, groups found by path.
 
-Every layout uses the same rules; a table applies them to names, folders and .npz files to class indices.
+All layouts use the same rules; tables apply them to class names, folders and .npz files to class indices.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class ClassEdits:
         return bool(self.old_names)
 
     def new_name(self, name: str) -> str | None:
-        """What a class of the source is called in the dataset; None where it is left out."""
+        """The dataset's name for a class of the source; None if it is dropped."""
         return None if name in self.dropped else self._new.get(name, name)
 
     def classes(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The dataset's classes from the source's, in their order.
+        """The dataset's classes, in the order of the source's.
 
-        A class that is renamed to another one of them joins that; a new name takes the place of its first old one.
+        A class renamed to an existing one is merged into it; a new name takes the position of its first old name.
         """
         as_written = {composed(name): name for name in names}
         staying = {name for name in as_written if self.new_name(name) == name}
@@ -46,19 +46,19 @@ class ClassEdits:
         return tuple(dict.fromkeys(as_written.get(name, name) for name in new))
 
     def require_known(self, names: Iterable[str], source: str) -> None:
-        """ValueError where a class to leave out or rename is not among the names of the source."""
+        """ValueError if a class to drop or rename is not in the source."""
         there = {composed(name) for name in names}
         for option, wanted in (("drop-classes", self.dropped), ("class-map", frozenset(self._new))):
             if unknown := sorted(wanted - there):
                 raise ValueError(
-                    f"--data.{option} names the class {unknown[0]!r}, but {source} has {listed(sorted(there))}: "
-                    "correct the name or leave it out"
+                    f"--data.{option} names the class {unknown[0]!r}, but {source} has {listed(sorted(there))}; "
+                    "correct or remove the name"
                 )
 
     def names_in_source(self, named: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-        """The classes to look for in a source that has the names `there`, where `named` are those of the configuration.
+        """The classes to look for in a source with the names `there`, if the configuration names the classes `named`.
 
-        A named class may be one that only renaming brings about; a class to rename or leave out need not be named.
+        A named class may exist only after renaming; a class to rename or drop need not be named.
         """
         if not named:
             return ()
@@ -69,7 +69,7 @@ class ClassEdits:
 
 
 class Relabelled(NamedTuple):
-    """Rows under the classes of the dataset, and a sentence for each change that its owner should know."""
+    """Rows with the dataset's classes, and a sentence for the user about each change."""
 
     rows: list[Row]
     classes: tuple[str, ...]
@@ -79,7 +79,7 @@ class Relabelled(NamedTuple):
 def relabelled(rows: Sequence[Row], classes: Sequence[str], config: DataConfig, source: str) -> Relabelled:
     """Rows whose labels are indices of `classes`, after `data.drop_classes` and `data.class_map`.
 
-    Raises ValueError where one of these names a class that the source does not have, or no image is left.
+    Raises ValueError if one of these names a class that the source does not have, or if no image is left.
     """
     edits = ClassEdits(config)
     if not edits:
@@ -98,39 +98,39 @@ def relabelled(rows: Sequence[Row], classes: Sequence[str], config: DataConfig, 
         if new or several:
             kept.append(dataclasses.replace(row, labels=tuple(sorted({index_of[name] for name in new}))))
     if not kept:
-        raise ValueError(f"--data.drop-classes leaves no image of {source}: name fewer classes")
+        raise ValueError(f"--data.drop-classes drops all images of {source}; name fewer classes")
     return Relabelled(kept, remaining, edit_notes(edits, counts, several=several))
 
 
 def require_named(classes: Sequence[str], edits: ClassEdits) -> None:
-    """ValueError where renaming brings about a class that is not one of the dataset's."""
+    """ValueError if renaming gives a class that the dataset does not have."""
     if missing := sorted(edits.new_names - set(map(composed, classes))):
         raise ValueError(
-            f"--data.class-map renames to {missing[0]!r}, but the classes are {listed(classes)}: add it to "
+            f"--data.class-map renames a class to {missing[0]!r}, but the classes are {listed(classes)}; add it to "
             "--data.classes or correct the name"
         )
 
 
 def edit_notes(edits: ClassEdits, counts: Counter[str], *, several: bool) -> tuple[str, ...]:
-    """What was left out and renamed, with the images of each class; `counts` are those of the source's names."""
+    """Notes on dropped and renamed classes, with the number of images; `counts` are by the source's names."""
     notes = []
     if edits.dropped:
         dropped = ", ".join(f"{name or 'without a label'} ({counts[name]:,})" for name in sorted(edits.dropped))
-        what = "the label is removed, the images are kept" if several else "the images of these classes are left out"
+        what = "removed the label, kept the images" if several else "dropped the images of these classes"
         notes.append(f"--data.drop-classes: {what}: {dropped}")
     renamed = [name for name in sorted(edits.old_names - edits.dropped) if edits.new_name(name) != name]
     if renamed:
         pairs = ", ".join(
             f"{name or 'without a label'} ({counts[name]:,}) -> {edits.new_name(name)}" for name in renamed
         )
-        notes.append(f"--data.class-map: images are labelled {pairs}")
+        notes.append(f"--data.class-map: renamed {pairs}")
     return tuple(notes)
 
 
 def grouped_by_path(rows: Sequence[Row], config: DataConfig) -> list[Row]:
-    """The rows, each with the group that `data.group_pattern` finds in its path; without a pattern as they are.
+    """The rows, with the group that `data.group_pattern` finds in each path; unchanged without a pattern.
 
-    Raises ValueError where a path does not match, or its group is empty.
+    Raises ValueError if a path does not match or its group is empty.
     """
     if not config.group_pattern:
         return list(rows)
@@ -141,15 +141,14 @@ def grouped_by_path(rows: Sequence[Row], config: DataConfig) -> list[Row]:
     if unmatched:
         examples = ", ".join(repr(where) for where in unmatched[:3])
         raise ValueError(
-            f"the paths of {len(unmatched):,} of {len(rows):,} images give no group by --data.group-pattern "
-            f"{config.group_pattern!r} ({examples}): every image needs its group, so widen the pattern or move these "
-            "images away"
+            f"--data.group-pattern {config.group_pattern!r} finds no group in the paths of {len(unmatched):,} of "
+            f"{len(rows):,} images ({examples}), but every image needs one; widen the pattern or remove these images"
         )
     return [dataclasses.replace(row, group=composed(str(group))) for row, group in zip(rows, groups, strict=True)]
 
 
 def check_settings(config: DataConfig) -> None:
-    """ValueError where a setting has no meaning for the layout or task of a resolved configuration."""
+    """ValueError if a setting does not apply to the layout or task of a resolved configuration."""
     unused = {
         "group_pattern": config.layout in ("npz", "phantoms") and "images in files (folders or table)",
         "drop_classes": config.layout == "phantoms" and "image sets of your own",
@@ -157,19 +156,19 @@ def check_settings(config: DataConfig) -> None:
         "no_finding": (config.layout != "table" or config.task != "multilabel") and "multilabel tables",
         "split_values": config.layout != "folders"
         and any(pair.rpartition("=")[2] == "drop" for pair in config.split_values)
-        and "split folders (=drop leaves one out)",
+        and "split folders (=drop excludes one)",
         "label_separator": (config.layout != "table" or config.task != "multilabel") and "multilabel tables",
     }
     for name, needed in unused.items():
         value = getattr(config, name)
         if needed and value != type(config).model_fields[name].default:
-            remedy = "set --data.task multilabel or leave it out" if "tables" in needed else "leave it out"
+            remedy = "set --data.task multilabel or remove the option" if "tables" in needed else "remove the option"
             raise ValueError(
                 f"--data.{name.replace('_', '-')} {value if isinstance(value, str) else ' '.join(value)!r} is for "
-                f"{needed}, but the layout is {config.layout} and the task {config.task}: {remedy}"
+                f"{needed}, but the layout is {config.layout} and the task is {config.task}; {remedy}"
             )
 
 
 def composed(name: str) -> str:
-    """The name in Unicode's form NFC: an accent is a part of its letter, however the source coded it."""
+    """The name in Unicode's form NFC, in which letters and their accents are one character."""
     return unicodedata.normalize("NFC", name)

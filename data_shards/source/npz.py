@@ -24,7 +24,7 @@ from data_shards.split import SPLITS
 
 
 class NpzReader:
-    """Reads the images of one .npz file; compressed arrays are unpacked once per machine, to be mapped into memory."""
+    """Reads the images of one .npz file; arrays are unpacked once per machine and mapped into memory."""
 
     def __init__(self, file: LocalFile, stamp: str):
         self._file, self._stamp = file, stamp
@@ -34,7 +34,7 @@ class NpzReader:
         return {**self.__dict__, "_arrays": {}}  # a mapped array would be pickled with all its pixels
 
     def array(self, split: str) -> np.ndarray:
-        """The images of a split, (n, H, W) or (n, H, W, C). ValueError where they are damaged."""
+        """The images of a split, (n, H, W) or (n, H, W, C). ValueError if they are damaged."""
         if split not in self._arrays:
             self._arrays[split] = _images(self._file.path(), split)
         return self._arrays[split]
@@ -49,12 +49,12 @@ class NpzReader:
         return row.where
 
     def stamp(self, row: Row) -> str:
-        """See Reader: that of the .npz, of which a part cannot be replaced alone."""
+        """See Reader: the stamp of the .npz file, which can only be replaced as a unit."""
         return f"{self._stamp}|{row.where}" if self._stamp else ""
 
 
 def open_npz(config: DataConfig) -> ImageSet:
-    """The images of one .npz file in the layout of MedMNIST."""
+    """The images of one .npz file in MedMNIST's layout. ValueError if it is damaged or has another layout."""
     file = local_file(config.source)
     path = file.path()
     reader = NpzReader(file, copy_stamp(config.source, path))
@@ -68,8 +68,8 @@ def open_npz(config: DataConfig) -> ImageSet:
         indices, num_images = labels[split].indices, len(reader.array(split))
         if num_images != len(indices):
             raise ValueError(
-                f"{path.name} has {num_images} {split}_images but {len(indices)} {split}_labels: each image needs one "
-                "row of labels, so write the file again"
+                f"{path.name} has {num_images} {split}_images but {len(indices)} {split}_labels; write one row of "
+                "labels per image"
             )
         for i, found in enumerate(indices):
             _check_range(found, len(classes), f"{split}_labels[{i}] of {path.name}")
@@ -82,8 +82,8 @@ def _check_range(labels: tuple[int, ...], num_classes: int, at: str) -> None:
     bad = [label for label in labels if not 0 <= label < num_classes]
     if bad:
         raise ValueError(
-            f"label {bad[0]} at {at} is out of range: there are {num_classes} classes, so labels are 0 to "
-            f"{num_classes - 1}; fix the file or --data.classes"
+            f"label {bad[0]} at {at} is out of range: with {num_classes} classes, labels are 0 to {num_classes - 1}; "
+            "fix the file or --data.classes"
         )
 
 
@@ -95,7 +95,7 @@ class _Labels(NamedTuple):
 
 
 def _index_names(config: DataConfig) -> tuple[str, ...]:
-    """What the indices are called, where classes are named: by these, or by numbers where --data.class-map has them."""
+    """Names of the label indices: from --data.classes, or numbers for indices that --data.class-map renames."""
     renamed = {pair.rpartition("=")[0].strip() for pair in config.class_map}
     if not config.classes or any(name.isdecimal() for name in config.classes):
         return config.classes
@@ -107,7 +107,7 @@ def _index_names(config: DataConfig) -> tuple[str, ...]:
 
 
 def _splits_there(path: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The splits of the file: all three, or train and test; a notice in the latter case."""
+    """The splits in the file, all three or train and test, and a note in the latter case."""
     with _archive(path) as archive:
         there = {os.path.splitext(member)[0] for member in archive.namelist()}
     present = [split for split in SPLITS if {f"{split}_images", f"{split}_labels"} & there]
@@ -117,30 +117,30 @@ def _splits_there(path: Path) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _numbered_classes(path: Path, labels: Mapping[str, _Labels]) -> tuple[str, ...]:
-    """Numbers as names of the classes. ValueError where there are more than images, so that some have none."""
+    """Numbers as class names. ValueError if there are more classes than images, so that some have none."""
     found = (label for of_split in labels.values() for row in of_split.indices for label in row)
     num_classes = 1 + max(found, default=-1)
     num_images = sum(len(of_split.indices) for of_split in labels.values())
     if num_classes > num_images:
         raise ValueError(
-            f"labels of {path.name} go up to {num_classes - 1}, but there are {num_images} images: labels are 0, 1, 2 "
-            "and so on, and every class needs images, so write them so"
+            f"labels of {path.name} go up to {num_classes - 1}, but it has only {num_images} images; number the "
+            "classes 0, 1, 2 and so on, with images for each"
         )
     return tuple(str(i) for i in range(num_classes))
 
 
 def _labels(path: Path, split: str, task: str) -> _Labels:
-    """The array is (n,) or (n, 1) with indices, or (n, classes): multi-hot, or one-hot if the task is not multilabel.
+    """The labels: (n,) or (n, 1) with indices, or (n, classes), multi-hot if multilabel, else one-hot.
 
-    Booleans, integers and floats of whole numbers in any byte order are the same to it.
+    Accepts booleans, integers and integer-valued floats in any byte order.
     """
     name = f"{split}_labels"
     with _archive(path) as archive:
         _header(archive, path, name)
-        with _told_damage(path, name), archive.open(f"{name}.npy") as file:
+        with _damage_explained(path, name), archive.open(f"{name}.npy") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
     if values.dtype.kind not in "biuf" or not (np.isfinite(values) & (values == np.rint(values))).all():
-        raise ValueError(f"{name} of {path.name} are {values.dtype}, but labels are whole numbers: write them so")
+        raise ValueError(f"{name} of {path.name} are {values.dtype}, but labels must be integers; write integers")
     indicators = values.ndim == 2 and np.isin(values, (0, 1)).all()
     if task == "multilabel":
         if not indicators:
@@ -155,21 +155,21 @@ def _labels(path: Path, split: str, task: str) -> _Labels:
         values = values[:, 0]
     if values.ndim != 1:
         raise ValueError(
-            f"{name} of {path.name} has the shape {values.shape}, but one class per image is (n,), (n, 1), or (n, "
-            "classes) with a single 1 in each row: write it so, or set --data.task multilabel"
+            f"{name} of {path.name} has the shape {values.shape}, but for one class per image it must be (n,), (n, 1), "
+            "or (n, classes) with a single 1 in each row; reshape it, or set --data.task multilabel"
         )
     return _Labels([(int(label),) for label in values.tolist()])
 
 
 def _images(path: Path, split: str) -> np.ndarray:
-    """The images as an array on disk, of which only what is read comes into memory."""
+    """The images as a memory-mapped array."""
     name = f"{split}_images"
     with _archive(path) as archive:
         shape, dtype = _header(archive, path, name)
         if dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
             raise ValueError(
-                f"{name} of {path.name} are {dtype} {shape}, but images are uint8 (n, H, W) or (n, H, W, 3): write "
-                "them so"
+                f"{name} of {path.name} are {dtype} {shape}, but images must be uint8 (n, H, W) or (n, H, W, 3); "
+                "convert them"
             )
         member = f"{name}.npy"
         stat = path.stat()
@@ -177,15 +177,16 @@ def _images(path: Path, split: str) -> np.ndarray:
         key = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{member}"
 
         def unpack(target: Path) -> None:
-            with _told_damage(path, name), archive.open(member) as source, target.open("wb") as out:
+            with _damage_explained(path, name), archive.open(member) as source, target.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 22)
 
         unpacked = cached(key, unpack)
-    with _told_damage(path, name):
-        return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    with _damage_explained(path, name):
+        images: np.ndarray = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    return images
 
 
-# What zipfile, zlib and numpy raise on damaged bytes; RuntimeError where they seem to be encrypted.
+# What zipfile, zlib and numpy raise on damaged bytes; RuntimeError if they seem to be encrypted.
 _DAMAGE = (
     ValueError,
     EOFError,
@@ -204,36 +205,36 @@ def _archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except _DAMAGE as error:
-        raise ValueError(f"{path} is no .npz file ({error}): get it again, or set --data.layout") from error
+        raise ValueError(f"{path} is not an .npz file ({error}); download it again, or set --data.layout") from error
 
 
 @contextlib.contextmanager
-def _told_damage(path: Path, name: str) -> Iterator[None]:
+def _damage_explained(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise ValueError(f"array {name!r} of {path} is damaged ({error}): get the file again") from error
+        raise ValueError(f"array {name!r} of {path} is damaged ({error}); download the file again") from error
 
 
 def _header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
     names = [os.path.splitext(member)[0] for member in archive.namelist()]
     if name not in names:
         raise ValueError(
-            f"{path.name} has no array {name!r} (it has {', '.join(names) or 'none'}): a MedMNIST-style file holds "
+            f"{path.name} has no array {name!r} (it has {', '.join(names) or 'none'}); a MedMNIST-style file needs "
             "images and labels of train, val and test, or of train and test"
         )
-    with _told_damage(path, name), archive.open(f"{name}.npy") as file:
+    with _damage_explained(path, name), archive.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
         claimed, there = file.tell() + math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
-    if claimed != there and not dtype.hasobject:  # before so much memory is asked for
+    if claimed != there and not dtype.hasobject:  # checked before the memory is allocated
         raise ValueError(
-            f"array {name!r} of {path} is damaged ({there} bytes, but its shape {shape} takes {claimed}): get the file "
-            "again"
+            f"array {name!r} of {path} is damaged ({there} bytes, but its shape {shape} takes {claimed}); download the "
+            "file again"
         )
     if dtype.hasobject:
         raise ValueError(
-            f"array {name!r} of {path.name} holds Python objects, which are never unpickled: write numbers"
+            f"array {name!r} of {path.name} contains Python objects, which are never unpickled; write numbers"
         )
     return shape, dtype

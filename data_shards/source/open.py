@@ -1,7 +1,4 @@
-"""An image set as rows: where an image lies, its labels, and, where known, its split and group.
-
-`open_source` reads only names and labels; pixels and coded bytes come one row at a time.
-"""
+"""Opens image sets: `open_source` reads only names and labels; pixels and encoded bytes are read row by row."""
 
 from __future__ import annotations
 
@@ -18,17 +15,17 @@ from data_shards.source.row import ImageSet
 from data_shards.source.table.rows import list_table
 from data_shards.store import open_store
 
-# As a setting: no such column, whatever the catalog says.
+# As a setting: no such column, even if the catalog names one.
 NO_COLUMN = "-"
-# What a card says of its table, where the configuration leaves it open.
+# Fields of a card that describe its table; used if the configuration leaves them empty.
 _OF_TABLES = ("table", "image_column", "label_column", "group_column", "split_column", "split_values")
 
 
 def open_source(config: DataConfig) -> ImageSet:
     """The image set that `config` describes.
 
-    Raises ValueError with the value, the rule and a remedy: unknown dataset, missing source, an empty class folder, a
-    table without a column, a row without its file, a label out of range, a damaged file.
+    Raises ValueError, with a remedy, for an unknown dataset, a missing source, an empty class folder, a table without a
+    required column, a row without its file, a label out of range or a damaged file.
     """
     classes_named = bool(config.classes)
     config = resolved(config)
@@ -44,7 +41,7 @@ def open_source(config: DataConfig) -> ImageSet:
 
 
 def check_folders(config: DataConfig) -> None:
-    """ValueError where the folders of a `folders` set cannot be read as classes: by their names, without any image."""
+    """ValueError if the folders of a `folders` set cannot be read as classes. Reads names only, no images."""
     config = resolved(config)
     if config.layout == "folders":
         check_settings(config)
@@ -53,7 +50,7 @@ def check_folders(config: DataConfig) -> None:
 
 
 def check_source(config: DataConfig) -> None:
-    """ValueError where the set's files are not named or not there, or a setting does not fit: before any work."""
+    """ValueError if the source is not set or not found, or a setting does not fit the layout. Reads no files."""
     config = resolved(config)
     check_settings(config)
     if config.layout == "phantoms":
@@ -66,7 +63,7 @@ def check_source(config: DataConfig) -> None:
 
 
 def _check_objects(uri: str) -> None:
-    """ValueError where neither an object of that name nor one below it is there."""
+    """ValueError if neither an object of that name nor one below it exists."""
     folder, _, name = uri.rstrip("/").rpartition("/")
     named = folder != "s3:/" and open_store(folder).head(name) is not None
     if not named and next(iter(open_store(uri).list()), None) is None:
@@ -77,17 +74,17 @@ def _require_source(config: DataConfig) -> None:
     if not config.source:
         address = catalog.card(config.dataset).source if config.dataset in catalog.names() else ""
         raise ValueError(
-            f"dataset {config.dataset!r} needs its files: {f'get them ({address}) and ' if address else ''}"
-            "say where they lie with --data.source"
+            f"dataset {config.dataset!r} needs its files; {f'download them ({address}) and ' if address else ''}"
+            "set --data.source to their location"
         )
 
 
 def resolved(config: DataConfig) -> DataConfig:
-    """The config with everything that it leaves to the catalog filled in.
+    """The config, with fields left to the catalog filled in.
 
-    Raises ValueError for a dataset that is neither in the catalog nor given a layout.
+    Raises ValueError for a dataset that is not in the catalog and has no layout.
     """
-    if config.layout == "folders" and config.split_column == NO_COLUMN:  # as one declines the column of a table
+    if config.layout == "folders" and config.split_column == NO_COLUMN:  # same switch as for a table's column
         config = config.model_copy(update={"split_folders": "ignore"})
     if config.dataset not in catalog.names() and config.layout not in ("catalog", "phantoms"):
         own = {"task": "multiclass"} if config.task == "catalog" else {}
@@ -104,5 +101,7 @@ def resolved(config: DataConfig) -> DataConfig:
         update |= {"group_column": ""}
     config = config.model_copy(update=update)
     if config.layout == "phantoms" and config.classes != phantoms.CLASSES:
-        raise ValueError(f"classes are {config.classes}, but phantoms are {phantoms.CLASSES}: leave --data.classes out")
+        raise ValueError(
+            f"classes are {config.classes}, but phantoms have the classes {phantoms.CLASSES}; remove --data.classes"
+        )
     return config

@@ -1,4 +1,4 @@
-"""What a source gives: an image set, its rows, and the reader of their images."""
+"""An image set, its rows, and the reader of their images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image. `where` is its path inside the set; `labels` are class indices; unknown split and group are None."""
+    """One image. `where` is its path inside the set, `labels` are class indices; split and group may be unknown."""
 
     where: str
     frame: int
@@ -18,34 +18,34 @@ class Row:
     split: str | None
     group: str | None
     place: Any = field(default=None, compare=False, repr=False)
-    """What the set's own reader needs to find the image, such as an offset in an archive; it can be pickled."""
+    """Data with which the set's reader finds the image, such as an offset in an archive; picklable."""
 
 
 class Reader(Protocol):
-    """Reads the images of rows. It can be pickled, for any process on any machine, and holds nothing per row."""
+    """Reads the images of rows. Picklable for any process on any machine; holds nothing per row."""
 
     def read(self, row: Row) -> bytes | np.ndarray:
-        """The image: coded bytes, or uint8 pixels (H, W) or (H, W, C). UndecodableImage where there are none."""
+        """The image: encoded bytes, or uint8 pixels (H, W) or (H, W, C). UndecodableImage if it cannot be read."""
         ...
 
     def inside(self, row: Row) -> str:
-        """Where the row's file is inside the source, as its owner finds it there."""
+        """The path of the row's file inside the source, for messages to the user."""
         ...
 
     def stamp(self, row: Row) -> str:
-        """A text that changes when the row's file is replaced, found without reading it; "" where that is unknown."""
+        """A text that changes when the row's file is replaced, found without reading it; "" if unknown."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The rows of a source, in an order that depends on the set alone, and how the image of each is read."""
+    """The rows of a source, in an order that depends only on the set, and the reader of their images."""
 
     rows: list[Row]
     classes: tuple[str, ...]
     task: str
     notes: tuple[str, ...]
-    """What its owner should know, a sentence each: they may hold file names."""
+    """Messages for the user, one sentence each; they may contain file names."""
     reader: Reader
     splits_from: str = ""
-    """Where its splits come from, in a clause without file names; empty where there is nothing to say."""
+    """Origin of the splits, as a clause without file names; may be empty."""

@@ -1,4 +1,4 @@
-"""One seam to a folder and to S3, and what goes with it: leases, services that are away, full disks."""
+"""One interface to folders and S3, with leases, outages of services and full disks."""
 
 from data_shards.store.folder import FileStore
 from data_shards.store.open import open_store

@@ -1,4 +1,4 @@
-"""Parquet bytes -> a table of a known schema, without taking memory for what the bytes only claim to hold."""
+"""Parquet bytes -> a table of a known schema, with memory bounded by the actual size, not by claims of the file."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# One row takes some 100 bytes unpacked, and a file's dictionaries a little more.
+# A row takes some 100 bytes unpacked; dictionaries add a little per file.
 _MOST_ROW_BYTES, _MOST_BYTES = 1024, 1 << 20
 _LONGEST_TEXT = 64
 
 
 class TableError(ValueError):
-    """These bytes are not a table of that schema; says what is wrong in a clause."""
+    """These bytes are not a valid table of the schema; the message is a clause."""
 
 
 def read_bounded(data: bytes, schema: pa.Schema, *, least_row_bytes: int, most_labels: int) -> pa.Table:
-    """The table in these bytes, validated in full.
+    """The table in these bytes, fully validated.
 
     Args:
         data: A Parquet file.
-        schema: Its columns; nullability counts.
-        least_row_bytes: What no coding can make a row smaller than, as keys and digests are random bits.
-        most_labels: The most items that a row's list can have.
+        schema: The required columns, including nullability.
+        least_row_bytes: Least size of an encoded row: keys and digests are random, so they do not compress.
+        most_labels: Most items in a row's list.
 
     Raises:
-        TableError: it is torn, has other columns, or would unpack to more than such rows take.
+        TableError: the file is damaged, has other columns, or would unpack to more than its rows can need.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -35,13 +35,13 @@ def read_bounded(data: bytes, schema: pa.Schema, *, least_row_bytes: int, most_l
     try:
         meta = pq.read_metadata(io.BytesIO(data))
         _check_claims(meta, schema, len(data), least_row_bytes, most_labels)
-        # As dictionaries, so that one long text repeated a million times is held once.
+        # As dictionaries, so that a long text repeated a million times is in memory once.
         text = [field.name for field in schema if field.type == pa.string()]
         table = pq.read_table(io.BytesIO(data), read_dictionary=text)
         for name in text:
             longest = max((_longest(chunk.dictionary) for chunk in table[name].chunks), default=0)
             if longest > _LONGEST_TEXT:
-                raise TableError(f"its column {name} holds a text of {longest} bytes")
+                raise TableError(f"its column {name} has a text of {longest} bytes")
         table = table.cast(schema)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
@@ -66,7 +66,7 @@ def _check_claims(
 
 
 def _longest(texts: pa.Array) -> int:
-    """Bytes of the longest text; 0 where there is none."""
+    """Bytes of the longest text; 0 if there is none."""
     import pyarrow.compute as pc
 
-    return pc.max(pc.binary_length(texts)).as_py() or 0
+    return int(pc.max(pc.binary_length(texts)).as_py() or 0)

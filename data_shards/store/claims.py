@@ -1,4 +1,4 @@
-"""The numbered objects of a fenced lease: who claims it. The claim with the highest number counts."""
+"""The numbered claims of a fenced lease, one object each. The claim with the highest number counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_shards.store.store import Store, StoreKeyError
 
 @dataclass(frozen=True)
 class Claim:
-    """What a lease object says."""
+    """The content of a claim object."""
 
     token: str
     holder: Holder
@@ -32,20 +32,20 @@ class Claims:
     prefix: str
 
     def within(self, total_s: float) -> Claims:
-        """The same for operations that together begin their last attempt within `total_s`."""
+        """The same claims, with operations limited to `total_s` together (see `Store.with_patience`)."""
         return Claims(self.store.with_patience(total_s), self.prefix)
 
     def numbers(self) -> list[int]:
-        """Of all claims that are kept."""
+        """The numbers of all stored claims."""
         names = (key.rpartition("/")[2].removesuffix(".json") for key in self.store.list(f"{self.prefix}/"))
         return [int(name) for name in names if name.isdigit()]
 
     def last(self) -> int:
-        """The highest number; 0 where nobody has claimed the lease yet."""
+        """The highest number; 0 if the lease has not been claimed yet."""
         return max(self.numbers(), default=0)
 
     def read(self, number: int) -> Claim | None:
-        """The claim of this number; None where there is none, or something that is not one."""
+        """The claim of this number; None if it is missing or invalid."""
         try:
             data = self.store.get(self._key(number))
         except StoreKeyError:
@@ -57,7 +57,7 @@ class Claims:
             return None
 
     def write(self, number: int, claim: Claim, *, if_absent: bool = False) -> bool:
-        """Writes a claim; with `if_absent`, False where another process has this number."""
+        """Writes a claim; with `if_absent`, returns False if another process has this number."""
         return self.store.put(self._key(number), json.dumps(asdict(claim), indent=1).encode(), if_absent=if_absent)
 
     def remove(self, number: int) -> None:
@@ -65,11 +65,11 @@ class Claims:
         self.store.delete(self._key(number))
 
     def age_s(self, number: int) -> float:
-        """Seconds since a claim was written, by the store's clock; StoreKeyError where it is gone."""
+        """Seconds since a claim was written, by the store's clock; StoreKeyError if it is gone."""
         return self.store.age_s(self._key(number))
 
     def tag(self, number: int) -> str:
-        """What changes when a claim is renewed; StoreKeyError where it is gone."""
+        """A text that changes when a claim is renewed; StoreKeyError if it is gone."""
         return f"{self._key(number)} {self.store.tag(self._key(number))}"
 
     def _key(self, number: int) -> str:

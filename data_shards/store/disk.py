@@ -1,4 +1,4 @@
-"""A full disk told in one line: which path, how much is free, how much was needed."""
+"""Detects full disks and describes them in one line: path, free space, required space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What libraries that hide the number of the error say of it: pyarrow, torch's writer, SQLite, compilers.
+# Messages of libraries that hide the error number: pyarrow, torch's writer, SQLite, compilers.
 SIGNS = (
     "no space left on device",
     "disk quota exceeded",
@@ -23,16 +23,16 @@ _LITTLE_BYTES = 1 << 20
 
 
 class DiskFullError(ValueError):
-    """A disk has no room for what had to be written to it: says which, how much is free and how much it takes."""
+    """A disk is full; the message has its path, the free space and the required space."""
 
     @property
     def public(self) -> str:
-        """The text: it names folders of this machine and of the store, and no image."""
+        """The message, which has no names of images."""
         return str(self)
 
 
 def says_full(error: BaseException) -> bool:
-    """Whether the error itself says that a disk, or a user's share of it, is full."""
+    """Whether the error means that a disk or quota is full."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     text = str(error).lower()
@@ -40,7 +40,7 @@ def says_full(error: BaseException) -> bool:
 
 
 def is_full(path: str | Path) -> bool:
-    """Whether the disk of `path` has less than 1 MiB, or no file, left."""
+    """Whether the disk of `path` has less than 1 MiB or no inodes left."""
     try:
         state = os.statvfs(_existing(path))
     except OSError:
@@ -49,7 +49,7 @@ def is_full(path: str | Path) -> bool:
 
 
 def temporary_folder() -> str:
-    """Where temporary files go. Python gives none where no place for them has room, of which this returns the first."""
+    """The folder for temporary files; also if it is full, where `tempfile.gettempdir` raises."""
     try:
         return tempfile.gettempdir()
     except FileNotFoundError:
@@ -57,7 +57,7 @@ def temporary_folder() -> str:
 
 
 def require_temporary_folder() -> None:
-    """DiskFullError where no place for temporary files has room: no library can work then."""
+    """DiskFullError if no folder for temporary files has room: libraries would fail."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -68,18 +68,18 @@ def require_temporary_folder() -> None:
 
 
 def full_disk(path: str | Path, what: str, needed: str = "") -> str:
-    """The line about a full disk: `what` could not be written to `path`; `needed`, where known, how much it takes."""
+    """Message that `what` could not be written to the full disk of `path`; `needed` is the required space, if known."""
     there = _existing(path)
     free = size_text(shutil.disk_usage(there).free)
     wanted = f", {needed}" if needed else ""
     if not is_full(there):
-        # What did not fit has been removed again, or the limit is a quota's.
-        return f"the disk of {path} had no room for {what} ({free} free now{wanted}); free space there"
-    return f"the disk of {path} is full: no room for {what} ({free} free{wanted}); free space there"
+        # The incomplete file has been removed, or the limit is a quota.
+        return f"the disk of {path} had no room for {what} ({free} free now{wanted}); free some space there"
+    return f"the disk of {path} is full: no room for {what} ({free} free{wanted}); free some space there"
 
 
 def size_text(size_bytes: int) -> str:
-    """A number of bytes as one reads it: 512 B, 3.4 MiB, 12 GiB."""
+    """A number of bytes as text: 512 B, 3.4 MiB, 12 GiB."""
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -89,7 +89,7 @@ def size_text(size_bytes: int) -> str:
 
 
 def _existing(path: str | Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or its nearest existing parent."""
     there = Path(path).absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

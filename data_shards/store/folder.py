@@ -34,13 +34,13 @@ class FileStore(Store):
         self.uri = str(folder)
 
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
-        """See Store. Written beside, synced, then put in place: a reader never sees a part of it."""
+        """See Store. Written to a temporary file, synced, then renamed: readers never see a partial file."""
         target = self.folder / checked_key(key)
-        beside = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+        temporary = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
         with self._errors(f"cannot write {key}", data=data):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with beside.open("wb") as file:
+                with temporary.open("wb") as file:
                     if isinstance(data, Path):
                         with data.open("rb") as source:
                             shutil.copyfileobj(source, file, 1 << 20)
@@ -49,16 +49,16 @@ class FileStore(Store):
                     file.flush()
                     os.fsync(file.fileno())
                 if not if_absent:
-                    os.replace(beside, target)
+                    os.replace(temporary, target)
                     return True
                 try:
-                    os.link(beside, target)
+                    os.link(temporary, target)
                 except FileExistsError:
                     return False
                 return True
             finally:
                 with contextlib.suppress(OSError):
-                    beside.unlink()
+                    temporary.unlink()
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         with self._errors(f"cannot read {key}", key=key), (self.folder / checked_key(key)).open("rb") as file:
@@ -85,7 +85,7 @@ class FileStore(Store):
             return time.time() - (self.folder / checked_key(key)).stat().st_mtime
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        # Only the folder that the prefix leads into can hold matching keys.
+        # Only the folder of the prefix can have matching keys.
         top = self.folder / prefix.rpartition("/")[0]
         with self._errors("cannot list"):
             keys = [
@@ -101,12 +101,12 @@ class FileStore(Store):
             (self.folder / checked_key(key)).unlink(missing_ok=True)
 
     def clean(self, *, older_than_s: float) -> tuple[str, ...]:
-        """See Store; the files do not tell which keys they were to be."""
+        """See Store; returns names of the removed files, because their keys are unknown."""
         old = []
         with self._errors("cannot clean"):
             for folder, _, names in os.walk(self.folder):
                 for path in (Path(folder) / name for name in names if name.startswith(UNFINISHED)):
-                    with contextlib.suppress(FileNotFoundError):  # its writer has finished meanwhile
+                    with contextlib.suppress(FileNotFoundError):  # its writer has just finished
                         if time.time() - path.stat().st_mtime >= older_than_s:
                             path.unlink()
                             old.append(path.relative_to(self.folder).as_posix())
@@ -119,10 +119,10 @@ class FileStore(Store):
         return type(self)(self.folder.joinpath(*(checked_key(part) for part in parts)))
 
     def with_patience(self, total_s: float) -> Self:
-        """See Store: a folder answers at once."""
+        """See Store: returns the same store, because folders have no outages."""
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         return type(self), (self.folder,)
 
     @contextlib.contextmanager
@@ -134,21 +134,20 @@ class FileStore(Store):
                 raise StoreKeyError(f"{self.uri} has no object {key}") from error
             if isinstance(error, IsADirectoryError):
                 raise StorePathError(
-                    f"{self.uri}: {doing}: there is a folder where the file must be "
-                    f"({error.filename2 or error.filename}): move it, or use another store"
+                    f"{self.uri}: {doing}: found a folder instead of a file "
+                    f"({error.filename2 or error.filename}); move it, or use another store"
                 ) from error
             raise StoreError(f"{self.uri}: {doing}: {error}") from error
         except (NotADirectoryError, FileExistsError) as error:
             raise StorePathError(
-                f"{self.uri}: {doing}: there is a file where a folder must be ({error.filename}): move it, or use "
-                "another store"
+                f"{self.uri}: {doing}: found a file instead of a folder ({error.filename}); move it, or use another "
+                "store"
             ) from error
         except OSError as error:
             if says_full(error):
                 raise StoreFullError(self._no_room(doing, data)) from error
             raise StoreError(
-                f"{self.uri}: {doing}: {error.strerror or error}; the store must be a folder you may write to: fix "
-                "that, or use another store"
+                f"{self.uri}: {doing}: {error.strerror or error}; make the folder writable, or use another store"
             ) from error
 
     def _no_room(self, doing: str, data: bytes | Path | None) -> str:

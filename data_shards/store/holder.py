@@ -1,4 +1,4 @@
-"""Who holds a lease: the process that can be recognised again, also by a driver on another machine."""
+"""The process that holds a lease, identifiable from other machines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Holder:
-    """A process. `place` is the same for all processes whose ids can be compared; empty where that is not known."""
+    """A process. `place` is equal for processes whose ids can be compared; empty if unknown."""
 
     host: str
     pid: int
@@ -20,17 +20,17 @@ class Holder:
 
     @property
     def is_dead(self) -> bool:
-        """Whether this process has certainly ended: only one of our own place can be looked at."""
+        """Whether this process has certainly ended; False if it is not in our place and cannot be checked."""
         if not self.place or self.place != _place():
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # another user's, which may be hidden from us
+        except PermissionError:  # another user's process, which may be hidden
             pass
         found = _started(self.pid)
-        # A process with this id that began at another moment is a later one. 0: ended, but not yet reaped.
+        # A different start time means that the id was reused. 0: ended, but not yet reaped.
         return found is not None and found != self.started
 
     def __str__(self) -> str:
@@ -45,9 +45,9 @@ def this_process() -> Holder:
 
 
 def _place() -> str:
-    """This boot of this machine and its table of processes; empty where the system does not say (no /proc).
+    """This machine's boot id and process namespace; empty without /proc.
 
-    Host names are not enough: containers often share one, and a process id means something else in each of them.
+    Host names are not enough: containers often share one, but have separate process ids.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -57,9 +57,9 @@ def _place() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; 0 if it has ended but was not reaped, None if not visible."""
+    """Start of a process in clock ticks since boot; 0 if it has ended but was not reaped, None if not visible."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        # The command's name is in brackets and may hold anything, brackets too.
+        # The command's name is in brackets and may contain brackets.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return 0 if fields[0] in "ZX" else int(fields[19])
     return None

@@ -1,4 +1,4 @@
-"""One driver at a time, for stores that ignore conditional writes: a lease, which is an object that is kept fresh."""
+"""One driver at a time, for stores without conditional writes: a lease object that is renewed regularly."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from data_shards.store.store import Store, StoreError, StoreKeyError
 
-_RENEW_S = 4.0  # for the requests of one renewal together
+_RENEW_S = 4.0  # for all requests of one renewal
 _log = logging.getLogger(__name__)
 
 
 class LeaseError(StoreError):
-    """Somebody else holds the lease, or it was lost: says who and what to do."""
+    """Another process holds the lease, or it was lost; the message has the holder and a remedy."""
 
 
 class Lease:
-    """A held lease; ask `check` before a write that must not happen twice."""
+    """A held lease; call `check` before a write that must not happen twice."""
 
     def __init__(self, store: Store, key: str, owner: str, *, ttl_s: float, settle_s: float):
         self._store, self._key, self._owner, self._ttl_s, self._settle_s = store, key, owner, ttl_s, settle_s
@@ -32,21 +32,21 @@ class Lease:
         self._ended = threading.Event()
 
     def check(self) -> None:
-        """Raises LeaseError once another process may be working here.
+        """Raises LeaseError if another process may be working here.
 
-        A lease that could not be renewed in time, because the store was away or this process paused, is still ours
-        where nobody has written it since: that is asked of the store, which is waited for.
+        A lease that could not be renewed in time, because the store was unreachable or this process was paused, is
+        still ours if no other process has written it since; this waits for the store.
         """
         if not self._lost and time.monotonic() - self._renewed > self._ttl_s and not self._is_taken_back():
             self._lost = f"it could not be renewed for {self._ttl_s:g} s, and another driver has taken it"
         if self._lost:
             raise LeaseError(
-                f"the lease {self._key} of {self._store.uri} was lost ({self._lost}), so another driver may be at "
-                "work: run again once no other conversion of this dataset runs; what is finished is kept"
+                f"the lease {self._key} of {self._store.uri} was lost ({self._lost}), so another driver may be "
+                "running; rerun when no other conversion of this dataset is running; finished work is kept"
             )
 
     def take(self, *, until: float) -> None:
-        """Waits until this process holds the lease; LeaseError where another's is fresh at `until` (monotonic)."""
+        """Waits until this process holds the lease; LeaseError if another's is valid at `until` (monotonic)."""
         store, key = self._store, self._key
         while True:
             found = _read(store, key)
@@ -58,9 +58,9 @@ class Lease:
                 found = _read(store, key) or {"owner": "another driver"}
             if time.monotonic() > until:
                 raise LeaseError(
-                    f"{found['owner']} is at work in {store.uri} (its lease {key} is fresh): wait until it has "
-                    f"finished; if it was killed, its lease ends {found.get('ttl_s', self._ttl_s):g} s after it was "
-                    "last renewed"
+                    f"{found['owner']} is working in {store.uri} (its lease {key} is valid); wait until it has "
+                    f"finished; if it was killed, its lease ends {found.get('ttl_s', self._ttl_s):g} s after the last "
+                    "renewal"
                 )
             time.sleep(min(1.0, self._ttl_s / 10))
 
@@ -76,14 +76,14 @@ class Lease:
             keeper.join()
 
     def give_back(self) -> None:
-        """Ends the lease; where the store cannot be reached it ends by itself."""
+        """Ends the lease; if the store cannot be reached, the lease expires."""
         store = self._store.with_patience(_RENEW_S)
         with contextlib.suppress(StoreError):
             if not self._lost and self._is_ours(store):
                 store.delete(self._key)
 
     def _write(self, store: Store) -> None:
-        began = time.monotonic()  # its age counts from before it was written
+        began = time.monotonic()  # before the write, so the age is never underestimated
         content = {"owner": self._owner, "ttl_s": self._ttl_s, "token": self._token}
         store.put(self._key, json.dumps(content, indent=1).encode())
         self._renewed = began
@@ -92,15 +92,15 @@ class Lease:
         if not self._is_ours(self._store):
             return False
         self._write(self._store)
-        time.sleep(self._settle_s)  # another driver may have found it over at this moment
+        time.sleep(self._settle_s)  # another driver may have found it expired at the same moment
         return self._is_ours(self._store)
 
     def _is_ours(self, store: Store) -> bool:
         found = _read(store, self._key)
-        return found is not None and found["token"] == self._token
+        return found is not None and bool(found["token"] == self._token)
 
     def _keep(self) -> None:
-        """Renews until it has ended, or somebody else has taken it."""
+        """Renews until the lease has ended or another process has taken it."""
         while not self._ended.wait(self._ttl_s / 3):
             try:
                 store = self._store.with_patience(_RENEW_S)
@@ -108,7 +108,7 @@ class Lease:
                     self._lost = "another driver has taken it"
                     return
                 self._write(store)
-            except StoreError as error:  # `check` knows how long it has been
+            except StoreError as error:  # `check` sees how long it has not been renewed
                 _log.info("the lease %s could not be renewed: %s", self._key, error)
 
 
@@ -116,24 +116,23 @@ class Lease:
 def lease(
     store: Store, key: str, owner: str, *, ttl_s: float = 60.0, settle_s: float = 2.0, wait_s: float = 0.0
 ) -> Iterator[Lease]:
-    """Holds the lease object `key` while the block lasts, renewed every `ttl_s` / 3 and deleted at the end.
+    """Holds the lease object `key` while the block lasts; it is renewed every `ttl_s` / 3 and deleted at the end.
 
-    What it can do: a second driver that starts while a first one works is kept out; the lease of a killed driver ends
-    `ttl_s` after its last renewal, by the store's own clock, so the machines' clocks need not agree.
+    Guaranteed: a second driver is kept out while the first one works; the lease of a killed driver ends `ttl_s` after
+    its last renewal, by the store's clock, so the machines' clocks need not agree.
 
-    What it cannot do, because nothing in such a store happens at once for two: two drivers that start within a moment
-    of each other both write the object, wait `settle_s` and look whose write stayed. If the write of one is under way
-    for longer than that, both go on, until the next renewal of one of them (`ttl_s` / 3) finds the other's. A driver
-    that was stopped, or without the store, for longer than `ttl_s` finds out only at its next `check`. So `check`
-    before each write that must not happen twice, and write nothing under such a lease that two drivers would not write
-    alike.
+    Not guaranteed, because such a store has no atomic operation: two drivers that start at almost the same time both
+    write the object, wait `settle_s` and check whose write remained. If a write takes longer than that, both continue
+    until one of them finds the other's at its next renewal (`ttl_s` / 3). A driver that was stopped or cut off from the
+    store for longer than `ttl_s` notices at its next `check`. So call `check` before each write that must not happen
+    twice, and write only what two drivers would write identically.
 
     Args:
-        store: Where the dataset lies.
-        key: Of the lease object, in that store.
-        owner: Who this is, for the message that another driver gets.
-        ttl_s: How long the lease outlives its last renewal; clocks of stores tick in seconds.
-        settle_s: How long a write may take to be seen by others.
+        store: Store of the dataset.
+        key: Key of the lease object in that store.
+        owner: Name of this driver, for messages to other drivers.
+        ttl_s: Validity after the last renewal; clocks of stores tick in seconds.
+        settle_s: Time until a write is visible to others.
         wait_s: How long to wait for another's lease to end.
 
     Raises:
@@ -150,7 +149,7 @@ def lease(
 
 @contextlib.contextmanager
 def one_driver(store: Store, key: str, owner: str, *, wait_s: float = 0.0) -> Iterator[Lease | None]:
-    """A lease where the store needs one, else None at once: conditional writes let any number of drivers work."""
+    """A lease if the store needs one, else None: with conditional writes any number of drivers may work."""
     if store.conditional:
         yield None
         return
@@ -160,13 +159,13 @@ def one_driver(store: Store, key: str, owner: str, *, wait_s: float = 0.0) -> It
 
 def _is_over(store: Store, key: str, found: dict[str, Any]) -> bool:
     try:
-        return store.age_s(key) > found["ttl_s"]
+        return store.age_s(key) > float(found["ttl_s"])
     except StoreKeyError:
         return True
 
 
 def _read(store: Store, key: str) -> dict[str, Any] | None:
-    """What the lease object says; None where there is none, or nothing that could be one."""
+    """The content of the lease object; None if it is missing or invalid."""
     try:
         data = store.get(key)
     except StoreKeyError:

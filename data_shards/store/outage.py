@@ -1,8 +1,7 @@
-"""Services that are away: since when, for how long they are waited for, and who hears of it.
+"""Outages of services: their start, the waiting time and notices about them.
 
-One state for each service and process, whatever number of operations wait for it: an outage begins with the first
-attempt that fails, ends with the first that is answered, and is reported once when it has lasted for NOTICE_S and once
-when it is over.
+Each process has one state per service, shared by all waiting operations: an outage begins with the first failed
+attempt, ends with the first answer, and is reported once after NOTICE_S and once when it is over.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-PATIENCE_S = 900.0  # how long a service that is away is waited for, unless the user says otherwise
-NOTICE_S = 10.0  # a shorter outage is not worth a line
-_FORGOTTEN_S = 60.0  # a service that nobody has asked for so long may have been there meanwhile
+PATIENCE_S = 900.0  # default waiting time for an unreachable service
+NOTICE_S = 10.0  # shorter outages are not reported
+_FORGOTTEN_S = 60.0  # after so long without attempts the service may have been back meanwhile
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What a listener hears: a service is away, or it is back. Its fields are plain, so that it can be sent as JSON."""
+    """Notice that a service is unreachable or back. The fields are plain, so that it can be sent as JSON."""
 
     who: str
     since: float
     """Seconds since 1970."""
     patience_s: float
     meanwhile: str = ""
-    """What the work does without the service."""
+    """What happens to the work meanwhile."""
     over_after_s: float = 0.0
-    """How long the outage lasted; 0 while it does."""
+    """Duration of the outage; 0 while it lasts."""
     sent: str = ""
-    """What was kept during the outage and has been sent since."""
+    """What was buffered during the outage and sent afterwards."""
 
     def __str__(self) -> str:
         if self.over_after_s:
             return f"{self.who} answers again after {span(self.over_after_s)}" + (f": {self.sent}" if self.sent else "")
         began = time.strftime("%H:%M:%S", time.localtime(self.since))
         return (
-            f"{self.who} has not answered since {began}: {self.meanwhile or 'what needs it waits'}, for at most "
+            f"{self.who} has not answered since {began}: {self.meanwhile or 'work that needs it waits'}, for at most "
             f"{span(self.patience_s)}"
         )
 
@@ -50,59 +49,59 @@ Hear = Callable[[Notice], None]
 
 
 class Outage:
-    """Whether one service is away. Threads share it."""
+    """The outage state of one service. Thread-safe."""
 
     def __init__(self, who: str, meanwhile: str = "") -> None:
         self._who, self._meanwhile = who, meanwhile
         self._lock = threading.Lock()
-        self._began = self._last = 0.0  # of the attempts that failed; 0: it is there
+        self._began = self._last = 0.0  # first and last failed attempt; 0: reachable
         self._since = 0.0
-        self._is_told = False
+        self._is_reported = False
 
     def failed(self, patience_s: float) -> float:
-        """An attempt was not answered: returns for how many seconds the service has been away."""
+        """Records an attempt without an answer; returns the duration of the outage in seconds."""
         notice = None
         with self._lock:
             now = time.monotonic()
             if not self._began or now - self._last > _FORGOTTEN_S:
-                self._began, self._since, self._is_told = now, time.time(), False
+                self._began, self._since, self._is_reported = now, time.time(), False
             self._last = now
             away_s = now - self._began
-            if away_s >= NOTICE_S and patience_s > NOTICE_S and not self._is_told:
-                self._is_told = True
+            if away_s >= NOTICE_S and patience_s > NOTICE_S and not self._is_reported:
+                self._is_reported = True
                 notice = Notice(self._who, self._since, patience_s, self._meanwhile)
         if notice:
-            _tell(notice)
+            _notify(notice)
         return away_s
 
     def answered(self, sent: str = "") -> None:
-        """An attempt was answered, with whatever: the service is there. `sent` says what of the kept was sent."""
+        """Records an answer, even a refusal: the service is reachable. `sent` describes buffered work that was sent."""
         if not self._began:
             return
         with self._lock:
-            away_s, was_told = self._last - self._began, self._is_told
+            away_s, was_reported = self._last - self._began, self._is_reported
             notice = Notice(self._who, self._since, 0.0, self._meanwhile, max(1.0, away_s), sent)
-            self._began, self._is_told = 0.0, False
-        if was_told:
-            _tell(notice)
+            self._began, self._is_reported = 0.0, False
+        if was_reported:
+            _notify(notice)
 
     @property
     def away_s(self) -> float:
-        """Seconds since the first attempt that failed; 0 where the service is there."""
+        """Seconds since the first failed attempt; 0 if the service is reachable."""
         with self._lock:
             return time.monotonic() - self._began if self._began else 0.0
 
 
 def outage_of(who: str, meanwhile: str = "") -> Outage:
-    """This process's state of a service."""
+    """The outage state of a service in this process."""
     return _outages.setdefault(who, Outage(who, meanwhile))
 
 
 @contextlib.contextmanager
 def listening(hear: Hear) -> Iterator[None]:
-    """Gives `hear` what this process finds out about outages while the block lasts; it is called from any thread.
+    """Calls `hear` with notices of this process while the block lasts, from any thread.
 
-    Without a listener they are warnings in the log.
+    Without a listener, notices are logged as warnings.
     """
     _listeners.append(hear)
     try:
@@ -112,7 +111,7 @@ def listening(hear: Hear) -> Iterator[None]:
 
 
 def span(seconds: float) -> str:
-    """Seconds as a user reads them: "45 s", "15 minutes", "1:30 minutes"."""
+    """Seconds as text: "45 s", "15 minutes", "1:30 minutes"."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"
@@ -121,7 +120,7 @@ def span(seconds: float) -> str:
     return f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
-def _tell(notice: Notice) -> None:
+def _notify(notice: Notice) -> None:
     for hear in list(_listeners[-1:]) or [_warn]:
         hear(notice)
 
@@ -135,7 +134,7 @@ _listeners: list[Hear] = []
 
 
 def _forget_in_child() -> None:
-    # Their locks may be held by threads that a forked process does not have.
+    # Locks may be held by threads that do not exist in the forked process.
     _outages.clear()
     _listeners.clear()
 

@@ -1,7 +1,7 @@
-"""What every store does, its keys and its errors: objects by key, whole or by range, never half-written.
+"""The interface of stores, their keys and errors: objects by key, read completely or by range, written atomically.
 
-Keys are '/'-separated and relative to the store's uri. A store can be pickled; credentials and endpoint come from the
-standard AWS variables and files of the process that uses it.
+Keys are '/'-separated and relative to the store's uri. Stores are picklable; credentials and endpoint come from the
+standard AWS variables and files of the process that uses them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Self
 from data_shards.store.disk import DiskFullError
 from data_shards.store.outage import PATIENCE_S
 
-UNFINISHED = ".tmp-"  # how files of an unfinished write begin; no part of a key may
+UNFINISHED = ".tmp-"  # prefix of files of an unfinished write; not allowed in keys
 _PIECE_BYTES = 16 << 20
-_PROBE_S = 4.0  # for all operations of a probe together
+_PROBE_S = 4.0  # for all operations of a probe
 
 
 class StoreError(ValueError):
-    """The store cannot do what was asked: says which store, what is wrong and what to do."""
+    """An operation of a store failed; the message has the store, the problem and a remedy."""
 
 
 class StoreFullError(StoreError, DiskFullError):
@@ -31,24 +31,24 @@ class StoreFullError(StoreError, DiskFullError):
 
 
 class StoreAwayError(StoreError):
-    """The store's server was away for longer than it is waited for."""
+    """The store's server was unreachable for longer than `patience_s`."""
 
 
 class StorePathError(StoreError):
-    """In a local store a file is where a folder must be, or a folder where a file must be: waiting does not help."""
+    """A local store has a file instead of a folder or vice versa: waiting does not help."""
 
 
 class StoreKeyError(StoreError, KeyError):
-    """No object of this key in the store."""
+    """The store has no object with this key."""
 
     __str__ = ValueError.__str__  # KeyError would print the repr
 
 
 class Store(ABC):
-    """A place that holds objects by key. `uri` is an absolute folder or `s3://bucket/prefix`.
+    """Objects by key. `uri` is an absolute folder or `s3://bucket/prefix`.
 
-    `patience_s` is how long a store on a server is waited for while it is away; whatever is made from a store (`at`, a
-    copy in another process) has the patience of the store.
+    `patience_s` is how long operations wait for an unreachable server; stores derived from this one (`at`, pickled
+    copies) inherit it.
     """
 
     uri: str
@@ -58,20 +58,20 @@ class Store(ABC):
     @property
     @abstractmethod
     def conditional(self) -> bool:
-        """Whether of several writers with `if_absent` exactly one wins. Where not, the user is told once."""
+        """Whether exactly one of several writers with `if_absent` wins. If not, the user is warned once."""
 
     @abstractmethod
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
-        """Writes an object whole or not at all; with `if_absent`, False if another one was there first.
+        """Writes an object atomically; with `if_absent`, returns False if one already exists.
 
-        A write whose answer was lost is tried again, and counts as ours if these bytes are found there then. Where the
-        store is not `conditional`, `if_absent` may overwrite.
+        A write whose answer was lost is retried, and counts as ours if the object then has these bytes. If the store is
+        not `conditional`, `if_absent` may overwrite.
         """
 
     def ensure(self, key: str, data: bytes | Path) -> bool:
-        """Makes an object hold these bytes, whoever else does the same: True if this call wrote them.
+        """Ensures that an object has these bytes; returns True if this call wrote them.
 
-        Other bytes (of earlier settings, or damaged) are replaced. Two writers of the same bytes both succeed.
+        Other bytes (from earlier settings, or damaged) are replaced. Two writers of the same bytes both succeed.
         """
         if self.put(key, data, if_absent=True):
             return True
@@ -79,18 +79,18 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
-        """The bytes [start, start + length) of an object, shorter at its end; StoreKeyError if it is missing."""
+        """The bytes [start, start + length) of an object, fewer at its end; StoreKeyError if it is missing."""
 
     @abstractmethod
     def fetch(self, key: str, path: Path) -> None:
-        """Copies an object to a local file, which it may leave unfinished when it fails; StoreKeyError if missing."""
+        """Copies an object to a local file, which may be incomplete after an error; StoreKeyError if missing."""
 
     def holds(self, key: str, data: bytes | Path) -> bool:
-        """Whether there is an object of exactly these bytes."""
+        """Whether the object has exactly these bytes."""
         size = data.stat().st_size if isinstance(data, Path) else len(data)
         if self.head(key) != size:
             return False
-        # A complete object is compared with its checksum on the way, a range of it is not.
+        # Reading a complete object verifies its checksum, reading a range does not.
         length = _PIECE_BYTES if size > _PIECE_BYTES else None
         try:
             with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as file:
@@ -98,7 +98,7 @@ class Store(ABC):
                     self.get(key, start=start, length=length) == file.read(_PIECE_BYTES)
                     for start in range(0, size, _PIECE_BYTES)
                 )
-        except StoreKeyError:  # deleted meanwhile
+        except StoreKeyError:  # just deleted
             return False
 
     @abstractmethod
@@ -111,7 +111,7 @@ class Store(ABC):
 
     @abstractmethod
     def age_s(self, key: str) -> float:
-        """Seconds since an object was written, by the store's own clock; StoreKeyError if it is missing."""
+        """Seconds since an object was written, by the store's clock; StoreKeyError if it is missing."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -119,15 +119,15 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Removes an object; a missing one is no error."""
+        """Removes an object, if it exists."""
 
     @abstractmethod
     def clean(self, *, older_than_s: float) -> tuple[str, ...]:
-        """Removes what killed writers left behind half-done, if it was begun longer ago: the keys it was to be."""
+        """Removes unfinished writes of killed processes older than this; returns their keys."""
 
     @abstractmethod
     def path(self, key: str) -> Path | None:
-        """The local file of an object; None where objects are not files."""
+        """The local file of an object; None if objects are not files."""
 
     @abstractmethod
     def at(self, *parts: str) -> Self:
@@ -135,26 +135,26 @@ class Store(ABC):
 
     @abstractmethod
     def with_patience(self, total_s: float) -> Self:
-        """This store for operations that together begin their last attempt within `total_s` from now.
+        """This store, with all attempts of all operations limited to the next `total_s`.
 
-        What they find out about an outage is still reported with `patience_s`, which is that of the user.
+        Outages are still reported with the user's `patience_s`.
         """
 
     def check(self) -> None:
-        """Writes, reads and deletes a probe object; StoreError within 15 s, naming what is wrong."""
+        """Writes, reads and deletes a probe object; StoreError with the problem within 15 s."""
         key, data = f".probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
         probe = self.with_patience(_PROBE_S)
         probe.put(key, data, if_absent=True)
         try:
             if probe.get(key) != data:
-                raise StoreError(f"{self.uri} gave back other bytes than were written: use another store")
+                raise StoreError(f"{self.uri} returned other bytes than were written; use another store")
         finally:
             with contextlib.suppress(StoreError):
                 probe.delete(key)
-        _ = probe.conditional  # tells where it is not
+        _ = probe.conditional  # warns if it is not
 
     def reach(self) -> None:
-        """Looks for an object, and writes nothing; StoreError within 15 s where nobody answers."""
+        """Looks for an object without writing; StoreError within 15 s if the store is unreachable."""
         self.with_patience(_PROBE_S).head(".probe")
 
     def __repr__(self) -> str:
@@ -168,11 +168,11 @@ class Store(ABC):
 
 
 def checked_key(key: str) -> str:
-    """The key itself; StoreError where it is not one."""
-    if not isinstance(key, str) or "\0" in key:  # from a file that anybody may have written
-        raise StoreError(f"{key!r} is not a key: a key is text without a zero byte")
+    """The key itself; StoreError if it is invalid."""
+    if not isinstance(key, str) or "\0" in key:  # keys may come from untrusted files
+        raise StoreError(f"{key!r} is not a key: a key is text without zero bytes")
     parts = PurePosixPath(key).parts
     plain = bool(key) and not key.startswith("/") and ".." not in parts and "/".join(parts) == key
     if not plain or any(part.startswith(UNFINISHED) for part in parts):
-        raise StoreError(f"{key!r} is not a key: a key is parts joined by single '/', without '..' or a leading '/'")
+        raise StoreError(f"{key!r} is not a key: a key has parts joined by single '/', without '..' or a leading '/'")
     return key

@@ -1,8 +1,8 @@
-"""DICOM files: which they are, what planning must know of their headers, and one frame as a viewer shows it.
+"""DICOM files: recognizing them, header facts for planning, and one frame as a viewer shows it.
 
-Needs the extra `dicom`, imported when the first DICOM file is met. Only the elements named here are ever read, so
-nothing else of a header can reach a shard, a reason or a log. What a file claims is held against what it holds before
-anything is decoded: a file that contradicts itself is refused, never guessed at.
+Needs the extra `dicom`, imported for the first DICOM file. Only the elements listed here are read, so nothing else from
+a header can reach a shard, a reason or a log. Headers are checked against the content before decoding; a file that
+contradicts itself is refused.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ _DECODING = (
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPresentation", "PresentationLUTShape",
     "PresentationLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
-    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
-    *(f"{how}{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue") for how in ("", "Segmented")),
+    *(f"{color}PaletteColorLookupTableDescriptor" for color in ("Red", "Green", "Blue")),
+    *(f"{how}{color}PaletteColorLookupTableData" for color in ("Red", "Green", "Blue") for how in ("", "Segmented")),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What planning must know of a file; empty texts where its header does not say."""
+    """Header facts that planning needs; texts are empty if the header lacks them."""
 
     num_frames: int = 1
     patient: str = ""
     study: str = ""
     identifying: bool = False
-    """The file says that its pixels may show who the patient is."""
+    """The header says that the pixels may show who the patient is."""
     unsaid: bool = False
-    """It does not say whether, and is of a kind that often has names burned in (pydicom's examples_palette.dcm has)."""
+    """The header does not say so, and the modality often has names burned in, as in pydicom's examples_palette.dcm."""
     not_image: bool = False
-    """It is another object, such as a radiotherapy dose or a segmentation."""
+    """Another object, such as a radiotherapy dose or a segmentation."""
 
 
 def named_as_image(name: str) -> bool:
-    """Whether a file's ending says PNG, JPEG and so on: such files are not looked into before they are converted."""
+    """Whether a file is named as PNG, JPEG and so on: such files are not opened during planning."""
     return PurePosixPath(name).suffix.lower() in _IMAGE_ENDINGS
 
 
 def is_dicom(file: BinaryIO) -> bool:
-    """Whether a file is DICOM by its first bytes. Leaves it at its beginning."""
+    """Whether a file is DICOM by its first bytes. Rewinds the file."""
     return first_element(file) is not None
 
 
 @functools.cache
 def usable() -> bool:
-    """Whether pydicom can be imported; quietens its log, which quotes what stands in headers."""
+    """Whether pydicom can be imported; silences its log, which quotes header values."""
     try:
         import pydicom  # noqa: F401
     except ImportError:
@@ -82,9 +82,9 @@ def usable() -> bool:
 
 
 def facts(file: BinaryIO) -> Facts:
-    """What planning must know of a DICOM file; a header that cannot be read gives no facts.
+    """Header facts of a DICOM file; defaults if the header cannot be read.
 
-    Call it where warnings are ignored: those of pydicom quote what stands in headers.
+    Ignore warnings around it: those of pydicom quote header values.
     """
     if not usable():
         return Facts()
@@ -98,36 +98,37 @@ def facts(file: BinaryIO) -> Facts:
             not_image=bool(object_name(found.data)),
             unsaid=not _text(found.data, "BurnedInAnnotation") and _text(found.data, "Modality") in _OFTEN_BURNED_IN,
         )
-    except Exception:  # whatever is wrong is told when the frame is read
+    except Exception:  # reported when the frame is read
         return Facts()
 
 
 def frame(file: BinaryIO, index: int, config: DicomConfig, *, alone: bool = False) -> np.ndarray:
-    """A frame of a DICOM file as it is displayed: uint8 (H, W), or (H, W, 3) RGB.
+    """A frame of a DICOM file as displayed: uint8 (H, W), or (H, W, 3) RGB.
 
     Args:
         file: An open DICOM file.
-        index: Which frame, from 0.
-        config: How it is displayed.
-        alone: The file was planned as one image; more frames are refused.
+        index: Number of the frame, from 0.
+        config: Display settings.
+        alone: The file was planned as one image; files with more frames are refused.
 
     Raises:
-        UndecodableImage: with the reason; it quotes nothing of the header but numbers that describe the pixels.
+        UndecodableImage: with the reason, which quotes only numbers that describe the pixels.
     """
     if not usable():
         raise UndecodableImage(f"DICOM, which needs the extra dicom: {EXTRA}")
     try:
-        # What pydicom warns of in headers cannot be told (it quotes them), what it warns of in pixels is refused here.
+        # pydicom's warnings about headers quote them; pixels that it would warn about are refused here.
         with warnings.catch_warnings(action="ignore"):
             return _displayed(file, index, config, alone)
     except UndecodableImage:
         raise
-    except Exception as error:  # the fault boundary is one image, and damaged headers raise nearly anything
+    except Exception as error:  # damaged headers raise almost anything, and must not stop a conversion
         raise UndecodableImage(f"damaged DICOM file ({type(error).__name__})") from error
 
 
 def _displayed(file: BinaryIO, index: int, config: DicomConfig, alone: bool) -> np.ndarray:
-    from data_shards.decode.dicom.display import colour, grey
+    # Lazy, because these modules import pydicom.
+    from data_shards.decode.dicom.display import color, gray
     from data_shards.decode.dicom.pixels import layout_of, stored_values
     from data_shards.decode.dicom.tables import palette
 
@@ -147,17 +148,17 @@ def _displayed(file: BinaryIO, index: int, config: DicomConfig, alone: bool) -> 
         raise UndecodableImage(f"there is no frame {index} of {layout.frames}")
     stored = stored_values(found, layout, index)
     if layout.interpretation in ("MONOCHROME1", "MONOCHROME2"):
-        return grey(stored, found.data, index, config, little_endian=layout.little_endian)
+        return gray(stored, found.data, index, config, little_endian=layout.little_endian)
     if layout.interpretation == "PALETTE COLOR":
         return palette(stored, found.data, little_endian=layout.little_endian)
-    return colour(stored, layout.stored)
+    return color(stored, layout.stored)
 
 
 def _text(data: Dataset, element: str) -> str:
-    return sys.intern(str(data.get(element) or "").strip())  # the slices of a study share theirs
+    return sys.intern(str(data.get(element) or "").strip())  # interned: slices of a study have equal values
 
 
 def _identifying(data: Dataset) -> str | None:
-    """The element that says that the pixels show who the patient is."""
+    """The element that marks the pixels as showing who the patient is."""
     said = (element for element in _IDENTIFYING if str(data.get(element) or "").strip().upper() == "YES")
     return next(said, None)

@@ -1,12 +1,14 @@
-"""What a JPEG, JPEG-LS or JPEG 2000 codestream in a DICOM file says of itself, held against the file's header.
+"""Checks a JPEG, JPEG-LS or JPEG 2000 codestream in a DICOM file against the file's header.
 
-Decoders believe the codestream: without this check one of 60,000 x 60,000 pixels is allocated before anybody sees
-that the header says 64 x 64, one of 1 x 1 fills the whole image, and a torn one is filled up with grey.
+Decoders trust the codestream: without this check, one of 60,000 x 60,000 pixels would be allocated although the header
+says 64 x 64, one of 1 x 1 would fill the image, and a truncated one would be filled with gray.
 """
 
 from __future__ import annotations
 
 import struct
+
+from pydicom.uid import JPEG2000TransferSyntaxes, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSTransferSyntaxes
 
 from data_shards.decode import jpeg
 from data_shards.decode.lost_pixels import examine_jpeg2000, refuse_zeros
@@ -15,15 +17,14 @@ from data_shards.decode.undecodable import UndecodableImage
 Shape = tuple[int, int, int]
 """Rows, columns and samples per pixel."""
 _END = b"\xff\xd9"
-_NO_SIZE = {0xC4, 0xC8, 0xCC}  # of the markers from C0 to CF, those that do not begin a frame
+_NO_SIZE = {0xC4, 0xC8, 0xCC}  # the markers between C0 and CF that do not begin a frame
 
 
 def complete(codestream: bytes, syntax: str) -> bytes:
-    """The codestream with an end mark; UndecodableImage where pixels are lost, which decoders fill up in silence.
+    """The codestream with an end mark; UndecodableImage if pixels are lost, which decoders fill in silently.
 
-    Of lossless JPEG, and of JPEG with 12 bits, nobody here can say.
+    Lossless and 12-bit JPEG cannot be checked.
     """
-    from pydicom.uid import JPEG2000TransferSyntaxes, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSTransferSyntaxes
 
     if syntax in JPEG2000TransferSyntaxes:
         return examine_jpeg2000(codestream)[0]
@@ -40,9 +41,9 @@ def _bits_of(codestream: bytes) -> int:
 
 
 def check_jpeg(codestream: bytes, shape: Shape, interpretation: str) -> str:
-    """The colours that a JPEG or JPEG-LS codestream of one whole image is coded in; else UndecodableImage.
+    """The color space of a JPEG or JPEG-LS codestream; UndecodableImage unless it is one complete image.
 
-    Only a marker says so for certain (component ids R, G, B; Adobe; JFIF); without one the header does.
+    Only a marker is certain (component ids R, G, B; Adobe; JFIF); without one the header decides.
     """
     if not codestream.startswith(b"\xff\xd8"):
         raise UndecodableImage("no JPEG in the frame")
@@ -77,20 +78,20 @@ def check_jpeg(codestream: bytes, shape: Shape, interpretation: str) -> str:
 
 
 def check_jpeg2000(codestream: bytes, shape: Shape, interpretation: str) -> str:
-    """The colours that the decoder gives of a JPEG 2000 codestream of one whole image; else UndecodableImage."""
+    """The color space of a decoded JPEG 2000 codestream; UndecodableImage unless it is one complete image."""
     begin = codestream.find(b"\xff\x4f\xff\x51")
     if begin < 0:
         raise UndecodableImage("no JPEG 2000 in the frame")
     try:
         width, height, left, top = struct.unpack_from(">4L", codestream, begin + 8)
         (samples,) = struct.unpack_from(">H", codestream, begin + 40)
-        colour_transform = _colour_transform(codestream, begin + 2)
+        color_transform = _color_transform(codestream, begin + 2)
     except struct.error:
         raise UndecodableImage("the JPEG 2000 in the frame is damaged") from None
     _check_shape("JPEG 2000", (height - top, width - left, samples), shape)
     if codestream.find(_END, begin) < 0:
         raise UndecodableImage("the JPEG 2000 in the frame is cut short")
-    if colour_transform and interpretation.startswith("YBR_FULL"):
+    if color_transform and interpretation.startswith("YBR_FULL"):
         raise UndecodableImage(f"JPEG 2000 with a colour transform of its own, but the header says {interpretation}")
     return "RGB" if interpretation in ("YBR_ICT", "YBR_RCT") else interpretation
 
@@ -105,8 +106,8 @@ def _begins_frame(marker: int) -> bool:
     return marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in _NO_SIZE)
 
 
-def _colour_transform(codestream: bytes, position: int) -> bool:
-    """Whether the COD segment, in the main header's segments from `position` on, names one."""
+def _color_transform(codestream: bytes, position: int) -> bool:
+    """Whether the COD segment of the main header, whose segments start at `position`, has a color transform."""
     while (marker := codestream[position : position + 2]) != b"\xff\x52":
         if marker[:1] != b"\xff" or marker == b"\xff\x90":
             raise UndecodableImage("the JPEG 2000 in the frame is damaged")

@@ -1,9 +1,9 @@
 """Stored values of a DICOM frame -> the 8 bits that a viewer shows.
 
-Grey goes through the modality LUT or rescale, then through the VOI LUT, else the window, else (neither is there) a
-range: values of up to 8 bits stored keep theirs, as in a screenshot; of more bits it is that from the frame's least
-to its greatest value without padding, since hardly any scanner uses all it could store (emri_small.dcm: 467 of 4095)
-and the full one would come out black. MONOCHROME1 is inverted last. Overlays and shutters are not drawn.
+Gray values pass the modality LUT or rescale, then the VOI LUT, or the window, or, without either, a range: for up to 8
+stored bits the full range, as in a screenshot; for more bits the range of the frame's values without padding, because
+scanners rarely use the full range (emri_small.dcm: 467 of 4095) and the image would be black. MONOCHROME1 is inverted
+last. Overlays and shutters are not drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydicom.multival import MultiValue
 
 from data_shards.config import DicomConfig
 from data_shards.decode.dicom.tables import lookup_table, places, pointwise
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 
-def grey(stored: np.ndarray, data: Dataset, frame: int, config: DicomConfig, *, little_endian: bool) -> np.ndarray:
-    """uint8 (H, W) of stored values (H, W)."""
+def gray(stored: np.ndarray, data: Dataset, frame: int, config: DicomConfig, *, little_endian: bool) -> np.ndarray:
+    """The displayed image, uint8 (H, W), from stored values (H, W)."""
     shape = _upper(data, "PresentationLUTShape")
     if shape not in ("", "INVERSE" if _upper(data, "PhotometricInterpretation") == "MONOCHROME1" else "IDENTITY"):
         raise UndecodableImage("PhotometricInterpretation and PresentationLUTShape contradict each other")
@@ -34,16 +35,17 @@ def grey(stored: np.ndarray, data: Dataset, frame: int, config: DicomConfig, *, 
     return pointwise(_Pipeline(data, frame, config, little_endian).shown, stored)
 
 
-def colour(stored: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 (H, W, 3) of RGB with so many bits stored."""
+def color(stored: np.ndarray, bits: int) -> np.ndarray:
+    """The displayed image, uint8 (H, W, 3), from RGB values with `bits` stored bits."""
     if bits == 8 and stored.dtype == np.uint8:
         return stored
-    return np.rint(np.minimum(stored / (2.0**bits - 1), 1) * 255).astype(np.uint8)
+    shown: np.ndarray = np.rint(np.minimum(stored / (2.0**bits - 1), 1) * 255).astype(np.uint8)
+    return shown
 
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """The steps from stored values to grey, as the header of one frame describes them."""
+    """The steps from stored to displayed gray values, from the header of one frame."""
 
     data: Dataset
     frame: int
@@ -51,18 +53,18 @@ class _Pipeline:
     little_endian: bool
 
     def shown(self, values: np.ndarray, present: np.ndarray) -> np.ndarray:
-        """uint8 of each value; `present` says which of them occur."""
+        """The displayed uint8 of each value; `present` marks the values that occur."""
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UndecodableImage("pixels that are no finite numbers")
         modality = self._modality()
         share = self._share(modality(values), present & ~self._padding(values), modality(self._stored_range()))
         if not np.isfinite(share[present]).all():
             raise UndecodableImage("rescaling or window give no finite numbers")
-        shown = np.rint(share * 255).astype(np.uint8)
+        shown: np.ndarray = np.rint(share * 255).astype(np.uint8)
         return 255 - shown if _upper(self.data, "PhotometricInterpretation") == "MONOCHROME1" else shown
 
     def _modality(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Stored values -> what the scanner means by them (Hounsfield units, optical density, ...), as float64."""
+        """Maps stored values to the scanner's units (Hounsfield units, optical density, ...) as float64."""
         source = self._of_frame("PixelValueTransformationSequence")
         if tables := source.get("ModalityLUTSequence"):
             first, table, _ = lookup_table(tables[0], self.little_endian, signed=self._signed)
@@ -73,14 +75,15 @@ class _Pipeline:
         return lambda values: values * slope + intercept
 
     def _share(self, values: np.ndarray, present: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """How bright each value is shown, from 0 to 1. `ends`: of the least and greatest that could be stored."""
+        """The brightness of each value, from 0 to 1. `ends`: the smallest and largest storable value, mapped."""
         if self.config.window is not None:
             return _windowed(values, *self.config.window, "LINEAR")
         source = self._of_frame("FrameVOILUTSequence")
         if tables := source.get("VOILUTSequence"):
             item = tables[self._view(len(tables))]
             first, table, bits = lookup_table(item, self.little_endian, signed=bool(ends.min() < 0))
-            return np.minimum(table[places(values, first, len(table))] / (2.0**bits - 1), 1)
+            share: np.ndarray = np.minimum(table[places(values, first, len(table))] / (2.0**bits - 1), 1)
+            return share
         centers, widths = (list(_floats(source.get(element))) for element in ("WindowCenter", "WindowWidth"))
         if centers and widths:
             view = self._view(min(len(centers), len(widths)))
@@ -97,14 +100,15 @@ class _Pipeline:
         return self.config.view
 
     def _of_frame(self, sequence: str) -> Dataset:
-        """Where an attribute of the frame stands: in its own functional groups, in those of all frames, or on top."""
+        """The dataset with a frame's attribute: its own functional groups, the shared ones, or the top level."""
         own = self.data.get("PerFrameFunctionalGroupsSequence") or []
         if own and self.frame >= len(own):
             raise UndecodableImage(f"functional groups of {len(own)} frames, but this is frame {self.frame}")
         shared = self.data.get("SharedFunctionalGroupsSequence") or []
         for groups in (*own[self.frame : self.frame + 1], *shared[:1]):
             if found := groups.get(sequence):
-                return found[0]
+                item: Dataset = found[0]
+                return item
         return self.data
 
     @property
@@ -112,17 +116,17 @@ class _Pipeline:
         return bool(self.data.get("PixelRepresentation"))
 
     def _stored_range(self) -> np.ndarray:
-        """The least and the greatest value that the stored bits can hold; those of float pixels are not used."""
+        """The smallest and largest value of the stored bits; not used for float pixels."""
         bits = self.data.get("BitsStored") or 64
         return np.array([-(2.0 ** (bits - 1)) if self._signed else 0, 2.0 ** (bits - self._signed) - 1])
 
     def _padding(self, values: np.ndarray) -> np.ndarray:
-        """Which values stand for no tissue at all."""
+        """Which values are padding."""
         elements = ("PixelPaddingValue", "PixelPaddingRangeLimit")
         ends = [end for element in elements if isinstance(end := self.data.get(element), int)]
         if "PixelPaddingValue" not in self.data or not ends:
             return np.zeros(values.shape, bool)
-        if self._signed:  # written as unsigned by many
+        if self._signed:  # many programs write them as unsigned
             ends = [end - (1 << 16) if end >= 1 << 15 else end for end in ends]
         return (values >= min(ends)) & (values <= max(ends))
 
@@ -133,11 +137,10 @@ def _upper(data: Dataset, element: str) -> str:
 
 def _float(source: Dataset, element: str, default: float) -> float:
     value = source.get(element)
-    return default if value in (None, "") else float(value)  # type: ignore[arg-type]
+    return default if value in (None, "") else float(value)
 
 
 def _floats(value: Any) -> Iterator[float]:
-    from pydicom.multival import MultiValue
 
     for number in value if isinstance(value, MultiValue) else (value,):
         if number not in (None, ""):
@@ -145,13 +148,14 @@ def _floats(value: Any) -> Iterator[float]:
 
 
 def _windowed(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    """Values through a window, from 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise UndecodableImage("VOILUTFunction is none of LINEAR, LINEAR_EXACT and SIGMOID")
     if not (np.isfinite(center) and 0 < width < np.inf) or (function == "LINEAR" and width < 1):
         raise UndecodableImage(f"a window of width {width:g} around {center:g}, which shows nothing")
     if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+        sigmoid: np.ndarray = 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+        return sigmoid
     if function == "LINEAR":
         center, width = center - 0.5, width - 1
     if width == 0:

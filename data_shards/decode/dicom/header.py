@@ -1,4 +1,4 @@
-"""A DICOM file up to its pixels: the elements that are asked for, and where the pixels lie."""
+"""Reads a DICOM file up to its pixels: the requested elements, and the location of the pixels."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
-# Files without preamble begin with their first element. One that was cut out of a whole file by hand may still begin
-# with the padding byte of the element before it (pydicom's no_meta.dcm does).
+# Files without preamble begin with their first element. One extracted by hand from a complete file may begin with the
+# padding byte of the element before it, like pydicom's no_meta.dcm.
 _FIRST_ELEMENT = re.compile(
     rb"\x02\0[\0-\x18]\0(?:UL|OB|UI)|[\0 ]?(?=\x08\0[\0-\xff]\0(?:AE|CS|DA|DT|LO|PN|SH|TM|UI|UL))"
     rb"|\0\x08\0[\0-\xff](?:AE|CS|DA|DT|LO|PN|SH|TM|UI|UL)|\x08\0[\0-\xff]\0[\0-\xff][\0-\3]\0\0",
     re.DOTALL,
 )
-# What a deflated file may grow to.
+# Limit for inflating a deflated file.
 _MAX_INFLATED = 1 << 30
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The elements asked for, and where in `file` the pixels lie: `length` bytes from `at` on."""
+    """The requested elements, and the location of the pixels in `file`: `length` bytes from `at`."""
 
     file: BinaryIO
     data: Dataset
     syntax: str
-    element: str  # PixelData, FloatPixelData or DoubleFloatPixelData; "" where there are no pixels
+    element: str  # PixelData, FloatPixelData or DoubleFloatPixelData; "" without pixels
     vr: str
     at: int
     length: int
 
 
 def first_element(file: BinaryIO) -> int | None:
-    """Where the elements of a DICOM file begin, None if it is no DICOM file. Leaves `file` at its beginning."""
+    """Offset of the first element; None if `file` is not DICOM. Rewinds `file`."""
     file.seek(0)
     head = file.read(132)
     file.seek(0)
     if head[128:] == b"DICM":
         return 132
     match = _FIRST_ELEMENT.match(head)
-    # Only a padding byte is matched itself; an element is looked at ahead, or is longer.
+    # A match of one byte is a padding byte: elements match by lookahead or are longer.
     return None if match is None else match.end() if match.end() < 2 else 0
 
 
 def opened(file: BinaryIO, elements: tuple[str, ...]) -> Opened:
-    """Reads the header of a DICOM file; of the elements only those named are kept.
+    """Reads the listed elements from the header of a DICOM file.
 
-    Raises UndecodableImage or, on damage, whatever pydicom raises.
+    Raises UndecodableImage or, on damage, any error of pydicom.
     """
     from pydicom.filereader import read_dataset
     from pydicom.tag import Tag
@@ -83,7 +83,7 @@ def opened(file: BinaryIO, elements: tuple[str, ...]) -> Opened:
 
 
 def number(data: Dataset, element: str, default: int | None = None) -> int:
-    """The whole number that an element holds; UndecodableImage where it is missing without a default, or is none."""
+    """The integer value of an element; UndecodableImage if it is not an integer, or missing without a default."""
     value = data.get(element)
     if value is None and default is not None:
         return default
@@ -93,18 +93,18 @@ def number(data: Dataset, element: str, default: int | None = None) -> int:
 
 
 def num_frames_there(opened: Opened) -> int:
-    """The number of frames, 1 where the file is too small for as many as it claims (it is refused when it is read)."""
+    """The number of frames; 1 if the file is too small for the claimed number (reading it refuses it)."""
     claimed = number(opened.data, "NumberOfFrames", 1)
     if claimed <= 1 or not opened.element:
         return 1
     size = opened.file.seek(0, io.SEEK_END) - opened.at
-    # A compressed frame has an item of 8 bytes and at least one byte more, a mask at least a bit.
+    # A compressed frame needs an 8-byte item header and at least one byte, a bit mask at least one bit.
     least = claimed * 9 if opened.length == UNDEFINED_LENGTH else claimed / 8
     return claimed if least <= min(size, opened.length) else 1
 
 
 def _guessed_syntax(file: BinaryIO) -> str:
-    """How the elements from here on are coded, told from the first: compressed pixels cannot be known this way."""
+    """The transfer syntax of the elements from here on, guessed from the first; never a compressed one."""
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     head = file.read(6)

@@ -1,4 +1,4 @@
-"""Which DICOM objects are images: doses, segmentations, maps and labels of slides have pixels too, but no patient."""
+"""Tells images from other DICOM objects: doses, segmentations, maps and slide labels also have pixels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-# Images by their standard's definition whose name does not say so.
+# Images by definition of the standard, without "Image" in the name.
 _ALSO_IMAGES = ("Enhanced US Volume Storage", "DICOS 2D AIT Storage", "DICOS 3D AIT Storage")
-# Classes that are newer than the installed pydicom, by the family of their UID.
+# For classes newer than the installed pydicom: by UID prefix.
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _FAMILIES = {
     "9.": "waveform", "11.": "presentation state", "30": "parametric map",
@@ -18,8 +18,8 @@ _FAMILIES = {
     "90.": "assessment", "91.": "annotation", "104.": "encapsulated document", "200.": "protocol",
     "481.": "radiotherapy object",
 }  # fmt: skip
-# By Modality, for files that do not name their class, or a private one; and for those that are saved as images, as some
-# programs save what they draw: a segmentation as CT, a report as secondary capture.
+# By Modality, for files without a class or with a private one, and for objects saved as images, such as a segmentation
+# as CT or a report as secondary capture.
 _MODALITIES = {
     "SEG": "segmentation", "RTDOSE": "RT Dose", "RTSTRUCT": "RT Structure Set", "RTPLAN": "RT Plan",
     "RTRECORD": "RT treatment record", "REG": "registration", "FID": "fiducials", "PR": "presentation state",
@@ -28,7 +28,7 @@ _MODALITIES = {
     "SMR": "stereometric relationship", "M3D": "3D model", "STAIN": "staining", "TEXTUREMAP": "texture map",
     "OPTHMAP": "ophthalmic map", "OPM": "ophthalmic map", "ANN": "annotation",
 }  # fmt: skip
-# Parts of a whole slide that are not its tissue at full size, by ImageType; a label has the patient's name on it.
+# Parts of a whole-slide image other than the full-size tissue, by ImageType; a label shows the patient's name.
 _SLIDE, _SLIDE_MODALITY = "1.2.840.10008.5.1.4.1.1.77.1.6", "SM"
 _SLIDE_PARTS = {
     "LABEL": "label of a slide", "OVERVIEW": "overview of a slide", "THUMBNAIL": "thumbnail of a slide",
@@ -36,10 +36,10 @@ _SLIDE_PARTS = {
 
 
 def object_name(data: Dataset) -> str:
-    """What the object is, by its SOP class, modality or image type, if it is not an image; "" for an image.
+    """The kind of a non-image object, by SOP class, modality or image type; "" for an image.
 
-    A private or unknown class counts as an image, as scanners give their own images such ones, unless the modality
-    says otherwise. Only names of the standard are returned, nothing of the header.
+    A private or unknown class counts as an image, because scanners use such classes for their images, unless the
+    modality says otherwise. Returns only names from the standard, never header values.
     """
     uid = str(data.get("SOPClassUID") or "").strip().rstrip("\0")
     modality = str(data.get("Modality") or "").strip().upper()
@@ -47,7 +47,7 @@ def object_name(data: Dataset) -> str:
 
 
 def _name_of_class(uid: str) -> str:
-    from pydicom.uid import UID, UID_dictionary
+    from pydicom.uid import UID, UID_dictionary  # type: ignore[attr-defined]  # not in its __all__
 
     if uid in UID_dictionary:
         name = UID(uid).name

@@ -1,4 +1,4 @@
-"""Stored values of one frame: as the file lays them out, decompressed, and held against its header."""
+"""Stored values of one frame, decompressed and checked against the header."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import (  # type: ignore[attr-defined]  # UID_dictionary is not in its __all__
+    UID,
+    ExplicitVRBigEndian,
+    JPEG2000TransferSyntaxes,
+    RLELossless,
+    UID_dictionary,
+)
 
 from data_shards.decode.dicom.codestream import check_jpeg, check_jpeg2000, complete
 from data_shards.decode.dicom.header import UNDEFINED_LENGTH, Opened, num_frames_there, number
@@ -16,7 +25,7 @@ from data_shards.decode.undecodable import UndecodableImage
 
 @dataclass(frozen=True)
 class Layout:
-    """How the pixels of a file are laid out; checked against each other, not yet against the bytes."""
+    """Layout of a file's pixels. The values are consistent with each other, but not yet checked against the bytes."""
 
     rows: int
     columns: int
@@ -32,10 +41,7 @@ class Layout:
 
 
 def layout_of(opened: Opened) -> Layout:
-    """How the pixels lie in a file; UndecodableImage where there are none, or of no kind that is supported."""
-    from pydicom.pixels import get_decoder
-    from pydicom.uid import UID, ExplicitVRBigEndian, UID_dictionary
-
+    """The layout of a file's pixels. UndecodableImage if it has none or of an unsupported kind."""
     data = opened.data
     if not opened.element:
         kind = str(data.get("SOPClassUID") or "")
@@ -73,7 +79,7 @@ def _check(layout: Layout, floats: bool, high_bit: int) -> None:
         "RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3, "YBR_ICT": 3, "YBR_RCT": 3,
     }.get(layout.interpretation)  # fmt: skip
     if samples is None:
-        # The text itself may be anything in a damaged header.
+        # Not quoted: in a damaged header the text may be anything.
         raise UndecodableImage("PhotometricInterpretation is missing, or none that is supported")
     if samples != layout.samples:
         raise UndecodableImage(f"SamplesPerPixel is {layout.samples}, but {layout.interpretation} has {samples}")
@@ -95,9 +101,9 @@ def _check(layout: Layout, floats: bool, high_bit: int) -> None:
 
 
 def stored_values(opened: Opened, layout: Layout, index: int) -> np.ndarray:
-    """Stored values (rows, columns) of a frame, or (rows, columns, 3) RGB; UndecodableImage where they are not whole.
+    """Stored values (rows, columns) of a frame, or (rows, columns, 3) RGB; UndecodableImage if incomplete.
 
-    Only the frame's own bytes are read.
+    Reads only the bytes of this frame.
     """
     stored = (_native if layout.native else _compressed)(opened, layout, index)
     shape = (layout.rows, layout.columns, *((3,) if layout.samples == 3 else ()))
@@ -129,11 +135,11 @@ def _native(opened: Opened, layout: Layout, index: int) -> np.ndarray:
 
 def _read(opened: Opened, first: int, last: int) -> bytes:
     opened.file.seek(opened.at + first)
-    return _Whole(opened.file).read(last - first)
+    return _CompleteReads(opened.file).read(last - first)
 
 
-class _Whole:
-    """A file that gives as much as is asked for, or refuses: pydicom takes half a fragment for all of it."""
+class _CompleteReads:
+    """A file whose short reads raise UndecodableImage: pydicom would accept half a fragment."""
 
     def __init__(self, file: BinaryIO):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -146,15 +152,13 @@ class _Whole:
 
 
 def _swapped(opened: Opened, first: int, last: int) -> bytes:
-    """Bytes that were written as words of the other byte order, so in swapped pairs, whatever frame they are of."""
+    """Bytes that were written as big-endian words, so pairs are swapped, even across frames."""
     begin, end = first - first % 2, last + last % 2
     pairs = np.frombuffer(_read(opened, begin, end), np.uint16).byteswap()
     return pairs.tobytes()[first - begin : last - begin]
 
 
 def _compressed(opened: Opened, layout: Layout, index: int) -> np.ndarray:
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import UID, JPEG2000TransferSyntaxes, RLELossless
 
     if opened.length != UNDEFINED_LENGTH:
         raise UndecodableImage("uncompressed pixels, but the file says that they are compressed")
@@ -165,7 +169,7 @@ def _compressed(opened: Opened, layout: Layout, index: int) -> np.ndarray:
     elif opened.syntax != RLELossless:
         interpretation = check_jpeg(codestream, shape, interpretation)
     coded = encapsulate([codestream])
-    # RLE does not say how many rows it holds, and the decoder leaves out what is too much.
+    # RLE does not store its number of rows, and the decoder drops extra ones silently.
     taller = replace(layout, rows=layout.rows + 1)
     if opened.syntax == RLELossless and _decompressed(opened, taller, coded, interpretation) is not None:
         raise UndecodableImage(f"more pixels in the frame than the {layout.rows} rows of the header")
@@ -180,22 +184,21 @@ def _decompressed(opened: Opened, layout: Layout, coded: bytes, interpretation: 
         return _decoded(opened, layout, coded, interpretation)
     except UndecodableImage:
         raise
-    except BaseException as error:  # whatever a decoder raises; a panic of pylibjpeg-rle, in Rust, is no Exception
+    except BaseException as error:  # a panic of pylibjpeg-rle, in Rust, is not an Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             return None
         raise
 
 
 def _codestream(opened: Opened, layout: Layout, index: int) -> bytes:
-    """The bytes of one compressed frame, its fragments joined."""
-    from pydicom.encaps import get_frame
+    """The bytes of one compressed frame, with fragments joined."""
 
     if num_frames_there(opened) != layout.frames:
         raise UndecodableImage(f"{layout.frames} frames do not fit into the file")
     file, data = opened.file, opened.data
     file.seek(opened.at)
     head = file.read(8)
-    # The table of offsets has one entry of 4 bytes per frame, or none.
+    # The offset table has one 4-byte entry per frame, or none.
     table = struct.unpack("<4xL", head)[0] // 4 if len(head) == 8 else 0
     extended = None
     if "ExtendedOffsetTable" in data:
@@ -205,7 +208,7 @@ def _codestream(opened: Opened, layout: Layout, index: int) -> bytes:
         raise UndecodableImage(f"{table} frames in the pixels, but the header says {layout.frames}")
     file.seek(opened.at)
     try:
-        codestream = get_frame(_Whole(file), index, number_of_frames=layout.frames, extended_offsets=extended)
+        codestream = get_frame(_CompleteReads(file), index, number_of_frames=layout.frames, extended_offsets=extended)
     except UndecodableImage:
         raise
     except (ValueError, struct.error) as error:
@@ -216,9 +219,7 @@ def _codestream(opened: Opened, layout: Layout, index: int) -> bytes:
 
 
 def _decoded(opened: Opened, layout: Layout, pixels: bytes, interpretation: str) -> np.ndarray:
-    """One frame by pydicom, YBR turned into RGB."""
-    from pydicom.pixels import get_decoder
-
+    """One frame decoded by pydicom, with YBR converted to RGB."""
     decoder = get_decoder(opened.syntax)
     if not layout.native and "pylibjpeg" not in decoder.available_plugins:
         raise UndecodableImage(f"{decoder.UID.name} pixels, which need all of the extra dicom")
@@ -235,6 +236,6 @@ def _decoded(opened: Opened, layout: Layout, pixels: bytes, interpretation: str)
         "pixel_keyword": opened.element,
         "pixel_vr": "OB" if layout.allocated == 8 else opened.vr,
     }
-    # Always the same decoder, so that what another machine has installed cannot give other bytes.
+    # Always the same decoder, so that bytes do not depend on which packages are installed.
     plugin = "" if layout.native else "pylibjpeg"
     return decoder.as_array(pixels, index=0, decoding_plugin=plugin, **options)[0]

@@ -1,4 +1,4 @@
-"""Lookup tables in DICOM headers: of values to values, and of values to colours."""
+"""Lookup tables in DICOM headers: values to values, and values to colors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def pointwise(shown: Callable[[np.ndarray, np.ndarray], np.ndarray], stored: np.ndarray) -> np.ndarray:
-    """`shown(values, present)` of every pixel, where `present` says which values occur.
+    """Applies `shown(values, present)` to every pixel; `present` marks the values that occur.
 
-    Of values of up to 16 bits it is asked once for each that there can be, which is far cheaper than for each pixel.
+    For up to 16 bits it is computed once per possible value, which is much cheaper than per pixel.
     """
     if stored.dtype.itemsize > 2:
         return shown(stored, np.ones(stored.shape, bool))
@@ -24,22 +24,24 @@ def pointwise(shown: Callable[[np.ndarray, np.ndarray], np.ndarray], stored: np.
     values = np.arange(1 << 8 * stored.dtype.itemsize).astype(index.dtype).view(stored.dtype)
     present = np.zeros(len(values), bool)
     present[index] = True
-    return shown(values, present)[index]
+    table = shown(values, present)
+    pixels: np.ndarray = table[index]
+    return pixels
 
 
 def palette(stored: np.ndarray, data: Dataset, *, little_endian: bool) -> np.ndarray:
-    """uint8 (H, W, 3) of indices (H, W) into a palette."""
+    """RGB uint8 (H, W, 3) from palette indices (H, W)."""
 
-    def coloured(values: np.ndarray, present: np.ndarray) -> np.ndarray:
-        return _coloured(values, data, little_endian)
+    def colored(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+        return _colored(values, data, little_endian)
 
     if stored.dtype.itemsize > 2:
         raise UndecodableImage(f"palette indices of {stored.dtype.itemsize * 8} bits")
-    return pointwise(coloured, stored)
+    return pointwise(colored, stored)
 
 
 def lookup_table(item: Dataset, little_endian: bool, *, signed: bool) -> tuple[int, np.ndarray, int]:
-    """(first value mapped, entries, bits of an entry) of a modality or VOI LUT."""
+    """(first mapped value, entries, bits per entry) of a modality or VOI LUT."""
     size, first, bits = _descriptor(item, "LUTDescriptor", signed)
     table = _entries(item.LUTData, size, little_endian)
     if not 8 <= bits <= 16:
@@ -48,7 +50,7 @@ def lookup_table(item: Dataset, little_endian: bool, *, signed: bool) -> tuple[i
 
 
 def _descriptor(item: Dataset, element: str, signed: bool) -> tuple[int, int, int]:
-    """(number of entries, first value mapped, bits of an entry); the first is read as signed where values are."""
+    """(number of entries, first mapped value, bits per entry); the first value is signed if stored values are."""
     size, first, bits = (int(value) for value in item[element].value)
     if signed and first >= 1 << 15:
         first -= 1 << 16
@@ -56,7 +58,7 @@ def _descriptor(item: Dataset, element: str, signed: bool) -> tuple[int, int, in
 
 
 def _entries(data: Any, size: int, little_endian: bool) -> np.ndarray:
-    """A table's entries; they come as numbers, as words, or (8 bits) as bytes with one to fill up."""
+    """A table's entries, stored as numbers, as words, or (8 bits) as bytes with padding."""
     if not isinstance(data, bytes):
         entries = np.array(data, np.int64, ndmin=1)
     elif len(data) == 2 * size:
@@ -71,11 +73,11 @@ def _entries(data: Any, size: int, little_endian: bool) -> np.ndarray:
 
 
 def places(values: np.ndarray, first: int, size: int) -> np.ndarray:
-    """Positions in a table; values beside it take its first or last entry."""
+    """Positions in a table; values outside it get its first or last entry."""
     return np.clip(np.rint(values - np.float64(first)), 0, size - 1).astype(np.int64)
 
 
-def _coloured(values: np.ndarray, data: Dataset, little_endian: bool) -> np.ndarray:
+def _colored(values: np.ndarray, data: Dataset, little_endian: bool) -> np.ndarray:
     bands = [_band(values, data, name, little_endian) for name in ("Red", "Green", "Blue")]
     return np.stack(bands, axis=-1)
 
@@ -93,15 +95,16 @@ def _band(values: np.ndarray, data: Dataset, name: str, little_endian: bool) -> 
     if bits == 16:
         if 0 < entries.max() < 1 << 8:
             raise UndecodableImage("a palette of 16 bits that holds 8-bit colours")
-        # What 8-bit colours become is v << 8 or v * 257; both give v back so.
+        # Writers scale 8-bit colors as v << 8 or as v * 257; the shift inverts both.
         entries = entries >> 8
     if entries.max() >= 1 << 8:
         raise UndecodableImage("a palette of 8 bits that holds larger ones")
-    return entries.astype(np.uint8)[places(values, first, size)]
+    band: np.ndarray = entries.astype(np.uint8)[places(values, first, size)]
+    return band
 
 
 def _unfolded(data: bytes, size: int, bits: int, little_endian: bool) -> np.ndarray:
-    """The entries of a segmented table (PS3.3 C.7.9.2) of discrete and linear segments."""
+    """The entries of a segmented table (PS3.3 C.7.9.2) with discrete and linear segments."""
     words = np.frombuffer(data, np.uint8 if bits == 8 else "<u2" if little_endian else ">u2").tolist()
     entries: list[int] = []
     at = 0

@@ -1,4 +1,4 @@
-"""What the readers of a tar and of a zip share: the archive's local file, and members that are unpacked from it."""
+"""Shared by the tar and zip readers: the archive's local file, and members unpacked from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_shards.source.files.cache import LocalFile, cached
 
 
 class ArchiveReader:
-    """Opens the archive when it is first asked for, once in each process."""
+    """Opens the archive on first use, once per process."""
 
     def __init__(self, archive: LocalFile):
         self.archive = archive
@@ -23,7 +23,7 @@ class ArchiveReader:
         return self.archive.path()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another machine has it elsewhere, and another process opens it itself.
+        # Paths differ between machines, and each process opens its own file.
         return {name: value for name, value in self.__dict__.items() if name not in ("path", "_file")}
 
 
@@ -39,9 +39,9 @@ class Unpacked:
     name: str
     place: Any
     identity: str
-    """What names its content: the archive's path, size and time, and where in it the member is."""
+    """Identifies its content: the archive's path, size and time, and the member's position."""
     size_bytes: int | None = None
-    """The room that it needs, where that is to be told if there is none."""
+    """Required disk space, for the message about a full disk."""
 
     def path(self) -> Path:
         """See LocalFile."""
@@ -50,6 +50,6 @@ class Unpacked:
 
 
 def archive_identity(path: Path) -> str:
-    """What changes when an archive on this machine is written again."""
+    """A text that changes when an archive on this machine is rewritten."""
     found = path.stat()
     return f"{path.resolve()}|{found.st_size}|{found.st_mtime_ns}"

@@ -1,4 +1,4 @@
-"""The machine's cache of what must be at hand as a local file, and the stamps by which a replaced file is known."""
+"""The machine's cache of files that must be local, and stamps that show whether a file was replaced."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from data_shards.store.disk import DiskFullError, full_disk, is_full, says_full,
 
 
 def copy_stamp(uri: str, path: Path) -> str:
-    """A text that changes when the source `uri` is replaced, of which `path` is the local file (`local_file`).
+    """A text that changes when the source `uri` is replaced; `path` is its local file (`local_file`).
 
-    That of an s3:// object is the same on every machine: its copies lie in a folder named after address, size and tag.
+    For an s3:// object it is equal on all machines: the cache folder is named by address, size and tag.
     """
     return f"{uri}|{path.parent.name}" if uri.startswith("s3://") else file_stamp(path)
 
 
 def file_stamp(path: Path) -> str:
-    """A text that changes when a local file is replaced or written to; "" where it cannot be looked at.
+    """A text that changes when a local file is replaced or written to; "" if the file cannot be accessed.
 
-    With the time of its last change of any kind, which no program sets back, as `cp -p` and rsync do with the other.
+    It includes ctime, which programs cannot set; `cp -p` and rsync set mtime.
     """
     try:
         found = path.stat()
@@ -37,49 +37,49 @@ def file_stamp(path: Path) -> str:
 
 
 class LocalFile(Protocol):
-    """A file that every machine can have at hand. It can be pickled."""
+    """A file that any machine can make available locally. Picklable."""
 
     def path(self) -> Path:
-        """Where it is on this machine; it is fetched or unpacked there first, if need be."""
+        """Its path on this machine; fetches or unpacks it first if necessary."""
         ...
 
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A file that is local already, or on a disk that all machines share."""
+    """A file on a local or shared disk."""
 
     place: Path
     size_bytes: int
     mtime_ns: int
 
     def path(self) -> Path:
-        """See LocalFile. StoreError where the file is another one by now, or is gone."""
+        """See LocalFile. StoreError if the file has been replaced or is gone."""
         try:
             found = self.place.stat()
         except OSError as error:
-            raise StoreError(f"{self.place} was there when it was listed and cannot be found now: {error}") from error
+            raise StoreError(f"{self.place} was listed but can no longer be found: {error}") from error
         if (found.st_size, found.st_mtime_ns) != (self.size_bytes, self.mtime_ns):
-            raise StoreError(f"{self.place} changed while it was read: run again when it is complete")
+            raise StoreError(f"{self.place} changed while it was read; rerun when it is complete")
         return self.place
 
 
 def on_disk(path: Path) -> OnDisk:
-    """A local file in the version that it has now. OSError where it cannot be looked at."""
+    """A local file in its current version. OSError if it cannot be accessed."""
     found = path.stat()
     return OnDisk(path, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """An s3:// object in the version that it had when it was first looked at, fetched once per machine."""
+    """A fixed version of an s3:// object, fetched once per machine."""
 
     uri: str
     size_bytes: int
     tag: str | None
 
     def path(self) -> Path:
-        """See LocalFile. StoreError where the object is another one by now."""
-        # A replaced object has another tag, so an old copy is never taken for the new one.
+        """See LocalFile. StoreError if the object has been replaced."""
+        # A replaced object has another tag, so an old copy is never mistaken for the new one.
         identity = f"{self.uri}|{self.size_bytes}|{self.tag}"
         name = self.uri.rpartition("/")[2]
         key = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}/{name}"
@@ -90,15 +90,15 @@ class Fetched:
         store = open_store(parent)
         store.fetch(name, target)
         if store.tag(name) != self.tag:
-            raise StoreError(f"{self.uri} changed while it was fetched: run again when it is complete")
+            raise StoreError(f"{self.uri} changed while it was fetched; rerun when it is complete")
 
 
 def local_file(uri: str) -> LocalFile:
-    """The source `uri`, which is one file, as a local one. ValueError where it is a folder or is not there."""
+    """The single file `uri` as a local file. ValueError if it is a folder or not found."""
     if not uri.startswith("s3://"):
         path = local_path(uri)
         if path.is_dir():
-            raise ValueError(f"{path} is a folder, but this layout is one file: name the file in --data.source")
+            raise ValueError(f"{path} is a folder, but this layout needs a file; set --data.source to the file")
         return on_disk(path)
     parent, _, name = uri.rpartition("/")
     store = open_store(parent)
@@ -109,9 +109,9 @@ def local_file(uri: str) -> LocalFile:
 
 
 def cached(key: str, write: Callable[[Path], None], *, size_bytes: int | None = None) -> Path:
-    """The file `key` of the machine's cache; `write` makes it if it is missing. Never half-written.
+    """The file `key` of the machine's cache; `write` creates it if missing. Never partly written.
 
-    DiskFullError where the disk has no room for it; `size_bytes`, where known, is the room that it needs.
+    DiskFullError if the disk has no room for it; `size_bytes`, if known, is the required space.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "sources"
     target = root / key
@@ -131,21 +131,21 @@ def _cached(target: Path, write: Callable[[Path], None]) -> Path:
         with _one_at_a_time(target.parent):
             if target.exists():
                 return target
-            beside = target.with_name(f".tmp-{secrets.token_hex(8)}")
+            temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
             try:
-                write(beside)
-                os.replace(beside, target)
+                write(temporary)
+                os.replace(temporary, target)
             finally:
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
     return target
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """The shard tasks of a node begin together; gigabytes are unpacked by the first while the others wait.
+    """Lets one process per folder write: the shard tasks of a node start together and may need gigabytes unpacked.
 
-    A lock of the kernel's, so that a killed process leaves none behind. Where the file system knows no locks each
-    writes its own copy and the last one stays, which is as correct.
+    A kernel lock, which a killed process releases. On file systems without locks each process writes its own copy and
+    the last one stays, which is also correct.
     """
     with (folder / ".lock").open("wb") as lock:
         with contextlib.suppress(OSError):
@@ -154,7 +154,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def local_path(uri: str) -> Path:
-    """The path of a local source. ValueError where nothing is there."""
+    """The path of a local source. ValueError if it does not exist."""
     path = Path(open_store(uri).uri)
     if not path.exists():
         raise ValueError(f"{path} was not found; check --data.source")

@@ -1,4 +1,4 @@
-"""What every kind of place that holds the files of an image set has in common."""
+"""The common interface of folders, archives and stores with the files of an image set."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from data_shards.source.files.cache import LocalFile
 
 
 class FileReader(Protocol):
-    """Reads files at their places. It can be pickled, for any machine; what it needs of a single file is the place."""
+    """Reads files by name and place. Picklable for any machine; holds nothing per file."""
 
     def read(self, name: str, place: Any) -> bytes:
-        """The complete file. OSError where it cannot be read."""
+        """The complete file. OSError if it cannot be read."""
         ...
 
     def open(self, name: str, place: Any, *, buffer_bytes: int) -> BinaryIO:
-        """The file, of which only what is asked for is read, `buffer_bytes` at least; of a zip's member all."""
+        """The file, read on demand in pieces of at least `buffer_bytes`; a member of a zip is read completely."""
         ...
 
     def stamp(self, name: str, place: Any) -> str:
-        """A text that changes when the file is replaced, found without reading it; "" where it cannot be known."""
+        """A text that changes when the file is replaced, found without reading it; "" if unknown."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The place of a link to nothing, and why it is one."""
+    """The place of a broken link, with the reason."""
 
     why: str
 
     def error(self) -> OSError:
-        """What reading it raises."""
+        """The error raised by reading it."""
         return OSError(errno.ENOENT, self.why)
 
 
 class Files(abc.ABC):
-    """Named files; names are relative, '/'-separated and sorted, without hidden ones. `folders` may be empty ones.
+    """Named files. Names are relative, '/'-separated and sorted, without hidden files; `folders` may be empty.
 
-    A link to a file is a file, one to a folder has all that is below it, and one to nothing is an OSError when read.
+    Links are resolved: a link to a file is a file, a link to a folder has its contents, and reading a broken link
+    raises OSError.
     """
 
     names: list[str]
     folders: list[str]
     notes: tuple[str, ...]
-    """What is not among the names and why, a sentence each, for the owner of the files."""
+    """Messages for the user about files that are left out, one sentence each."""
     broken: dict[str, str]
-    """Those of the names that are links to nothing, and why: nobody knows whether a file or a folder was meant."""
+    """Names that are broken links, with the reason; each may be meant as a file or a folder."""
     reader: FileReader
 
     @abc.abstractmethod
     def place(self, name: str) -> Any:
-        """What the reader needs to find this file; it can be pickled."""
+        """Data with which the reader finds this file; picklable."""
 
     @abc.abstractmethod
     def local(self, name: str) -> LocalFile:
-        """The file as one on this machine or any other, fetched or unpacked into the cache where it is none yet."""
+        """The file as a local file on any machine, fetched or unpacked into the cache if necessary."""
 
     def read(self, name: str) -> bytes:
         """The complete file."""
@@ -75,6 +76,6 @@ class Files(abc.ABC):
 
 
 def with_parents(folders: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The folders, and all folders that the files lie in."""
+    """The folders, and all parent folders of the files."""
     parents = {str(parent) for name in (*folders, *names) for parent in PurePosixPath(name).parents}
     return sorted({*folders, *parents} - {"."})

@@ -15,7 +15,7 @@ from data_shards.source.files.litter import left_out, named_note, note_of
 
 
 class _Listing(NamedTuple):
-    """A folder that is to be listed: its path in the set, the real one, and that with those of all folders above."""
+    """A folder to list: its path in the set, its real path, and the real paths of it and its parents."""
 
     below: str
     real: str
@@ -46,14 +46,14 @@ class FolderReader:
             raise
 
     def stamp(self, name: str, place: None = None) -> str:
-        """See FileReader; of a link, that of what it leads to."""
+        """See FileReader; for a link, the stamp of its target."""
         return file_stamp(self.folder / name)
 
 
 class FolderFiles(Files):
-    """The files below a local folder, links followed wherever they lead but not in a circle.
+    """The files below a local folder; links are followed anywhere, except in cycles.
 
-    ValueError where a folder cannot be read: its images would be missing without anybody knowing.
+    ValueError if a folder cannot be read: its images would be missing silently.
     """
 
     def __init__(self, folder: Path):
@@ -78,7 +78,7 @@ class FolderFiles(Files):
         )
 
     def _listed(self, at: _Listing) -> list[_Listing]:
-        """Lists one folder and returns those in it that are to be listed."""
+        """Lists one folder and returns its subfolders, to be listed next."""
         folders = []
         try:
             with os.scandir(at.real) as entries:
@@ -97,14 +97,14 @@ class FolderFiles(Files):
                         folders += self._followed(name, entry, at)
         except OSError as error:
             raise ValueError(
-                f"folder {self._folder / at.below} cannot be read ({error.strerror or error}): its images would be "
-                "missing, so make it readable or move it away"
+                f"folder {self._folder / at.below} cannot be read ({error.strerror or error}), so its images would be "
+                "missing; make it readable or move it away"
             ) from error
         return folders
 
     def _followed(self, name: str, entry: os.DirEntry[str], at: _Listing) -> list[_Listing]:
         linked = entry.is_symlink()
-        # From the real folder: a path through many links takes milliseconds to resolve.
+        # Relative to the real folder: resolving a path through many links takes milliseconds.
         real = os.path.realpath(entry.path) if linked else f"{at.real}/{entry.name}"
         if linked and real in at.above:
             self._endless.append(name)
@@ -112,14 +112,14 @@ class FolderFiles(Files):
         self._num_linked += linked and at.linked
         if self._num_linked > MOST_LINKED:
             raise ValueError(
-                f"the links below {self._folder} lead through each other to more than {MOST_LINKED:,} folders: remove "
-                "those that are not needed, or copy what they lead to"
+                f"the links below {self._folder} lead through each other to more than {MOST_LINKED:,} folders; remove "
+                "unnecessary links, or replace them with copies of their targets"
             )
         self.folders.append(name)
         return [_Listing(name, real, at.above | {real}, linked or at.linked)]
 
     def place(self, name: str) -> None:
-        """See Files: the name is enough."""
+        """See Files: None, because the name is enough."""
 
     def local(self, name: str) -> OnDisk:
         """See Files."""
@@ -135,12 +135,12 @@ def _why_broken(path: str) -> str:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """file, folder or special; a link is what it leads to, and a file where that is nothing."""
+    """file, folder or special; a link has the kind of its target, a broken link is a file."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
         return "file" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
-    except OSError:  # a link to itself, or to where nobody may look
+    except OSError:  # a link to itself, or to a folder without permission
         return "file"

@@ -1,7 +1,7 @@
-"""Links inside an archive, resolved as a file system would: by their own folder, through other links, never outside.
+"""Resolves links inside an archive like a file system: relative to their folder, through other links, never outside.
 
-A link to a file is that file under another name; a link to a folder has all that is below it. A link that leads to
-nothing is a file that cannot be read, so that it is counted as one.
+A link to a file is that file under another name; a link to a folder has its contents. A broken link is a file that
+cannot be read, so that it is counted.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ ENDLESS = "a link that leads back to itself"
 ENDLESS_NOTE = "links lead to a folder that they are in and are not followed"
 # As many as Linux follows for one path.
 _MOST_LINKS = 40
-# Folders that link to each other have more paths than anybody can count.
+# Folders that link to each other can have an exponential number of paths.
 MOST_LINKED = 10_000
 
 
 class Linked(NamedTuple):
-    """What the links of an archive add to it."""
+    """Files and folders that the links of an archive add."""
 
     files: dict[str, str]
-    """Name -> the file that it leads to."""
+    """Link name -> target file."""
     folders: list[str]
     broken: dict[str, str]
-    """Name -> why it leads to no file."""
+    """Link name -> why it is broken."""
     endless: list[str]
-    """Links to a folder that they are in; nothing is below them."""
+    """Links to a folder that contains them; they are not followed."""
 
 
 class _BrokenLinkError(Exception):
-    """Says why in its first argument."""
+    """The first argument is the reason."""
 
 
 def follow(files: Iterable[str], folders: Iterable[str], links: Mapping[str, str], called: str) -> Linked:
-    """What the links (name -> target as written) lead to. ValueError if that is more than can be listed."""
+    """Resolves links (name -> target as written). ValueError if they lead to more than MOST_LINKED folders."""
     found = Linked({}, [], {}, [])
     if not links:
         return found
     below = _children(files, [*folders, *links])
-    # Name, where its link or file is, and the folders that lead to it, all without links.
+    # Name, path of its link or file, and the resolved folders above it.
     todo: list[tuple[str, str, frozenset[str] | None]] = [(name, name, None) for name in sorted(links, reverse=True)]
     nested = 0
     while todo:
@@ -68,20 +68,20 @@ def follow(files: Iterable[str], folders: Iterable[str], links: Mapping[str, str
             todo += [(f"{name}/{child}", posixpath.join(target, child), above | {target}) for child in children]
         if nested > MOST_LINKED:
             raise ValueError(
-                f"the links of {called} lead through each other to more than {MOST_LINKED:,} folders: remove those "
-                "that are not needed, or copy what they lead to"
+                f"the links of {called} lead through each other to more than {MOST_LINKED:,} folders; remove "
+                "unnecessary links, or replace them with copies of their targets"
             )
     return found
 
 
 def broken_links(broken: Mapping[str, str]) -> tuple[str, ...]:
-    """A sentence that counts and names links to nothing, each with the reason; none where there are none."""
+    """A note that counts and names the broken links with their reasons; empty without broken links."""
     named = [f"{name} ({why})" for name, why in broken.items()]
     return named_note("broken link is not read" if len(named) == 1 else "broken links are not read", named)
 
 
 def _children(files: Iterable[str], others: Iterable[str]) -> dict[str, set[str] | None]:
-    """What is directly in each folder; None for a file."""
+    """The names directly in each folder; None for a file."""
     below: dict[str, set[str] | None] = {"": set()}
     for name in files:
         below[name] = None
@@ -97,7 +97,7 @@ def _children(files: Iterable[str], others: Iterable[str]) -> dict[str, set[str]
 
 
 def _resolved(path: str, links: Mapping[str, str]) -> str:
-    """The path without any link in it, "" for the archive itself."""
+    """The path with all links resolved, "" for the archive itself."""
     todo = path.split("/")[::-1] if path else []
     place: list[str] = []
     followed = 0
@@ -124,6 +124,6 @@ def _resolved(path: str, links: Mapping[str, str]) -> str:
 
 
 def _parents(path: str) -> list[str]:
-    """The folders that a path is in, the archive itself among them."""
+    """The parent folders of a path, including the archive itself ("")."""
     parts = path.split("/")
     return ["/".join(parts[:i]) for i in range(len(parts))]

@@ -1,4 +1,4 @@
-"""What other systems and editors leave among images; it is left out of a set, and counted."""
+"""Files that operating systems and editors leave among images; they are left out of a set and counted."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
-# In small letters. Of Windows, macOS, Synology and QNAP, Linux, Python.
+# Lower case. From Windows, macOS, Synology and QNAP, Linux, Python.
 _NAMES = {
     "thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler",
     "system volume information", "__macosx", "network trash folder", "temporary items", "@eadir", "#recycle",
     "@recycle", "lost+found", "__pycache__",
 }  # fmt: skip
-# macOS ends the name with a carriage return, which archives and file servers write in other ways. A folder may be a
-# class of icons.
+# macOS ends the name with a carriage return, which archives and file servers encode differently. Only for files: a
+# folder may be a class of icons.
 _ICON = {f"icon{end}" for end in ("", "\r", "_", "?", "\uf00d", "#015", "%0d")}
-# What programs put behind the name of a file for its copies, and for files that are not complete.
+# Endings that programs append to backup copies and incomplete files.
 _ENDING = re.compile(
     r"\.(?:(?:bak|backup|old|orig|tmp|temp|swp|swo)\d*|part|partial|filepart|crdownload|opdownload|aria2|!ut|!qb"
     r"|aux\.xml|rej|lock)$"
@@ -24,7 +24,7 @@ _MOST_NAMED = 3
 
 
 def left_out(path: str, *, folder: bool = False) -> str:
-    """The part of a path up to the file or folder that does not belong to the set; "" if all of it belongs."""
+    """The path up to the file or folder that does not belong to the set; "" if all of it belongs."""
     parts = PurePosixPath(path).parts
     for i, name in enumerate(parts):
         lower = name.lower()
@@ -32,7 +32,7 @@ def left_out(path: str, *, folder: bool = False) -> str:
         if (
             name.startswith((".", "~$"))
             or lower in _NAMES
-            or lower.endswith(".download")  # Safari makes a folder of it
+            or lower.endswith(".download")  # a folder made by Safari
             or (is_file and (lower in _ICON or lower.endswith(("zone.identifier", "~")) or _is_autosave(lower)))
             or (is_file and _ENDING.search(lower))
         ):
@@ -45,7 +45,7 @@ def _is_autosave(name: str) -> bool:
 
 
 def without_litter(paths: Iterable[str], *, folders: bool = False) -> tuple[list[str], set[str]]:
-    """The paths that belong to the set, sorted, and the files or folders that the others are left out for."""
+    """The paths that belong to the set, sorted, and the files or folders that exclude the others."""
     kept, found = [], set()
     for path in paths:
         if outside := left_out(path, folder=folders):
@@ -56,13 +56,13 @@ def without_litter(paths: Iterable[str], *, folders: bool = False) -> tuple[list
 
 
 def note_of(found: Collection[str]) -> tuple[str, ...]:
-    """What is reported of the files and folders that are left out."""
+    """A note about the files and folders that are left out."""
     names = {PurePosixPath(path).name for path in found}
     return named_note("hidden files or folders of other programs are left out", names, len(found))
 
 
 def named_note(what: str, names: Collection[str], num: int | None = None) -> tuple[str, ...]:
-    """A sentence that counts and names the first few; none where there are none."""
+    """A note with the count and the first few names; empty without names."""
     if not names:
         return ()
     listed = [repr(name)[1:-1] for name in sorted(names)]  # control characters would break the line

@@ -1,4 +1,4 @@
-"""The files of an image set with zips among them."""
+"""The files of an image set that contains zips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_shards.source.files.files import FileReader, Files, with_parents
 
 
 class _Place(NamedTuple):
-    """Which of the readers has a file, and what the file is to it."""
+    """Index of the reader that has the file, and the file's name and place there."""
 
     reader: int
     name: str
@@ -20,7 +20,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class NestedReader:
-    """Reads files, and those of the zips among them."""
+    """Reads files, including those inside zips."""
 
     readers: tuple[FileReader, ...]
 
@@ -38,9 +38,9 @@ class NestedReader:
 
 
 class NestedFiles(Files):
-    """Files, and those of the zips among them at the paths that unpacking each zip beside itself would give.
+    """Files, including those inside zips, at the paths they would have if each zip were unpacked next to itself.
 
-    Where somebody has done so and kept the zip, the unpacked file counts, once.
+    If a zip has already been unpacked and kept, only the unpacked file counts.
     """
 
     def __init__(self, outer: Files, zips: dict[str, Files], called: str):
@@ -60,8 +60,8 @@ class NestedFiles(Files):
                     continue
                 if path in self._homes:
                     raise ValueError(
-                        f"two zips of {called} hold {path!r}: a name may stand once, so remove one of them or unpack "
-                        "them to folders of their own"
+                        f"two zips of {called} contain {path!r}, but names must be unique; remove one zip, or unpack "
+                        "them to separate folders"
                     )
                 self._homes[path] = (files, name)
         self.names, self.folders = sorted(self._homes), with_parents(folders, self._homes)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import io
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_shards.source.files.cache import LocalFile, local_file
 from data_shards.source.files.files import Files, with_parents
 from data_shards.source.files.litter import left_out, note_of
 from data_shards.source.files.ranged_file import RangedFile
 from data_shards.store import StoreError
-from data_shards.store.s3.store import S3Store
+
+if TYPE_CHECKING:
+    from data_shards.store.s3.store import S3Store
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class StoreReader:
         return self.store.get(name)
 
     def open(self, name: str, place: str | None, *, buffer_bytes: int) -> BinaryIO:
-        """The object, of which only what is asked for is fetched."""
+        """The object, fetched on demand."""
         parts = RangedFile(functools.partial(self._part, name), functools.partial(self._size, name))
         return io.BufferedReader(parts, buffer_bytes)
 
@@ -40,12 +42,12 @@ class StoreReader:
     def _size(self, name: str) -> int:
         size = self.store.head(name)
         if size is None:
-            raise StoreError(f"{self.store.uri}/{name} was deleted after it had been listed: run the command again")
+            raise StoreError(f"{self.store.uri}/{name} was deleted after it was listed; rerun the command")
         return size
 
 
 class StoreFiles(Files):
-    """The objects below an s3:// prefix, each fetched when it is read."""
+    """The objects below an s3:// prefix, fetched when read."""
 
     def __init__(self, store: S3Store):
         self._store, self.reader = store, StoreReader(store)
@@ -65,7 +67,7 @@ class StoreFiles(Files):
         self.folders = with_parents([key.rstrip("/") for key in keys if key.endswith("/")], self.names)
 
     def place(self, name: str) -> str | None:
-        """See Files: the ETag that the object had when the prefix was listed."""
+        """See Files: the object's ETag when the prefix was listed."""
         return self._tags[name]
 
     def local(self, name: str) -> LocalFile:

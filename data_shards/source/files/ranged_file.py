@@ -1,4 +1,4 @@
-"""A file that is read by ranges: an object of a store, a member of a tar."""
+"""A file read by ranges, such as an object of a store or a member of a tar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class RangedFile(io.RawIOBase):
-    """To be buffered. `read(start, length)` gives less at the end; `size()` is asked only when it must be."""
+    """An unbuffered file. `read(start, length)` returns less at the end; `size()` is called only if needed."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: Callable[[], int]):
         self._read, self._size, self._position = read, size, 0

@@ -19,9 +19,9 @@ _PART_BYTES = 64 << 20
 
 
 class _Place(NamedTuple):
-    """Where the bytes of a file are: `parts` (start in the file, length), one after the other from `offset` on.
+    """Location of a file's bytes: `parts` (start in the file, length) follow each other from `offset`.
 
-    Between the parts of a sparse file are zeros.
+    Gaps between the parts of a sparse file are zeros.
     """
 
     offset: int
@@ -45,13 +45,13 @@ class TarReader(ArchiveReader):
         return self._part(place, 0, place.size)
 
     def open(self, name: str, place: _Place | Broken, *, buffer_bytes: int) -> BinaryIO:
-        """The file, of which only what is asked for is read."""
+        """The file, read on demand."""
         place = _readable(place)
         size = place.size
         return io.BufferedReader(RangedFile(functools.partial(self._part, place), lambda: size), buffer_bytes)
 
     def stamp(self, name: str, place: _Place | Broken) -> str:
-        """See FileReader: that of the archive, so that all its members change when it is written again."""
+        """See FileReader: includes the archive's stamp, so all members change when the archive is rewritten."""
         return f"{self._stamp}|{place}" if self._stamp and isinstance(place, _Place) else ""
 
     def unpack(self, name: str, place: _Place, target: Path) -> None:
@@ -80,9 +80,9 @@ def _readable(place: _Place | Broken) -> _Place:
 
 
 class TarFiles(Files):
-    """The members of an uncompressed tar. As when it is unpacked, of a name that is there twice the last one counts.
+    """The members of an uncompressed tar. If a name appears twice, the last one counts, as when unpacking.
 
-    ValueError where the archive is damaged, ends too early, or has names that lead out of it.
+    ValueError if the archive is damaged or truncated, or has names that lead outside it.
     """
 
     reader: TarReader
@@ -90,7 +90,7 @@ class TarFiles(Files):
     def __init__(self, archive: LocalFile, stamp: str = ""):
         self._path = path = archive.path()
         self.reader = TarReader(archive, stamp or file_stamp(path))
-        # With those that are left out: a link may lead to them.
+        # Includes litter, because links may point to it.
         self._places: dict[str, _Place] = {}
         self._links: dict[str, str] = {}
         self.broken: dict[str, str] = {}  # hard links among them
@@ -99,7 +99,7 @@ class TarFiles(Files):
         self._replaced: set[str] = set()
         ended = self._read_headers()
         if max((place.end() for place in self._places.values()), default=0) > path.stat().st_size:
-            raise ValueError(f"{path} ends in the middle of a file: get it again")
+            raise ValueError(f"{path} ends in the middle of a file; download it again")
         linked = follow(self._places, self._folders, self._links, str(path))
         self._places |= {name: self._places[target] for name, target in linked.files.items()}
         self.broken |= linked.broken
@@ -111,8 +111,8 @@ class TarFiles(Files):
             *note_of(litter | empty),
             *named_note("devices, pipes or sockets are left out", self._special),
             *named_note(ENDLESS_NOTE, linked.endless),
-            *named_note("names are in the tar twice, and the last one counts", self._replaced),
-            *(() if ended else ("the tar has no end mark: files may be missing behind the last one",)),
+            *named_note("names appear twice in the tar; the last one counts", self._replaced),
+            *(() if ended else ("the tar has no end mark, so files may be missing at its end",)),
         )
 
     def _read_headers(self) -> bool:
@@ -124,7 +124,7 @@ class TarFiles(Files):
                 return _has_end(tar, self._path)
         except tarfile.TarError as error:
             raise ValueError(
-                f"{self._path} is not a complete uncompressed tar ({error}): get it again, or unpack it"
+                f"{self._path} is not a complete uncompressed tar ({error}); download it again, or unpack it"
             ) from error
 
     def _add(self, member: tarfile.TarInfo) -> None:
@@ -138,7 +138,7 @@ class TarFiles(Files):
         if [entries.pop(name) for entries in (self._places, self._links, self.broken) if name in entries]:
             self._replaced.add(name)
         if member.isreg():
-            # Typed as numbers, but they are pairs.
+            # typeshed has a list of numbers, but these are pairs.
             parts: Any = member.sparse if member.sparse is not None else [(0, member.size)]
             self._places[name] = _Place(member.offset_data, member.size, tuple(parts))
         elif member.issym():
@@ -147,7 +147,7 @@ class TarFiles(Files):
             self._add_hard_link(name, self._inside(member.linkname))
 
     def _add_hard_link(self, name: str, target: str) -> None:
-        # It is what had that name when it was packed; a later member of the name is another file.
+        # A hard link means the member packed before it; a later member of that name is another file.
         if target in self._places:
             self._places[name] = self._places[target]
         elif target in self._links:
@@ -159,8 +159,8 @@ class TarFiles(Files):
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if ".." in parts:
             raise ValueError(
-                f"{self._path} holds {name!r}, which leads out of it: names inside an archive are without '..', so get "
-                "it again from its publisher, or pack it again"
+                f"{self._path} contains {name!r}, which leads outside it; names in an archive must not have '..': "
+                "download it again from its publisher, or pack it again"
             )
         return "/".join(parts) or "."
 
@@ -176,7 +176,7 @@ class TarFiles(Files):
 
 
 def _has_end(tar: tarfile.TarFile, path: Path) -> bool:
-    """Whether zeros follow the last member. ValueError where something else does: tarfile stops there in silence."""
+    """Whether zeros follow the last member. ValueError if other bytes do: tarfile stops there silently."""
     ended = False
     with path.open("rb") as file:
         file.seek(tar.offset)
@@ -184,7 +184,7 @@ def _has_end(tar: tarfile.TarFile, path: Path) -> bool:
             ended = True
             if part.strip(b"\0"):
                 raise ValueError(
-                    f"{path} has other bytes behind its last readable header, at byte {tar.offset:,}: it is damaged "
-                    "there, or two tars were joined; get it again, or unpack it (tar -i) and give the folder"
+                    f"{path} has unreadable bytes after its last header, at byte {tar.offset:,}: it is damaged there, "
+                    "or two tars were joined; download it again, or unpack it (tar -i) and use the folder as source"
                 )
     return ended

@@ -1,7 +1,7 @@
-"""The members of a zip, read at their offsets without unpacking it; only a zip inside it is unpacked, once per machine.
+"""The members of a zip, read at their offsets without unpacking; a zip inside it is unpacked once per machine.
 
-The format is PKWARE's APPNOTE; the standard library reads the table of contents, and every claim in it is checked here
-before a byte is believed.
+The format is PKWARE's APPNOTE. The standard library reads the table of contents; this module checks every entry before
+using it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from data_shards.source.files.links import ENDLESS_NOTE, follow
 from data_shards.source.files.litter import left_out, named_note, note_of, without_litter
 
 _CHUNK_BYTES = 1 << 20
-# Coded images shrink by a few percent, tables tenfold. Deflate reaches 1:1032, and bombs come close to it.
+# Encoded images shrink by a few percent, tables tenfold. Deflate reaches 1:1032, and zip bombs come close to it.
 _MOST_SHRUNK = 200
 _NEVER_A_BOMB_BYTES = 64 << 20
 _HEADER_BYTES = 30
-_UNIX = 3  # the system that packed a member and whose file modes it has
+_UNIX = 3  # created on Unix, so the member has Unix file modes
 _SPECIAL = {stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
 _LONGEST_LINK = 4096
 _NAME_IS_UTF8, _ENCRYPTED = 0x800, 0x1
-# What the standard library raises on a table of contents that is not one.
+# What the standard library raises on a damaged table of contents.
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, EOFError, IndexError)
 
 
@@ -53,7 +53,7 @@ class _Member:
 
 
 class ZipReader(ArchiveReader):
-    """Reads the members of a zip with pread on one handle: threads and forked processes may share it."""
+    """Reads the members of a zip with pread on one handle, which threads and forked processes may share."""
 
     def __init__(self, archive: LocalFile, called: str):
         super().__init__(archive)
@@ -64,24 +64,24 @@ class ZipReader(ArchiveReader):
         return self.path.open("rb", buffering=0)
 
     def read(self, name: str, place: _Member | Broken) -> bytes:
-        """The complete file. OSError where its bytes are not those that were packed."""
+        """The complete file. OSError if it fails its checksum."""
         return b"".join(self._chunks(_readable(place)))
 
     def open(self, name: str, place: _Member | Broken, *, buffer_bytes: int) -> BinaryIO:
-        """The complete file in memory: only its end shows whether its bytes are those that were packed."""
+        """The complete file in memory, because its checksum can only be verified at the end."""
         return io.BytesIO(self.read(name, place))
 
     def stamp(self, name: str, place: _Member | Broken) -> str:
-        """See FileReader: by the checksum of its bytes, which the table of contents holds."""
+        """See FileReader: the checksum from the table of contents."""
         return "" if isinstance(place, Broken) else f"{name}|{place.size_bytes}|{place.crc}"
 
     def unpack(self, name: str, place: _Member, target: Path) -> None:
-        """Writes the file to a path of this machine. ValueError where the disk is full or the file is damaged."""
+        """Writes the file to a path of this machine. ValueError if the disk is full or the file is damaged."""
         free = shutil.disk_usage(target.parent).free
         if place.size_bytes > free:
             raise ValueError(
-                f"{name} in {self._called} unpacks to {place.size_bytes:,} bytes, but {target.parent} has "
-                f"{free:,} free: make room, or set XDG_CACHE_HOME to a larger disk"
+                f"{name} in {self._called} unpacks to {place.size_bytes:,} bytes, but {target.parent} has only "
+                f"{free:,} free; free some space, or set XDG_CACHE_HOME to a larger disk"
             )
         try:
             with target.open("wb") as out:
@@ -89,7 +89,7 @@ class ZipReader(ArchiveReader):
         except OSError as error:
             raise ValueError(
                 f"{name} in {self._called} cannot be unpacked into {target.parent}: "
-                f"{error.strerror or error}; get the archive again, or make room"
+                f"{error.strerror or error}; download the archive again, or free some space"
             ) from error
 
     def _chunks(self, member: _Member) -> Iterator[bytes]:
@@ -97,7 +97,7 @@ class ZipReader(ArchiveReader):
         inflate = zlib.decompressobj(-zlib.MAX_WBITS) if member.deflated else None
         for coded in self._coded(member):
             try:
-                # One byte more than declared shows that there is more than declared; a bomb goes off no further.
+                # Inflates at most one byte more than declared, which reveals a bomb.
                 part = inflate.decompress(coded, member.size_bytes - size + 1) if inflate else coded
             except zlib.error as error:
                 raise _damaged() from error
@@ -109,7 +109,7 @@ class ZipReader(ArchiveReader):
             raise _damaged()
 
     def _coded(self, member: _Member) -> Iterator[bytes]:
-        # The local header repeats the name: a class folder must not change with a byte in the table of contents.
+        # The local header repeats the name: a damaged table of contents must not change a class folder.
         header = self._pread(_HEADER_BYTES + len(member.raw_name), member.offset)
         if not header.startswith(b"PK\3\4") or header[_HEADER_BYTES:] != member.raw_name:
             raise _damaged()
@@ -133,10 +133,9 @@ def _readable(place: _Member | Broken) -> _Member:
 
 
 class ZipFiles(Files):
-    """The members of a zip. `called` is how messages name it, where it was found inside another archive.
+    """The members of a zip. `called` is its name in messages, if it was found inside another archive.
 
-    Raises ValueError with the value, the rule and a remedy for whatever makes the complete archive unfit; a single
-    damaged member is an OSError when read.
+    Raises ValueError, with a remedy, if the archive cannot be used; a single damaged member raises OSError when read.
     """
 
     reader: ZipReader
@@ -145,7 +144,7 @@ class ZipFiles(Files):
         self._path = archive.path()
         self._called = called or str(self._path)
         self.reader = ZipReader(archive, self._called)
-        # With those that are left out: a link may lead to them.
+        # Includes litter, because links may point to it.
         self._members: dict[str, _Member] = {}
         self.broken: dict[str, str] = {}
         folders: list[str] = []
@@ -159,11 +158,11 @@ class ZipFiles(Files):
             elif kind in _SPECIAL:
                 special.append(name)
             elif left_out(name):
-                with contextlib.suppress(ValueError):  # nobody reads it unless a link leads to it
+                with contextlib.suppress(ValueError):  # read only if a link points to it
                     self._members[name] = _checked(info, name, self._called)
             elif name in self._members:
                 raise ValueError(
-                    f"{self._called} holds {name!r} twice: a name may be there once, so unpack it, keep the right one"
+                    f"{self._called} contains {name!r} twice, but names must be unique; unpack it and keep one of them"
                 )
             else:
                 self._members[name] = _checked(info, name, self._called)
@@ -181,7 +180,7 @@ class ZipFiles(Files):
         )
 
     def _follow(self, links: list[str], folders: list[str]) -> list[str]:
-        """Puts what links lead to among members and `folders`; the links that lead to a folder that they are in."""
+        """Adds the targets of links to the members and `folders`; returns the links to a folder that contains them."""
         targets: dict[str, str] = {}
         for name in links:
             try:
@@ -214,25 +213,25 @@ class ZipFiles(Files):
                 return archive.infolist()
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self._called} has a name that says it is UTF-8 and is not ({error}): pack it again, or unpack it "
-                "and give the folder"
+                f"{self._called} has a name that is marked as UTF-8 but is not ({error}); pack it again, or unpack it "
+                "and use the folder as source"
             ) from error
         except _DAMAGE as error:
-            raise ValueError(f"{self._called} is no whole zip ({error}): get it again") from error
+            raise ValueError(f"{self._called} is not a complete zip file ({error}); download it again") from error
 
     def _check_places(self) -> None:
-        """Members lie one after the other inside the file; bombs let many claim the same bytes."""
+        """ValueError if members overlap, as in zip bombs, or exceed the file."""
         end, before = 0, ""
         read = [(name, member) for name, member in self._members.items() if not left_out(name)]
         for name, member in sorted(read, key=lambda item: item[1].offset):
             if member.offset < end:
                 raise ValueError(
-                    f"{name!r} and {before!r} lie on the same bytes of {self._called}, as only damaged or hostile zips "
-                    "have it: get it again from its publisher"
+                    f"{name!r} and {before!r} overlap in {self._called}, as happens only in damaged or hostile zips; "
+                    "download it again from its publisher"
                 )
             end, before = member.offset + _HEADER_BYTES + member.coded_bytes, name
         if end > self._path.stat().st_size:
-            raise ValueError(f"{self._called} ends in the middle of {before!r}: get it again")
+            raise ValueError(f"{self._called} ends in the middle of {before!r}; download it again")
 
 
 def _damaged() -> OSError:
@@ -240,50 +239,53 @@ def _damaged() -> OSError:
 
 
 def _plain_name(info: zipfile.ZipInfo, called: str) -> str:
-    """The member's path with '/' between its parts. ValueError for one that leads out of the archive."""
+    """The member's path, separated by '/'. ValueError if it leads outside the archive."""
     name = info.orig_filename
     if not name.isascii() and not info.flag_bits & _NAME_IS_UTF8:
         name = _as_utf8(name, called)
     name = name.replace("\\", "/")
     if any(unicodedata.category(c) == "Cc" for c in name) and not left_out(name):  # macOS names a file Icon\r
         raise ValueError(
-            f"{called} holds {name!r}, a name with control characters, as only damaged or hostile zips have it: get it "
-            "again from its publisher, or unpack it and give the folder"
+            f"{called} contains {name!r}, a name with control characters, as happens only in damaged or hostile zips; "
+            "download it again from its publisher, or unpack it and use the folder as source"
         )
     if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
         raise ValueError(
-            f"{called} holds {name!r}, which leads out of it: names inside an archive are relative and without '..', "
-            "so get it again from its publisher, or pack it again"
+            f"{called} contains {name!r}, which leads outside it; names in an archive must be relative and must not "
+            "have '..': download it again from its publisher, or pack it again"
         )
     return str(PurePosixPath(name))
 
 
 def _as_utf8(name: str, called: str) -> str:
-    # Without the flag a name counts as code page 437; most programs that forget the flag write UTF-8 all the same.
+    # Without the flag a name is code page 437, but most programs that omit the flag write UTF-8.
     try:
         return name.encode("cp437").decode("utf-8")
     except UnicodeError as error:
         raise ValueError(
-            f"{called} holds a name that is neither ASCII nor UTF-8 ({name!r} if read as code page 437): unpack it "
-            "with its own encoding (unzip -O) and give the folder"
+            f"{called} contains a name that is neither ASCII nor UTF-8 ({name!r} if read as code page 437); unpack it "
+            "with its own encoding (unzip -O) and use the folder as source"
         ) from error
 
 
 def _checked(info: zipfile.ZipInfo, name: str, called: str) -> _Member:
     if info.flag_bits & _ENCRYPTED:
-        raise ValueError(f"{name!r} in {called} is encrypted: unpack the archive with its password and give the folder")
+        raise ValueError(
+            f"{name!r} in {called} is encrypted; unpack the archive with its password and use the folder as source"
+        )
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         method = zipfile.compressor_names.get(info.compress_type, str(info.compress_type))  # type: ignore[attr-defined]
         raise ValueError(
-            f"{name!r} in {called} is packed with {method}, but only stored and deflated members can be read: unpack "
-            "the archive and give the folder"
+            f"{name!r} in {called} is packed with {method}, but only stored and deflated members can be read; unpack "
+            "the archive and use the folder as source"
         )
     coded, size = info.compress_size, info.file_size
     deflated = info.compress_type == zipfile.ZIP_DEFLATED
     if (not deflated and coded != size) or (size > _NEVER_A_BOMB_BYTES and size > _MOST_SHRUNK * coded):
         raise ValueError(
-            f"{name!r} in {called} claims to become {size:,} bytes out of {coded:,}, as only damaged or hostile zips "
-            "have it: get it again from its publisher, or, if you trust it, unpack it and give the folder"
+            f"{name!r} in {called} claims to unpack from {coded:,} to {size:,} bytes, as happens only in damaged or "
+            "hostile zips; download it again from its publisher, or, if you trust it, unpack it and use the folder as "
+            "source"
         )
     raw_name = info.orig_filename.encode("utf-8" if info.flag_bits & _NAME_IS_UTF8 else "cp437")
     return _Member(raw_name, info.header_offset, coded, size, info.CRC, deflated)

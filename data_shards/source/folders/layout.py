@@ -1,8 +1,8 @@
-"""Which folders of an image set are its classes, and which are splits around them or inside of them.
+"""Finds which folders of an image set are classes, and which are splits around or inside them.
 
-A set is read as classes/images, splits/classes/images or classes/splits/images, below any number of folders that wrap
-all of it. Names say what a split is (`split.split_word`), or the configuration does. Where names say nothing and
-several folders hold equal ones, either could be the classes: that is refused until the classes are named.
+A set is read as classes/images, splits/classes/images or classes/splits/images, inside any number of wrapping folders.
+Splits are recognized by name (`split.split_word`) or set by the configuration. If names do not decide and several
+folders have equal subfolders, either level could be the classes: this is refused until the classes are named.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _TABLE = "list the images in a table with a split column (--data.layout table)"
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """A folder whose images are of one class, and of one split where folders say so. `path` is inside the source."""
+    """A folder with images of one class and, if split folders exist, one split. `path` is inside the source."""
 
     path: str
     name: str
     split: str | None = None
     split_folder: str = ""
-    """The folder that says so, as it is called."""
+    """Name of the folder that gives the split."""
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The class folders of a set, below `root` ("" or a path in the source), and what its owner should know."""
+    """The class folders of a set, below `root` ("" or a path in the source), and notes for the user."""
 
     root: str
     folders: tuple[ClassFolder, ...]
     splits_from: str = ""
-    """Where the splits come from, in a clause; "" where nothing but the seed has a say."""
+    """Origin of the splits, as a clause; "" if only the seed decides."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Reader:
-    """What all decisions need: the tree, the configuration, and what the folders at the top are."""
+    """State shared by all decisions: the tree, the configuration and the top folders."""
 
     tree: FolderTree
     config: DataConfig
@@ -63,7 +63,7 @@ class _Reader:
         return {class_name(each) for each in self.config.classes}
 
     def names_class(self, name: str) -> bool:
-        """Whether the configuration names it as a class."""
+        """Whether the configuration lists it as a class."""
         return class_name(name) in self._named or ClassEdits(self.config).new_name(class_name(name)) in self._named
 
     def inside(self, folder: str) -> list[str]:
@@ -74,15 +74,15 @@ class _Reader:
 
 
 def read_layout(tree: FolderTree, config: DataConfig) -> FolderLayout:
-    """The class folders of the set. ValueError, with a remedy, where there are none or they could be read in two ways.
+    """The class folders of the set. ValueError, with a remedy, if there are none or they are ambiguous.
 
-    That the classes are the same in all splits is not looked at here.
+    Does not check that all splits have the same classes.
     """
     reader = _Reader(tree, config)
     _descend(reader)
     if not reader.tops:
         raise ValueError(
-            f"{config.source} has no folders: layout `folders` wants one folder per class, with its images inside"
+            f"{config.source} has no folders; layout `folders` needs one folder per class, with its images inside"
         )
     layout = _read(reader)
     return FolderLayout(layout.root, layout.folders, layout.splits_from, (*_left_out(reader), *layout.notes))
@@ -102,15 +102,15 @@ def _read(reader: _Reader) -> FolderLayout:
             raise ValueError(_either(reader, shared))
         if inner := _recurring(reader, roots):
             raise ValueError(
-                f"{reader.source} has {len(reader.tops)} folders ({listed(reader.tops)}), and inside of them again and "
-                f"again {listed(inner)}, as where each patient has a folder with class folders inside: {_TABLE} and a "
-                f"group column, or name the classes if they are the outer folders: --data.classes {typed(reader.tops)}"
+                f"{reader.source} has {len(reader.tops)} folders ({listed(reader.tops)}) that contain {listed(inner)} "
+                f"repeatedly, like patient folders with class folders inside; {_TABLE} and a group column, or, if the "
+                f"outer folders are the classes, name them: --data.classes {typed(reader.tops)}"
             )
     return _classes(reader)
 
 
 def _descend(reader: _Reader) -> None:
-    """Finds the root: archives often wrap everything into one folder."""
+    """Finds the root: archives often wrap everything in one folder."""
     found: set[str] = set()
     while True:
         inside = reader.inside(reader.root)
@@ -130,8 +130,8 @@ def _descend(reader: _Reader) -> None:
     for pair in reader.config.split_values:
         if loose(pair.rpartition("=")[0]) not in found:
             raise ValueError(
-                f"split_values has {pair!r}, but {reader.source} has no such folder around its class folders (there "
-                f"are {listed(reader.tops)}): write FOLDER=train, val, test or drop"
+                f"split_values has {pair!r}, but {reader.source} has no such folder around its class folders (it has "
+                f"{listed(reader.tops)}); write FOLDER=train, val, test or drop"
             )
 
 
@@ -141,7 +141,7 @@ def _note_documents(reader: _Reader, folder: str) -> None:
 
 
 def _leave_out_empty(reader: _Reader) -> None:
-    """An empty folder beside splits that is not called one has nothing to say."""
+    """Ignores empty folders next to splits, unless they are named like a split."""
     paths = {top: joined(reader.root, top) for top in reader.tops}
     empty = [top for top, path in paths.items() if not reader.tree.below(path) and not meaning(top, reader.config)]
     reader.documents += [paths[top] for top in empty]
@@ -149,7 +149,7 @@ def _leave_out_empty(reader: _Reader) -> None:
 
 
 def _class_roots(reader: _Reader) -> dict[str, str]:
-    """Where the class folders of each folder at the top are: some sets have train/train/... beside test/test/..."""
+    """The path of each top folder's class folders: some sets have train/train/... and test/test/..."""
     roots = {top: joined(reader.root, top) for top in reader.tops}
     while True:
         inside = {top: reader.inside(root) for top, root in roots.items()}
@@ -165,11 +165,11 @@ def _class_roots(reader: _Reader) -> dict[str, str]:
         roots |= deeper
 
 
-# ------------------------------------------------------------------------------------- what the folders at the top are
+# ----------------------------------------------------------------------------------------- the kind of the top folders
 
 
 def _are_splits(reader: _Reader, roots: Mapping[str, str]) -> bool:
-    """Whether the folders at the top are splits. ValueError where they look like splits, but hold no classes."""
+    """Whether the top folders are splits. ValueError if they look like splits but have no class folders."""
     if any(reader.names_class(name) for root in roots.values() for name in reader.inside(root)):
         return True
     if any(said(top, reader.config) for top in reader.tops):
@@ -179,51 +179,51 @@ def _are_splits(reader: _Reader, roots: Mapping[str, str]) -> bool:
     if len({words[top] for top in named}) < 2:
         _refuse_lone_split(reader, named)
         return False
-    if named != reader.tops and "train" not in words.values():  # classes such as `valid` and `test tube` among others
+    if named != reader.tops and "train" not in words.values():  # classes such as `valid` and `test tube`
         return False
     if not any(reader.inside(roots[top]) for top in named):
         raise ValueError(
-            f"{reader.source} has the folders {listed(reader.tops)}, which look like splits, not classes, and have no "
-            f"class folders inside: put each image into a folder of its class, or {_TABLE}; if they are classes, name "
-            f"them with --data.classes {typed(reader.tops)}"
+            f"{reader.source} has the folders {listed(reader.tops)}, which look like splits, but have no class folders "
+            f"inside; put each image into a folder of its class, or {_TABLE}; if they are classes, name them with "
+            f"--data.classes {typed(reader.tops)}"
         )
     return True
 
 
 def _refuse_lone_split(reader: _Reader, named: Sequence[str]) -> None:
-    """ValueError where `train` holds folders and nothing beside it is called a split: they cannot all be classes."""
+    """ValueError if `train` has subfolders but no sibling is named like a split: they cannot all be classes."""
     plain = [top for top in named if SPLIT_WORDS.get(loose(top)) == "train" and len(reader.below(top)) > 1]
     others = [top for top in reader.tops if top not in named]
     if plain and others and not reader.config.classes:
         raise ValueError(
             f"{reader.source} has the folder {plain[0]!r}, which looks like a split with the classes "
-            f"{listed(reader.below(plain[0]))}, beside {listed(others)}: leave out what is not a split with "
-            f"--data.split-values {typed(f'{other}=drop' for other in others)} (=val and =test keep it), or name the "
+            f"{listed(reader.below(plain[0]))}, next to {listed(others)}; exclude folders that are not splits with "
+            f"--data.split-values {typed(f'{other}=drop' for other in others)} (=val and =test keep them), or name the "
             f"classes: --data.classes {typed(reader.tops)}"
         )
 
 
 def _splits_are_inside(reader: _Reader) -> bool:
-    """Whether the folders at the top are classes with a folder for each split. ValueError where only some have them."""
+    """Whether the top folders are classes with a folder for each split. ValueError if only some have them."""
     if reader.config.split_folders == "ignore":
         return False
     inside = {top: reader.below(top) for top in reader.tops}
     meanings = {top: [meaning(name, reader.config) for name in names] for top, names in inside.items()}
-    whole = [top for top in reader.tops if len(set(meanings[top])) > 1 and all(meanings[top])]
-    torn = [top for top in reader.tops if top not in whole or reader.tree.num_images_in(joined(reader.root, top))]
-    if whole and torn:
+    divided = [top for top in reader.tops if len(set(meanings[top])) > 1 and all(meanings[top])]
+    other = [top for top in reader.tops if top not in divided or reader.tree.num_images_in(joined(reader.root, top))]
+    if divided and other:
         raise ValueError(
-            f"folder {whole[0]!r} of {reader.source} holds the splits {listed(inside[whole[0]])}, but not all images "
-            f"of {torn[0]!r} are in such folders: move them there, or have all splits drawn with --data.split-folders "
+            f"folder {divided[0]!r} of {reader.source} has the splits {listed(inside[divided[0]])}, but not all images "
+            f"of {other[0]!r} are in such folders; move them there, or have all splits drawn with --data.split-folders "
             "ignore"
         )
-    return bool(whole)
+    return bool(divided)
 
 
 def _shared(reader: _Reader, folders: Sequence[str]) -> list[str]:
-    """Names of the folders inside, where all of `folders` hold mostly the same ones, at least two; else none.
+    """Names of the subfolders if all of `folders` have mostly the same ones, at least two; else none.
 
-    Where one of them is called a split, two that are the same will do.
+    If a top folder is named like a split, two equal names are enough.
     """
     inside = [
         {loose(name): name for name in reader.inside(folder) if reader.tree.has_images(joined(folder, name))}
@@ -240,7 +240,7 @@ def _shared(reader: _Reader, folders: Sequence[str]) -> list[str]:
 
 
 def _recurring(reader: _Reader, roots: Mapping[str, str]) -> list[str]:
-    """Names of a few folders that come again and again inside of many, some of which lack one; else none."""
+    """Names of a few subfolders that recur in many folders, not all of which have all of them; else none."""
     inside = [
         {loose(name): name for name in reader.inside(root) if reader.tree.has_images(joined(root, name))}
         for root in roots.values()
@@ -253,7 +253,7 @@ def _recurring(reader: _Reader, roots: Mapping[str, str]) -> list[str]:
 
 
 def _shared_by_splits(reader: _Reader, parts: Sequence[str]) -> list[str]:
-    """Names that the split folders of one class share: patients would not be in two splits, classes are."""
+    """Subfolder names shared by the split folders of one class: classes recur across splits, patients do not."""
     for top in reader.tops:
         if shared := _shared(reader, [part for part in parts if part.startswith(f"{joined(reader.root, top)}/")]):
             return shared
@@ -264,8 +264,8 @@ def _either(reader: _Reader, inner: Sequence[str]) -> str:
     outer = reader.tops
     return (
         f"{reader.source} has the folders {listed(outer)}, each with the folders {listed(inner)} inside, and either "
-        f"could be the classes: name them with --data.classes {typed(outer)} (what is inside belongs to its class) or "
-        f"--data.classes {typed(inner)} (the outer folders are then splits: {say_which(outer)})"
+        f"could be the classes; name them with --data.classes {typed(outer)} (inner folders are merged) or "
+        f"--data.classes {typed(inner)} (outer folders are splits: {say_which(outer)})"
     )
 
 
@@ -290,11 +290,11 @@ def _classes_of_splits(reader: _Reader) -> FolderLayout:
         one = f"{reader.source}/{joined(reader.root, reader.tops[0])}"
         raise ValueError(
             f"{reader.source} has the folders {listed(reader.tops)} around splits, and the folders {listed(shared)} "
-            f"inside: if the inner ones are the classes, read one of the outer ones (--data.source {typed([one])}) or "
+            f"inside; if the inner ones are the classes, read one of the outer ones (--data.source {typed([one])}) or "
             f"{_TABLE}; if the outer ones are, name them: --data.classes {typed(reader.tops)}"
         )
-    beside = [reader.below(top) for top in reader.tops]
-    splits = split_of_each(sorted({name for _, name in places}), reader.config, beside=beside)
+    siblings = [reader.below(top) for top in reader.tops]
+    splits = split_of_each(sorted({name for _, name in places}), reader.config, siblings=siblings)
     folders = [
         ClassFolder(part, class_name(top), splits[name], name)
         for (top, name), part in zip(places, parts, strict=True)
@@ -315,9 +315,9 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
     if not reader.config.classes and (shared := _shared(reader, inner)):
         names = sorted({path.rpartition("/")[2] for path in inner})
         raise ValueError(
-            f"the splits of {reader.source} hold the folders {listed(names)}, each with the folders {listed(shared)} "
-            f"inside, and either could be the classes: name the first with --data.classes {typed(names)}; if the "
-            f"second are, {_TABLE}"
+            f"the splits of {reader.source} have the folders {listed(names)}, each with the folders {listed(shared)} "
+            f"inside, and either could be the classes; if the outer ones are, name them with --data.classes "
+            f"{typed(names)}; if the inner ones are, {_TABLE}"
         )
     lone = len({splits[top] for top in tops}) == 1
     folders = [
@@ -326,7 +326,7 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
         for name in reader.inside(roots[top])
     ]
     strays = [(top, num) for top in tops if (num := reader.tree.num_strays_in(joined(reader.root, top)))]
-    notes = tuple(f"left out, as they are in no class folder of {top}: {_files(num)}" for top, num in strays)
+    notes = tuple(f"ignored {_files(num)} of {top} outside its class folders" for top, num in strays)
     if ignored:
         clause = f"drawn from all images; the split folders {listed(tops)} are ignored"
     elif lone:
@@ -337,13 +337,13 @@ def _splits(reader: _Reader, roots: Mapping[str, str]) -> FolderLayout:
 
 
 def _check_split_folder(reader: _Reader, top: str, root: str) -> None:
-    """ValueError where a split folder has no class folders, or nothing in them."""
+    """ValueError if a split folder has no class folders, or no images in them."""
     if reader.inside(root) and reader.tree.has_images(root):
         return
-    what = "has images, but no class folders" if reader.tree.has_images(root) else "holds no images"
+    what = "has images, but no class folders" if reader.tree.has_images(root) else "has no images"
     raise ValueError(
-        f"split folder {top!r} of {reader.source} {what}: put each of its images into a folder of its class, or leave "
-        f"the folder out with --data.split-values {typed([f'{top}=drop'])}"
+        f"split folder {top!r} of {reader.source} {what}; put each of its images into a folder of its class, or "
+        f"exclude the folder with --data.split-values {typed([f'{top}=drop'])}"
     )
 
 
@@ -351,14 +351,14 @@ def _check_split_folder(reader: _Reader, top: str, root: str) -> None:
 
 
 def _left_out(reader: _Reader) -> list[str]:
-    """What of the set is not read, a sentence each."""
+    """Notes about files and folders of the set that are not read."""
     notes = []
     if reader.left_out:
-        notes.append(f"folders left out, as --data.split-values says: {listed(reader.left_out)}")
+        notes.append(f"ignored folders excluded by --data.split-values: {listed(reader.left_out)}")
     if reader.documents:
-        notes.append(f"folders left out, as they hold no images: {listed(reader.documents)}")
+        notes.append(f"ignored folders without images: {listed(reader.documents)}")
     if num := reader.tree.num_strays_in(reader.root):
-        notes.append(f"left out, as they are beside the class folders: {_files(num)}")
+        notes.append(f"ignored {_files(num)} outside the class folders")
     return notes
 
 

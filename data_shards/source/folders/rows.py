@@ -1,4 +1,4 @@
-"""Rows of an image set with one folder per class, maybe within folders named after splits."""
+"""Rows of an image set with one folder per class, possibly inside or around split folders."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from data_shards.split import SPLITS, split_word
 
 
 def list_folders(config: DataConfig) -> FileList:
-    """A set with one folder per class, or one per class of each split (see `layout.read_layout`).
+    """A set with one folder per class, or one per class and split (see `layout.read_layout`).
 
-    Files beside the class folders are none of its images. ValueError where the folders could be read in two ways, a
-    class is missing, empty or not named, or the splits have different classes.
+    Files outside the class folders are ignored. ValueError if the folders are ambiguous, a class is missing, empty or
+    not listed, or the splits have different classes.
     """
     files = open_files(config.source)
     tree = FolderTree(files)
@@ -66,45 +66,45 @@ def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileList:
 
 
 def _check_zips(zips: Sequence[str], config: DataConfig) -> None:
-    """ValueError where zips are named after splits, but hold the class folders themselves: nothing would tell whose."""
+    """ValueError if zips are named after splits but directly contain class folders, so the splits would be lost."""
     words = {split_word(posixpath.splitext(posixpath.basename(name))[0])[0] for name in zips} - {""}
     if len(words) > 1 and config.split_folders == "keep":
         raise ValueError(
-            f"{config.source} has {', '.join(zips)}, which look like splits, but what they hold does not say which: "
+            f"{config.source} has {', '.join(zips)}, which look like splits, but their contents have no split folder; "
             "unpack each into a folder of its own name, or have the splits drawn from all images with "
             "--data.split-folders ignore"
         )
 
 
 def _classes(folders: Sequence[ClassFolder], config: DataConfig) -> tuple[str, ...]:
-    """The source's class names in the order of their indices; ValueError where they and the folders do not match."""
+    """The source's class names in index order. ValueError if they do not match the folders."""
     found = sorted({folder.name for folder in folders})
     for name in found:
         if not name.isprintable() and name.encode(errors="replace").decode() != name:
             raise ValueError(
-                f"the class folder {name!a} of {config.source} has a name that is not UTF-8, as archives of older "
-                "Windows programs have: rename it (convmv does so for all files of a set)"
+                f"the class folder {name!a} of {config.source} has a name that is not UTF-8, as in archives from older "
+                "Windows programs; rename it (convmv renames all files of a set)"
             )
     _check_alike(found, config)
     named = ClassEdits(config).names_in_source(config.classes, found)
     classes = tuple(class_name(name) for name in named) or tuple(found)
     if extra := sorted(set(found) - set(classes)):
         like = [name for name in classes if _look(name) == _look(extra[0])]
-        renamed = f" (or, if it is {like[0]!r}, say so with {_class_map(extra[:1], like[0])})" if like else ""
+        renamed = f" (or, if it means {like[0]!r}, use {_class_map(extra[:1], like[0])})" if like else ""
         raise ValueError(
-            f"folder {described(extra[0])} of {config.source} is none of the classes {', '.join(classes)}: move it "
+            f"folder {described(extra[0])} of {config.source} is not one of the classes {', '.join(classes)}; move it "
             f"away, or add it to --data.classes{renamed}"
         )
     if missing := [name for name in classes if name not in found]:
         raise ValueError(
-            f"class folder {missing[0]!r} of {config.source} is missing (there are {', '.join(found)}): put its images "
-            "there, or correct --data.classes"
+            f"class folder {missing[0]!r} of {config.source} is missing (found {', '.join(found)}); create it with its "
+            "images, or correct --data.classes"
         )
     return classes
 
 
 def _check_alike(found: Sequence[str], config: DataConfig) -> None:
-    """ValueError where two folders look like one class written in two ways, unless both are named."""
+    """ValueError if two folders look like two spellings of one class, unless both are listed as classes."""
     ways: dict[str, list[str]] = defaultdict(list)
     for name in found:
         ways[_look(name)].append(name)
@@ -115,14 +115,14 @@ def _check_alike(found: Sequence[str], config: DataConfig) -> None:
             kept = min(names, key=lambda name: (plainness(name), name.casefold() != name, name))
             pairs = _class_map([name for name in names if name != kept], kept)
             raise ValueError(
-                f"the folders {', '.join(map(described, names))} of {config.source} differ only in case, in spaces, "
-                "underscores or dots, in how a number is written, or in letters that look alike: if they are one "
-                f"class, say so with {pairs}, or rename them alike; if they are not, name all classes in --data.classes"
+                f"the folders {', '.join(map(described, names))} of {config.source} differ only in case, spaces, "
+                "underscores, dots, number format or letters that look alike; if they are one class, merge them with "
+                f"{pairs} or rename them; if they are not, list all classes in --data.classes"
             )
 
 
 def _look(name: str) -> str:
-    """A key that is equal for names of class folders whose difference cannot be seen, or is not meant."""
+    """A key that is equal for folder names whose difference is invisible or probably unintended."""
     text = trimmed(folded(name.replace("_", " ")))
     number = re.fullmatch(r"0*(\d+)(?:[.,]0*)?", text)
     return number[1] if number else text
@@ -133,19 +133,19 @@ def _class_map(old: Sequence[str], new: str) -> str:
 
 
 def _check_images(folders: Sequence[ClassFolder], tree: FolderTree, config: DataConfig) -> None:
-    """ValueError where a class folder holds no files, unless the class is left out."""
+    """ValueError if a class folder has no files, unless the class is dropped."""
     edits = ClassEdits(config)
     for folder in folders:
         if not tree.below(folder.path) and edits.new_name(folder.name) is not None:
             within = f" in {folder.split_folder}" if folder.split_folder else ""
             raise ValueError(
-                f"class folder {folder.name!r}{within} of {config.source} is empty: put its images there, remove it, "
-                "or correct --data.classes"
+                f"class folder {folder.name!r}{within} of {config.source} is empty; add its images, remove it, or "
+                "correct --data.classes"
             )
 
 
 def _check_same_classes(folders: Sequence[ClassFolder], config: DataConfig) -> None:
-    """ValueError where a class is in one split, but not in another."""
+    """ValueError if a class is in one split but not in another."""
     classes_of: dict[str, set[str]] = defaultdict(set)
     called: dict[str, str] = {}
     edits = ClassEdits(config)
@@ -158,25 +158,23 @@ def _check_same_classes(folders: Sequence[ClassFolder], config: DataConfig) -> N
         for split, names in classes_of.items():
             if name not in names:
                 others = sorted(names - classes_of[there])
-                renamed = (
-                    f"; if it is {others[0]!r} there, say so with {_class_map(others[:1], name)}" if others else ""
-                )
+                renamed = f"; if it is called {others[0]!r} there, use {_class_map(others[:1], name)}" if others else ""
                 raise ValueError(
-                    f"class {name!r} of {config.source} has a folder in {called[there]}, but none in {called[split]}: "
-                    "every split needs every class, so add its images there, leave the class out with "
+                    f"class {name!r} of {config.source} has a folder in {called[there]}, but none in {called[split]}, "
+                    "and every split needs every class; add its images there, leave the class out with "
                     f"--data.drop-classes {shlex.quote(name)}, or have the splits drawn from all images with "
                     f"--data.split-folders ignore{renamed}"
                 )
 
 
 def _merged(folders: Sequence[ClassFolder]) -> list[str]:
-    """A notice for each class whose folders differ in spaces around the name or in how its accents are coded."""
+    """A note for each class whose folder names differ in surrounding spaces or in the encoding of accents."""
     ways: dict[str, set[str]] = defaultdict(set)
     for folder in folders:
         ways[folder.name] |= {part for part in folder.path.split("/") if class_name(part) == folder.name}
     return [
         f"class {name!r} is read from the folders {' and '.join(map(ascii, sorted(parts)))}, which differ only in "
-        "spaces around the name or in how Unicode codes an accent"
+        "surrounding spaces or in the Unicode encoding of an accent"
         for name, parts in ways.items()
         if len(parts) > 1
     ]

@@ -1,4 +1,4 @@
-"""The folders of an image set as a tree: what is inside of which, and which of them hold images."""
+"""The folders of an image set as a tree: their contents, and which of them have images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from data_shards.source.files.files import Files
 
-# Files with these endings describe a set; they are not images of it.
+# Files with these endings document a set; they are not images.
 _DOCUMENTS = frozenset({
     ".bib", ".cfg", ".csv", ".doc", ".docx", ".htm", ".html", ".ini", ".ipynb", ".json", ".log", ".md", ".ods", ".pdf",
     ".ppt", ".pptx", ".py", ".rst", ".rtf", ".tex", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
@@ -19,22 +19,22 @@ _DOCUMENTS = frozenset({
 
 
 def composed(name: str) -> str:
-    """The name with its accents in Unicode's composed form (NFC): macOS writes them decomposed, keyboards composed."""
+    """The name in Unicode's composed form (NFC): macOS writes accents decomposed, keyboards composed."""
     return unicodedata.normalize("NFC", name)
 
 
 def class_name(folder: str) -> str:
-    """What a folder's class is called: its name in the form NFC, without spaces around it, which nobody sees."""
+    """The class name of a folder: its name in form NFC, without surrounding spaces."""
     return composed(folder).strip() or folder
 
 
 def loose(name: str) -> str:
-    """What two names share that differ only in case, in accents' coding, or in spaces and underscores."""
+    """A key that is equal for names that differ only in case, encoding of accents, spaces or underscores."""
     return re.sub(r"[\s_]+", " ", composed(name)).strip().casefold()
 
 
 class FolderTree:
-    """Folders by their paths ("" is the source itself), without those that hold documents only."""
+    """Folders by path ("" is the source itself), without those that contain only documents."""
 
     def __init__(self, files: Files):
         self.files = sorted(files.names)
@@ -54,7 +54,7 @@ class FolderTree:
                 _mark(folder, self._with_images)
 
     def inside(self, folder: str, *, named: Iterable[str] = ()) -> list[str]:
-        """Names of the folders in a folder; one with nothing but documents only where it is among `named`."""
+        """Names of the subfolders; those with only documents are omitted unless listed in `named`."""
         wanted = {class_name(name) for name in named}
         return [
             name
@@ -63,29 +63,29 @@ class FolderTree:
         ]
 
     def documents_in(self, folder: str) -> list[str]:
-        """Names of the folders in a folder that hold files, but no images."""
+        """Names of the subfolders that have files but no images."""
         return [name for name in self._inside.get(folder, ()) if self.has_documents_only(joined(folder, name))]
 
     def has_documents_only(self, folder: str) -> bool:
-        """Whether there are files below a folder, and none that could be an image."""
+        """Whether there are files below a folder, but none that could be an image."""
         return folder in self._filled and folder not in self._with_images
 
     def has_images(self, folder: str) -> bool:
-        """Whether what could be an image is anywhere below the folder."""
+        """Whether any file below the folder could be an image."""
         return folder in self._with_images
 
     def num_images_in(self, folder: str) -> int:
-        """How many files that could be images are in the folder itself."""
+        """Number of files directly in the folder that could be images."""
         return self._images_in.get(folder, 0)
 
     def num_strays_in(self, folder: str) -> int:
-        """How many files that could be images are in the folder itself, without broken links."""
+        """Number of files directly in the folder that could be images, without broken links."""
         return self.num_images_in(folder) - sum(
             name.rpartition("/")[0] == folder and _may_be_image(name) for name in self.broken
         )
 
     def broken_beside(self, folders: Iterable[str]) -> dict[str, str]:
-        """Links to nothing beside the folders or those that they are in, and why: each may be meant as a folder."""
+        """Broken links next to the folders or their parents, with the reason: each may be meant as a folder."""
         around = {""}
         for folder in folders:
             _mark(folder.rpartition("/")[0], around)
@@ -98,7 +98,7 @@ class FolderTree:
 
 
 def joined(folder: str, name: str) -> str:
-    """The path of a folder in a folder."""
+    """The path of a subfolder."""
     return f"{folder}/{name}" if folder else name
 
 
@@ -107,7 +107,7 @@ def _may_be_image(file: str) -> bool:
 
 
 def _mark(folder: str, marked: set[str]) -> None:
-    """Adds a folder and all that it is in."""
+    """Adds a folder and its parents."""
     while folder not in marked:
         marked.add(folder)
         folder = folder.rpartition("/")[0]

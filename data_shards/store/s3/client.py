@@ -1,10 +1,10 @@
-"""Clients for S3, and the patience with which one operation is tried again.
+"""S3 clients, and retries of operations.
 
-botocore signs, sends and parses; trying again is done here, with its own retries off, because they give up and slow
-down for good. Measured with botocore 1.44.5 in its adaptive mode: at 40 % answers of 500 its quota of retries ran dry
-and 36 of 300 requests failed that six attempts each would have carried (1 expected); after a single SlowDown and 30 s
-of quiet, 32 requests took 0.92 s instead of 0.12 s, and after 30 s more 0.62 s. Here none of the 300 failed, and the
-32 took 0.10 and 0.12 s.
+botocore signs, sends and parses; retries are done here, with botocore's disabled, because those give up early and stay
+slow. Measured with botocore 1.44.5 in adaptive mode: with 40 % of answers being 500, its retry quota ran out and 36 of
+300 requests failed, although six attempts each would have failed only 1; after a single SlowDown and 30 s of quiet, 32
+requests took 0.92 s instead of 0.12 s, and after 30 s more 0.62 s. Here none of the 300 failed, and the 32 took 0.10
+and 0.12 s.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import boto3
+from botocore.config import Config
+
 from data_shards.store.outage import Outage, outage_of
 from data_shards.store.s3.errors import DamagedError, Trouble, trouble_of
 
-SILENCE_S = 20.0  # an attempt ends when the server has been silent for so long
-LONGEST_PAUSE_S = 5.0  # between two attempts, unless the server asks to slow down
-# Keys that are wrong do not get better, but two workers may look while a file of keys is being rewritten.
+SILENCE_S = 20.0  # an attempt ends after so long without data from the server
+LONGEST_PAUSE_S = 5.0  # between attempts, unless the server asks to slow down
+# Wrong keys stay wrong, but a worker may read a credentials file while it is being rewritten.
 PATIENCE_OF = {Trouble.EXPIRED: 20.0, Trouble.REFUSED: 0.5}
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A client of this process, and the keys it found in the AWS variables and files when it was made."""
+    """A client of this process, and the keys from the AWS variables and files at its creation."""
 
     client: Any
     keys: Any
 
 
 class Pace:
-    """The gap between this process's requests to one bucket: none, until the store asks to slow down.
+    """The gap between this process's requests to one bucket: none until the store asks to slow down.
 
-    SlowDown doubles it, from 20 ms to at most 0.5 s; every 2 s without one halve it, so that a reader that was
-    throttled once is as fast as before some seconds later.
+    SlowDown doubles it, from 20 ms to at most 0.5 s; every 2 s without one halve it, so that a throttled reader is back
+    to full speed after some seconds.
     """
 
     FIRST_S, MOST_S, HALF_LIFE_S = 0.02, 0.5, 2.0
@@ -48,7 +51,7 @@ class Pace:
         self._gap_s, self._since, self._next = 0.0, 0.0, 0.0
 
     def wait(self) -> None:
-        """Returns when the next request may go out."""
+        """Waits until the next request may be sent."""
         while True:
             with self._lock:
                 now = self._clock()
@@ -59,7 +62,7 @@ class Pace:
             self._sleep(wait_s)
 
     def slower(self) -> None:
-        """The store said SlowDown; what a burst of requests is told at once counts once."""
+        """Records a SlowDown; several in one burst of requests count once."""
         with self._lock:
             now = self._clock()
             gap = self._gap(now)
@@ -72,15 +75,15 @@ class Pace:
 
 
 class Tries:
-    """The attempts of one operation: with which client, when the next one, and when to stop.
+    """The attempts of one operation: their client, their timing and when to stop.
 
-    No attempt begins later than `until`, nor once the server has been away for `patience_s`, whichever operation found
-    that out: so a store that is gone for good is waited for once, not by each operation after the other.
+    No attempt begins after `until`, nor once the server has been unreachable for `patience_s`, no matter which
+    operation noticed it: so a permanent outage is waited for once, not by each operation in turn.
     """
 
     def __init__(self, bucket: str, *, until: float, patience_s: float, silence_s: float):
-        self.count = 0  # attempts that failed
-        self.unsure = False  # whether one of them may have been carried out all the same
+        self.count = 0  # failed attempts
+        self.unsure = False  # whether a failed attempt may have been carried out
         self._until, self._patience_s, self._silence_s = until, patience_s, silence_s
         self._outage = store_outage(bucket)
         self._began: dict[Trouble, float] = {}
@@ -88,16 +91,16 @@ class Tries:
         self._connection = connect(silence_s)
 
     def client(self) -> Any:
-        """The client for the next attempt, once it may go out."""
+        """The client for the next attempt, once it may be sent."""
         self._pace.wait()
         return self._connection.client
 
     def answered(self) -> None:
-        """An attempt was answered, if only with a refusal: the server is there."""
+        """Records an answer, even a refusal: the server is reachable."""
         self._outage.answered()
 
     def failed(self, error: Exception) -> None:
-        """Waits until the next attempt; raises the error where none would help, or time is over."""
+        """Waits until the next attempt; raises the error if none would help or time is up."""
         trouble = trouble_of(error)
         if trouble is Trouble.FINAL:
             self.answered()
@@ -125,14 +128,15 @@ class Tries:
 
 
 def store_outage(bucket: str) -> Outage:
-    """Whether the server of a bucket is away, as this process sees it."""
+    """The outage state of a bucket's server in this process."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return outage_of(f"the store s3://{bucket}" + (f" at {endpoint}" if endpoint else ""))
 
 
-# Per process (a forked one must not share sockets) and environment (tests change keys).
-_connections: dict[tuple, Connection] = {}
-_paces: dict[tuple, Pace] = {}
+_Key = tuple[int, float, tuple[tuple[str, str], ...]]
+"""Process (a forked one must not share sockets), silence_s and AWS variables (tests change keys)."""
+_connections: dict[_Key, Connection] = {}
+_paces: dict[tuple[int, str | None, str], Pace] = {}
 _lock = threading.Lock()
 
 
@@ -145,28 +149,26 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def connect(silence_s: float) -> Connection:
-    """This process's connection with the present AWS variables, made on first use."""
+    """This process's connection for the current AWS variables, created on first use."""
     key = (os.getpid(), silence_s, _aws_variables())
     return _connections.get(key) or _connected(key, None)
 
 
 def renew(failed: Connection, silence_s: float) -> Connection:
-    """A connection with the keys that are found now; the failed one where they are still the same."""
+    """A connection with the current keys; the failed one if they have not changed."""
     if _keys(_session()) == failed.keys:
         return failed
     return _connected((os.getpid(), silence_s, _aws_variables()), failed)
 
 
-def _connected(key: tuple, failed: Connection | None) -> Connection:
-    from botocore.config import Config
-
+def _connected(key: _Key, failed: Connection | None) -> Connection:
     config = Config(
-        connect_timeout=key[1] / 2,  # each block of a body must be taken within this time, too
+        connect_timeout=key[1] / 2,  # also limits the sending of each block of a body
         read_timeout=key[1],
         retries={"total_max_attempts": 1, "mode": "standard"},
         max_pool_connections=32,
-        # We send Content-MD5, which every S3 server knows. Of the newer checksums radosgw 16 refuses some, and an
-        # upload in parts that was begun with one wants it again for each part.
+        # We send Content-MD5, which every S3 server supports. radosgw 16 refuses some of the newer checksums, and a
+        # multipart upload created with one needs it again for each part.
         request_checksum_calculation="when_required",
     )
     with _lock:
@@ -181,8 +183,6 @@ def _connected(key: tuple, failed: Connection | None) -> Connection:
 
 
 def _session() -> Any:
-    import boto3
-
     return boto3.session.Session()
 
 

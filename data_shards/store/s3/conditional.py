@@ -1,8 +1,8 @@
-"""Conditional writes (If-None-Match): which servers heed them, and what a server answers to one.
+"""Conditional writes (If-None-Match): which servers support them, and their answers.
 
-Whether a server heeds them is asked once per process and bucket. Some servers ignore them, some refuse them as
-NotImplemented. radosgw 16 heeds them for whole objects, but not at the end of an upload in parts. A server that answers
-ConditionalRequestConflict wants the object sent again.
+Support is probed once per process and bucket. Some servers ignore conditions, some refuse them as NotImplemented.
+radosgw 16 supports them for single uploads, but not at the end of a multipart upload. A server that answers
+ConditionalRequestConflict needs the object again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _heeds: dict[tuple[str, str], bool] = {}  # by endpoint and bucket
 
 
 def heeds_conditions(endpoint: str, bucket: str) -> bool | None:
-    """Whether the server heeds conditional writes to this bucket; None where that was not found out yet."""
+    """Whether the server supports conditional writes to this bucket; None if not probed yet."""
     return _heeds.get((endpoint, bucket))
 
 
 def learn_conditions(endpoint: str, bucket: str, heeds: bool, *, uri: str) -> None:
-    """Remembers what was found out first, and warns the user once where it is not safe."""
+    """Remembers the first result, and warns the user once if conditional writes are not supported."""
     if _heeds.setdefault((endpoint, bucket), heeds) is heeds is False:
         _log.warning(
-            "%s ignores conditional writes (If-None-Match), so a lease object must keep two drivers of one dataset, "
-            "run or registered model apart, which is less safe: do not start two at once, or use a server with "
+            "%s ignores conditional writes (If-None-Match), so two drivers of one dataset, run or registered model are "
+            "kept apart only by a lease object, which is less safe; do not start two at once, or use a server with "
             "conditional writes",
             uri,
         )
@@ -38,10 +38,10 @@ def is_there(error: Exception) -> bool:
 
 
 def is_unknown(error: Exception) -> bool:
-    """Whether the server refused a write because it has no conditions."""
+    """Whether the server refused a write because it does not support conditions."""
     return code_of(error) == "NotImplemented"
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether another writer of the same object came between."""
+    """Whether another writer of the same object interfered."""
     return code_of(error) == "ConditionalRequestConflict"

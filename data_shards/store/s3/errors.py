@@ -1,34 +1,46 @@
-"""What went wrong between us and an S3 server: whether to try again, and how to tell a person."""
+"""Errors of S3 requests: whether to retry, and messages for the user."""
 
 from __future__ import annotations
 
 import enum
 from typing import Any
 
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+)
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+
 
 class Trouble(enum.Enum):
-    """What a failed attempt means for the next one."""
+    """Kinds of failed attempts, by how to continue."""
 
-    FINAL = "another attempt would fail as well"
-    BROKEN = "broken off, damaged on the way, or the server failed"
+    FINAL = "another attempt would fail too"
+    BROKEN = "interrupted or damaged in transfer, or the server failed"
     SLOW_DOWN = "the server asks for fewer requests"
-    EXPIRED = "the keys were good and are so no longer"
+    EXPIRED = "the keys have expired"
     REFUSED = "the keys are not accepted"
 
 
 class DamagedError(Exception):
-    """Bytes did not arrive as they were sent."""
+    """Bytes were damaged in transfer."""
 
 
 class ReplacedError(Exception):
-    """An object is another one than before."""
+    """An object was replaced while it was read."""
 
 
 _SLOW_DOWN = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-# An answer to HEAD has no body that could say why.
+# Includes bare status codes, because an answer to HEAD has no body with the reason.
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId", "403", "400"}
-# Of these the server says that the request was not as we meant it, or came at a bad moment.
+# The request arrived damaged, or at a bad moment.
 _BROKEN = {
     "BadDigest",
     "InvalidDigest",
@@ -43,33 +55,17 @@ _BROKEN = {
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What an attempt may raise."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError
-
+    """The exceptions that an attempt may raise."""
     return ClientError, BotoCoreError, ResponseParserError, HTTPError, DamagedError
 
 
 def code_of(error: Exception) -> str:
-    """The code of an answer of the server's, such as NoSuchKey; "" if it was none."""
-    from botocore.exceptions import ClientError
-
+    """The code of the server's answer, such as NoSuchKey; "" without an answer."""
     return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
 
 
 def trouble_of(error: Exception) -> Trouble:
-    """What this error means for another attempt."""
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        ConnectionError,
-        CredentialRetrievalError,
-        FlexibleChecksumError,
-        HTTPClientError,
-        IncompleteReadError,
-    )
-
+    """The kind of this error."""
     if isinstance(error, CredentialRetrievalError):
         return Trouble.EXPIRED
     if not isinstance(error, ClientError):
@@ -89,13 +85,11 @@ def trouble_of(error: Exception) -> Trouble:
 
 
 def explain(error: Exception, *, bucket: str, uri: str) -> str:
-    """What is wrong and what to do, once no further attempt is made."""
-    from botocore.exceptions import ClientError
-
+    """The problem and a remedy, when no further attempt is made."""
     if isinstance(error, DamagedError):
         return (
-            f"{error}, again and again: something between here and the S3 server (a proxy, a network card, memory) "
-            "damages what passes; mend it, or go round it with AWS_ENDPOINT_URL_S3"
+            f"{error}, repeatedly: something between this machine and the S3 server (a proxy, a network card, memory) "
+            "damages the data; fix it, or bypass it with AWS_ENDPOINT_URL_S3"
         )
     return _refusal(error, bucket, uri) if isinstance(error, ClientError) else _failure(error)
 
@@ -104,29 +98,29 @@ def _refusal(error: Any, bucket: str, uri: str) -> str:
     code, message = code_of(error), error.response.get("Error", {}).get("Message", "")
     trouble = trouble_of(error)
     if code == "NoSuchBucket":
-        return f"there is no bucket {bucket!r}: create it, or name another store"
+        return f"bucket {bucket!r} does not exist; create it, or use another store"
     if trouble is Trouble.EXPIRED:
         return (
-            f"the credentials have expired ({code}) and no new ones were found: renew them (AWS_PROFILE and the files "
-            "of AWS are read again, variables are not) and run again, what is finished is kept"
+            f"the credentials have expired ({code}) and no new ones were found; renew them (AWS_PROFILE and the AWS "
+            "files are read again, variables are not) and rerun; finished work is kept"
         )
     if code in ("AccessDenied", "403", "Forbidden"):
-        return f"refused ({code}): these credentials must be allowed to read and write below {uri}"
+        return f"access denied ({code}); allow these credentials to read and write below {uri}"
     if trouble is Trouble.REFUSED and code != "400":
-        return f"wrong credentials ({code}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return f"wrong credentials ({code}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if code == "RequestTimeTooSkewed":
-        return "this machine's clock is not that of the S3 server: set it"
+        return "the clocks of this machine and of the S3 server differ; set this machine's clock"
     if trouble is Trouble.SLOW_DOWN:
-        return f"the S3 server keeps asking to slow down ({code}): use fewer workers, or run again when it is less busy"
+        return f"the S3 server keeps asking to slow down ({code}); use fewer workers, or rerun when it is less busy"
     if trouble is Trouble.BROKEN:
-        return f"the S3 server keeps failing ({code} {message}".rstrip() + "): look at its log, and run again"
-    return f"the server said {code} {message}".rstrip() + ": does AWS_ENDPOINT_URL_S3 name an S3 server?"
+        return f"the S3 server keeps failing ({code} {message}".rstrip() + "); check its log and rerun"
+    return f"the server answered {code} {message}".rstrip() + "; check that AWS_ENDPOINT_URL_S3 is an S3 server"
 
 
 def _failure(error: Exception) -> str:
     name, said = type(error).__name__, " ".join(str(error).split())
     if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"):
-        return f"no credentials ({said}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return f"no credentials ({said}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if name == "ResponseParserError":
-        return f"no S3 server answers there ({said}): set AWS_ENDPOINT_URL_S3 to where one listens"
-    return f"the S3 server cannot be reached ({said}): start it, or set AWS_ENDPOINT_URL_S3 to where it listens"
+        return f"the server is not an S3 server ({said}); set AWS_ENDPOINT_URL_S3 to the address of one"
+    return f"the S3 server cannot be reached ({said}); start it, or set AWS_ENDPOINT_URL_S3 to its address"

@@ -1,4 +1,4 @@
-"""An object of S3, or a range of it, as far as it has arrived: goes on where a body broke off, checks what came."""
+"""Reads an S3 object or a range of it: resumes interrupted reads and verifies the bytes."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ import logging
 import re
 from typing import Any
 
+from botocore.exceptions import ClientError, FlexibleChecksumError
+
 from data_shards.store.s3.errors import DamagedError, ReplacedError, code_of
 from data_shards.store.s3.upload import comparable_etag, etag_of
 from data_shards.store.store import StoreError
 
-# What has arrived is kept in such pieces: so much at most is asked for again after a break.
+# Received data is kept in pieces of this size, so at most one piece is requested again after an interruption.
 _PIECE_BYTES = 64 << 10
 _log = logging.getLogger(__name__)
 
 
 class Reading:
-    """The bytes [start, start + length) of the object at `place`; with `etag` only of that very object."""
+    """The bytes [start, start + length) of the object at `place`; with `etag`, only of that version."""
 
     def __init__(self, place: dict[str, str], start: int = 0, length: int | None = None, *, etag: str = ""):
-        self.total = 0  # bytes of the whole object, once the server has answered
+        self.total = 0  # bytes of the complete object, once the server has answered
         self.etag, self._only = etag, etag
-        self.tag = ""  # the ETag as far as it tells of the bytes
+        self.tag = ""  # the ETag, if it depends on the bytes
         self._place, self._start, self._length = place, start, length
         self._pieces: list[bytes] = []
         self._received, self._end = 0, 0
         self._seen = ""
 
-    def go_on(self, client: Any) -> bytes:
-        """Asks for what is missing; all the bytes once they are there, fewer where the object ends.
+    def resume(self, client: Any) -> bytes:
+        """Requests the missing bytes; returns all bytes once they have arrived, fewer at the end of the object.
 
         Raises:
-            ReplacedError: `etag` was given, and the object is another one now.
-            Exception: it broke off or came damaged; go on with the same reading.
+            ReplacedError: `etag` was given, and the object has been replaced.
+            Exception: the read was interrupted or damaged; call `resume` again.
         """
-        from botocore.exceptions import ClientError, FlexibleChecksumError
 
         if self._received and self._start + self._received == self._end:
-            self._begin_anew()  # nothing is missing: it failed at the very end
+            self._restart()  # nothing is missing, so the final check failed
         at = self._start + self._received
         is_range = at > 0 or self._length is not None
         ask = {"IfMatch": self.etag} if self.etag else {}
@@ -52,10 +53,10 @@ class Reading:
                     self._pieces.append(piece)
                     self._received += len(piece)
         except FlexibleChecksumError:
-            self._begin_anew()
+            self._restart()
             raise
         except ClientError as error:
-            if code_of(error) == "InvalidRange" and not self.etag:  # beyond the end, as with a file
+            if code_of(error) == "InvalidRange" and not self.etag:  # beyond the end, like a file
                 return b""
             if code_of(error) in ("InvalidRange", "PreconditionFailed", "412"):
                 raise self._replaced() from error
@@ -63,7 +64,7 @@ class Reading:
         if self._start + self._received != self._end:
             arrived = f"{self._received} of {self._end - self._start} bytes arrived"
             if not is_range or self._start + self._received > self._end:
-                self._begin_anew()
+                self._restart()
             raise DamagedError(arrived)
         data = b"".join(self._pieces)
         if len(data) == self.total:
@@ -71,9 +72,9 @@ class Reading:
         return data
 
     def _end_of(self, answer: dict[str, Any], at: int, is_range: bool) -> int:
-        """Where the wanted bytes end in the object; raises where the answer is about others."""
+        """End of the requested bytes in the object; raises if the answer has other bytes."""
         etag = answer.get("ETag", "")
-        if self.etag and etag != self.etag:  # a server that does not heed If-Match
+        if self.etag and etag != self.etag:  # the server ignores If-Match
             raise self._replaced()
         self.etag, self.tag = etag, comparable_etag(answer)
         if not is_range:
@@ -82,27 +83,27 @@ class Reading:
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
         if found is None or int(found[1]) != at:
             raise StoreError(
-                f"the server was asked for {self._place['Key']} from byte {at} on and answered with "
-                f"{answer.get('ContentRange', 'all of it')}: use an S3 server that heeds Range"
+                f"the server was asked for {self._place['Key']} from byte {at}, but answered with "
+                f"{answer.get('ContentRange', 'all of it')}; use an S3 server that supports Range"
             )
         self.total = int(found[3])
         return self.total if self._length is None else min(self._start + self._length, self.total)
 
     def _check(self, data: bytes) -> None:
-        """Compares a whole object with its ETag. Two readings that agree are believed: then it is no MD5."""
+        """Compares a complete object with its ETag. If two reads agree with each other, the ETag is not an MD5."""
         found, wanted = etag_of(data, like=self.tag), self.tag
         if found in (wanted, ""):
             return
         if found == self._seen:
-            _log.info("%s: its ETag is %s, but its bytes make %s", self._place["Key"], wanted, found)
+            _log.info("%s has the ETag %s, but its bytes give %s", self._place["Key"], wanted, found)
             return
-        self._begin_anew()
+        self._restart()
         self._seen = found
-        raise DamagedError(f"its bytes make the ETag {found}, but it has {wanted}")
+        raise DamagedError(f"its bytes give the ETag {found}, but it has {wanted}")
 
     def _replaced(self) -> Exception:
-        self._begin_anew()
+        self._restart()
         return ReplacedError("it was replaced while it was read") if self._only else DamagedError("it was replaced")
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self._pieces, self._received, self.etag = [], 0, self._only

@@ -1,4 +1,4 @@
-"""Objects below a prefix of an S3 bucket, through a network that fails: tried again, read on, checked."""
+"""Objects below a prefix of an S3 bucket, over an unreliable network: with retries, resumed reads and checksums."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from data_shards.store.store import Store, StoreAwayError, StoreError, StoreKeyE
 
 RESUME = "run the same command to resume"
 _WINDOW_BYTES = 16 << 20
-_MARKERS = {  # how the next page is asked for: argument -> where the last page tells it
+_MARKERS = {  # arguments for the next page of a listing -> fields of the previous page
     "list_objects_v2": {"ContinuationToken": "NextContinuationToken"},
     "list_multipart_uploads": {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
 }
@@ -43,18 +43,18 @@ _T = TypeVar("_T")
 class S3Store(Store):
     """Objects below a prefix of an S3 bucket.
 
-    Time: no attempt begins later than `patience_s` (15 minutes) after its operation began, or after the server went
-    away (see `outage`, which also reports that it is waited for), and one ends when the server has been silent for
-    `silence_s` (20 s). So a server that is gone for good is an error after `patience_s` + `silence_s`, for all
-    operations together; expired keys are one after 20 s, wrong ones at once. An object of more than 64 MiB is written
-    in parts, and `fetch` reads in windows of 16 MiB: each of them is an operation of its own.
+    Time: no attempt begins later than `patience_s` (15 minutes) after the start of its operation or of an outage of the
+    server (see `outage`, which also reports it), and an attempt ends after `silence_s` (20 s) without data. So a
+    permanent outage is an error after `patience_s` + `silence_s`, for all operations together; expired keys are an
+    error after 20 s, wrong ones almost at once. An object of more than 64 MiB is written in parts, and `fetch` reads in
+    windows of 16 MiB: each of them is a separate operation.
 
-    Content: every body is compared with its announced length, and a whole object with its ETag, which is its MD5
-    unless the bucket encrypts with keys of KMS or of the customer. A range alone and a listing have no checksum in S3:
-    whoever reads a range needs a digest of his own.
+    Content: every body is compared with its announced length, and a complete object with its ETag, which is its MD5
+    unless the bucket encrypts with keys of KMS or of the customer. S3 has no checksum for ranges and listings: callers
+    that read ranges need their own digest.
 
-    Conditions: see conditional.py. Where a server does not heed them at the end of an upload in parts, two writers of
-    one large object both win, and the later one's stays.
+    Conditions: see conditional.py. If a server ignores them at the end of a multipart upload, two writers of one large
+    object both succeed, and the later one's remains.
     """
 
     is_local = False
@@ -68,7 +68,7 @@ class S3Store(Store):
         silence_s: float = SILENCE_S,
         left_s: float = math.inf,
     ):
-        """`left_s`: for how long from now attempts of all operations together may begin."""
+        """`left_s`: for how long from now attempts of all operations may begin."""
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._root = f"{prefix}/" if prefix else ""
@@ -77,18 +77,18 @@ class S3Store(Store):
 
     @property
     def conditional(self) -> bool:
-        """See Store. Asked with a probe object, once per process and bucket."""
+        """See Store. Tested with a probe object, once per process and bucket."""
         if self._heeds is None:
             self._learn(self._heeds_conditions())
         return bool(self._heeds)
 
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
-        """See Store. S3 shows an object only when all of it has arrived."""
+        """See Store. S3 shows an object only when it is complete."""
         with self._errors(f"cannot write {key}"):
             if if_absent and self._heeds is False:
                 if self._head(key) is not None:
                     return False
-                if_absent = False  # another may come between
+                if_absent = False  # another writer may still interfere
             if size_of(data) > MULTIPART_BYTES:
                 return self._put_in_parts(key, data, if_absent=if_absent)
             return self._put_whole(key, data.read_bytes() if isinstance(data, Path) else data, if_absent=if_absent)
@@ -100,7 +100,7 @@ class S3Store(Store):
             return self._read(Reading(self._place(key), start, length))
 
     def fetch(self, key: str, path: Path) -> None:
-        """See Store. All windows are of one and the same object; what does not fit its ETag is fetched again."""
+        """See Store. All windows are of the same version; a file that does not match its ETag is fetched again."""
         seen = ""
         with self._errors(f"cannot read {key}", key=key):
             for _ in range(5):
@@ -113,8 +113,8 @@ class S3Store(Store):
                     return
                 seen = found
         raise StoreError(
-            f"{self.uri}: {key} was replaced while it was read, or came damaged, five times over: read it again when "
-            "nobody writes it"
+            f"{self.uri}: {key} was replaced or damaged five times while it was read; try again when no process writes "
+            "it"
         )
 
     def head(self, key: str) -> int | None:
@@ -122,14 +122,15 @@ class S3Store(Store):
         return None if answer is None else answer["ContentLength"]
 
     def tag(self, key: str) -> str:
-        return self._found(key)["ETag"]
+        return str(self._found(key)["ETag"])
 
     def age_s(self, key: str) -> float:
         answer = self._found(key)
-        return (_server_time(answer) - answer["LastModified"]).total_seconds()
+        written: datetime = answer["LastModified"]
+        return (_server_time(answer) - written).total_seconds()
 
     def holds(self, key: str, data: bytes | Path) -> bool:
-        """See Store. By size and ETag; the bytes are fetched only where the ETag is not that of the same bytes."""
+        """See Store. Compares size and ETag; the bytes are fetched only if the ETag differs."""
         answer = self._head(key)
         if answer is None or answer["ContentLength"] != size_of(data):
             return False
@@ -140,11 +141,11 @@ class S3Store(Store):
         return (key for key in self.raw_keys(prefix) if key and not key.endswith("/"))
 
     def raw_keys(self, prefix: str = "") -> Iterator[str]:
-        """As `list`, with the empty objects that consoles and pyarrow put where a folder is meant ("x/", "")."""
+        """Like `list`, with the empty objects that consoles and pyarrow write for folders ("x/", "")."""
         return (key for key, _ in self.raw_tags(prefix))
 
     def raw_tags(self, prefix: str = "") -> Iterator[tuple[str, str]]:
-        """The keys of `raw_keys`, each with its object's tag, which the listing gives without another request."""
+        """The keys of `raw_keys` with their objects' tags, without extra requests."""
         for page in self._pages("list_objects_v2", prefix):
             for entry in page.get("Contents", ()):
                 yield entry["Key"].removeprefix(self._root), entry.get("ETag", "")
@@ -155,12 +156,12 @@ class S3Store(Store):
             self._ask(lambda client: client.delete_object(**place))
 
     def clean(self, *, older_than_s: float) -> tuple[str, ...]:
-        """See Store: uploads in parts that were never completed, which nobody sees but the one who pays."""
+        """See Store: aborts unfinished multipart uploads, which are invisible but cost money."""
         aborted = []
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
                 age_s = (_server_time(page) - upload["Initiated"]).total_seconds()
-                if max(0, age_s) >= older_than_s:  # the one is in whole seconds, the other not
+                if max(0, age_s) >= older_than_s:  # only one of the times is in whole seconds
                     parts = Parts({"Bucket": self.bucket, "Key": upload["Key"]}, upload["UploadId"])
                     with self._errors("cannot abort an upload"):
                         self._ask(parts.abort)
@@ -174,15 +175,15 @@ class S3Store(Store):
         return self._with(prefix="/".join(filter(None, [self.prefix, *map(checked_key, parts)])))
 
     def with_patience(self, total_s: float) -> Self:
-        """See Store; an attempt also ends when the server has been silent for `total_s`."""
+        """See Store; an attempt also ends after `total_s` without data."""
         return self._with(silence_s=min(total_s, self.silence_s), left_s=min(total_s, self._left_s))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         return functools.partial(type(self), **self._settings()), ()
 
     @property
     def client(self) -> Any:
-        """boto3's client of this process."""
+        """This process's boto3 client."""
         with self._errors("cannot connect"):
             return connect(self.silence_s).client
 
@@ -197,14 +198,14 @@ class S3Store(Store):
                 tag = comparable_etag(answer)
                 if etag_of(body, like=tag) == tag or self._read(Reading(place)) == body:
                     return True
-                # A server that does not look at Content-MD5 has stored what came. It is put right, unless somebody
-                # else has done so since.
+                # A server that ignores Content-MD5 has stored damaged bytes. Overwrite them, unless another writer has
+                # replaced the object since.
                 condition = {"IfMatch": answer["ETag"]} if if_absent else {}
-                raise DamagedError(f"the server stored other bytes than were sent (its ETag is {tag})")
+                raise DamagedError(f"the server stored other bytes than were sent (ETag {tag})")
             except failures() as error:
                 if if_absent and is_there(error):
                     tries.answered()
-                    # An attempt whose answer was lost may have written it: then these are our bytes.
+                    # Our own attempt may have written it if its answer was lost.
                     return tries.unsure and self.holds(key, body)
                 if condition and is_unknown(error):
                     self._learn(False)
@@ -216,7 +217,7 @@ class S3Store(Store):
         place = self._place(key)
         for _ in range(3):
             if if_absent and self._head(key) is not None:
-                return False  # not sent in vain
+                return False  # avoids a useless upload
             begun = self._ask(lambda client: client.create_multipart_upload(**place))
             parts, done = Parts(place, begun["UploadId"]), None
             try:
@@ -229,12 +230,11 @@ class S3Store(Store):
             if done is not None:
                 return done
         raise StoreError(
-            f"{self.uri}: cannot write {key}: three times another writer of it came between, or the server forgot its "
-            "parts: run again"
+            f"{self.uri}: cannot write {key}: three times another writer interfered or the server lost its parts; rerun"
         )
 
     def _completed(self, parts: Parts, key: str, data: bytes | Path, *, if_absent: bool) -> bool | None:
-        """True: written; False: another object was there first; None: the server wants all parts again."""
+        """True: written; False: another object already exists; None: the server needs all parts again."""
         tries, condition = self._tries(), ONLY_IF_ABSENT if if_absent else {}
         while True:
             try:
@@ -244,7 +244,7 @@ class S3Store(Store):
             except failures() as error:
                 exists, is_lost = is_there(error), code_of(error) in ("NoSuchUpload", "404")
                 if (exists or is_lost) and tries.unsure and self.holds(key, data):
-                    return True  # by an attempt whose answer was lost
+                    return True  # an attempt whose answer was lost has completed it
                 if exists:
                     return False
                 if is_lost or is_conflict(error):
@@ -256,7 +256,7 @@ class S3Store(Store):
                 tries.failed(error)
 
     def _copy(self, key: str, path: Path) -> str:
-        """Fetches window by window; the ETag as far as it tells of the bytes."""
+        """Fetches window by window; returns the ETag still to verify, or "" if there is none."""
         with path.open("wb") as out:
             reading = Reading(self._place(key), 0, _WINDOW_BYTES)
             while True:
@@ -265,24 +265,26 @@ class S3Store(Store):
                     raise ReplacedError("it became shorter while it was read")
                 out.write(data)
                 if out.tell() >= reading.total:
-                    return reading.tag if reading.total > _WINDOW_BYTES else ""  # one window is checked as it is read
+                    return reading.tag if reading.total > _WINDOW_BYTES else ""  # a single window is already verified
                 reading = Reading(self._place(key), out.tell(), _WINDOW_BYTES, etag=reading.etag)
 
     def _read(self, reading: Reading) -> bytes:
-        return self._ask(reading.go_on)
+        return self._ask(reading.resume)
 
     def _head(self, key: str) -> dict[str, Any] | None:
         place = self._place(key)
 
         def look(client: Any) -> dict[str, Any] | None:
+            answer: dict[str, Any]
             try:
-                return client.head_object(**place)
+                answer = client.head_object(**place)
+                return answer
             except failures() as error:
                 if code_of(error) in ("404", "NoSuchKey", "NotFound"):
                     return None
                 if code_of(error) not in ("400", "403"):
                     raise
-            # No body said why it was refused. The answer to GET does, or is the answer, if it was for a moment only.
+            # HEAD has no body with the reason of a refusal. GET gives the reason, or succeeds after a brief failure.
             try:
                 answer = client.get_object(**place)
             except failures() as error:
@@ -302,7 +304,7 @@ class S3Store(Store):
         return answer
 
     def _pages(self, operation: str, prefix: str) -> Iterator[dict[str, Any]]:
-        """The pages of a listing below our prefix, each tried again on its own."""
+        """The pages of a listing below our prefix; each has its own attempts."""
         ask = {"Bucket": self.bucket, "Prefix": self._root + prefix}
         while True:
             with self._errors("cannot list"):
@@ -328,7 +330,7 @@ class S3Store(Store):
 
     @property
     def _heeds(self) -> bool | None:
-        """What is known of the server's conditional writes."""
+        """Whether the server supports conditional writes; None if not probed yet."""
         return heeds_conditions(self.client.meta.endpoint_url, self.bucket)
 
     def _learn(self, heeds: bool) -> None:
@@ -367,7 +369,7 @@ class S3Store(Store):
             reason = explain(error, bucket=self.bucket, uri=self.uri)
             away_s = store_outage(self.bucket).away_s
             if math.isinf(self._until) and 0 < self.patience_s - LONGEST_PAUSE_S <= away_s:
-                reason += f"; the wait of {span(self.patience_s)} (--placement.patience-s) is over; {RESUME}"
+                reason += f"; gave up after {span(self.patience_s)} (--placement.patience-s); {RESUME}"
                 raise StoreAwayError(f"{self.uri}: {doing}: {reason}") from error
             raise StoreError(f"{self.uri}: {doing}: {reason}") from error
 

@@ -1,6 +1,6 @@
-"""A large object sent to S3 in parts, and the ETags of objects.
+"""Multipart uploads to S3, and the ETags of objects.
 
-boto3's own transfer of files in parts cannot be told to write only where nothing is.
+boto3's multipart transfer does not support writing only if the object is absent.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Any
 from data_shards.store.s3.client import Tries
 from data_shards.store.s3.errors import DamagedError, code_of, failures
 
-MULTIPART_BYTES = 64 << 20  # larger objects go in parts
-_PART_BYTES = 16 << 20  # one part is in memory at a time
+MULTIPART_BYTES = 64 << 20  # larger objects are uploaded in parts
+_PART_BYTES = 16 << 20  # one part at a time is in memory
 _MOST_PARTS = 10_000  # S3's limit
 
 
 class Parts:
-    """An upload in parts; nobody sees it before `complete`."""
+    """A multipart upload; the object is not visible before `complete`."""
 
     def __init__(self, place: dict[str, str], upload_id: str):
         self._upload = {**place, "UploadId": upload_id}
         self._sent: list[dict[str, Any]] = []
 
     def send(self, data: bytes | Path, tries: Callable[[], Tries]) -> None:
-        """Sends all parts, each tried again on its own."""
+        """Sends all parts; each has its own attempts."""
         for number, part in enumerate(pieces(data, part_bytes(size_of(data))), 1):
             self._sent.append({"PartNumber": number, "ETag": self._send(number, part, tries())})
 
     def complete(self, client: Any, **condition: str) -> None:
-        """Puts the parts together: the object is there."""
+        """Joins the parts, which makes the object visible."""
         client.complete_multipart_upload(**self._upload, MultipartUpload={"Parts": self._sent}, **condition)
 
     def abort(self, client: Any) -> None:
-        """Throws the parts away, if they are still there."""
+        """Deletes the parts, if they still exist."""
         try:
             client.abort_multipart_upload(**self._upload)
         except failures() as error:
@@ -52,9 +52,9 @@ class Parts:
                 answer = tries.client().upload_part(**self._upload, PartNumber=number, Body=part, ContentMD5=checksum)
                 tries.answered()
                 found = comparable_etag(answer)
-                # Twice the same for the same bytes: then it is the server's own idea of an ETag.
+                # Twice the same for the same bytes: the server computes ETags in its own way.
                 if found in ("", md5.hexdigest(), seen):
-                    return answer["ETag"]
+                    return str(answer["ETag"])
                 seen = found
                 raise DamagedError(f"part {number} has the MD5 {md5.hexdigest()}, but the server stored {found}")
             except failures() as error:
@@ -62,17 +62,17 @@ class Parts:
 
 
 def size_of(data: bytes | Path) -> int:
-    """In bytes."""
+    """Size in bytes."""
     return data.stat().st_size if isinstance(data, Path) else len(data)
 
 
 def part_bytes(size_bytes: int) -> int:
-    """The size of the parts of an object that goes in parts."""
+    """The part size for the multipart upload of an object."""
     return max(_PART_BYTES, -(-size_bytes // _MOST_PARTS))
 
 
 def pieces(data: bytes | Path, piece_bytes: int) -> Iterator[bytes]:
-    """The data cut into pieces, one in memory at a time."""
+    """The data in pieces; one at a time is in memory."""
     if isinstance(data, Path):
         with data.open("rb") as file:
             while piece := file.read(piece_bytes):
@@ -83,7 +83,7 @@ def pieces(data: bytes | Path, piece_bytes: int) -> Iterator[bytes]:
 
 
 def comparable_etag(answer: dict[str, Any]) -> str:
-    """The ETag of an answer as 32 hex digits, with "-N" for N parts; "" where it says nothing about the bytes."""
+    """The ETag of an answer as 32 hex digits, with "-N" for N parts; "" if it does not depend on the bytes."""
     if "kms" in answer.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in answer:
         return ""
     etag = answer.get("ETag", "").strip('"').lower()
@@ -91,7 +91,7 @@ def comparable_etag(answer: dict[str, Any]) -> str:
 
 
 def etag_of(data: bytes | Path, *, like: str) -> str:
-    """The ETag of these bytes, made as `like` was: their MD5, or the MD5 of the MD5s of our parts; "" if otherwise."""
+    """The ETag of these bytes in the form of `like`: their MD5, or the MD5 of our parts' MD5s; "" for other forms."""
     digest, _, number = like.partition("-")
     if not digest:
         return ""

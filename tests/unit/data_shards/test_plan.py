@@ -70,7 +70,7 @@ def test_a_row_without_a_group_is_a_group_of_its_own():
 
 def test_one_image_listed_twice_is_an_error_that_names_it():
     row = in_memory_set(1).rows[0]
-    with pytest.raises(ValueError, match=re.escape(f"{row.where!r} (frame 0) stands twice")):
+    with pytest.raises(ValueError, match=re.escape(f"{row.where!r} (frame 0) appears twice")):
         plan_shards([row, row], ["train", "val"], CONFIG)
 
 

@@ -101,7 +101,7 @@ def test_where_only_train_and_val_are_given_no_test_is_made_up():
 
 def test_a_group_in_two_given_splits_is_named():
     rows = [Sample((0,), f"g{i}", split) for i, split in enumerate(("train", "val", "test"))]
-    with pytest.raises(LeakError, match="'g0' stands in train and in test"):
+    with pytest.raises(LeakError, match="'g0' is in the splits train and test"):
         drawn([*rows, Sample((0,), "g0", "test")], 1)
 
 
@@ -117,5 +117,5 @@ def test_rows_of_which_only_some_have_a_split_are_refused():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="'dev' is unknown"):
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
         check_splits([Sample((0,))], ["dev"], num_classes=1)

@@ -71,7 +71,7 @@ def test_a_flipped_bit_a_missing_shard_and_a_stray_are_told(store):
     for key in strays:
         store.put(key, b"of an earlier conversion")
     found = verify(store)
-    assert "shards/train-00001.tar has another sha256 than the manifest" in found.problems
+    assert "shards/train-00001.tar has a different sha256 than the manifest" in found.problems
     assert "shards/test-00000.tar is missing" in found.problems
     assert any(problem.startswith("shards/val-00000.tar has ") for problem in found.problems)
     assert found.strays == strays
@@ -80,10 +80,10 @@ def test_a_flipped_bit_a_missing_shard_and_a_stray_are_told(store):
 @pytest.mark.parametrize(
     ("ending", "new", "told"),
     [
-        ("cls", b"7", "another class than the index"),
-        ("json", b"{}", "other labels, group or split"),
-        ("json", b"{", "a .json that is none"),
-        ("png", b"no image", "lies elsewhere"),
+        ("cls", b"7", "a different class than the index"),
+        ("json", b"{}", "different labels, group or split"),
+        ("json", b"{", "a .json that is not JSON"),
+        ("png", b"no image", "a different position or size"),
     ],
     ids=["class", "labels", "json", "size"],
 )
@@ -102,7 +102,8 @@ def test_other_pixels_of_the_same_size_are_found_by_their_digest(store):
         return same_size_png(size) if name == f"{key}.png" else data
 
     rewritten(store, "train-00000", change)
-    assert verify(store).problems == [f"shards/train-00000.tar: sample {key} has other pixels than {FINGERPRINTS} says"]
+    problem = f"shards/train-00000.tar: sample {key} has different pixels than in {FINGERPRINTS}"
+    assert verify(store).problems == [problem]
 
 
 def tar_member(store, shard: str, name: str) -> bytes:

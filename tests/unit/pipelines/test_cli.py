@@ -392,8 +392,8 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["run", *DRY, "--run", ".hidden"], r"--run '\.hidden'"),
         (["run", *DRY, "--run", "x" * 101], "at most 100"),
         (["run", "--run", "nothing"], "there is no run 'nothing' in .* to resume; name a recipe"),
-        (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is not a store: give a folder or s3://"),
-        (["status", "--store", "s3://"], "--store: 's3://' names no bucket"),
+        (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is not a store; use a folder or s3://"),
+        (["status", "--store", "s3://"], "--store: 's3://' has no bucket"),
         (["train", *DRY, "--wait-s", "nan"], "--wait-s nan: give seconds, 0 or more"),
         (["train", *DRY, "--wait-s", "-1"], "--wait-s -1: give seconds, 0 or more"),
         (["train", *DRY, "--max-minutes", "nan"], "--max-minutes nan: give minutes above 0, or 0"),
@@ -716,7 +716,9 @@ def test_a_run_that_another_driver_works_on_is_refused_with_who_and_a_finished_o
     with driver_lease(open_store("store"), "r", wait_s=0, say=print):
         assert main(["promote", "--store", "store", "--run", "r", "--wait-s", "0"]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(rf"medmamba: run 'r' is held by process {os.getpid()} on .* since 20.*: wait until", line)
+        assert re.search(
+            rf"medmamba: run 'r' has been held by process {os.getpid()} on .* since 20.*: wait until", line
+        )
         assert main(["register", "--store", "store", "--run", "r"]) == 0
         assert main(["promote", "--store", "store", "--run", "r", "--dry-run"]) == 0
         assert main(["status", "--store", "store"]) == 0

@@ -104,7 +104,9 @@ def saves_a_model() -> None:
 def test_a_full_tmpdir_is_named_with_what_is_free_and_the_least_that_was_needed(small_disk, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    with pytest.raises(DiskFullError, match=r"more than \d.*iB needed\); free space there, or set TMPDIR") as error:
+    with pytest.raises(
+        DiskFullError, match=r"more than \d.*iB needed\); free some space there, or set TMPDIR"
+    ) as error:
         saves_a_model()
     assert f"the disk of {small_disk} is full" in str(error.value)
     assert list(small_disk.iterdir()) == []

@@ -401,5 +401,5 @@ def test_a_conversion_counts_what_lost_no_pixel_and_quarantines_what_did(tmp_pat
     with caplog.at_level(logging.WARNING):
         facts = convert(config, open_store(str(tmp_path / "store")))
     assert (facts["num_images"], facts["quarantine"]) == (39, 1)
-    assert "3 images are damaged but lost no pixel and are kept: no end marker (2); stray bytes (1)" in caplog.text
+    assert "3 images are damaged but lost no pixels and are kept: no end marker (2); stray bytes (1)" in caplog.text
     assert "b/11.jpg (damaged JPEG, pixels are lost: premature end of data segment)" in caplog.text

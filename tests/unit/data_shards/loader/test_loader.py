@@ -305,7 +305,7 @@ def test_a_shard_that_is_not_whole_is_an_error(tmp_path, damage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 51}, "holds 50 samples, but a training batch takes 51.*at most 50"),
+        ({"batch_size": 51}, "has 50 samples, but a training batch needs 51.*at most 50"),
         (
             {"batch_size": 10, "micro_batch": 3},
             "10 samples cannot be cut evenly into 1 ranks x micro-batches of 3.*multiple of 3",

@@ -248,5 +248,5 @@ def test_without_a_place_for_copies_a_folder_is_read_all_the_same_and_a_remote_s
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     dataset = open_dataset(uri)
     assert len(read_all(shards_of(dataset), dataset)) == 50
-    with pytest.raises(ShardError, match=r"copies of shards .* make it readable, writable and with room"):
+    with pytest.raises(ShardError, match=r"shard cache .* make it readable and writable, and free some space"):
         read_all(shards_of(dataset, FarStore(Path(uri))), dataset)

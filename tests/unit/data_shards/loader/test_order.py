@@ -85,7 +85,7 @@ def test_a_sample_that_comes_again_has_other_random_numbers(datasets):
 
 def test_balancing_a_multilabel_set_is_refused(datasets):
     datasets[0].index("train").labels[0] = 1
-    with pytest.raises(ValueError, match=r"several classes or none: use 'shuffled'"):
+    with pytest.raises(ValueError, match=r"several classes or none; use 'shuffled'"):
         read(datasets[0], sampling="balanced")
 
 
@@ -129,7 +129,7 @@ def test_other_orders_too_are_the_same_on_any_number_of_ranks_and_resume_anywher
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1], "for 2 datasets: give each a positive number"), ([1, 0], "leave out the dataset")],
+    [([1], "for 2 datasets: give each a positive number"), ([1, 0], "leave out unwanted datasets")],
     ids=["too few", "nothing"],
 )
 def test_weights_that_make_no_sense_are_refused(datasets, weights, message):

@@ -199,7 +199,7 @@ def test_a_class_folder_of_one_split_that_is_a_broken_link_is_named_as_one(tmp_p
     config = DataConfig(dataset="mine", layout="folders", source=str(tmp_path / "without.tar"))
     assert any(re.fullmatch(reason, note) for note in open_source(config).notes)
     as_tar(tmp_path / "with.tar", tree | {"train/c/x.png": b"1"})
-    with pytest.raises(ValueError, match=f"'c' .* in train, but none in test: .*; {reason}"):
+    with pytest.raises(ValueError, match=f"'c' .* in train, but none in test, .*; {reason}"):
         open_source(config.model_copy(update={"source": str(tmp_path / "with.tar")}))
 
 
@@ -226,7 +226,7 @@ def test_folders_that_link_to_each_other_again_and_again_are_refused_soon(tmp_pa
     tree = {f"{name}/{other}": (SOFT, f"../{other}") for name in names for other in names if other != name}
     for make, name in ((as_folder, "folder"), (as_tar, "set.tar"), (as_zip, "set.zip")):
         path = make(tmp_path / name, tree)
-        with pytest.raises(ValueError, match="lead through each other to more than 2,000 folders: remove"):
+        with pytest.raises(ValueError, match="lead through each other to more than 2,000 folders; remove"):
             open_files(str(path))
 
 
@@ -243,7 +243,7 @@ def test_a_hard_link_is_what_had_the_name_when_it_was_packed(tmp_path):
     )
     files = open_files(str(path))
     assert contents(files) == {"a/x.png": b"newer", "a/y.png": b"old", "a/z.png": NOWHERE, "a/later.png": b"1"}
-    assert files.notes == ("1 names are in the tar twice, and the last one counts: a/x.png",)
+    assert files.notes == ("1 names appear twice in the tar; the last one counts: a/x.png",)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -298,17 +298,17 @@ def test_a_tar_that_goes_on_behind_its_last_readable_header_is_refused(tmp_path)
     damaged[3 * 1536 + 5] ^= 1  # in the name in the fourth header
     for data in (bytes(damaged), good + good):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="has other bytes behind its last readable header, at byte"):
+        with pytest.raises(ValueError, match="has unreadable bytes after its last header, at byte"):
             open_files(str(path))
     path.write_bytes(good[: 2 * 1536])
-    assert open_files(str(path)).notes == ("the tar has no end mark: files may be missing behind the last one",)
+    assert open_files(str(path)).notes == ("the tar has no end mark, so files may be missing at its end",)
 
 
 def test_a_name_that_leads_out_of_a_tar_is_refused(tmp_path):
     path = tmp_path / "set.tar"
     for name in ("../x.png", "a/../../x.png"):
         path.write_bytes(tar(member(name, tarfile.REGTYPE, data=b"1")))
-        with pytest.raises(ValueError, match=r"holds '.*x.png', which leads out of it"):
+        with pytest.raises(ValueError, match=r"contains '.*x.png', which leads outside it"):
             open_files(str(path))
     path.write_bytes(tar(member("/a/x.png", tarfile.REGTYPE, data=b"1")))
     assert open_files(str(path)).names == ["a/x.png"]
@@ -372,5 +372,5 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", gone)
-    with pytest.raises(ValueError, match=r"set/a cannot be read .*: its images would be missing"):
+    with pytest.raises(ValueError, match=r"set/a cannot be read .*, so its images would be missing"):
         open_files(str(tmp_path / "set"))

@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import struct
 import time
 import warnings
@@ -199,39 +200,39 @@ WHOLE = zip_of(FILES)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (named("a/x.png", "../b/x.png"), r"holds '\.\./b/x\.png', which leads out of it"),
-        (named("/etc/x.png"), "leads out of it"),
-        (named("a/../../x.png"), "leads out of it"),
-        (named("C:/x.png"), "leads out of it"),
-        (named("a\\..\\..\\x.png"), "leads out of it"),
-        (named("a\n/x.png"), r"holds 'a\\n/x.png', a name with control characters"),
-        (named("a/x.png", "a/x.png"), "holds 'a/x.png' twice"),
-        (named("a/x.png", "a//x.png"), "holds 'a/x.png' twice"),
-        (flagged(WHOLE, SECOND, 1), "is encrypted: unpack the archive with its password"),
-        (bomb(), r"claims to become 73,400,320 bytes out of 7\d,\d\d\d"),
+        (named("a/x.png", "../b/x.png"), r"contains '\.\./b/x\.png', which leads outside it"),
+        (named("/etc/x.png"), "leads outside it"),
+        (named("a/../../x.png"), "leads outside it"),
+        (named("C:/x.png"), "leads outside it"),
+        (named("a\\..\\..\\x.png"), "leads outside it"),
+        (named("a\n/x.png"), r"contains 'a\\n/x.png', a name with control characters"),
+        (named("a/x.png", "a/x.png"), "contains 'a/x.png' twice"),
+        (named("a/x.png", "a//x.png"), "contains 'a/x.png' twice"),
+        (flagged(WHOLE, SECOND, 1), "is encrypted; unpack the archive with its password"),
+        (bomb(), r"claims to unpack from 7\d,\d\d\d to 73,400,320 bytes"),
         (packed_with(zipfile.ZIP_BZIP2), "is packed with bzip2"),
         (packed_with(zipfile.ZIP_LZMA), "is packed with lzma"),
-        (on_the_same_bytes(), "lie on the same bytes"),
+        (on_the_same_bytes(), "overlap in"),
         (renamed("a/grün.png".encode("latin-1"), says_utf8=False), "neither ASCII nor UTF-8"),
-        (renamed("a/grün.png".encode("latin-1"), says_utf8=True), "says it is UTF-8 and is not"),
-        (b"PK no zip", "is no whole zip"),
-        (b"", "is no whole zip"),
-        (WHOLE[:-30], "is no whole zip"),
-        (WHOLE[: len(WHOLE) // 2], "is no whole zip"),
-        (patched(WHOLE, WHOLE.index(b"PK\1\2"), b"XXXX"), "is no whole zip"),
-        (nested(4), "they are followed 3 deep"),
+        (renamed("a/grün.png".encode("latin-1"), says_utf8=True), "is marked as UTF-8 but is not"),
+        (b"PK no zip", "is not a complete zip file"),
+        (b"", "is not a complete zip file"),
+        (WHOLE[:-30], "is not a complete zip file"),
+        (WHOLE[: len(WHOLE) // 2], "is not a complete zip file"),
+        (patched(WHOLE, WHOLE.index(b"PK\1\2"), b"XXXX"), "is not a complete zip file"),
+        (nested(4), "zips are read 3 levels deep"),
         (
             zip_of({"a.zip": zip_of({"x/1.png": b"1"}), "b.zip": zip_of({"x/1.png": b"2"})}),
-            "two zips of .* hold 'x/1.png'",
+            "two zips of .* contain 'x/1.png'",
         ),
-        (zip_of({"a.zip": b"no zip"}), r"set\.zip/a\.zip is no whole zip"),
+        (zip_of({"a.zip": b"no zip"}), r"set\.zip/a\.zip is not a complete zip file"),
     ],
 )
 def test_an_unfit_zip_is_named_in_one_line(tmp_path, data, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_files(saved(tmp_path, data))
     assert "\n" not in str(caught.value)
-    assert ": " in str(caught.value)
+    assert re.search("[:;] ", str(caught.value))
 
 
 def test_a_member_that_claims_to_be_longer_than_the_archive_is_refused(tmp_path):
@@ -245,7 +246,7 @@ def test_a_member_that_claims_to_be_longer_than_the_archive_is_refused(tmp_path)
     data = data[:end] + huge + data[end:]
     eocd = data.rindex(b"PK\5\6")
     (size,) = struct.unpack_from("<I", data, eocd + 12)
-    with pytest.raises(ValueError, match=r"ends in the middle of 'inner.zip': get it again"):
+    with pytest.raises(ValueError, match=r"ends in the middle of 'inner.zip'; download it again"):
         open_files(saved(tmp_path, patched(data, eocd + 12, struct.pack("<I", size + len(huge)))))
 
 

@@ -179,7 +179,7 @@ def test_a_patient_in_the_official_train_and_test_is_named(tmp_path):
             split_values=("1=train", "0=test"),
         )
     )  # fmt: skip
-    with pytest.raises(LeakError, match="group '1' stands in"):
+    with pytest.raises(LeakError, match="group '1' is in the splits"):
         splits_of(images)
 
 

@@ -269,7 +269,7 @@ def test_pixels_in_fortran_order_are_the_same_pixels(tmp_path):
 @pytest.mark.parametrize("label", [255, 2**40])
 def test_a_label_beyond_the_number_of_images_is_named(tmp_path, label):
     path = npz(tmp_path / "a.npz", train_labels=np.array([0, 1, label, 0]))
-    with pytest.raises(ValueError, match=rf"go up to {label}, but there are 12 images"):
+    with pytest.raises(ValueError, match=rf"go up to {label}, but it has only 12 images"):
         open_source(config(path, layout="npz"))
 
 
@@ -281,18 +281,18 @@ def test_a_label_beyond_the_number_of_images_is_named(tmp_path, label):
         ({"drop": ("test_images", "test_labels")}, "has no array 'test_labels'"),
         ({"drop": ("train_images", "val_images", "val_labels")}, "has no array 'train_images'"),
         ({"train_images": np.zeros((4, 8, 8), np.uint16)}, "uint16"),
-        ({"train_images": np.zeros((4, 3, 8, 8), np.uint8)}, r"uint8 \(4, 3, 8, 8\), but images are"),
-        ({"train_labels": np.array([0, 1, np.nan, 1])}, "whole numbers"),
-        ({"train_labels": np.array([0, 1, np.inf, 1])}, "whole numbers"),
-        ({"train_labels": np.array(["no", "yes", "no", "yes"])}, "whole numbers"),
-        ({"train_labels": ONE_HOT * 0.9}, "whole numbers"),
+        ({"train_images": np.zeros((4, 3, 8, 8), np.uint8)}, r"uint8 \(4, 3, 8, 8\), but images must be"),
+        ({"train_labels": np.array([0, 1, np.nan, 1])}, "must be integers"),
+        ({"train_labels": np.array([0, 1, np.inf, 1])}, "must be integers"),
+        ({"train_labels": np.array(["no", "yes", "no", "yes"])}, "must be integers"),
+        ({"train_labels": ONE_HOT * 0.9}, "must be integers"),
         ({"train_labels": np.ones((4, 2), int)}, "one class per image"),
         ({"train_images": np.zeros((4, 8, 8), np.float32)}, "float32"),
         ({"train_images": np.zeros((4, 64), np.uint8)}, "uint8"),
         ({"train_images": np.zeros((3, 8, 8), np.uint8)}, "3 train_images but 4 train_labels"),
         ({"train_labels": np.array([0, 1, 2, 7])}, r"label 2 at train_labels\[2\] of a.npz is out of range"),
         ({"train_labels": np.array([0, 1, -1, 1])}, "label -1 .* out of range"),
-        ({"train_labels": np.array([0.5, 1, 0, 1])}, "whole numbers"),
+        ({"train_labels": np.array([0.5, 1, 0, 1])}, "must be integers"),
         ({"train_labels": np.zeros((4, 2), int)}, "one class per image"),
         ({"train_labels": np.array([None] * 4)}, "Python objects"),
     ],
@@ -311,7 +311,7 @@ def test_a_damaged_npz_is_named_and_leaves_nothing_in_the_cache(tmp_path, damage
     noise = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
     path = npz(tmp_path / "a.npz", train_images=noise)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"a\.npz.*get"):
+    with pytest.raises(ValueError, match=r"a\.npz.*download"):
         open_source(config(path, layout="npz"))
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "train_images" in p.name]
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
@@ -330,7 +330,7 @@ def test_an_array_that_claims_more_than_it_holds_is_named_before_memory_is_asked
     with zipfile.ZipFile(path, "w") as archive:
         for member, data in files.items():
             archive.writestr(member, data)
-    with pytest.raises(ValueError, match=f"array '{name}' of .* is damaged .*4000000000000.* get the file again"):
+    with pytest.raises(ValueError, match=f"array '{name}' of .* is damaged .*4000000000000.* download the file again"):
         open_source(config(path, layout="npz"))
 
 
@@ -343,16 +343,16 @@ def case(message, files=None, **fields):
     [
         case("'mine' is not in the catalog"),
         case("needs its files", layout="folders", source=""),
-        case("needs its files: get them .https://zenodo", dataset="breastmnist", source=""),
+        case("needs its files; download them .https://zenodo", dataset="breastmnist", source=""),
         case("was not found; check", layout="folders", source="/no/such"),
         case("was not found; check", layout="npz", source="/no/such.npz"),
         case("was not found; check", layout="table", source="/no/such.tar"),
-        case("is a folder, but this layout is one file", {}, layout="npz"),
+        case("is a folder, but this layout needs a file", {}, layout="npz"),
         case("has no folders", {"a.png": b""}, layout="folders"),
         case("look like splits", {"train/a.png": b"", "test/b.png": b""}, layout="folders"),
         case("class folder 'empty' .* is empty", {**FOLDERS, "empty/.keep": b""}, layout="folders"),
         case("class folder 'gone' .* is missing", FOLDERS, layout="folders", classes=("benign", "malignant", "gone")),
-        case("'malignant' .* is none of the classes", FOLDERS, layout="folders", classes=("benign",)),
+        case("'malignant' .* is not one of the classes", FOLDERS, layout="folders", classes=("benign",)),
         case("holds 0 files", FOLDERS, layout="table"),
         case("holds 2 files", {"a.csv": CSV, "b.csv": CSV}, layout="table"),
         case("holds 2 files", {"a.xlsx": b"", "b.xlsx": b""}, layout="table"),
@@ -375,9 +375,9 @@ def case(message, files=None, **fields):
         case(
             "'dev' in line 2", {"x.png": b"", "a.csv": "file,label,s\nx.png,1,dev\n"}, layout="table", split_column="s"
         ),
-        case("phantoms are", dataset="phantoms", classes=("a", "b", "c")),
+        case("phantoms have the classes", dataset="phantoms", classes=("a", "b", "c")),
         case("is compressed", layout="folders", source="/x/set.tar.gz"),
-        case("no known kind", {"x.png": b""}, layout="folders", source="x.png"),
+        case("is not a supported file", {"x.png": b""}, layout="folders", source="x.png"),
     ],
 )
 def test_a_faulty_set_is_named_in_one_line(tmp_path, monkeypatch, files, fields, message):
@@ -428,14 +428,14 @@ def test_a_torn_tar_is_named(tmp_path):
     data = tar_of({"a/x.bin": bytes(5000), "b/x.bin": bytes(50000)})
     for length in (30, 4000, 7000, 20000):
         (tmp_path / "torn.tar").write_bytes(data[:length])
-        with pytest.raises(ValueError, match=r"torn\.tar .*get it again"):
+        with pytest.raises(ValueError, match=r"torn\.tar .*download it again"):
             open_source(config(tmp_path / "torn.tar", layout="folders"))
 
 
 def test_a_patient_in_two_given_splits_is_named(tmp_path):
     table = CSV.replace(",p3,test", ",p0,test")
     images = open_source(config(write(tmp_path, FOLDERS | {"t.csv": table}), **TABLE, split_column="part"))
-    with pytest.raises(LeakError, match="'p0' stands in train and in test"):
+    with pytest.raises(LeakError, match="'p0' is in the splits train and test"):
         splits_of(images)
 
 

@@ -98,7 +98,7 @@ def test_the_loser_is_told_who_holds_it_since_when_and_what_to_do(folder):
         said = []
         with pytest.raises(LeaseError) as refused, lease(folder, say=said.append, wait_s=0.3):
             pass
-    assert str(refused.value).startswith(f"run 'x' is held by process {os.getpid()} on ")
+    assert str(refused.value).startswith(f"run 'x' has been held by process {os.getpid()} on ")
     assert " since 20" in str(refused.value)
     assert str(refused.value).endswith(": wait for it")
     assert len(said) == 1
@@ -178,7 +178,7 @@ def test_a_holder_elsewhere_that_renews_is_told_of_as_soon_as_that_is_seen(folde
 def test_a_living_holder_keeps_its_lease_for_longer_than_its_time(folder):
     with lease(folder, ttl_s=2) as held:
         time.sleep(3)
-        with pytest.raises(LeaseError, match="run 'x' is held"), lease(folder, wait_s=1):
+        with pytest.raises(LeaseError, match="run 'x' has been held"), lease(folder, wait_s=1):
             pass
         held.check(for_s=1)
 
@@ -197,7 +197,7 @@ def test_a_paused_holder_that_continues_is_told_who_has_taken_over(folder):
         process.kill()
         process.wait()
     assert f"run 'x' was taken over by process {os.getpid()} on " in said
-    assert "run the same command again" in said
+    assert "rerun the command" in said
     assert [claim["token"] for claim in claims(folder).values()] != []
     assert max(claims(folder)) == f"leases/x/{held.number:08d}.json"
 

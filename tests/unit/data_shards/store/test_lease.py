@@ -41,7 +41,7 @@ def test_of_drivers_that_start_at_once_one_works_and_the_others_are_told_who(sto
     [thread.join() for thread in threads]
     assert len(held) == 1
     assert len(refused) == 3
-    assert all(re.search(r"driver \d is at work", text) for text in refused)
+    assert all(re.search(r"driver \d is working", text) for text in refused)
     assert store.head(".lease") is None
 
 
@@ -70,7 +70,7 @@ def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(sto
     )
     process = subprocess.Popen([sys.executable, "-c", script, store.uri], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(LeaseError, match=r"the killed one is at work .* ends 3 s after"), lease(store, ".lease", "me"):
+    with pytest.raises(LeaseError, match=r"the killed one is working .* ends 3 s after"), lease(store, ".lease", "me"):
         pass
     time.sleep(4)
     with pytest.raises(LeaseError, match="the killed one"), lease(store, ".lease", "me"):
@@ -111,5 +111,5 @@ def test_a_store_with_conditional_writes_needs_no_lease(tmp_path, store):
         assert (first, second) == (None, None)
     with one_driver(store, ".lease", "a") as held:
         held.check()
-        with pytest.raises(LeaseError, match="a is at work"), one_driver(store, ".lease", "b"):
+        with pytest.raises(LeaseError, match="a is working"), one_driver(store, ".lease", "b"):
             pass

@@ -57,7 +57,7 @@ def test_what_many_threads_read_and_write_waits_for_the_server_and_is_reported_o
     assert [store.get(f"key-{n}") for n in range(4)] == [b"x" * n for n in range(4)]
     away, back = heard
     assert str(away).startswith(f"the store s3://medmamba-tests at {server.address} has not answered since ")
-    assert str(away).endswith(": what needs it waits, for at most 1 minute")
+    assert str(away).endswith(": work that needs it waits, for at most 1 minute")
     assert "answers again after" in str(back)
 
 
@@ -66,7 +66,7 @@ def test_a_store_that_is_gone_for_good_is_waited_for_once_and_not_by_each_operat
     server.leave()
     began = time.monotonic()
     for _ in range(4):
-        with pytest.raises(StoreAwayError, match=r"the wait of 7 s \(--placement.patience-s\) is over; run the same"):
+        with pytest.raises(StoreAwayError, match=r"gave up after 7 s \(--placement.patience-s\); run the same"):
             store.get("key")
     assert 2 <= time.monotonic() - began < 14, "each operation waited again"
     assert [notice.over_after_s for notice in heard] == [0.0]

@@ -153,7 +153,7 @@ def test_a_write_whose_answer_was_lost_counts_only_if_the_bytes_are_ours(s3, fau
         ("reset_before", "cannot be reached"),
         ("stall", "cannot be reached .*[Tt]imeout"),
         ("expired", "credentials have expired .*renew them"),
-        ("flipped_put", "damages what passes"),
+        ("flipped_put", "damages the data"),
     ],
 )
 def test_what_never_ends_is_told_in_bounded_time(s3, faults, monkeypatch, kind, sentence):
@@ -289,7 +289,7 @@ def test_an_upload_that_fails_leaves_no_parts(s3, faults, small_parts):
     store = hasty(s3, patience_s=2)
     faults.once("internal_error")
     faults.always = "flipped_put"
-    with pytest.raises(StoreError, match="damages what passes"):
+    with pytest.raises(StoreError, match="damages the data"):
         store.put("k", small_parts)
     assert faults.counts["flipped_put"] > 1
     assert uploads(store) == []

@@ -167,13 +167,13 @@ def test_what_is_no_store_says_so(uri):
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(StoreError, match="there is a file where a folder must be"):
+    with pytest.raises(StoreError, match="found a file instead of a folder"):
         open_store(str(tmp_path / "taken" / "store")).check()
 
 
 def test_a_folder_where_the_file_should_be_is_named(tmp_path):
     (tmp_path / "store" / "taken").mkdir(parents=True)
-    with pytest.raises(StorePathError, match=r"there is a folder where the file must be .*taken"):
+    with pytest.raises(StorePathError, match=r"found a folder instead of a file .*taken"):
         open_store(str(tmp_path / "store")).put("taken", b"")
 
 
@@ -199,7 +199,7 @@ def test_no_credentials_are_named(s3, monkeypatch, tmp_path):
 
 
 def test_a_missing_bucket_is_named(s3):
-    with pytest.raises(StoreError, match="there is no bucket 'not-made'"):
+    with pytest.raises(StoreError, match="bucket 'not-made' does not exist"):
         open_store("s3://not-made/x").check()
 
 

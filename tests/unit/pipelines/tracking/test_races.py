@@ -409,7 +409,7 @@ def test_a_second_driver_of_a_run_is_told_who_works_on_it_since_when_and_what_to
         pass
     assert not isinstance(refused.value, LostLeaseError)
     text = str(refused.value)
-    assert text.startswith(f"run 'night' is held by process {os.getpid()} on ")
+    assert text.startswith(f"run 'night' has been held by process {os.getpid()} on ")
     assert all(part in text for part in (" since 20", "wait until it has finished", "--wait-s", "--run NAME"))
     assert callable(check)
 

@@ -150,7 +150,7 @@ def test_what_waiting_cannot_help_ends_the_training_at_once(store):
     (store.folder / "checkpoints").write_text("not a folder")
     lines: list[str] = []
     written = writer(store, engine(), lines, patience_s=60.0)
-    with pytest.raises(StoreError, match="there is a file where a folder must be"), written:
+    with pytest.raises(StoreError, match="found a file instead of a folder"), written:
         written.save(state(1), Usage())
     assert lines == []
 

@@ -20,7 +20,7 @@ from pipelines.console.terminal import Terminal
 from pipelines.demand import RunDemand
 from pipelines.faults import lost_ray
 from pipelines.flow import Step, StepState, plan_steps
-from pipelines.interrupt import HAS_TOLD, INTERRUPTED, is_interrupted
+from pipelines.interrupt import HAS_REPORTED, INTERRUPTED, is_interrupted
 from pipelines.placement import Placement
 from pipelines.steps.context import StepContext
 from pipelines.steps.shard import check_images
@@ -135,7 +135,7 @@ def end_without_ray(terminal: Terminal, server: str) -> None:
         if not is_interrupted(wait_s=SIGNALS_WITHIN_S):
             terminal.close()
             terminal.say(f"medmamba: {lost_ray(server)}{terminal.details()}")
-        elif not HAS_TOLD.wait(ENDING_S):
+        elif not HAS_REPORTED.wait(ENDING_S):
             terminal.close()
             terminal.say(f"medmamba: {INTERRUPTED}")
     finally:  # standard error may be closed

@@ -86,7 +86,7 @@ def test_help_names_every_verb_recipe_and_exit_code(capsys):
     text = capsys.readouterr().out
     assert all(f"  {verb} " in text for verb in VERBS)
     assert all(name in text for name in RECIPES)
-    assert "3 a gate said no" in text
+    assert "3 rejected by the gate" in text
 
 
 def test_help_says_how_to_get_completion_and_the_version(capsys):
@@ -378,9 +378,9 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["tune", *DRY, "--tune.space.lr", "0", "1e-4"], r"tune\.space: lr .*above 0"),
         (["tune", *DRY, "--tune.space.drop-path", "0", "1"], r"model\.drop_path = 1\.0: .*less than 1"),
         (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is no multiple"),
-        (["tune", *DRY, "--workflow", "direct"], "direct: this workflow has no step tune; it has shard, train"),
+        (["tune", *DRY, "--workflow", "direct"], "direct: unknown step 'tune' in this workflow; available: shard, train"),
         (["run", "relaese", *DRY], "invalid choice 'relaese' .*'release', 'direct'"),
-        (["run", "direct", *DRY, "--until", "tune"], "direct: this workflow has no step tune"),
+        (["run", "direct", *DRY, "--until", "tune"], "direct: unknown step 'tune' in this workflow"),
         (["run", *DRY, "--run", "../x"], r"--run '\.\./x': a run's name is a folder"),
         (["run", *DRY, "--run", "a b"], "--run 'a b'"),
         (["run", *DRY, "--run", ".hidden"], r"--run '\.hidden'"),
@@ -829,7 +829,7 @@ def test_an_unforeseen_error_is_one_line_and_its_traceback_is_in_the_file_that_i
     monkeypatch.setitem(VERBS, "status", breaks)
     assert main(["status"]) == 1
     line, named = capsys.readouterr().err.splitlines()
-    assert line == "medmamba: unexpected ZeroDivisionError: ours; if it comes again, report it as a defect"
+    assert line == "medmamba: unexpected ZeroDivisionError: ours; if it happens again, report it as a bug"
     kept = Path(named.removeprefix("details: ")).read_text()
     assert kept.startswith("Traceback")
     assert kept.endswith("ZeroDivisionError: ours\n")

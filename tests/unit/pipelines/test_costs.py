@@ -1,4 +1,4 @@
-"""What a training has cost, by the user's own table of prices."""
+"""The cost of a training, from the user's price table."""
 
 import pytest
 
@@ -68,10 +68,10 @@ def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
     [
         (b"NVIDIA H200 = 4", "not a TOML file"),
         (b"\xff", "not a TOML file"),
-        (b'"NVIDIA H200" = "4"', "a price is a number"),
-        (b'"NVIDIA H200" = -1', "a price is a number"),
-        (b'"NVIDIA H200" = nan', "a price is a number"),
-        (b"[gpus]\nH200 = 4", "a price is a number"),
+        (b'"NVIDIA H200" = "4"', "is not a price"),
+        (b'"NVIDIA H200" = -1', "is not a price"),
+        (b'"NVIDIA H200" = nan', "is not a price"),
+        (b"[gpus]\nH200 = 4", "is not a price"),
         (None, "No such file or directory"),
     ],
     ids=["bare name", "not text", "text", "negative", "nan", "nested", "missing"],

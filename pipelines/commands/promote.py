@@ -1,4 +1,4 @@
-"""The command promote: the gate, and what moves the alias although it said no."""
+"""The command promote: runs the gate, and with --force moves the alias even if the gate rejects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.workflows import WORKFLOWS, until
 
 
 def promote(work: PromoteWork) -> int:
-    """Asks the gate, and with --force moves the alias in any case; returns the exit code, 3 where the gate says no."""
+    """Runs the gate, or with --force moves the alias in any case; returns the exit code, 3 if the gate rejects."""
     if not work.force:
         return bring_step(work, step="promote")
     workflow = workflow_of(work, otherwise="direct")
@@ -31,9 +31,9 @@ def promote(work: PromoteWork) -> int:
 
 
 def forced_steps(work: Resolved, workflow: str, values: Recipe) -> list[Step]:
-    """What a promotion needs that does not ask the gate, and it; the gate's own verdict stays as it was recorded.
+    """The steps of a forced promotion; the verdict that the gate has recorded stays.
 
-    Forcing is an act: where the alias has gone elsewhere since the last one, there is another (promote-forced-2, ...).
+    If the alias has moved elsewhere since the last forced promotion, there is another one (promote-forced-2, ...).
     """
     steps = WORKFLOWS[workflow](values)
     gate = next(step for step in steps if step.name == "promote")
@@ -49,7 +49,7 @@ def forced_steps(work: Resolved, workflow: str, values: Recipe) -> list[Step]:
 
 
 def _holds(store: Store, promoted: Mapping[str, Any]) -> bool:
-    """Whether the alias still points to the version that a finished promotion gave it to."""
+    """Whether the alias still points to the version of this finished promotion."""
     from pipelines.tracking import open_tracking
     from pipelines.tracking.registry import by_alias
 
@@ -59,9 +59,9 @@ def _holds(store: Store, promoted: Mapping[str, Any]) -> bool:
 
 PROMOTE = Command(
     "promote",
-    "Give the version the alias champion, if the gate says yes.",
+    "Give the registered version the alias champion if the gate accepts it.",
     PromoteWork,
     promote,
-    f"Exit code 3 if it says no. {BEHAVIOUR}",
+    f"Exit code 3 if the gate rejects it. {BEHAVIOUR}",
     read=read_work,
 )

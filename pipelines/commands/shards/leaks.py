@@ -1,4 +1,4 @@
-"""The command shards leaks: which images appear twice, as a table, JSON, or a page that stays with their owner."""
+"""The command shards leaks: duplicate images as a table, as JSON, or as a page outside of the store."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _NO_PLACES = Places({}, None)
 
 @dataclass(frozen=True)
 class LeaksArguments(Owner, StoreOption, JsonOption):
-    """What `shards leaks` takes."""
+    """Arguments of `shards leaks`."""
 
     dataset: tyro.conf.Positional[str] = ""
-    """DATASET or DATASET/NAME, as under datasets/ in the store, finished or refused. Empty: the only one there."""
+    """DATASET or DATASET/NAME in the store, finished or rejected. Empty: the only one."""
     names: Flag = False
-    """Find the files in the source."""
+    """Look up the file names in the source."""
     page: str = ""
-    """HTML file to write with pictures and, with --names, files; outside of the store and of the image set."""
+    """HTML file to write, with pictures and, with --names, file names; outside of the store and of the image set."""
     all: Flag = False
-    """Print all groups that are listed, with all their copies."""
+    """Print all listed groups, with all their images."""
 
 
 def leaks(asked: LeaksArguments) -> int:
@@ -50,8 +50,7 @@ def leaks(asked: LeaksArguments) -> int:
     finished = out.head(MANIFEST) is not None
     if not finished and out.head(REFUSED) is None:
         raise UsageError(
-            f"{out.uri} is not finished, and was not refused because of duplicates: bring it to done with "
-            "`medmamba shard`"
+            f"{out.uri} is not finished, and was not rejected because of duplicates; finish it with `medmamba shard`"
         )
     report = _labelled(read_report(out, LEAKS if finished else REFUSED), out, store)
     places = _NO_PLACES
@@ -63,14 +62,14 @@ def leaks(asked: LeaksArguments) -> int:
     if asked.page:
         _write_page(report, out, places, asked, finished)
     if asked.json:
-        print(json.dumps(_told(report, out, places if asked.names else None, finished), indent=2))
+        print(json.dumps(_as_json(report, out, places if asked.names else None, finished), indent=2))
         return 0
     _print(report, out, asked, places)
     return 0
 
 
 def _labelled(report: LeakReport, out: Store, store: Store) -> LeakReport:
-    """The report with class names in every copy: those of earlier releases hold labels as numbers only."""
+    """Adds class names to all images of the report: reports of earlier releases have labels only as numbers."""
     if all(copy.label_names or not copy.labels for finding in report.findings for copy in finding.copies):
         return report
     names = {copy.dataset for finding in report.findings for copy in finding.copies}
@@ -92,10 +91,10 @@ def _keys(report: LeakReport, out: Store, finished: bool) -> set[str]:
     return {copy.key for finding in report.findings for copy in finding.copies if not copy.dataset}
 
 
-def _told(report: LeakReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
-    """The report as JSON, with the number of all groups, and files where they are wanted."""
-    told = report.model_dump(mode="json")
-    for finding in told["findings"]:
+def _as_json(report: LeakReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
+    """The report as a JSON mapping, with the number of groups, and with files if `places` is given."""
+    dumped = report.model_dump(mode="json")
+    for finding in dumped["findings"]:
         for copy in finding["copies"]:
             if places is not None and not copy["dataset"]:
                 place = places.of.get(copy["key"])
@@ -107,7 +106,7 @@ def _told(report: LeakReport, out: Store, places: Places | None, finished: bool)
         files = {key: places.of[key].file for key in report.dropped if key in places.of}
         state |= {"dropped_files": files, "without_file": _without_file(report, places) + len(missing)}
         state |= {"notes": list(places.notes)}
-    return {**told, **state, "uri": out.uri}
+    return {**dumped, **state, "uri": out.uri}
 
 
 def _without_file(report: LeakReport, places: Places) -> int:
@@ -118,7 +117,7 @@ def _without_file(report: LeakReport, places: Places) -> int:
 def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places) -> None:
     table(
         "Duplicates",
-        ("copies beyond the first", "images"),
+        ("duplicates beyond the first", "images"),
         [(what, f"{count:,}") for what, count in report.counts.items()],
     )
     groups = len(report.findings) + report.more
@@ -135,9 +134,7 @@ def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places
             f"and {counted(report.more, 'more group')} that the report counts but does not list", soft_wrap=True
         )
     if asked.names and (missing := _without_file(report, places)):
-        console().print(
-            f"without a file in the source, because it was removed or renamed: {counted(missing, 'copy', 'copies')}"
-        )
+        console().print(f"{counted(missing, 'image')} without a file in the source: removed or renamed")
     for note in places.notes:
         console().print(note, soft_wrap=True)
     where = asked.page or (f"{out.uri}/{LEAKS_PAGE}" if out.head(LEAKS_PAGE) is not None else "--page FILE.html")
@@ -147,7 +144,7 @@ def _print(report: LeakReport, out: Store, asked: LeaksArguments, places: Places
 
 
 def _rows(number: int, finding: Finding, asked: LeaksArguments, places: Places) -> list[tuple[str, ...]]:
-    """A line for each copy of a group, and one that says how many are not shown."""
+    """A row for each image of a group, and one with the number of images that are not shown."""
     copies = finding.copies if asked.all else finding.copies[:MOST_COPIES_SHOWN]
     head = f"{finding.head}, {finding.where}" + (", different labels" if finding.conflict else "")
     rows = []
@@ -172,12 +169,12 @@ def _write_page(report: LeakReport, out: Store, places: Places, asked: LeaksArgu
 
     most = {"most": len(report.findings)} if asked.all else {}
     title = "/".join(out.uri.rsplit("/", 2)[1:])
-    told = page(report, title=title, classes=(), picture=pictures, named=named, **most)
-    Path(asked.page).write_bytes(told.encode())
+    html = page(report, title=title, classes=(), picture=pictures, named=named, **most)
+    Path(asked.page).write_bytes(html.encode())
 
 
 class _Pictures:
-    """The pixels of a copy: from the shard that holds it, else from the source."""
+    """The pixels of an image: from its shard if it has one, else from the source."""
 
     def __init__(self, out: Store | None, places: Places):
         self._out, self._places = out, places
@@ -204,7 +201,7 @@ class _Pictures:
 
 LEAKS_COMMAND = Command(
     "shards leaks",
-    "Report duplicates: across splits, under two labels, in other datasets; --names finds files.",
+    "Report duplicates: across splits, with different labels, in other datasets; --names adds file names.",
     LeaksArguments,
     leaks,
 )

@@ -1,4 +1,4 @@
-"""What a command would do: configuration, placement and the state of each step, and nothing is run."""
+"""Prints what a command would do: configuration, placement and the state of each step. Runs nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dry_run(work: Resolved, workflow: str, steps: Sequence[Step], store: Store, 
     check_source(work, states, store)
     notes = [init.summary] if init is not None else []
     placement = _preview(work, steps, states, store, say=notes.append)
-    where = f"the Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+    where = f"Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
     if work.json:
         resolved["placement"] = placement.model_dump(mode="json") if placement else None
         resolved |= {"placed_on": where if placement else None, "notes": notes}
@@ -40,7 +40,7 @@ def dry_run(work: Resolved, workflow: str, steps: Sequence[Step], store: Store, 
 def _preview(
     work: Resolved, steps: Sequence[Step], states: Sequence[StepState], store: Store, *, say: Callable[[str], None]
 ) -> Placement | None:
-    """The placement that the work would get; None where nothing is left that needs a Ray."""
+    """The placement that the work would get; None if no remaining step needs Ray."""
     spread = {step.name for step in steps if step.is_spread}
     if all(state.state == "done" for state in states if state.name in spread):
         return None

@@ -59,7 +59,7 @@ def test_prices_from_an_editor_that_marks_utf8_are_read(tmp_path):
 
 def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
     resumed = ON_CPU.plus(Usage(epochs=2))  # the checkpoint of epoch 3 was written before there was usage.json
-    assert cost_line(resumed, 5, {}) == "trained 5 epochs, the last 2 of them in 12:30 · 40 images/s"
+    assert cost_line(resumed, 5, {}) == "trained 5 epochs (the last 2 measured) in 12:30 · 40 images/s"
     assert cost_line(resumed, 2, {}) == "trained 2 epochs in 12:30 · 40 images/s"
 
 

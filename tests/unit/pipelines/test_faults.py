@@ -57,7 +57,7 @@ class WrappedValueError(ValueError):
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "train", ["--placement.compile off"]),
         (Exception("The current node timed out during startup. This"), "", ["a Ray process did not start"]),
         (RuntimeError("The worker group startup timed out after 60"), "train", ["found no free CPU or GPU", RESUME]),
-        (ZeroDivisionError("ours"), "train", ["unexpected ZeroDivisionError: ours", "defect"]),
+        (ZeroDivisionError("ours"), "train", ["unexpected ZeroDivisionError: ours", "report it as a bug"]),
         (WrappedError("a\nb", cause=KeyError("ours")), "train", ["unexpected KeyError: 'ours'"]),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -92,7 +92,9 @@ def test_a_full_disk_is_named_whoever_noticed_it(error, tmp_path):
 
 def test_a_kill_by_the_kernels_out_of_memory_killer_is_said(monkeypatch):
     monkeypatch.setattr(faults, "_OOM_KILLS_BEFORE", -1)
-    assert "the machine ran out of memory and the kernel killed a training worker" in fault_line(RuntimeError(KILLED), step="train")
+    assert "the machine ran out of memory and the kernel killed a training worker" in fault_line(
+        RuntimeError(KILLED), step="train"
+    )
     assert "the machine ran out of memory and the kernel killed Ray" in faults.lost_ray("its raylet")
 
 

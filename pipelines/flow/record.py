@@ -121,9 +121,11 @@ def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind:
 
 def _completed(config: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
     try:
-        return json.loads(to_json(kind.model_validate(config).model_dump(mode="json")))
+        checked = kind.model_validate(config)
     except ValidationError:  # a field was removed or changed its meaning: drift, reported field by field
         return config
+    completed: dict[str, Any] = json.loads(to_json(checked.model_dump(mode="json")))
+    return completed
 
 
 def to_json(value: Any) -> bytes:
@@ -154,7 +156,7 @@ def _read(out: Store, key: str, kind: type[Kept]) -> Kept:
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter:
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -61,7 +61,7 @@ class Step:
     """
 
     name: str
-    run: Callable[..., dict]
+    run: Callable[..., dict[str, Any]]
     config: BaseModel
     inputs: Mapping[str, str] = field(default_factory=dict)
     is_spread: bool = True

@@ -1,4 +1,4 @@
-"""Work that runs beside the main thread: importing a library while another one starts its processes."""
+"""Work next to the main thread, such as importing a library while another one starts its processes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ Result = TypeVar("Result")
 
 
 def beside(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]:
-    """Begins `work` in a daemon thread; `result()` waits for it and raises what it raised.
+    """Starts `work` in a daemon thread; `result()` waits for it and raises its exception.
 
-    With `stays` the thread lives as long as the process: the kernel ends some children with the thread that started
-    them.
+    With `stays` the thread lives as long as the process: the kernel can end children with the thread that started them.
     """
     future: Future[Result] = Future()
 

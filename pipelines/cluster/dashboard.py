@@ -1,4 +1,4 @@
-"""The dashboard of an embedded Ray: it starts beside the node, which Ray by itself begins only once it is up."""
+"""Starts the dashboard of an embedded Ray together with the node; Ray itself starts one after the other."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipelines.cluster.background import beside
 
 @contextlib.contextmanager
 def dashboard_beside_node() -> Iterator[None]:
-    """A `ray.init` in the block starts both at once; at its end both are up. Raises what Ray raises where not.
+    """A `ray.init` in the block starts both at once, and both are up at its end. Raises what Ray raises if one fails.
 
-    This saves the 2 s that the dashboard takes to import what it serves.
+    This saves the 2 s in which the dashboard imports its modules.
     """
     if not ray_internals.are_known():
         yield

@@ -134,7 +134,7 @@ def _resumed(ledger: Ledger, trials: int) -> str:
 
 
 def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
-    """Logs the epochs that a trial's MLflow run lacks: a trial that was stopped or killed may not have sent the last."""
+    """Logs the epochs that a trial's MLflow run lacks: one that was stopped or killed may not have sent the last."""
     with Outbox(tracking, run_id) as outbox:
         outbox.resume({"step": 0, **each.metrics, "epoch": epoch} for epoch, each in enumerate(record.epochs, 1))
 

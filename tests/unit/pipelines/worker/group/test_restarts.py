@@ -64,8 +64,8 @@ def test_what_can_help_is_begun_again_and_what_would_come_again_is_not(error, ki
     ("error", "line"),
     [
         (
-            StalledError("rank 1 (process 7 on node 10.0.0.2) gave no sign of life for 180 s"),
-            "rank 1 (process 7 on node 10.0.0.2) gave no sign of life for 180 s, and the training stalled: the "
+            StalledError("rank 1 (process 7 on node 10.0.0.2) sent no heartbeat for 180 s"),
+            "rank 1 (process 7 on node 10.0.0.2) sent no heartbeat for 180 s, and the training stalled: the "
             "process may be stopped, its machine overloaded or its GPU broken; check that node, then run the same "
             "command to resume",
         ),

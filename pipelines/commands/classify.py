@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.decode import decode
 from data_shards.store import Store
 from pipelines.tracking import Tracking, open_tracking
 from pipelines.tracking.registry import Version, by_alias, loaded, models_with_alias
@@ -67,8 +68,6 @@ def find_model(tracking: Tracking, model: str = "", alias: str = "champion") -> 
 
 def _read(path: Path) -> np.ndarray:
     """The pixels of an image file, decoded in the same way as for shards."""
-    from data_shards.decode import decode
-
     try:
         return decode(path.read_bytes())
     except OSError as error:

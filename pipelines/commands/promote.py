@@ -19,6 +19,8 @@ from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
 from pipelines.override import override
 from pipelines.recipes import Recipe
+from pipelines.tracking import open_tracking
+from pipelines.tracking.registry import by_alias
 from pipelines.workflows import WORKFLOWS, until
 
 
@@ -50,9 +52,6 @@ def forced_steps(work: Resolved, workflow: str, values: Recipe) -> list[Step]:
 
 def _holds(store: Store, promoted: Mapping[str, Any]) -> bool:
     """Whether the alias still points to the version of this finished promotion."""
-    from pipelines.tracking import open_tracking
-    from pipelines.tracking.registry import by_alias
-
     now = by_alias(open_tracking(store), promoted["model"], promoted["alias"])
     return now is not None and now.number == promoted["version"]
 

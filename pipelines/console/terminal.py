@@ -188,8 +188,6 @@ class _SecondsColumn(TextColumn):
 
     def render(self, task: Any) -> Any:
         """See TextColumn."""
-        from rich.text import Text
-
         return Text(duration(task.elapsed or 0))
 
 

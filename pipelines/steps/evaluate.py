@@ -12,8 +12,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_shards.loader import Loader
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store
+from medmamba.metrics.baselines import logistic_regression
+from medmamba.metrics.classification import evaluate
+from medmamba.metrics.intervals import auc_interval
+from medmamba.precision import set_precision
 from pipelines.cluster.board import Watch
 from pipelines.faults import unwrapped
 from pipelines.placement import Placement
@@ -94,9 +99,7 @@ def evaluate_rank(job: EvaluateJob, rank: int) -> tuple[np.ndarray, np.ndarray, 
     """
     import torch
 
-    from data_shards.loader import Loader
     from medmamba.checkpoint import load_model
-    from medmamba.precision import set_precision
     from pipelines.worker.inference import infer
     from pipelines.worker.transfer import batch_memory
 
@@ -180,8 +183,6 @@ def _scores(logits: np.ndarray, task: str) -> np.ndarray:
 
 
 def _measure(scores: np.ndarray, labels: np.ndarray, task: str) -> dict[str, float]:
-    from medmamba.metrics.classification import evaluate
-
     return evaluate(scores, labels, task)
 
 
@@ -206,8 +207,6 @@ def _parquet(data: Dataset, scores: np.ndarray) -> bytes:
 
 def _intervals(scores: np.ndarray, data: Dataset) -> dict[str, list[float]]:
     """The 95 % interval of the test AUC over resampled groups; empty if there are too few groups."""
-    from medmamba.metrics.intervals import auc_interval
-
     index = data.index("test")
     try:
         return {"auc": list(auc_interval(scores, index.labels, index.group.tolist()))}
@@ -226,8 +225,6 @@ def _baselines(
         return {}, {"all": "evaluate.baseline_side is 0"}
     if data.manifest.task == "multilabel":
         return {}, {"all": "not implemented for multilabel datasets"}
-    from medmamba.metrics.baselines import logistic_regression
-
     found = {"chance": _chance(data)}
     absent: dict[str, str] = {}
     train, test = data.index("train"), data.index("test")
@@ -288,8 +285,6 @@ def _pixels(
     data: Dataset, wanted: list[tuple[str, np.ndarray]], config: EvaluateConfig, show: Any
 ) -> Iterator[np.ndarray]:
     """Yields, for each (split, positions in it), float32 pixels (images, features) in [0, 1]."""
-    from data_shards.loader import Loader
-
     done, total = 0, sum(len(index) for _, index in wanted)
     with Loader(data) as loader:
         for split, index in wanted:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
+from medmamba.config import MODEL, WEIGHTS
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
 from pipelines.scratch import scratch
@@ -110,8 +111,6 @@ def _version(
     context: StepContext, out: Store, name: str, held: FencedLease, *, train: dict, run_id: str, tags: dict[str, str]
 ) -> Version:
     """The version of this model: the one that an earlier run of this step made, else a new one."""
-    from medmamba.checkpoint import MODEL  # imports torch, which most commands do not need
-
     tracking = context.tracking
     bind_model(tracking, name, context.store)
     identity = {key: tags[key] for key in ("medmamba.record", "medmamba.digest")}
@@ -163,8 +162,6 @@ def _found(context: StepContext, name: str, packaged: Path, run_id: str, identit
 
 def _fetch(model: Store, folder: Path, expected: str) -> Path:
     """Copies the model's files to `folder`; raises ValueError if their digest is not `expected`."""
-    from medmamba.checkpoint import MODEL, WEIGHTS
-
     folder.mkdir()
     digest = hashlib.sha256()
     for name in (WEIGHTS, MODEL):

@@ -9,9 +9,11 @@ import tyro
 
 from data_shards.manifest import MAKE_AGAIN, MANIFEST
 from data_shards.verify import verify as verify_dataset
+from pipelines.cluster import ray_session
 from pipelines.commands.shards.owner import dataset_in
 from pipelines.console.command import Command, JsonOption, StoreOption
 from pipelines.console.terminal import Terminal, console
+from pipelines.steps.shard import ray_map
 from pipelines.wording import counted
 
 
@@ -26,9 +28,6 @@ class VerifyArguments(StoreOption, JsonOption):
 def verify(asked: VerifyArguments) -> int:
     """Prints what differs; exit code 1 if something does."""
     out = dataset_in(asked.open_store(), asked.dataset)
-    from pipelines.cluster import ray_session
-    from pipelines.steps.shard import ray_map
-
     terminal = Terminal()
     terminal.say("connecting to Ray")
     ray_session.connect()

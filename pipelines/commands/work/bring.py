@@ -31,6 +31,7 @@ from pipelines.recipes import Recipe
 from pipelines.scratch import remove_left_behind
 from pipelines.steps.context import StepContext
 from pipelines.tracking.leases import driver_lease
+from pipelines.tracking.promoted import describe_promotion
 from pipelines.workflows import WORKFLOWS, until
 
 DONE, REFUSED = 0, 3
@@ -148,9 +149,6 @@ def _verdict(states: Sequence[StepState], before: set[str], work: Resolved, stor
     if last.record.facts["verdict"] == "no":
         terminal.say(f"not promoted: {last.record.facts['reason']}")
         return REFUSED
-    if last.name in before:
-        from pipelines.tracking.promoted import describe_promotion
-
-        if said := describe_promotion(last.record, store, work.run):
-            terminal.say(said)
+    if last.name in before and (said := describe_promotion(last.record, store, work.run)):
+        terminal.say(said)
     return DONE

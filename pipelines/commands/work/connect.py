@@ -13,6 +13,7 @@ from typing import Any
 
 from data_shards.store import Store
 from medmamba.config import MedMambaConfig
+from pipelines.cluster import ray_session
 from pipelines.cluster.background import beside
 from pipelines.commands.work.begun import write_begun
 from pipelines.commands.work.options import Resolved, TrainWork, is_profiled
@@ -24,6 +25,7 @@ from pipelines.interrupt import HAS_REPORTED, INTERRUPTED, is_interrupted
 from pipelines.placement import Placement
 from pipelines.steps.context import StepContext
 from pipelines.steps.shard import check_images
+from pipelines.tracking import check_tracking, open_tracking
 
 # A signal to a process group reaches its processes one after the other. An interrupted command releases what it holds
 # within seconds, even if Ray is gone.
@@ -51,8 +53,6 @@ def open_context(
     to_do = {state.name for state in states if state.state != "done"}
     check_source(work, states, store)  # before anything is written under the run's name
     store.check()
-    from pipelines.tracking import check_tracking, open_tracking
-
     check_tracking(store)
     on_ray = any(step.is_spread for step in steps if step.name in to_do)
     opened = beside(functools.partial(open_tracking, store))  # importing MLflow takes as long as starting Ray
@@ -96,8 +96,6 @@ def _place(
     work: Resolved, states: Sequence[StepState], store: Store, terminal: Terminal, *, after: Future[Any]
 ) -> Placement:
     """Connects to Ray and resolves the placement on it; imports what the first step needs when `after` is done."""
-    from pipelines.cluster import ray_session
-
     ray_session.prepare()
     beside(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
     address = os.environ.get("RAY_ADDRESS")

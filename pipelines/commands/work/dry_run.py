@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_shards.store import Store
+from pipelines.cluster import ray_session
 from pipelines.commands.summary import print_plan
 from pipelines.commands.work.connect import check_source
 from pipelines.commands.work.options import Resolved
@@ -44,8 +45,6 @@ def _preview(
     spread = {step.name for step in steps if step.is_spread}
     if all(state.state == "done" for state in states if state.name in spread):
         return None
-    from pipelines.cluster import ray_session
-
     demand = RunDemand(work.values, states, store, work.run)
     placement = ray_session.preview(work.placement, store, demand.for_placement(), say=say)
     demand.check(placement)

@@ -10,7 +10,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def beside(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]:
+def in_background(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]:
     """Starts `work` in a daemon thread; `result()` waits for it and raises its exception.
 
     With `stays` the thread lives as long as the process: the kernel can end children with the thread that started them.
@@ -20,7 +20,7 @@ def beside(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except BaseException as error:  # raised again by `result()`
             future.set_exception(error)
         if stays:
             threading.Event().wait()

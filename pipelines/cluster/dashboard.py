@@ -9,11 +9,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from pipelines.cluster import ray_internals
-from pipelines.cluster.background import beside
+from pipelines.cluster.background import in_background
 
 
 @contextlib.contextmanager
-def dashboard_beside_node() -> Iterator[None]:
+def dashboard_with_node() -> Iterator[None]:
     """A `ray.init` in the block starts both at once, and both are up at its end. Raises what Ray raises if one fails.
 
     This saves the 2 s in which the dashboard imports its modules.
@@ -27,7 +27,7 @@ def dashboard_beside_node() -> Iterator[None]:
     start = Node.start_api_server
 
     def begin(node: Node, **options: Any) -> None:
-        begun.append(beside(functools.partial(start, node, **options), stays=True))
+        begun.append(in_background(functools.partial(start, node, **options), stays=True))
 
     Node.start_api_server = begin  # type: ignore[method-assign, assignment]
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_shards.store import Store
 from data_shards.store.disk import full_disk, is_full, says_full, temporary_folder
-from pipelines.cluster.dashboard import dashboard_beside_node
+from pipelines.cluster.dashboard import dashboard_with_node
 from pipelines.cluster.reaper import Process, children, ended_with_driver, is_alive
 from pipelines.cluster.scan_choice import ScanChoice
 from pipelines.cluster.shipment import PASSED_VARIABLES, refuse_secrets
@@ -81,7 +81,7 @@ def connect(*, num_cpus: int | None = None, lost: Callable[[str], None] | None =
         _bind_to_loopback()
         # The dashboard is needed: without it a trial that ASHA stops never frees its resources.
         try:
-            with ended_with_driver(), dashboard_beside_node():
+            with ended_with_driver(), dashboard_with_node():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)  # type: ignore[arg-type]
         except Exception as error:  # Ray raises bare Exceptions, or OSError for a full disk
             raise RaySessionError(_not_started(error)) from error

@@ -42,7 +42,7 @@ def ended_with_driver() -> Iterator[None]:
     os.environ[MARK] = mark
     try:
         yield
-    except BaseException:
+    except BaseException:  # including Ctrl-C
         watcher.terminate()  # what was started so far is useless
         watcher.wait()
         raise

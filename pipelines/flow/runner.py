@@ -45,10 +45,10 @@ class WorkflowError(RuntimeError):
 
     def __init__(self, failures: dict[str, Exception], reasons: dict[str, str], skipped: list[str]) -> None:
         self.failures, self.reasons, self.skipped = failures, reasons, skipped
-        told = [f"step {name} failed: {reason}" for name, reason in reasons.items()]
+        lines = [f"step {name} failed: {reason}" for name, reason in reasons.items()]
         if skipped:
-            told.append(f"not run because of it: {', '.join(skipped)}")
-        super().__init__("\n".join(told))
+            lines.append(f"not run because of it: {', '.join(skipped)}")
+        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Cont
     try:
         with _own_interrupt():
             facts = step.run(step.config, context.placement, out, context, **facts_of)
-    except Exception as error:
+    except Exception as error:  # a step may fail in any way; the failure is stored and raised again
         raise_if_interrupted(error)  # an interrupted step has not failed
         if _is_held(context):  # else the folder belongs to another driver by now
             places = [context.store.uri] if context.store.is_local else []

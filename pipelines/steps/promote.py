@@ -186,8 +186,8 @@ def _compare(config: GateConfig, candidate: Version, champion: Version | None) -
             f"({(manifest or 'unknown')[:12]}), so they cannot be compared; evaluate it there, or run "
             f"`medmamba promote --run {candidate.tags.get('medmamba.run', 'NAME')} --force`"
         )
-    told = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
-    return ("yes", f"{said} is not below {told}{note}") if ours >= theirs else ("no", f"{said} is below {told}")
+    bar = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
+    return ("yes", f"{said} is not below {bar}{note}") if ours >= theirs else ("no", f"{said} is below {bar}")
 
 
 def _best_baseline(config: GateConfig, candidate: Version) -> tuple[tuple[str, float] | None, str]:
@@ -197,11 +197,11 @@ def _best_baseline(config: GateConfig, candidate: Version) -> tuple[tuple[str, f
     known = {name: _measured(candidate, config.metric, of=f"baseline_{name}") for name in BASELINES}
     found = {name: value for name, value in known.items() if value is not None}
     absent = {name: candidate.tags.get(f"baseline_{name}_absent") for name in ("all", *BASELINES)}
-    told = [f"baseline {name}: {reason}" for name, reason in absent.items() if reason and name not in found]
+    notes = [f"baseline {name}: {reason}" for name, reason in absent.items() if reason and name not in found]
     if not found:
-        return None, f" (not compared with a baseline: {'; '.join(told) or f'no {config.metric} of one was recorded'})"
+        return None, f" (not compared with a baseline: {'; '.join(notes) or f'no {config.metric} of one was recorded'})"
     best = max(found, key=lambda name: found[name])
-    return (best, found[best]), f" (absent {'; '.join(told)})" if told else ""
+    return (best, found[best]), f" (absent {'; '.join(notes)})" if notes else ""
 
 
 def _measured(version: Version, metric: str, *, of: str = "test") -> float | None:

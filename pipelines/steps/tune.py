@@ -60,7 +60,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
             trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])
-        except BaseException:
+        except BaseException:  # including Ctrl-C
             # The error that ended the sweep must be reported, not one of MLflow.
             quick = tracking.impatient
             with contextlib.suppress(TrackingError):

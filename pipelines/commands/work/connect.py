@@ -14,7 +14,7 @@ from typing import Any
 from data_shards.store import Store
 from medmamba.config import MedMambaConfig
 from pipelines.cluster import ray_session
-from pipelines.cluster.background import beside
+from pipelines.cluster.background import in_background
 from pipelines.commands.work.begun import write_begun
 from pipelines.commands.work.options import Resolved, TrainWork, is_profiled
 from pipelines.console.terminal import Terminal
@@ -55,10 +55,10 @@ def open_context(
     store.check()
     check_tracking(store)
     on_ray = any(step.is_spread for step in steps if step.name in to_do)
-    opened = beside(functools.partial(open_tracking, store))  # importing MLflow takes as long as starting Ray
+    opened = in_background(functools.partial(open_tracking, store))  # importing MLflow takes as long as starting Ray
     try:
         placement = _place(work, states, store, terminal, after=opened) if on_ray else None
-    except BaseException:
+    except BaseException:  # including Ctrl-C
         wait([opened], timeout=ENDING_S)  # a new database interrupted during its migrations could never be opened again
         raise
     if not opened.done():
@@ -97,7 +97,7 @@ def _place(
 ) -> Placement:
     """Connects to Ray and resolves the placement on it; imports what the first step needs when `after` is done."""
     ray_session.prepare()
-    beside(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
+    in_background(functools.partial(_preload, [state.name for state in states if state.state != "done"], after))
     address = os.environ.get("RAY_ADDRESS")
     terminal.begin(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     choice = ray_session.begin_choice(work.placement, *_scans(work, states))

@@ -11,7 +11,7 @@ from data_shards.store import Store
 from pipelines.commands.step import bring_step
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring
-from pipelines.commands.work.options import BEHAVIOUR, PromoteWork, Resolved
+from pipelines.commands.work.options import STEP_BEHAVIOR, PromoteWork, Resolved
 from pipelines.commands.work.read import read_work
 from pipelines.console.command import Command, open_named
 from pipelines.flow import Record, Step
@@ -61,6 +61,6 @@ PROMOTE = Command(
     "Give the registered version the alias champion if the gate accepts it.",
     PromoteWork,
     promote,
-    f"Exit code 3 if the gate rejects it. {BEHAVIOUR}",
+    f"Exit code 3 if the gate rejects it. {STEP_BEHAVIOR}",
     read=read_work,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring, steps_until
-from pipelines.commands.work.options import BEHAVIOUR, RunWork
+from pipelines.commands.work.options import BEHAVIOR, RunWork
 from pipelines.commands.work.read import read_work
 from pipelines.console.command import Command
 
@@ -24,13 +24,13 @@ def _read_quickstart(command: Command, argv: Sequence[str]) -> Any:
 
 
 RUN = Command(
-    "run", "Run a complete workflow: images in, a promoted model out.", RunWork, run, BEHAVIOUR, read=read_work
+    "run", "Run a complete workflow: images in, a promoted model out.", RunWork, run, BEHAVIOR, read=read_work
 )
 QUICKSTART = Command(
     "quickstart",
     "Try the complete workflow on synthetic images, on this machine, in minutes.",
     RunWork,
     run,
-    BEHAVIOUR,
+    BEHAVIOR,
     read=_read_quickstart,
 )

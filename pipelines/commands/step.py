@@ -6,7 +6,7 @@ import functools
 
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring, steps_until
-from pipelines.commands.work.options import BEHAVIOUR, StepWork, TrainWork
+from pipelines.commands.work.options import STEP_BEHAVIOR, StepWork, TrainWork
 from pipelines.commands.work.read import read_work
 from pipelines.console.command import Command
 
@@ -18,7 +18,7 @@ def bring_step(work: StepWork, *, step: str) -> int:
 
 
 def _command(step: str, text: str, arguments: type = StepWork) -> Command:
-    return Command(step, text, arguments, functools.partial(bring_step, step=step), BEHAVIOUR, read=read_work)
+    return Command(step, text, arguments, functools.partial(bring_step, step=step), STEP_BEHAVIOR, read=read_work)
 
 
 SHARD = _command("shard", "Convert an image set into shards, an index and a manifest.")

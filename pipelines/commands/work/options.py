@@ -12,7 +12,8 @@ from pipelines.placement import PlacementConfig
 from pipelines.recipes import Recipe
 from pipelines.tracking.leases import RUN_WAIT_S
 
-BEHAVIOUR = "Steps it depends on run first; finished steps are skipped, an interrupted one resumes."
+BEHAVIOR = "Finished steps are skipped, an interrupted one resumes."
+STEP_BEHAVIOR = f"Runs the steps it depends on first. {BEHAVIOR}"
 Values = TypeVar("Values")
 Where = TypeVar("Where")
 

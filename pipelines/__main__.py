@@ -1,4 +1,4 @@
-"""`python -m pipelines` = the command `medmamba`."""
+"""`python -m pipelines` runs the command `medmamba`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """The command `medmamba`: its verbs, help and exit codes.
 
-Exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else.
+Exit codes: 0 success, 1 failure, 2 usage error, 3 rejected by the gate.
 """
 
 import logging
@@ -30,7 +30,7 @@ from pipelines.console.terminal import show_log_visibly, visible
 from pipelines.console.work_log import work_log
 from pipelines.faults import fault_line
 from pipelines.flow import DriftError, WorkflowError
-from pipelines.interrupt import HAS_TOLD, INTERRUPTED
+from pipelines.interrupt import HAS_REPORTED, INTERRUPTED
 from pipelines.override import ConfigError, explain
 from pipelines.provenance import version
 from pipelines.recipes import RECIPES
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     keep_bytecode()
     show_log_visibly()
-    logging.raiseExceptions = False  # a library that logs while the process ends would print after the last line
+    logging.raiseExceptions = False  # a library that logs at exit would print a traceback after the last line
     return _run(argv)
 
 
@@ -80,46 +80,46 @@ def _run(argv: list[str]) -> int:
         check_name(argv[0], VERBS)
         return _flushed(VERBS[argv[0]](argv[1:]))
     except ValidationError as error:
-        return _tell(explain(error), WRONG_USE)
+        return _report(explain(error), WRONG_USE)
     except (UsageError, ConfigError, DriftError) as error:
-        return _tell(error, WRONG_USE)
+        return _report(error, WRONG_USE)
     except (ValueError, WorkflowError) as error:
-        return _tell(error, FAILED)
+        return _report(error, FAILED)
     except BrokenPipeError:
-        return _nobody_reads()
+        return _closed_pipe()
     except HelpShown:
         return _flushed(DONE)
     except Paused as paused:
-        return _tell(paused, DONE)
-    except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train a Ctrl-C
-        return _tell(INTERRUPTED, FAILED)
-    except Exception as error:  # the last boundary: the traceback is kept, the user gets a line
+        return _report(paused, DONE)
+    except (KeyboardInterrupt, SystemExit):  # ray.init turns SIGTERM into SystemExit, Ray Train does so with Ctrl-C
+        return _report(INTERRUPTED, FAILED)
+    except Exception as error:  # any error: the traceback goes to the log, the user gets one line
         return _unexpected(error)
 
 
 def _print_help() -> None:
     print("medmamba: medical images in, a promoted model out\n")
-    print("usage: medmamba VERB [options]     (medmamba VERB --help explains each)\n")
+    print("usage: medmamba VERB [options]     (details: medmamba VERB --help)\n")
     for name, verb in VERBS.items():
         print(f"  {name:<11} {verb.help}")
     print(f"\nrecipes: {', '.join(RECIPES)}")
-    print("exit codes: 0 done, 2 wrong use, 3 a gate said no, 1 anything else")
-    print("\nmedmamba --version prints the version. Tab completion, for bash, once after each update:")
+    print("exit codes: 0 success, 1 failure, 2 usage error, 3 rejected by the gate")
+    print("\nmedmamba --version prints the version. To set up tab completion for bash, once after each update:")
     print("  medmamba --print-completion bash > ~/.local/share/bash-completion/completions/medmamba")
     print(f"(that folder must exist; other shells: {', '.join(SHELLS[1:])})")
 
 
 def _flushed(code: int) -> int:
-    """`code`, once standard output has taken what was printed: after a help text nothing else would ask."""
+    """Flushes standard output and returns `code`: nothing else notices a closed pipe after a help text."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        return _nobody_reads()
+        return _closed_pipe()
     return code
 
 
-def _nobody_reads() -> int:
-    # `medmamba ... | head`: whoever read has enough. Python would complain once more when it flushes at the end.
+def _closed_pipe() -> int:
+    # The reader closed the pipe (`medmamba ... | head`). Python would report the error again when it flushes at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAILED
 
@@ -127,10 +127,10 @@ def _nobody_reads() -> int:
 def _unexpected(error: Exception) -> int:
     with work_log(through=True) as log:
         log.write("".join(traceback.format_exception(error)))
-        return _tell(f"{fault_line(error)}{log.named()}", FAILED)
+        return _report(f"{fault_line(error)}{log.named()}", FAILED)
 
 
-def _tell(error: object, code: int) -> int:
+def _report(error: object, code: int) -> int:
     print(f"medmamba: {visible(str(error))}", file=sys.stderr, flush=True)
-    HAS_TOLD.set()
+    HAS_REPORTED.set()
     return code

@@ -1,4 +1,4 @@
-"""What a training has cost: GPU-hours, energy, and money by the user's own table of prices."""
+"""The cost of a training: GPU-hours, energy, and US dollars from the user's price table."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from pipelines.worker.checkpoint.usage import Usage
 
 
 def read_prices(path: str) -> dict[str, float]:
-    """A table of US dollars for an hour of a GPU, by its name, from a TOML file; empty where `path` is.
+    """Reads a TOML file of GPU prices; returns GPU name -> US dollars per hour, empty if `path` is empty.
 
-    Raises ValueError where the file cannot be read or holds something else.
+    Raises ValueError if the file cannot be read or a value is not a price.
     """
     if not path:
         return {}
-    example = 'a line has the form "NVIDIA H200" = 4.0'
+    example = 'example: "NVIDIA H200" = 4.0'
     try:
-        prices = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows begin with a mark
+        prices = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows editors may add a byte order mark
     except OSError as error:
-        raise ValueError(f"--placement.prices {path}: {error.strerror}; name a TOML file that can be read") from None
+        raise ValueError(f"--placement.prices {path}: {error.strerror}; give a readable TOML file") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise ValueError(f"--placement.prices {path}: not a TOML file ({error}); {example}") from None
     for name, price in prices.items():
         is_number = isinstance(price, int | float) and not isinstance(price, bool)
         if not is_number or not 0 <= price < math.inf:
             raise ValueError(
-                f"--placement.prices {path}: {name} = {price!r}: a price is a number of US dollars per GPU-hour; "
-                f"{example}"
+                f"--placement.prices {path}: {name} = {price!r} is not a price; give US dollars per GPU-hour, {example}"
             )
     return {name: float(price) for name, price in prices.items()}
 
 
 def price_usd(usage: Usage, prices: Mapping[str, float]) -> float | None:
-    """US dollars for all GPU-hours; None where a GPU has no price, or none was held."""
+    """Price of all GPU-hours in US dollars; None if no GPU was used or one of them has no price."""
     if not usage.gpu_s or not usage.gpu_s.keys() <= prices.keys():
         return None
     return sum(seconds / 3600 * prices[name] for name, seconds in usage.gpu_s.items())
 
 
 def cost_facts(usage: Usage, prices: Mapping[str, float]) -> dict[str, float]:
-    """The figures of a complete training, by other names than an epoch's; those that are not known are absent."""
+    """Totals of a finished training, named differently from an epoch's metrics; unknown ones are omitted."""
     price = price_usd(usage, prices)
     return {
         "images_per_s_sustained": usage.images_per_s,
@@ -58,8 +57,8 @@ def cost_facts(usage: Usage, prices: Mapping[str, float]) -> dict[str, float]:
 
 def cost_line(usage: Usage, epochs: int, prices: Mapping[str, float]) -> str:
     """One line for the user: time, sustained speed, GPU-hours, energy, price."""
-    # Checkpoints of older versions do not say what was used until then.
-    measured = f", the last {usage.epochs} of them" if 0 < usage.epochs < epochs else ""
+    # Checkpoints of older releases did not record usage.
+    measured = f" (the last {usage.epochs} measured)" if 0 < usage.epochs < epochs else ""
     parts = [f"trained {counted(epochs, 'epoch')}{measured} in {duration(usage.wall_s)}"]
     parts.append(f"{usage.images_per_s:,.0f} images/s")
     if usage.gpu_s:

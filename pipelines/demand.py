@@ -1,4 +1,4 @@
-"""What the steps of a run that are still to do ask of its placement."""
+"""What the remaining steps of a run require of its placement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_OLD_CHECKPOINT = (*OF_CHECKPOINT, "ranks", "flat")
 
 
 class RunDemand:
-    """The trainings that a run may still come to, and the checkpoint from which its training resumes."""
+    """The trainings that a run may still start, and the checkpoint that its training resumes from."""
 
     def __init__(self, recipe: Recipe, states: Sequence[StepState], store: Store, run: str) -> None:
         by_name = {state.name: state for state in states}
@@ -29,12 +29,12 @@ class RunDemand:
         self._trainings = _possible_trainings(recipe, by_name) if train and train.state != "done" else []
         begun = train is not None and train.state in ("interrupted", "failed")
         self._checkpoint: dict[str, Any] | None = None
-        self._is_old = False  # such a checkpoint resumes on the ranks and the stage that wrote it, and nowhere else
+        self._is_old = False  # it resumes only on as many ranks, and at the ZeRO stage, that wrote it
         if begun:
             self._checkpoint, self._is_old = begun_training(step_folder(store, run, "train"))
 
     def for_placement(self) -> Demand:
-        """What `auto` has to know to choose a number of workers that the run can finish on."""
+        """What `auto` must know to choose a number of workers that the run can finish with."""
         if not self._trainings:
             return Demand()
         sizes = [training.batch_size for training in self._trainings]
@@ -48,9 +48,9 @@ class RunDemand:
         )
 
     def check(self, placement: Placement) -> None:
-        """Raises ValueError where the workers do not divide a batch, or could not resume the checkpoint exactly.
+        """Raises ValueError if the workers do not divide a batch or cannot resume the checkpoint exactly.
 
-        After the sweep, or on the workers, would be late to find out.
+        Checked now, because the workers would only find out after the sweep.
         """
         for training in self._trainings:
             training.accumulation(placement.workers)
@@ -61,7 +61,7 @@ class RunDemand:
 
 
 def _possible_trainings(recipe: Recipe, states: Mapping[str, StepState]) -> list[TrainConfig]:
-    """The recipe's training, or one for each batch size that the sweep may choose or has chosen."""
+    """The recipe's training, or one per batch size that the sweep has chosen or may choose."""
     tune = states.get("tune")
     if tune is None:
         sizes: Sequence[int] = ()

@@ -1,4 +1,4 @@
-"""What went wrong, in one line: cause and remedy of the errors that are nobody's mistake in the configuration."""
+"""Failures in one line: cause and remedy of errors that are not mistakes in the configuration."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from data_shards.store.disk import full_disk, is_full, says_full, temporary_folder
 from pipelines.group_faults import RESUME, GroupFault
 
-ON_THE_TERMINAL = "run the same command to see why: reasons that may name files are shown on the terminal only"
-# What Ray says, only in its texts, of a process or a machine that was lost.
+ON_THE_TERMINAL = "run the same command to see why: messages that may contain file names appear only in the terminal"
+# Ray reports a lost process or machine only in the text of its errors.
 _NO_MEMORY = ("low on memory", "OutOfMemoryError: Task was killed", "killed by the memory monitor")
 _NODE_LOST = ("node has crashed", "node is dead", "marked dead", "raylet", "NodeDiedError", "node failure")
 _WORKER_LOST = ("connection error code", "died unexpectedly", "WorkerCrashedError", "worker process has died")
 _GPU_FULL = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "NVRTC_ERROR_OUT_OF_MEM")
-# What torch says where it compiles for a CPU, and Triton for the launchers of its kernels on a GPU.
+# From torch when it compiles for a CPU, and from Triton when it compiles kernel launchers for a GPU.
 _NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler")
 _NO_ROOM_TO_START = (
     "worker group startup timed out",
@@ -34,7 +34,7 @@ _LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what is behind it, through Python's chain and Ray's wrapping, each once."""
+    """Yields the error and its causes, through Python's chain and Ray's wrappers, each once."""
     waiting, seen = [error], set[int]()
     while waiting:
         each = waiting.pop(0)
@@ -47,7 +47,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | Path] = ()) -> str:
-    """One line: what happened and what to do. `places` are folders whose disk may be what is full."""
+    """Returns one line: what happened and what to do. `places` are folders whose disk may be full."""
     mistake = users_mistake(error)
     if mistake is not None:
         return str(mistake)
@@ -61,27 +61,27 @@ def fault_line(error: BaseException, *, step: str = "", places: Sequence[str | P
     if any(sign in text for sign in _GPU_FULL):
         return f"the GPU ran out of memory: {_less_memory(step)}"
     if any(sign in text for sign in _NO_MEMORY) or any(isinstance(each, MemoryError) for each in chain):
-        return f"the machine ran out of memory, so {_who(step)} was ended: {_more_memory(step)}"
+        return f"the machine ran out of memory and {_who(step)} was killed: {_more_memory(step)}"
     if any(sign in text for sign in _NO_COMPILER):
         return (
             "the training step cannot be compiled: no C++ compiler found; install g++, or use --placement.compile off"
         )
     if any(sign in text for sign in _NO_START):
         return (
-            f"a process of Ray did not start ({_first_line(error)}): the machine may be overloaded or out of memory; "
-            f"end what else runs, then {RESUME}"
+            f"a Ray process did not start ({_first_line(error)}): the machine may be overloaded or out of memory; "
+            f"stop other programs, then {RESUME}"
         )
     if any(sign in text for sign in _NO_ROOM_TO_START):
-        return f"{_who(step)} found no free CPU or GPU in time: end what else uses this Ray, then {RESUME}"
+        return f"{_who(step)} found no free CPU or GPU in time: stop other work on this Ray, then {RESUME}"
     if any(sign in text for sign in (*_WORKER_LOST, *_NODE_LOST)):
         return _lost(text, step)
     return (
-        f"unexpected {type(innermost(error)).__name__}: {_first_line(error)}; if it comes again, report it as a defect"
+        f"unexpected {type(innermost(error)).__name__}: {_first_line(error)}; if it happens again, report it as a bug"
     )
 
 
 def comes_again(error: BaseException) -> bool:
-    """Whether the same work would end in the same way: a user's mistake, or a GPU or a disk that is full."""
+    """Whether a retry would fail in the same way: a user's mistake, or a full GPU or disk."""
     if users_mistake(error) is not None:
         return True
     chain = list(causes(error))
@@ -90,17 +90,17 @@ def comes_again(error: BaseException) -> bool:
 
 
 def lost_ray(server: str) -> str:
-    """The line about an embedded Ray of which a server ended."""
+    """The message about an embedded Ray whose process `server` has ended."""
     if _oom_kills() > _OOM_KILLS_BEFORE:
-        return f"the kernel ran out of memory and killed Ray on this machine: end what else uses it, then {RESUME}"
-    return f"Ray on this machine ended during the work ({server} was killed or crashed): {RESUME}"
+        return f"the machine ran out of memory and the kernel killed Ray: stop other programs, then {RESUME}"
+    return f"Ray on this machine ended while the command was running ({server} was killed or crashed): {RESUME}"
 
 
 def kept_reason(error: BaseException, *, step: str, places: Sequence[str | Path] = ()) -> str:
-    """`fault_line` in one line, for what others may read (the store, MLflow).
+    """`fault_line` without line breaks, for what others can read (the store, MLflow).
 
-    What stops a conversion may quote file names, which can name patients. So of such an error only its `public` text
-    is kept, where it has one, and of an unforeseen one only its kind.
+    Errors of the shard step may quote file names, which can contain names of patients. Of those, only the `public`
+    text is stored, if there is one; of unexpected errors only the type.
     """
     mistake = users_mistake(error)
     if step == "shard" and mistake is not None:
@@ -113,32 +113,32 @@ def kept_reason(error: BaseException, *, step: str, places: Sequence[str | Path]
 
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raises what a task or a training worker raised as a user's mistake, in place of Ray's wrapping of it."""
+    """Raises the user's mistake that a task or training worker raised, without Ray's wrapper around it."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Ray's wrappers share no base class
         if not _wrapped(error):
             raise
         raise users_mistake(error) or error from None
 
 
 def users_mistake(error: BaseException) -> ValueError | None:
-    """The ValueError that a step, or a worker of it, raised to say what to do; None where it is something else."""
+    """The ValueError with which a step or one of its workers tells the user what to do; None for any other error."""
     waiting = [error]
     while waiting:
         each = waiting.pop(0)
         inside = _wrapped(each)
-        # Ray's wrapping is of the class of what it wraps as well. A JSON or Unicode error says nothing to a user, and
-        # neither does one that a library raised.
-        unsaid = isinstance(each, (UnicodeError, JSONDecodeError)) or _is_of_a_library(each)
-        if isinstance(each, ValueError) and not inside and not unsaid:
+        # Ray's wrapper is also an instance of the class that it wraps. JSON and Unicode errors, and errors that
+        # a library raised, tell the user nothing.
+        is_internal = isinstance(each, (UnicodeError, JSONDecodeError)) or _is_of_a_library(each)
+        if isinstance(each, ValueError) and not inside and not is_internal:
             return each
         waiting += inside
     return None
 
 
 def _is_of_a_library(error: BaseException) -> bool:
-    """Whether it was raised in the code of a library, as far as its traceback says; that of another process is lost."""
+    """Whether a library raised it, by its traceback; False for an error from another process, which has none."""
     trace = error.__traceback__
     if trace is None or isinstance(error, ValidationError):
         return False
@@ -149,7 +149,7 @@ def _is_of_a_library(error: BaseException) -> bool:
 
 
 def has_more(error: BaseException) -> bool:
-    """Whether the log has more than the line: the error, or what is right behind it, is not a user's mistake."""
+    """Whether the log adds to the message: the error or its direct cause is not a user's mistake."""
     behind = error.__cause__
     if users_mistake(error) is None:
         return True
@@ -157,7 +157,7 @@ def has_more(error: BaseException) -> bool:
 
 
 def _wrapped(error: BaseException) -> list[BaseException]:
-    """What Ray has wrapped in this error: a task's or a trial's cause, the failures of training workers."""
+    """The errors inside a Ray error: the cause of a task or trial, the failures of training workers."""
     failures = getattr(error, "worker_failures", None) or {}
     inside = [
         getattr(error, "cause", None),
@@ -169,18 +169,18 @@ def _wrapped(error: BaseException) -> list[BaseException]:
 
 
 def _disk_line(chain: Sequence[BaseException], places: Sequence[str | Path]) -> str:
-    """The line about the disk that an error says is full, the same each time: there may be room again meanwhile."""
+    """The message about the full disk; stored on the error, because there may be room again by the next call."""
     said = next(each for each in chain if says_full(each))
     return said.__dict__.setdefault("full_disk", _full_disk(places))
 
 
 def _full_disk(places: Sequence[str | Path]) -> str:
-    """The line about the place that is full; where none is any more, about the one with the least room."""
+    """The message about the first full place; if none is full any more, the free space of all."""
     there = [*places, temporary_folder(), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
     full = next((place for place in there if is_full(place)), None)
     if full is not None:
-        return full_disk(full, "what had to be written")
-    return "a disk became full (" + "; ".join(full_disk(place, "it").partition(";")[0] for place in there) + ")"
+        return full_disk(full, "the files of this command")
+    return "a disk filled up (" + "; ".join(full_disk(place, "it").partition(";")[0] for place in there) + ")"
 
 
 def _less_memory(step: str) -> str:
@@ -191,23 +191,23 @@ def _less_memory(step: str) -> str:
 
 def _more_memory(step: str) -> str:
     fewer = "--placement.concurrent-trials" if step == "tune" else "--placement.workers"
-    return f"end what else uses it, or lower {fewer}, then {RESUME}"
+    return f"stop other programs, or lower {fewer}, then {RESUME}"
 
 
 def _who(step: str) -> str:
-    return {"train": "a training worker", "tune": "a trial", "shard": "a shard task"}.get(step, "a process of Ray")
+    return {"train": "a training worker", "tune": "a trial", "shard": "a shard task"}.get(step, "a Ray process")
 
 
 def _lost(text: str, step: str) -> str:
     if any(sign in text for sign in _NODE_LOST) and not any(sign in text for sign in ("connection error code",)):
-        return f"a machine of this Ray, or the Ray on it, was lost during the work: {RESUME}"
+        return f"a node of this Ray was lost while the command was running: {RESUME}"
     if _oom_kills() > _OOM_KILLS_BEFORE:
-        return f"the kernel ran out of memory and killed {_who(step)}: {_more_memory(step)}"
-    return f"{_who(step)} was killed or crashed (kill, out of memory, or a fault in native code): {RESUME}"
+        return f"the machine ran out of memory and the kernel killed {_who(step)}: {_more_memory(step)}"
+    return f"{_who(step)} was killed or crashed (by a signal, for lack of memory, or in native code): {RESUME}"
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error out of Ray's wrapping, which says nothing."""
+    """The error inside all of Ray's wrappers."""
     while inside := _wrapped(error):
         error = inside[0]
     return error
@@ -219,7 +219,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _oom_kills() -> int:
-    """How many processes this machine's kernel has ended for want of memory; 0 where it does not say."""
+    """How many processes this machine's kernel has killed for lack of memory; 0 if unknown."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What ends a group of training workers that is nobody's mistake: each says what happened and what to do."""
+"""Failures of a group of training workers that are not a user's mistake; each says what to do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pipelines.wording import counted
 RESUME = "run the same command to resume"
 
 
-class GroupFault(RuntimeError):  # noqa: N818  (it has kinds, which are errors)
-    """A group of workers does not start, or makes no progress. Its text is for the user."""
+class GroupFault(RuntimeError):  # noqa: N818  (a base class; its subclasses end in Error)
+    """A group of workers does not start or makes no progress. The message is for the user."""
 
 
 class StalledError(GroupFault):
@@ -21,12 +21,12 @@ class StalledError(GroupFault):
     def __str__(self) -> str:
         return (
             f"{self.who}, and the training stalled: the process may be stopped, its machine overloaded or its GPU "
-            f"broken; look at that node, then {RESUME}"
+            f"broken; check that node, then {RESUME}"
         )
 
 
 class NoPlaceError(GroupFault):
-    """The nodes have no room for the least number of workers."""
+    """The nodes have no room for the minimum number of workers."""
 
     def __init__(self, workers: int, wait_s: float, nodes: str) -> None:
         super().__init__(workers, wait_s, nodes)
@@ -34,7 +34,6 @@ class NoPlaceError(GroupFault):
 
     def __str__(self) -> str:
         return (
-            f"for {self.wait_s / 60:.0f} min there was no room for "
-            f"{counted(self.workers, 'training worker')} on the nodes of this Ray ({self.nodes}): add nodes, or let "
-            f"the training continue with fewer (--placement.workers-min), then {RESUME}"
+            f"no room for {counted(self.workers, 'training worker')} on the nodes of this Ray ({self.nodes}) within "
+            f"{self.wait_s / 60:.0f} min: add nodes, or allow fewer workers (--placement.workers-min), then {RESUME}"
         )

@@ -1,4 +1,4 @@
-"""Whether this process was told to end, which is known at once, also while its main thread is in native code."""
+"""Notices SIGTERM and Ctrl-C at once, even while the main thread is in native code."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pipelines.faults import RESUME
 
 INTERRUPTED = f"interrupted; {RESUME}"
 ENDING = (signal.SIGTERM, signal.SIGINT)
-# Set once the last line of the command is on the terminal: nobody else has to say what happened.
-HAS_TOLD = threading.Event()
+# Set once the command has printed its last line: no other thread has to report what happened.
+HAS_REPORTED = threading.Event()
 _asked = threading.Event()
-_ends: list[int] = []  # of the pipe that Python's C handler writes the number of each signal to
+_ends: list[int] = []  # the pipe that Python's C handler writes signal numbers to
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """While the block lasts SIGTERM ends the process as Ctrl-C does, so that what it holds is given back.
+    """Inside the block SIGTERM ends the process as Ctrl-C does, so that it releases what it holds.
 
-    An error that the block ends with after that counts as the interruption: a signal to the whole process group ends
-    Ray and its workers too, and what they leave unfinished fails in many ways.
+    An error after a signal counts as the interruption: a signal to the process group also ends Ray and its workers,
+    and the work that they leave fails in many ways.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -38,14 +38,14 @@ def interruptible() -> Iterator[None]:
         for each in _ends:
             os.set_blocking(each, False)
         os.register_at_fork(after_in_child=_forget)
-    is_interrupted()  # reads away what belongs to an earlier block
+    is_interrupted()  # drains the signals of an earlier block
     _asked.clear()
-    HAS_TOLD.clear()
+    HAS_REPORTED.clear()
     before = signal.signal(signal.SIGTERM, end)
     woken = signal.set_wakeup_fd(_ends[1], warn_on_full_buffer=False)
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # any error may follow from the signal
         raise_if_interrupted(error)
         raise
     finally:
@@ -55,7 +55,7 @@ def interruptible() -> Iterator[None]:
 
 
 def is_interrupted(*, wait_s: float = 0.0) -> bool:
-    """Whether SIGTERM or Ctrl-C has come since the block `interruptible` began; waits for it up to `wait_s`."""
+    """Whether SIGTERM or Ctrl-C has arrived since `interruptible` began; waits up to `wait_s` seconds for it."""
     if not _ends:
         return False
     for _ in range(1 + round(wait_s / 0.1)):
@@ -68,14 +68,14 @@ def is_interrupted(*, wait_s: float = 0.0) -> bool:
 
 
 def raise_if_interrupted(error: Exception) -> None:
-    """Raises the SystemExit that SIGTERM stands for, if the process was told to end; `error` came of that.
+    """Raises SystemExit, as for SIGTERM, from `error` if the process was interrupted.
 
-    A lost lease interrupts too (see `driver_lease`), and says so itself.
+    A lost lease also interrupts (see `driver_lease`), but keeps its own message.
     """
     if is_interrupted() and not isinstance(error, LostLeaseError):
         raise SystemExit(128 + signal.SIGTERM) from error
 
 
 def _forget() -> None:
-    # A pool ends its processes by SIGTERM, which is no signal to this one.
+    # A pool ends its forked workers with SIGTERM; they must not write it to this process's pipe.
     signal.set_wakeup_fd(-1)

@@ -1,4 +1,4 @@
-"""What made a result: the git commit of the code that ran, and the versions of the libraries under it."""
+"""The provenance of a result: the git commit of the code and the versions of its libraries."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ LIBRARIES = (
 
 
 def git_commit() -> str:
-    """The commit of the running code as 40 hex digits, with "-dirty" where its files differ from it.
+    """The commit of the running code as 40 hex digits, with "-dirty" appended if files have changed.
 
-    On a cluster the packages arrive without their history, so `MEDMAMBA_GIT_COMMIT`, which `medmamba submit` passes,
-    counts first. "unknown" where there is neither (an installed wheel, no git).
+    `MEDMAMBA_GIT_COMMIT` takes precedence: `medmamba submit` sets it, because packages reach a cluster without their
+    history. "unknown" without either (an installed wheel, no git).
     """
     passed = os.environ.get(COMMIT_VARIABLE, "").strip()
     if passed:
         return passed
     root = Path(__file__).resolve().parents[1]
-    # A virtual environment inside some other repository must not lend its commit to the wheel installed there.
+    # A wheel in a virtual environment inside another repository must not report that repository's commit.
     if _git(root, "ls-files", "--error-unmatch", "pipelines/provenance.py") is None:
         return "unknown"
     commit = _git(root, "rev-parse", "HEAD")
@@ -53,7 +53,7 @@ def git_commit() -> str:
 
 
 def version() -> str:
-    """The version of this project, as `pyproject.toml` has it; "unknown" where only the packages are there (a job)."""
+    """The version in `pyproject.toml`; "unknown" where only the packages are present (a Ray job)."""
     try:
         return metadata.version("medmamba")
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
@@ -62,7 +62,7 @@ def version() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that decide numbers or formats; one not installed is left out."""
+    """Versions of Python and of the installed libraries that affect numbers or formats."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -73,7 +73,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """The output of a git command, or None where there is no git, no repository, or nothing of that name in it."""
+    """The output of a git command; None if it fails or git is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

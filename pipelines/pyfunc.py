@@ -1,7 +1,7 @@
 """The registered model: encoded images (or pixels) in, class probabilities out.
 
-MLflow stores this file as the model's code ("models from code"), beside the packages medmamba and data_shards and the
-two files of a checkpoint: no pickle anywhere, and nothing of pipelines, Ray or DeepSpeed is needed to predict.
+MLflow stores this file as the model's code ("models from code"), with the packages medmamba and data_shards and the two
+files of a checkpoint. There is no pickle, and prediction needs neither pipelines nor Ray nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Classifier:
     def load_context(self, context: Any) -> None:
         """Reads weights.safetensors and model.json from the artifacts.
 
-        Raises ValueError where they have not the digest that the model was packaged with: they were replaced.
+        Raises ValueError if their digest is not the one that the model was packaged with.
         """
         _keep_kernels_outside()
         from medmamba.checkpoint import load_model
@@ -36,18 +36,18 @@ class Classifier:
         settings = context.model_config or {}
         if not settings.get("digest"):
             raise ValueError(
-                f"{folder}: the packaged model names no digest of its weights, so they cannot be checked: MLmodel was "
-                "edited; restore it, or register the model again"
+                f"{folder}: MLmodel was edited and has no digest of the weights, so they cannot be verified; "
+                "restore it, or register the model again"
             )
         self.device = settings.get("device", "cpu")
         self.model, _, self.card = load_model(folder, device=self.device, digest=settings["digest"])
 
-    def predict(self, context, model_input, params=None):  # hints here would replace the signature
-        """Probabilities, one row per image and one column per class.
+    def predict(self, context, model_input, params=None):  # type hints would replace the signature
+        """Returns a DataFrame of probabilities (N, classes), one row per image and one column per class.
 
         `model_input`: a DataFrame with the column `image`, or the images themselves: each one the bytes of an image
         file or uint8 pixels (H, W), (H, W, 1) or (H, W, 3); also one array (N, H, W) or (N, H, W, C) of equal sizes.
-        Raises ValueError, naming the row, for anything that is no image.
+        Raises ValueError, naming the row, for anything that is not an image.
         """
         images = model_input["image"].tolist() if isinstance(model_input, pd.DataFrame) else list(model_input)
         found = [self._scores(images[first : first + BATCH], first) for first in range(0, len(images), BATCH)]
@@ -67,7 +67,7 @@ class Classifier:
         return scores(logits_BC, self.card["task"]).cpu().numpy()
 
     def _pixels(self, image: bytes | np.ndarray, row: int) -> np.ndarray:
-        """Uint8 (side, side, 3), by the path of the shards: decode, shrink as the data set was, resize."""
+        """Pixels as uint8 (height, width, 3), prepared as in training: decode, shrink like the dataset, resize."""
         from data_shards.decode import decode
         from medmamba.preprocess import resize_uint8
 
@@ -88,14 +88,14 @@ class Classifier:
         except ValueError as error:
             raise ValueError(f"image {row} cannot be decoded: {error}") from error
         if self.card["channels"] == 1 and pixels_HWC.shape[2] == 3:
-            pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).convert("L"))[..., None]  # it has never seen colour
+            pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).convert("L"))[..., None]  # trained on grayscale only
         size = self.card["image_size"]
         resized = resize_uint8(pixels_HWC, size if isinstance(size, int) else tuple(size))
         return np.broadcast_to(resized, (*resized.shape[:2], 3))
 
 
 def _keep_kernels_outside() -> None:
-    """Compiled kernels go to the user's cache: beside their code they would be pickles inside the model's artifacts."""
+    """Sends compiled kernels to the user's cache: next to their code they would be pickles among the artifacts."""
     import numba
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "numba"
@@ -109,7 +109,7 @@ def _keep_kernels_outside() -> None:
 
 
 class MedMambaModel(Classifier, PythonModel):
-    """The classifier as MLflow wants it; a `predict` in this class's own body MLflow would wrap, and warn about."""
+    """The classifier as an MLflow model. MLflow would wrap a `predict` defined here, with a warning."""
 
 
 mlflow.models.set_model(MedMambaModel())

@@ -1,4 +1,4 @@
-"""Temporary folders that a killed process does not leave for ever: the next one to need any removes them."""
+"""Temporary folders; the next process that needs one removes those of killed processes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from data_shards.store.disk import DiskFullError, full_disk, is_full, size_text
 
 PREFIX = "medmamba."
-_NEW = ".medmamba-new-"  # until it is locked: the next process must not take it for one left behind
+_NEW = ".medmamba-new-"  # until it is locked, so that no other process takes it for a leftover
 
 
 @contextlib.contextmanager
 def scratch(purpose: str) -> Iterator[Path]:
-    """A folder below TMPDIR for the length of the block, named `medmamba.<purpose>.<random>`.
+    """Yields a folder in TMPDIR, `medmamba.<purpose>.<random>`, and removes it after the block.
 
-    A lock on it, which the kernel lifts when this process ends however it ends, says that it is in use.
-    Raises DiskFullError where its disk was filled in the block.
+    A lock marks it as in use; the kernel releases the lock however this process ends.
+    Raises DiskFullError if its disk fills up inside the block.
     """
     remove_left_behind()
     root = tempfile.gettempdir()
@@ -33,8 +33,8 @@ def scratch(purpose: str) -> Iterator[Path]:
         raise
     try:
         yield folder
-    except Exception as error:
-        # Asked before the folder is removed: afterwards there is room again.
+    except Exception as error:  # libraries report a full disk in many ways
+        # Checked before the folder is removed, which frees space.
         if is_full(folder) and not isinstance(error, DiskFullError):
             raise DiskFullError(_no_room(folder, purpose)) from error
         raise
@@ -47,7 +47,7 @@ def remove_left_behind() -> list[Path]:
     """Removes the scratch folders of this user whose process has ended; returns them."""
     gone = []
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # in use (BlockingIOError), removed meanwhile, or not a folder of ours
+        with contextlib.suppress(OSError):  # in use (BlockingIOError), already removed, or not ours
             lock = _lock(folder)
             try:
                 if os.fstat(lock).st_uid == os.geteuid():
@@ -62,7 +62,7 @@ def _locked_folder(purpose: str) -> tuple[Path, int]:
     new = Path(tempfile.mkdtemp(prefix=_NEW))
     try:
         lock = _lock(new)
-    except OSError:  # a file system without locks: nobody else can lock it either, so nobody removes it
+    except OSError:  # no locks on this file system, so no other process can lock and remove it
         lock = os.open(new, os.O_RDONLY)
     folder = new.with_name(f"{PREFIX}{purpose}.{new.name.removeprefix(_NEW)}")
     new.rename(folder)
@@ -70,7 +70,7 @@ def _locked_folder(purpose: str) -> tuple[Path, int]:
 
 
 def _lock(folder: Path) -> int:
-    """An open file that holds the folder's lock; BlockingIOError where another process holds it."""
+    """Returns a file descriptor that holds the folder's lock; BlockingIOError if another process holds it."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,7 +81,7 @@ def _lock(folder: Path) -> int:
 
 
 def _no_room(folder: Path, purpose: str) -> str:
-    """The line about a full TMPDIR; what the scratch folder holds is the least that was needed."""
+    """The message about a full TMPDIR; the size of the scratch folder is a lower bound of what was needed."""
     ours, needed = folder.name.startswith(PREFIX), ""
     if ours:
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Each workflow is a function from a recipe to its steps: the whole graph on one screen."""
+"""Each workflow is a function from a recipe to its steps: the complete graph on one screen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def release(recipe: Recipe) -> list[Step]:
 
 
 def direct(recipe: Recipe) -> list[Step]:
-    """Without a sweep: shard, train with the recipe as it stands, evaluate, register, promote."""
+    """Without a sweep: shard, train with the recipe's values, evaluate, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
         Step("shard", shard.run, recipe.data, binds_on_refusal=False, facts=ShardFacts),
@@ -52,10 +52,10 @@ WORKFLOWS: dict[str, Callable[[Recipe], list[Step]]] = {"release": release, "dir
 
 
 def until(steps: list[Step], last: str) -> list[Step]:
-    """The step named `last` and everything it needs; raises ValueError where the workflow has no such step."""
+    """The step named `last` and everything it needs; raises ValueError if the workflow has no such step."""
     by_name = {step.name: step for step in steps}
     if last not in by_name:
-        raise ValueError(f"this workflow has no step {last}; it has {', '.join(by_name)}")
+        raise ValueError(f"unknown step {last!r} in this workflow; available: {', '.join(by_name)}")
     needed, open_ends = set(), [last]
     while open_ends:
         name = open_ends.pop()

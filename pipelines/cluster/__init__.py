@@ -1,1 +1,1 @@
-"""The Ray that a command works on: its own or a cluster, what runs on it, and what a job there is sent."""
+"""The Ray that a command works on, embedded or a cluster; what runs on it, and how jobs are submitted to it."""

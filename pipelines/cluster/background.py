@@ -1,4 +1,4 @@
-"""Work that runs beside the main thread: importing a library while another one starts its processes."""
+"""Work next to the main thread, such as importing a library while another one starts its processes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def beside(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]:
-    """Begins `work` in a daemon thread; `result()` waits for it and raises what it raised.
+def in_background(work: Callable[[], Result], *, stays: bool = False) -> Future[Result]:
+    """Starts `work` in a daemon thread; `result()` waits for it and raises its exception.
 
-    With `stays` the thread lives as long as the process: the kernel ends some children with the thread that started
-    them.
+    With `stays` the thread lives as long as the process: the kernel can end children with the thread that started them.
     """
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except BaseException as error:  # raised again by `result()`
             future.set_exception(error)
         if stays:
             threading.Event().wait()

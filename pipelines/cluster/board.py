@@ -1,4 +1,4 @@
-"""Where workers post how far they are and the driver's terminal looks: one small actor, no CPU of its own."""
+"""The board: a small actor without a CPU where workers post progress for the driver's terminal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from data_shards.store.outage import listening
 from pipelines.cluster.monitor import Monitor
 
 POLL_S = 0.5
-LOOK_S = 10.0  # the longest that one look waits; the last one, when the work is over, waits less
+LOOK_S = 10.0  # timeout of one poll; the last one, after the work, waits less
 LAST_LOOK_S = 3.0
 
 
 class Board(Monitor):
-    """Keeps what was posted since the last look, and who works. Runs as a Ray actor."""
+    """Keeps posts until the driver takes them, and monitors the workers. Runs as a Ray actor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,20 +34,20 @@ class Board(Monitor):
 
 
 def post(board: Any, name: str, values: dict) -> None:
-    """Posts to a board, from a worker. Never fails: a training does not end because nobody sees how far it is."""
-    with contextlib.suppress(Exception):
+    """Posts to a board, from a worker. Never fails: a training must not end because its progress cannot be shown."""
+    with contextlib.suppress(Exception):  # Ray raises many kinds when it is shutting down
         board.post.remote(name, values)
 
 
 def hear_outages(board: Any, name: str) -> contextlib.AbstractContextManager[None]:
-    """Posts what this process finds out about services that are away, while the block lasts."""
+    """Posts what this process learns about services that are down, during the block."""
     return listening(lambda notice: post(board, name, {"outage": asdict(notice)}))
 
 
 class Watch:
-    """Opens a board and shows its posts while the block runs: `with Watch(show) as board: ...`.
+    """Opens a board and shows its posts during the block: `with Watch(show) as board: ...`.
 
-    A board that dies comes back, empty: what is posted after that is shown again.
+    A board that dies is restarted empty, and later posts are shown again.
     """
 
     def __init__(self, show: Callable[[str, dict], None]) -> None:
@@ -65,7 +65,7 @@ class Watch:
 
         self._over.set()
         self._thread.join(LOOK_S + LAST_LOOK_S)
-        # Where Ray itself is gone, the error that ends the block is what must be reported.
+        # If Ray itself is gone, the error that ended the block must be reported instead.
         with contextlib.suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):
             ray.kill(self._board)
 
@@ -78,16 +78,16 @@ class Watch:
             try:
                 posts = ray.get(self._board.take.remote(), timeout=LAST_LOOK_S if last else LOOK_S)
             except ray.exceptions.RayError:
-                continue  # being restarted, or gone with Ray: then the work's own error says what happened
+                continue  # restarting, or gone with Ray; then the error of the work says what happened
             for name, values in posts:
                 self._show(name, values)
 
 
 def _open_board() -> Any:
-    """The actor, on the driver's own node: another one may be lost, and the progress with it."""
+    """Starts the actor on the driver's node, because other nodes may be lost, and the progress with them."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # It holds no CPU, so it is in the way of no worker.
+    # Without a CPU of its own it takes no place from a worker.
     return ray.remote(num_cpus=0, max_restarts=-1)(Board).options(scheduling_strategy=here).remote()

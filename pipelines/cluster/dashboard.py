@@ -1,4 +1,4 @@
-"""The dashboard of an embedded Ray: it starts beside the node, which Ray by itself begins only once it is up."""
+"""Starts the dashboard of an embedded Ray together with the node; Ray itself starts one after the other."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from concurrent.futures import Future
 from typing import Any
 
 from pipelines.cluster import ray_internals
-from pipelines.cluster.background import beside
+from pipelines.cluster.background import in_background
 
 
 @contextlib.contextmanager
-def dashboard_beside_node() -> Iterator[None]:
-    """A `ray.init` in the block starts both at once; at its end both are up. Raises what Ray raises where not.
+def dashboard_with_node() -> Iterator[None]:
+    """A `ray.init` in the block starts both at once, and both are up at its end. Raises what Ray raises if one fails.
 
-    This saves the 2 s that the dashboard takes to import what it serves.
+    This saves the 2 s in which the dashboard imports its modules.
     """
     if not ray_internals.are_known():
         yield
@@ -27,7 +27,7 @@ def dashboard_beside_node() -> Iterator[None]:
     start = Node.start_api_server
 
     def begin(node: Node, **options: Any) -> None:
-        begun.append(beside(functools.partial(start, node, **options), stays=True))
+        begun.append(in_background(functools.partial(start, node, **options), stays=True))
 
     Node.start_api_server = begin  # type: ignore[method-assign, assignment]
     try:

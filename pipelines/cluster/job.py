@@ -1,7 +1,7 @@
 """Runs a command of `medmamba` on a Ray cluster, as a job of its Jobs API.
 
-The three packages travel as they stand here and nothing of the folder around them, so that
-`python -m pipelines COMMAND...` on the cluster runs this very code.
+The three packages are sent as they are on this machine, without the folder around them, so that
+`python -m pipelines COMMAND...` on the cluster runs the same code.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 PROGRAM = ("python", "-m", "pipelines")
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 8  # together below the 15 s in which a silent service has to be named
-LOST_AFTER_S = 120  # how long the logs may stay out of reach before the job is given up as lost from sight
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 8  # together below 15 s, the limit for reporting a silent service
+LOST_AFTER_S = 120  # how long the logs may be unreachable before following the job ends with an error
 
 
 def submit(
@@ -41,14 +41,13 @@ def submit(
 ) -> int:
     """Submits `program` with `command` to the Ray at `address`; returns the exit code.
 
-    With `wait` the job's output is printed while it runs, and its exit code returned (128 + n where signal n ended it,
-    1 where it never ran; 130 where the user stopped watching: the job itself goes on). Without, prints how to follow
-    and to stop it, and returns 0. Of the variables in `environ` (default: this process's) only `PASSED_VARIABLES`
-    travel. The token is found as Ray finds it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; RAY_AUTH_MODE
-    "disabled" sends none.
+    With `wait` prints the job's output while it runs and returns its exit code: 128 + n if signal n ended it, 1 if it
+    never ran, 130 if the user stopped watching (the job continues). Without, prints how to follow and stop it, and
+    returns 0. Of the variables in `environ` (default: this process's) only `PASSED_VARIABLES` are sent. The token is
+    found as Ray finds it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; RAY_AUTH_MODE "disabled" sends none.
 
-    Raises ClusterError within 15 s where the address is no address or nobody answers there, where the token is missing
-    or wrong, and before anything is sent where a variable or an argument would carry a secret.
+    Raises ClusterError within 15 s if the address is invalid or does not answer, or if the token is missing or wrong;
+    and before anything is sent if a variable or an argument would reveal a secret.
     """
     environ = os.environ if environ is None else environ
     check_command(command)
@@ -72,7 +71,7 @@ def _run(
                 runtime_env={"working_dir": str(folder), "env_vars": variables},
                 metadata={"git_commit": variables[COMMIT_VARIABLE]},
             )
-        except (RuntimeError, OSError) as error:  # what Ray's client makes of any answer but "accepted"
+        except (RuntimeError, OSError) as error:  # from Ray's client for any answer but "accepted"
             reason = str(error).splitlines()[0]
             raise ClusterError(f"{address} did not accept the job: {reason}; see the head's dashboard.log") from None
     how_to = (
@@ -86,12 +85,12 @@ def _run(
         _follow(client, job_id)
         return _exit_code(client, job_id)
     except KeyboardInterrupt:
-        print(f"\nno longer watching job {job_id}; it goes on running\n{how_to}", file=sys.stderr)
+        print(f"\nno longer watching job {job_id}, which continues to run\n{how_to}", file=sys.stderr)
         return 130
 
 
 def _checked_address(address: str) -> str:
-    """Returns the address without a trailing slash; raises ClusterError unless it is http(s)://HOST[:PORT]."""
+    """Returns the address without a trailing slash; ClusterError unless it is http(s)://HOST[:PORT]."""
     try:
         parts = urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -99,15 +98,15 @@ def _checked_address(address: str) -> str:
         valid = False
     if not valid:
         raise ClusterError(
-            f"--address {address}: the address of Ray's dashboard is needed, http://HOST:8265 or https://HOST "
-            f"(not the one that workers join at, and not ray://)"
+            f"--address {address}: not the address of a Ray dashboard; give http://HOST:8265 or https://HOST "
+            f"(not the address that workers join, and not ray://)"
         )
     refuse_secrets({"--address": address})
     return address.rstrip("/")
 
 
 def _auth_headers(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the header that proves who we are, empty where there is no token or none is wanted."""
+    """Returns the header with the token; empty if there is no token or authentication is disabled."""
     if environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return {}
     token = environ.get("RAY_AUTH_TOKEN", "").strip()
@@ -119,7 +118,7 @@ def _auth_headers(environ: Mapping[str, str]) -> dict[str, str]:
         except OSError as error:
             if path:  # Ray itself aborts the process here
                 raise ClusterError(
-                    f"RAY_AUTH_TOKEN_PATH={path}: not readable ({error.strerror}); name a file with the cluster's token"
+                    f"RAY_AUTH_TOKEN_PATH={path}: not readable ({error.strerror}); give a file with the cluster's token"
                 ) from None
     if token and not (token.isascii() and token.isprintable()):
         raise ClusterError("the token of RAY_AUTH_TOKEN or its file is not one line of plain text; copy it again")
@@ -135,24 +134,24 @@ def _check_answers(address: str, headers: dict[str, str]) -> None:
     except requests.RequestException as error:
         reason = "no answer in time" if isinstance(error, requests.Timeout) else "cannot be reached"
         raise ClusterError(
-            f"--address {address}: {reason}; the dashboard of a running Ray has to answer there: is the head up, the "
-            f"port right (8265 by default), the tunnel or port-forward open?"
+            f"--address {address}: {reason}; a Ray dashboard must answer there: check that the head is up, the port is "
+            f"right (8265 by default), and the tunnel or port-forward is open"
         ) from None
     if answer.status_code in (401, 403):
-        problem = "its token is not the one given here" if headers else "it demands a token and none was found"
+        problem = "the token is wrong" if headers else "a token is required and none was found"
         raise ClusterError(
-            f"--address {address}: refused ({answer.status_code}), {problem}; set RAY_AUTH_TOKEN, or "
-            f"RAY_AUTH_TOKEN_PATH to a file with it, to the token that the cluster was started with"
+            f"--address {address}: access denied ({answer.status_code}), {problem}; set RAY_AUTH_TOKEN to "
+            f"the token that the cluster was started with, or RAY_AUTH_TOKEN_PATH to a file with it"
         )
     if answer.status_code != 200 or "ray_version" not in answer.text:
         raise ClusterError(
-            f"--address {address}: something answers ({answer.status_code}) that is not Ray's dashboard; "
+            f"--address {address}: the service there (status {answer.status_code}) is not a Ray dashboard; "
             f"give the dashboard's address, http://HOST:8265 by default"
         )
 
 
 def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
-    """A client of the Jobs API at this address, whatever RAY_ADDRESS says: Ray would let it override the argument."""
+    """A client of the Jobs API at this address; hides RAY_ADDRESS, which would override the argument."""
     from ray.job_submission import JobSubmissionClient
 
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -164,7 +163,7 @@ def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
 
 
 def _follow(client: JobSubmissionClient, job_id: str) -> None:
-    """Prints the job's output until it has ended, across broken connections (each starts again from the first line)."""
+    """Prints the job's output until it ends, across broken connections (Ray repeats the output from the start)."""
     printed = 0
     lost_since: float | None = None
     while True:
@@ -178,20 +177,20 @@ def _follow(client: JobSubmissionClient, job_id: str) -> None:
                 print(fresh, end="", flush=True)
             if client.get_job_status(job_id).is_terminal():
                 return
-        except Exception as error:  # of any kind: a proxy, the network, a head that restarts; the job may be fine
+        except Exception as error:  # any error: a proxy, the network or a restarting head; the job may be fine
             if lost_since is None:
                 lost_since = time.monotonic()
-                print(f"job {job_id}: lost contact ({type(error).__name__}), trying again", file=sys.stderr)
+                print(f"job {job_id}: connection lost ({type(error).__name__}), retrying", file=sys.stderr)
             if time.monotonic() - lost_since > LOST_AFTER_S:
                 raise ClusterError(
-                    f"job {job_id}: out of reach for {LOST_AFTER_S} s ({type(error).__name__}: {error}); it may be "
-                    f"running: when the cluster answers again, see `ray job status {job_id}`"
+                    f"job {job_id}: unreachable for {LOST_AFTER_S} s ({type(error).__name__}: {error}); it may "
+                    f"still be running: check with `ray job status {job_id}` when the cluster answers again"
                 ) from None
         time.sleep(1)
 
 
 def _tail(client: JobSubmissionClient, job_id: str) -> Iterator[str]:
-    """The pieces of the job's output as they come; ends with the job."""
+    """Yields the job's output in pieces until the job ends."""
     pieces = client.tail_job_logs(job_id)
     with asyncio.Runner() as runner:
         while (text := runner.run(_next(pieces))) is not None:
@@ -203,20 +202,20 @@ async def _next(pieces: AsyncIterator[str]) -> str | None:
 
 
 def _exit_code(client: JobSubmissionClient, job_id: str) -> int:
-    """The exit code of the ended job, said aloud where it did not end by itself."""
+    """The exit code of the ended job; prints why if it did not end by itself."""
     details = client.get_job_info(job_id)
     code = details.driver_exit_code
     if details.status.value == "SUCCEEDED":
         return 0
     if code is None or details.status.value == "STOPPED":
         print(f"job {job_id} {details.status.value.lower()}: {details.message or 'no reason given'}", file=sys.stderr)
-    if not code:  # stopped, or never started: whatever the shell around it said, it did not do its work
+    if not code:  # stopped or never started: it did not do its work, whatever its shell returned
         return 1
     return code if code > 0 else 128 - code
 
 
 def _job_id(entrypoint: Sequence[str]) -> str:
-    # Named by us so that a list of jobs can be read; the random part because a repeated id is refused.
+    # A readable name for lists of jobs; the random part because Ray rejects a repeated id.
     verb = next((word for word in entrypoint[len(PROGRAM) :] if re.fullmatch("[a-z]+", word)), "job")
     return f"medmamba-{verb}-{secrets.token_hex(4)}"
 

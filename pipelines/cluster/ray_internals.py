@@ -1,4 +1,4 @@
-"""Whether the private parts of Ray that are replaced to start faster are those that this was tried with."""
+"""The version of Ray whose private parts may be replaced for a faster start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ TRIED = "2.60."
 
 
 def are_known() -> bool:
-    """Whether this is that Ray. With any other one everything runs as Ray has it, a few seconds slower."""
+    """Whether this is that version. With any other one nothing is replaced, and Ray starts a few seconds later."""
     import ray
 
     return ray.__version__.startswith(TRIED)

@@ -1,9 +1,9 @@
-"""Ends a Ray with its driver: a process that outlives a killed driver for the moment this takes.
+"""Ends an embedded Ray with its driver, from a process that briefly outlives a killed driver.
 
-When a driver is killed, Ray's own servers die with it, but their children (workers, agents, the dashboard's modules)
-notice only after up to 70 s. The watcher finds them by a mark in their environment and by descent from a marked
-process (the dashboard's modules overwrite theirs), so it can never take another Ray's processes for its own.
-This file runs as a script too, and imports nothing but the standard library.
+When a driver is killed, Ray's servers die with it, but their children (workers, agents, the dashboard's modules) only
+notice after up to 70 s. The watcher finds them by a mark in their environment, and by descent from a marked process,
+because the dashboard's modules overwrite theirs. So it never takes the processes of another Ray.
+This file also runs as a script, and imports only the standard library.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ POLL_S = 0.5
 KILL_FOR_S = 10.0
 _YOUNG_S = 5.0  # a child between fork and exec still shows its parent's environment
 
-Process = tuple[int, int]  # pid and start time in ticks: a pid alone may name another process later
+Process = tuple[int, int]  # pid and start time in ticks: the kernel reuses pids
 
 
 @contextlib.contextmanager
 def ended_with_driver() -> Iterator[None]:
-    """What is started inside the block ends within seconds of this process, however that ends, or of an error in it."""
-    if not os.path.isdir("/proc/self"):  # not Linux: Ray's own clean-up has to do
+    """Processes started in the block end within seconds of this process, however it ends, or of an error inside."""
+    if not os.path.isdir("/proc/self"):  # not Linux: rely on Ray's own clean-up
         yield
         return
     mark = f"{os.getpid()}-{secrets.token_hex(8)}"
@@ -37,13 +37,13 @@ def ended_with_driver() -> Iterator[None]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C and a kill of the group are for the driver
+        start_new_session=True,  # Ctrl-C and signals to the process group are for the driver
     )
     os.environ[MARK] = mark
     try:
         yield
-    except BaseException:
-        watcher.terminate()  # what has been started up to here is of no use
+    except BaseException:  # including Ctrl-C
+        watcher.terminate()  # what was started so far is useless
         watcher.wait()
         raise
     finally:
@@ -51,9 +51,9 @@ def ended_with_driver() -> Iterator[None]:
 
 
 def watch(driver: int, mark: str) -> None:
-    """Waits until `driver` is gone or this process is terminated, then kills every process of that mark.
+    """Waits until `driver` is gone or this process is terminated, then kills every process with that mark.
 
-    Ends by itself where all of them have ended before (`ray.shutdown`).
+    Returns early if all of them have ended (`ray.shutdown`).
     """
     asked = False
 
@@ -69,7 +69,7 @@ def watch(driver: int, mark: str) -> None:
         search.look()
         time.sleep(POLL_S)
     deadline = time.monotonic() + KILL_FOR_S
-    # A process that was just being started is found by the second look.
+    # The second pass finds processes that were just starting.
     empty = 0
     while empty < 2 and time.monotonic() < deadline:
         alive = search.look()
@@ -81,7 +81,7 @@ def watch(driver: int, mark: str) -> None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether this very process, and no later one of its number, is still there."""
+    """Whether this process, not a later one with the same pid, is alive."""
     return process in dict(_processes())
 
 
@@ -96,7 +96,7 @@ def children() -> dict[Process, str]:
 
 
 class _Search:
-    """The processes of a mark found so far."""
+    """Finds the processes with a mark."""
 
     def __init__(self, mark: str) -> None:
         self._entry = f"{MARK}={mark}".encode()
@@ -104,7 +104,7 @@ class _Search:
         self.found: set[Process] = set()
 
     def look(self) -> set[Process]:
-        """Looks at all processes of this machine; returns those of the mark that are alive."""
+        """Examines all processes of this machine; returns those with the mark that are alive."""
         processes = dict(_processes())
         now = set(processes)
         self.found &= now
@@ -114,7 +114,7 @@ class _Search:
                 self.found.add(process)
             elif _age_s(process) > _YOUNG_S:
                 self._others.add(process)
-        # Children of what is found, and theirs; `_others` may hold one whose environment was overwritten.
+        # Also all descendants of marked processes, including those in `_others` that overwrote their environment.
         while True:
             pids = {pid for pid, _ in self.found}
             children = {process for process, parent in processes.items() if parent in pids} - self.found
@@ -126,18 +126,18 @@ class _Search:
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 return self._entry in file.read().split(b"\0")
-        except OSError:  # gone, or of another user
+        except OSError:  # gone, or another user's
             return False
 
 
 def _processes() -> Iterator[tuple[Process, int]]:
-    """(pid, start time) -> parent of every process that is not a zombie; none where the system is not Linux."""
+    """Yields ((pid, start time), parent pid) of every process that is not a zombie; nothing if not on Linux."""
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
                     fields = file.read().rpartition(b")")[2].split()
-            except OSError:  # ended meanwhile
+            except OSError:  # ended in the meantime
                 continue
             if fields[0] not in (b"Z", b"X"):
                 yield (int(name), int(fields[19])), int(fields[1])

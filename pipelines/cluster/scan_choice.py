@@ -1,8 +1,8 @@
-"""Which backend of the scan runs on this machine, found out by a process of its own while Ray starts.
+"""Finds the scan backend for this machine in a separate process while Ray starts.
 
-Importing torch and building or loading a backend takes 2 to 5 s; and on a GPU it takes memory, which the driver must
-not hold. Once it has named the backend, the process builds what the network to be trained needs of it, 1 s for each
-stage, while workers start. This file runs as that process.
+Importing torch and building or loading a backend takes 2 to 5 s, and memory of the GPU, which the driver must not hold.
+After it has reported the backend, the process builds what the network to be trained needs of it, 1 s per stage, while
+workers start. This file runs as that process.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-OURS = str(Path(__file__).resolve().parents[2])  # where the three packages are
+OURS = str(Path(__file__).resolve().parents[2])  # the folder of the three packages
 
 
 class ScanChoice:
-    """The backend that `name` stands for on `device` of this machine; begun when made, asked for once.
+    """The search for the backend `name` on `device` of this machine; starts at once, `result` is called once.
 
-    `sizes` are those of the scans of a network that will be trained (MedMambaConfig.scan_sizes), in these `dtypes`.
+    `sizes` and `dtypes` are those of the scans of the network to be trained (MedMambaConfig.scan_sizes).
     """
 
     def __init__(
@@ -33,19 +33,19 @@ class ScanChoice:
             [sys.executable, "-P", os.path.abspath(__file__), name, device, json.dumps([sizes, dtypes])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a Ctrl-C ends it too, and Python would print where
+            stderr=subprocess.DEVNULL,  # Ctrl-C ends it too, and Python would print a traceback
             text=True,
             env={**os.environ, "PYTHONPATH": paths},
         )
 
     def result(self) -> str | None:
-        """The backend; ValueError where the named one cannot run here, None where the process failed."""
+        """The name of the backend; ValueError if the requested one cannot run here, None if the process failed."""
         assert self._process.stdout is not None
-        told = self._process.stdout.readline()
-        threading.Thread(target=self._process.communicate, daemon=True).start()  # it may be building for a while yet
-        if not told.endswith("\n"):
+        line = self._process.stdout.readline()
+        threading.Thread(target=self._process.communicate, daemon=True).start()  # it may still be building
+        if not line.endswith("\n"):
             return None
-        chosen = json.loads(told)
+        chosen = json.loads(line)
         if "error" in chosen:
             raise ValueError(chosen["error"])
         return chosen["backend"]

@@ -1,1 +1,1 @@
-"""What each verb of the command line does, and what it prints."""
+"""One module per verb of the command line: its arguments, what it does and what it prints."""

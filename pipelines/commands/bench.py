@@ -1,4 +1,4 @@
-"""The command bench, which reads its own arguments: its modules are loaded only when it is asked for."""
+"""The command bench. It parses its own arguments, so its modules are imported only when it runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipelines.console.command import Command, read_words
 
 
 def bench(argv: list[str]) -> int:
-    """Measures what `argv` asks for; returns the exit code."""
+    """Runs the benchmark that `argv` describes; returns the exit code."""
     from pipelines.bench.networks import bench as measure
 
     return measure(argv)
@@ -14,7 +14,7 @@ def bench(argv: list[str]) -> int:
 
 BENCH = Command(
     "bench",
-    "Measure speed, memory and cost of the networks on this machine; `bench data`: of the loader.",
+    "Measure speed, memory and cost of the networks on this machine; with `bench data`, of the loader.",
     list[str],
     bench,
     read=read_words,

@@ -1,8 +1,8 @@
-"""Where Python keeps what it makes of imported modules, on machines that keep it nowhere.
+"""Stores Python's bytecode in the user's cache on machines where it would not be stored.
 
-Images for containers often set PYTHONDONTWRITEBYTECODE, and some installers (uv) leave compiling to the first import.
-Together every process then compiles all that it imports: on one such machine torch with its compiler took 12 s, Ray,
-DeepSpeed and the rest as long again, in each worker.
+Container images often set PYTHONDONTWRITEBYTECODE, and some installers (uv) leave compilation to the first import.
+Then every process compiles everything that it imports: on one such machine, torch and its compiler took 12 s in each
+worker, and Ray, DeepSpeed and the rest took another 12 s.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from medmamba.ops.build_cache import cache_folder
 
-LARGEST = "torch"  # of what every worker imports: where its modules are kept, those of the others are
+LARGEST = "torch"  # the largest import of every worker; if its bytecode is stored, so is that of the others
 
 
 def keep_bytecode() -> None:
-    """Lets this process and those it starts keep compiled modules in the user's cache, if they are kept nowhere else.
+    """Makes this process and its children store bytecode in the user's cache, if it is not stored elsewhere.
 
-    Who has named a folder in PYTHONPYCACHEPREFIX is left alone. A folder that cannot be written to does no harm.
+    Does nothing if PYTHONPYCACHEPREFIX is set. A cache that is not writable does no harm.
     """
     if not sys.dont_write_bytecode or sys.pycache_prefix is not None or _is_kept(LARGEST):
         return

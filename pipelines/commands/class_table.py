@@ -1,4 +1,4 @@
-"""How many images each class has in each split: what a person checks first of a dataset."""
+"""How many images each class has in each split: the first thing to check in a dataset."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MOST_CLASSES = 200
 
 
 def completed(facts: dict[str, Any], store: Store) -> dict[str, Any]:
-    """The facts of a shard step with `samples` and `task`, which records of earlier code lack.
+    """Adds `samples` and `task` to the facts of a shard step; records of earlier releases lack them.
 
-    They are read from the manifest. Where that cannot be had, samples are the sums over the classes, which are right
-    wherever an image has one class, and are left out where they cannot be right.
+    Both come from the manifest. If it cannot be read, `samples` are sums over the classes, which are correct if every
+    image has one class; otherwise they are omitted.
     """
     if "samples" in facts:
         return facts
@@ -34,7 +34,7 @@ def completed(facts: dict[str, Any], store: Store) -> dict[str, Any]:
 
 
 def print_classes(facts: dict[str, Any]) -> None:
-    """The table of classes and splits of a shard step's completed facts, and where the splits come from."""
+    """Prints images per class and split from a shard step's completed facts, and where the splits come from."""
     counts, samples = facts["counts"], facts.get("samples", {})
     splits = [split for split in SPLITS if split in counts]
     names = list(dict.fromkeys(name for split in splits for name in counts[split]))
@@ -50,7 +50,7 @@ def print_classes(facts: dict[str, Any]) -> None:
         rows.append(("all images", *_row([samples[split] for split in splits])))
     table("Classes", ("class", *splits, "all"), rows, numeric=(*splits, "all"), width=_WIDTH)
     if facts.get("task") == "multilabel":
-        console().print("An image counts for each of its classes.")
+        console().print("An image with several classes is counted in each of them.")
     if facts.get("splits_from"):
         console().print(f"splits: {facts['splits_from']}", width=_WIDTH)
 

@@ -1,4 +1,4 @@
-"""Image files -> class probabilities by a registered model, the champion unless another alias is named."""
+"""Image files -> class probabilities of a registered model, by default the champion."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.decode import decode
 from data_shards.store import Store
 from pipelines.tracking import Tracking, open_tracking
 from pipelines.tracking.registry import Version, by_alias, loaded, models_with_alias
@@ -24,14 +25,17 @@ def classify(
 ) -> list[dict[str, Any]]:
     """One row per image: {"image", "class" (the most probable), "scores" {class: probability}, "model", "version"}.
 
-    `model` may be left out where only one has the alias. Raises ValueError for a file that is missing or no image
-    (naming it, before a model is loaded) and where no model, or more than one, has the alias. Raises
-    `registry.IntegrityError` where the model's files are not those that were registered.
+    `model` may be empty if only one model has the alias.
+
+    Raises:
+        ValueError: a file is missing or not an image (checked before a model is loaded), or no model, or more than one,
+            has the alias.
+        registry.IntegrityError: the model's files are not the ones that were registered.
     """
     import pandas as pd
 
     pixels = [_read(Path(path)) for path in images]
-    store.reach()  # the model may lie there: an S3 that cannot be reached is named before MLflow waits for it
+    store.reach()  # the model may be stored there: report an unreachable S3 before MLflow waits for it
     tracking = tracking or open_tracking(store)
     version = find_model(tracking, model, alias)
     with loaded(tracking, version, device=device) as registered:
@@ -49,26 +53,24 @@ def classify(
 
 
 def find_model(tracking: Tracking, model: str = "", alias: str = "champion") -> Version:
-    """The version of this alias; raises ValueError where the choice is none or not clear."""
+    """The version with this alias; raises ValueError if no model, or more than one, has it."""
     names = [model] if model else models_with_alias(tracking, alias)
     if len(names) > 1:
-        raise ValueError(f"{len(names)} models have a {alias}: {', '.join(names)}; say which with --model")
+        raise ValueError(f"{len(names)} models have the alias {alias!r}: {', '.join(names)}; choose one with --model")
     version = by_alias(tracking, names[0], alias) if names else None
     if version is None:
         raise ValueError(
             f"no model{f' {model!r}' if model else ''} in MLflow at {tracking.address} has the alias {alias!r}: train "
-            "and promote one first (`medmamba run release`), or name another store, model or alias"
+            "and promote one first (`medmamba run release`), or give another --store, --model or --alias"
         )
     return version
 
 
 def _read(path: Path) -> np.ndarray:
-    """The pixels of an image file, decoded as the shards' images are."""
-    from data_shards.decode import decode
-
+    """The pixels of an image file, decoded in the same way as for shards."""
     try:
         return decode(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): name an image file") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a readable image file") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no image that can be decoded: {error}") from error
+        raise ValueError(f"{path} cannot be decoded as an image: {error}") from error

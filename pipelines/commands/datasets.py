@@ -1,4 +1,4 @@
-"""The command datasets: the catalog, and how the published files of a set come to this machine and are checked."""
+"""The command datasets: shows the catalog, and downloads and verifies the published files of a dataset."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ DEFAULT_FOLDER = "medmamba-data"
 
 @dataclass(frozen=True)
 class DatasetsArguments(JsonOption):
-    """What `datasets` takes."""
+    """Arguments of `datasets`."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
-    """Dataset to show. Empty: all of the catalog."""
+    """Dataset to show. Empty: the complete catalog."""
 
 
 @dataclass(frozen=True)
 class FetchArguments(JsonOption):
-    """What `datasets fetch` takes."""
+    """Arguments of `datasets fetch`."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """Dataset of the catalog."""
+    """Name of a dataset in the catalog."""
     file: tuple[str, ...] = ()
-    """Which of its files (`medmamba datasets NAME` lists them). Empty: the smallest of several sizes, or all that make
-    up the set."""
+    """Files to download (`medmamba datasets NAME` lists them). Empty: the smallest of several sizes, or all
+    parts of the dataset."""
     to: str = ""
     """Folder for the files. Empty: medmamba-data/NAME."""
     mirror: str = ""
-    """Address of a folder that holds the same files, to take them from there; the checksums stay."""
+    """URL of a folder with the same files, to download from instead; the catalog's checksums still apply."""
 
 
 @dataclass(frozen=True)
 class VerifyArguments(JsonOption):
-    """What `datasets verify` takes."""
+    """Arguments of `datasets verify`."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """Dataset of the catalog."""
+    """Name of a dataset in the catalog."""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE ...")]
-    """Files named as they were published, or folders with such files."""
+    """Files under their published names, or folders that contain such files."""
 
 
 def datasets(asked: DatasetsArguments) -> int:
@@ -79,14 +79,14 @@ def _classes(known: DatasetCard) -> str:
 
 
 def fetch_files(asked: FetchArguments) -> int:
-    """Gets files of a dataset and prints what to do with them; exit code 1 where they can only be placed by hand."""
+    """Downloads files of a dataset and prints the next command; exit code 1 if they must be placed by hand."""
     known = _card(asked.name)
     if known.layout == "phantoms":
-        raise UsageError("datasets fetch: phantoms are drawn on the spot; there is nothing to fetch")
+        raise UsageError("datasets fetch: phantoms are generated when they are needed; nothing to fetch")
     if asked.mirror and not asked.mirror.startswith(("http://", "https://")):
-        raise UsageError(f"datasets fetch: --mirror {asked.mirror} is not an address; give http://HOST/FOLDER")
+        raise UsageError(f"datasets fetch: --mirror {asked.mirror} is not a URL; give http://HOST/FOLDER")
     if not known.files or known.licence == "none":
-        _tell_by_hand(known, asked.json)
+        _report_by_hand(known, asked.json)
         return 1
     wanted = _wanted(known, asked.file, asked.mirror)
     folder = Path(asked.to or f"{DEFAULT_FOLDER}/{known.name}").expanduser()
@@ -101,15 +101,15 @@ def fetch_files(asked: FetchArguments) -> int:
             verdicts[name] = fetch(published, folder / name, say=terminal.say, progress=_shown(terminal, name))
     finally:
         terminal.close()
-    _tell_fetched(known, folder, verdicts, asked.json)
+    _report_fetched(known, folder, verdicts, asked.json)
     return 0
 
 
 def verify_files(asked: VerifyArguments) -> int:
-    """Prints how files compare with the published ones; exit code 1 where one of them differs."""
+    """Compares files with the published ones and prints the result; exit code 1 if any of them differs."""
     known = _card(asked.name)
     if not asked.paths:
-        raise UsageError("datasets verify: name at least one file")
+        raise UsageError("datasets verify: give at least one file")
     if not known.files:
         raise ValueError(f"{asked.name} has no published files to compare with: {known.source}")
     found = {path: published for each in asked.paths for path, published in _published(known, Path(each).expanduser())}
@@ -124,26 +124,26 @@ def verify_files(asked: VerifyArguments) -> int:
 
 FETCH = Command(
     "datasets fetch",
-    "Get the published files of a dataset, checked against the catalog; an interrupted download resumes.",
+    "Download the published files of a dataset and check them against the catalog; interrupted downloads resume.",
     FetchArguments,
     fetch_files,
-    "Licence and citation are printed first. Proxies are those of the environment (http_proxy, https_proxy, no_proxy). "
-    "For a set that is private, or has no address, it explains how to place the files by hand.",
+    "Prints licence and citation first. Uses the proxies of the environment (http_proxy, https_proxy, no_proxy). For a "
+    "private dataset, or one without a download URL, it explains how to place the files by hand.",
 )
 VERIFY = Command(
     "datasets verify",
-    "Compare files that you have with the published ones, by the checksums and sizes of the catalog.",
+    "Compare your files with the published ones, by checksum and size.",
     VerifyArguments,
     verify_files,
-    "Exit code 1 if one of them differs.",
+    "Exit code 1 if any of them differs.",
 )
 DATASETS = Command(
     "datasets",
-    "List the catalog, show one dataset of it, or fetch or verify its files.",
+    "List the catalog, show one dataset, or fetch or verify its files.",
     DatasetsArguments,
     datasets,
-    "`medmamba datasets fetch NAME` gets its files, `medmamba datasets verify NAME FILE` checks files that you have; "
-    "each of the two has a --help of its own.",
+    "`medmamba datasets fetch NAME` downloads its files, `medmamba datasets verify NAME FILE` checks your files; "
+    "both have their own --help.",
     parts=lambda: (FETCH, VERIFY),
 )
 
@@ -156,13 +156,13 @@ def _card(name: str) -> DatasetCard:
 
 
 def _wanted(known: DatasetCard, files: Sequence[str], mirror: str) -> dict[str, PublishedFile]:
-    """The files to get, from where."""
+    """File name -> published file to download, from the mirror if one is given."""
     for name in files:
         if name not in known.files:
             near = difflib.get_close_matches(name, known.files, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(
-                f"datasets fetch: {known.name} has no file {name}; {hint}there are {', '.join(known.files)}"
+                f"datasets fetch: {known.name} has no file {name}; {hint}available: {', '.join(known.files)}"
             )
     wanted = {name: known.files[name] for name in files or known.fetch or known.files}
     if mirror:
@@ -174,43 +174,43 @@ def _wanted(known: DatasetCard, files: Sequence[str], mirror: str) -> dict[str, 
 
 
 def _published(known: DatasetCard, path: Path) -> list[tuple[Path, PublishedFile]]:
-    """The published files at a path."""
+    """(path, published file) of every published file at `path`; raises ValueError if there are none."""
     if not path.exists():
-        raise ValueError(f"{path} was not found; check its name")
+        raise ValueError(f"{path} not found; check the path")
     if path.is_dir():
         found = [(path / name, file) for name, file in known.files.items() if (path / name).is_file()]
     else:
         found = [(path, file) for name, file in known.files.items() if Path(name).name == path.name]
     if not found:
         raise ValueError(
-            f"{path} {'holds' if path.is_dir() else 'is'} none of the files published for {known.name} "
-            f"({', '.join(known.files)}): name it as it was published"
+            f"{path} {'contains' if path.is_dir() else 'is'} none of the files published for {known.name} "
+            f"({', '.join(known.files)}); use the published file names"
         )
     return found
 
 
 def _terms(known: DatasetCard) -> list[str]:
-    """What the licence asks for, in words, and what to cite."""
+    """Lines about the citation and the terms of the licence."""
     licence = known.licence
-    told = [f"cite: {known.citation}"]
+    lines = [f"cite: {known.citation}"]
     if "-NC" in licence:
-        told.append(
-            "NC: these images may be used only where that is not primarily for commercial advantage or payment; "
-            "whether a model trained on them may be sold is a question for a lawyer, so ask before you do"
+        lines.append(
+            "NC: do not use these images primarily for commercial advantage or payment; ask a lawyer before you sell a "
+            "model trained on them"
         )
     if "research and education" in licence:
-        told.append("research and education only: any other use needs the owners' written permission")
+        lines.append("research and education only: any other use needs the owners' written permission")
     if licence.startswith("CC BY"):
-        told.append("BY: whoever shows or passes on the images gives credit, names the licence and says what changed")
+        lines.append("BY: if you show or share the images, give credit, name the licence and say what you changed")
     if "unchecked" in licence:
-        told.append(
-            f"nobody here has read this licence at its source: read it at {known.source} before you use the set"
+        lines.append(
+            f"this licence has not been checked at its source: read it at {known.source} before you use the dataset"
         )
-    return told
+    return lines
 
 
 def _shown(terminal: Terminal, name: str) -> Callable[[int, int], None]:
-    """Progress as a bar, or, where the server does not say how much will come, as a line now and then."""
+    """Shows progress as a bar, or as an occasional line if the server does not report the size."""
     said = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -220,13 +220,13 @@ def _shown(terminal: Terminal, name: str) -> Callable[[int, int], None]:
             terminal.progress(name, {"done": done // size, "total": total // size, "unit": unit})
         elif time.monotonic() - said >= PLAIN_EVERY_S:
             said = time.monotonic()
-            terminal.say(f"{name}: {done // size} {unit} so far; the server does not say of how many")
+            terminal.say(f"{name}: {done // size} {unit} so far (total size unknown)")
 
     return progress
 
 
-def _tell_fetched(known: DatasetCard, folder: Path, verdicts: dict[str, Verdict], as_json: bool) -> None:
-    # Where a card says which file is fetched, each file is the whole set in another size; else each is a part of it.
+def _report_fetched(known: DatasetCard, folder: Path, verdicts: dict[str, Verdict], as_json: bool) -> None:
+    # If the card names the file to fetch, each file is the complete dataset in one size; else a part of it.
     parts = len(known.files) > 1 and not known.fetch
     source = str(folder if parts else folder / next(iter(verdicts)))
     command = "" if parts and set(verdicts) != set(known.files) else _next_command(known, source)
@@ -243,13 +243,13 @@ def _tell_fetched(known: DatasetCard, folder: Path, verdicts: dict[str, Verdict]
     table(f"Files of {known.name}", ("file", "state", "bytes", "checked"), shown)
     for name, verdict in verdicts.items():
         if verdict.checked in ("size", "nothing"):
-            told = f"{name}: no checksum of it is known here; its MD5 is {verdict.digest}"
-            console().print(told, soft_wrap=True)
+            note = f"{name}: no published checksum to compare with; its MD5 is {verdict.digest}"
+            console().print(note, soft_wrap=True)
     if command:
         console().print(f"next: {command}", soft_wrap=True)
     else:
         missing = ", ".join(name for name in known.files if name not in verdicts)
-        console().print(f"a part of the set; missing: {missing}")
+        console().print(f"the dataset is incomplete; still missing: {missing}")
 
 
 def _as_json(name: str, verdict: Verdict) -> dict[str, Any]:
@@ -261,14 +261,14 @@ def _as_json(name: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _next_command(known: DatasetCard, source: str) -> str:
-    """What users do with the files: the recipe made for the set, else the paper's of its kind."""
+    """The command that trains on the files, with the dataset's own recipe if it has one, else one of the paper's."""
     own = [name for name, made in RECIPES.items() if made().data.dataset == known.name]
     recipe = own[0] if own else "paper-medmnist" if known.layout == "npz" else "paper"
     words = ["medmamba", "run", "direct", "--recipe", recipe, "--run", known.name]
     return shlex.join([*words, "--data.dataset", known.name, "--data.source", source])
 
 
-def _tell_by_hand(known: DatasetCard, as_json: bool) -> None:
+def _report_by_hand(known: DatasetCard, as_json: bool) -> None:
     command = _next_command(known, known.name)
     tree = [f"{known.name}/", *(f"    {label}/" for label in known.classes)]
     if as_json:
@@ -277,7 +277,7 @@ def _tell_by_hand(known: DatasetCard, as_json: bool) -> None:
     lines = [
         f"{known.name} cannot be fetched: {known.source}.",
         f"{known.notes}",
-        "Put the images into a folder, or a .zip or .tar, with one folder per class, named exactly so:",
+        "Put the images into a folder, or a .zip or .tar, with one folder per class, named exactly like this:",
         "",
         *(f"    {line}" for line in tree),
         "",
@@ -294,7 +294,7 @@ def _readable(value: Any) -> str:
 
 
 def _facts(file: dict[str, Any]) -> str:
-    """What is known of a published file, in one line."""
+    """Size, checksums and URL of a published file, in one line."""
     size = f"{file['size_bytes']:,} bytes" if file["size_bytes"] else ""
     sums = [f"{kind} {file[kind]}" for kind in ("md5", "sha256") if file[kind]]
     return "  ".join(each for each in (size, *(sums or ["no checksum known"]), file["url"]) if each)

@@ -1,4 +1,4 @@
-"""The command predict: image files classified by a registered model."""
+"""The command predict: classifies image files with a registered model."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from pipelines.console.terminal import table
 
 @dataclass(frozen=True)
 class PredictArguments(StoreOption, JsonOption):
-    """What `predict` takes."""
+    """Arguments of `predict`."""
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files."""
     model: str = ""
     """Registered model. Empty: the only one that has the alias."""
     alias: str = "champion"
-    """Which of its versions."""
+    """Alias of the version to use."""
 
 
 def predict(asked: PredictArguments) -> int:
     """Prints the probability of each class for each image."""
     if not asked.images:
-        raise UsageError("predict: name at least one image file")
+        raise UsageError("predict: give at least one image file")
     paths = [Path(path) for path in asked.images]
     rows = classify(paths, store=asked.open_store(), model=asked.model, alias=asked.alias)
     if asked.json:
@@ -49,5 +49,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 PREDICT = Command(
-    "predict", "Classify images with the champion.", PredictArguments, predict, "Prints the probability of each class."
+    "predict",
+    "Classify images with the champion model.",
+    PredictArguments,
+    predict,
+    "Prints the probability of each class.",
 )

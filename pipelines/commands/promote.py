@@ -1,4 +1,4 @@
-"""The command promote: the gate, and what moves the alias although it said no."""
+"""The command promote: runs the gate, and with --force moves the alias even if the gate rejects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_shards.store import Store
 from pipelines.commands.step import bring_step
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring
-from pipelines.commands.work.options import BEHAVIOUR, PromoteWork, Resolved
+from pipelines.commands.work.options import STEP_BEHAVIOR, PromoteWork, Resolved
 from pipelines.commands.work.read import read_work
 from pipelines.console.command import Command, open_named
 from pipelines.flow import Record, Step
@@ -19,11 +19,13 @@ from pipelines.flow.record import read_record
 from pipelines.flow.runner import step_folder
 from pipelines.override import override
 from pipelines.recipes import Recipe
+from pipelines.tracking import open_tracking
+from pipelines.tracking.registry import by_alias
 from pipelines.workflows import WORKFLOWS, until
 
 
 def promote(work: PromoteWork) -> int:
-    """Asks the gate, and with --force moves the alias in any case; returns the exit code, 3 where the gate says no."""
+    """Runs the gate, or with --force moves the alias in any case; returns the exit code, 3 if the gate rejects."""
     if not work.force:
         return bring_step(work, step="promote")
     workflow = workflow_of(work, otherwise="direct")
@@ -31,9 +33,9 @@ def promote(work: PromoteWork) -> int:
 
 
 def forced_steps(work: Resolved, workflow: str, values: Recipe) -> list[Step]:
-    """What a promotion needs that does not ask the gate, and it; the gate's own verdict stays as it was recorded.
+    """The steps of a forced promotion; the verdict that the gate has recorded stays.
 
-    Forcing is an act: where the alias has gone elsewhere since the last one, there is another (promote-forced-2, ...).
+    If the alias has moved elsewhere since the last forced promotion, there is another one (promote-forced-2, ...).
     """
     steps = WORKFLOWS[workflow](values)
     gate = next(step for step in steps if step.name == "promote")
@@ -49,19 +51,16 @@ def forced_steps(work: Resolved, workflow: str, values: Recipe) -> list[Step]:
 
 
 def _holds(store: Store, promoted: Mapping[str, Any]) -> bool:
-    """Whether the alias still points to the version that a finished promotion gave it to."""
-    from pipelines.tracking import open_tracking
-    from pipelines.tracking.registry import by_alias
-
+    """Whether the alias still points to the version of this finished promotion."""
     now = by_alias(open_tracking(store), promoted["model"], promoted["alias"])
     return now is not None and now.number == promoted["version"]
 
 
 PROMOTE = Command(
     "promote",
-    "Give the version the alias champion, if the gate says yes.",
+    "Give the registered version the alias champion if the gate accepts it.",
     PromoteWork,
     promote,
-    f"Exit code 3 if it says no. {BEHAVIOUR}",
+    f"Exit code 3 if the gate rejects it. {STEP_BEHAVIOR}",
     read=read_work,
 )

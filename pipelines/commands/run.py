@@ -1,4 +1,4 @@
-"""The commands run and quickstart: a whole workflow."""
+"""The commands run and quickstart: a complete workflow."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring, steps_until
-from pipelines.commands.work.options import BEHAVIOUR, RunWork
+from pipelines.commands.work.options import BEHAVIOR, RunWork
 from pipelines.commands.work.read import read_work
 from pipelines.console.command import Command
 
 
 def run(work: RunWork) -> int:
-    """Brings the workflow to done, up to the step that is asked for; returns the exit code."""
+    """Runs the workflow, up to `work.until` if that is given; returns the exit code."""
     workflow = workflow_of(work, otherwise="release")
     return bring(work, workflow, functools.partial(steps_until, workflow, last=work.until))
 
@@ -24,13 +24,13 @@ def _read_quickstart(command: Command, argv: Sequence[str]) -> Any:
 
 
 RUN = Command(
-    "run", "Bring a workflow to done: images in, a promoted model out.", RunWork, run, BEHAVIOUR, read=read_work
+    "run", "Run a complete workflow: images in, a promoted model out.", RunWork, run, BEHAVIOR, read=read_work
 )
 QUICKSTART = Command(
     "quickstart",
-    "Try the whole chain on synthetic images, on this machine, in minutes.",
+    "Try the complete workflow on synthetic images, on this machine, in minutes.",
     RunWork,
     run,
-    BEHAVIOUR,
+    BEHAVIOR,
     read=_read_quickstart,
 )

@@ -1,4 +1,4 @@
-"""What a store holds: runs, the states of their steps, and one clause about each."""
+"""The runs of a store: the state of each step, and a few words about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.worker.checkpoint.stored import Checkpoints
 
 
 def read_status(store: Store, run: str = "") -> list[dict]:
-    """Rows {run, step, state, finished, seconds, told}, of one run or of all, in the order in which steps finished."""
+    """Rows {run, step, state, finished, seconds, told}, of one run or of all, sorted by run and finishing time."""
     begun: dict[tuple[str, str], set[str]] = {}
     for key in store.list(f"runs/{run}/" if run else "runs/"):
         parts = key.split("/")
@@ -50,7 +50,7 @@ def _line(step: str, record: Record | None) -> str:
 
 
 def _progress(out: Store) -> str:
-    """How far an unfinished training is stored; empty for other steps, and where it has not stored anything."""
+    """How far the newest checkpoint of an unfinished training is; empty for other steps or without one."""
     state = Checkpoints(out).newest_state()
     if state is None:
         return ""

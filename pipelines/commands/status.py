@@ -1,4 +1,4 @@
-"""The command status: the runs of a store, and how far their steps are."""
+"""The command status: lists the runs of a store and the states of their steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.console.terminal import console, table
 
 @dataclass(frozen=True)
 class StatusArguments(StoreOption, JsonOption):
-    """What `status` takes."""
+    """Arguments of `status`."""
 
     run: tyro.conf.Positional[str] = ""
     """Run to show. Empty: all."""
@@ -26,11 +26,11 @@ def status(asked: StatusArguments) -> int:
     store = asked.open_store()
     rows = read_status(store, asked.run)
     if asked.run and not rows:
-        raise UsageError(f"there is no run {asked.run!r} in {store.uri}; `medmamba status` lists the ones there are")
+        raise UsageError(f"run {asked.run!r} not found in {store.uri}; `medmamba status` lists all runs")
     if asked.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
-        console().print(f"no runs in {store.uri} yet; `medmamba quickstart` makes one")
+        console().print(f"no runs in {store.uri} yet; `medmamba quickstart` starts one")
     else:
         shown = [
             (r["run"], r["step"], r["state"], (r["finished"] or "")[:16].replace("T", " "), r["told"]) for r in rows

@@ -1,4 +1,4 @@
-"""The commands shard, tune, train, evaluate and register: one step, and whatever it needs."""
+"""The commands shard, tune, train, evaluate and register: one step and the steps that it depends on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import functools
 
 from pipelines.commands.work.begun import workflow_of
 from pipelines.commands.work.bring import bring, steps_until
-from pipelines.commands.work.options import BEHAVIOUR, StepWork, TrainWork
+from pipelines.commands.work.options import STEP_BEHAVIOR, StepWork, TrainWork
 from pipelines.commands.work.read import read_work
 from pipelines.console.command import Command
 
 
 def bring_step(work: StepWork, *, step: str) -> int:
-    """Brings a step, and whatever it needs, to done; returns the exit code."""
+    """Runs a step and the steps that it depends on; returns the exit code."""
     workflow = workflow_of(work, otherwise="release" if step == "tune" else "direct")
     return bring(work, workflow, functools.partial(steps_until, workflow, last=step))
 
 
 def _command(step: str, text: str, arguments: type = StepWork) -> Command:
-    return Command(step, text, arguments, functools.partial(bring_step, step=step), BEHAVIOUR, read=read_work)
+    return Command(step, text, arguments, functools.partial(bring_step, step=step), STEP_BEHAVIOR, read=read_work)
 
 
 SHARD = _command("shard", "Convert an image set into shards, an index and a manifest.")
 TUNE = _command("tune", "Search hyperparameters with Ray Tune.")
 TRAIN = _command("train", "Train with Ray Train and DeepSpeed.", TrainWork)
-EVALUATE = _command("evaluate", "Judge the trained model on the test split.")
+EVALUATE = _command("evaluate", "Evaluate the trained model on the test split.")
 REGISTER = _command("register", "Register the trained model in MLflow.")

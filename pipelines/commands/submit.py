@@ -1,4 +1,4 @@
-"""The command submit: any other command as a job on a Ray cluster."""
+"""The command submit: runs any other command as a job on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.console.command import Command, check_name, read_arguments
 
 @dataclass(frozen=True)
 class SubmitArguments:
-    """What `submit` takes before the `--`; `command` is what follows it."""
+    """Arguments of `submit` before the `--`; `command` holds the words after it."""
 
     address: str = ""
     """Address of the cluster's dashboard, http://HOST:8265. Empty: $RAY_API_SERVER_ADDRESS."""
@@ -38,20 +38,21 @@ def submit(asked: SubmitArguments) -> int:
 
 
 def submit_command(others: Callable[[], Collection[str]]) -> Command:
-    """The command submit, which refuses a command that is not one of `others()`."""
+    """The command submit, which accepts only the commands `others()`."""
     return Command(
         "submit",
         "Run any of these commands as a job on a Ray cluster.",
         SubmitArguments,
         submit,
-        "Example: `medmamba submit --address URL -- run release --recipe quickstart`. The three packages travel, the "
-        "endpoint and address variables too; keys never do. Follows the job's log and returns its exit code.",
+        "Example: `medmamba submit --address URL -- run release --recipe quickstart`. Sends the three "
+        "packages and the variables with endpoints and addresses, never keys. Follows the job's log and returns its "
+        "exit code.",
         read=functools.partial(_read, others=others),
     )
 
 
 def _read(command: Command, argv: Sequence[str], *, others: Callable[[], Collection[str]]) -> SubmitArguments:
-    """The options before the `--`, and the command after it; UsageError where there is none, or one nobody knows."""
+    """The options before the `--`, and the command after it; UsageError if the command is missing or unknown."""
     own, dashes, words = _split_at_dashes(argv)
     nothing = UsageError("submit: nothing to run; put the command after --, as in `medmamba submit -- run release`")
     if not dashes and set(own) & set(others()):
@@ -60,7 +61,7 @@ def _read(command: Command, argv: Sequence[str], *, others: Callable[[], Collect
     words = words[1:] if words[:1] == ["medmamba"] else words
     if not words:
         raise nothing
-    check_name(words[0], others())  # the cluster would find out too, minutes later
+    check_name(words[0], others())  # the cluster would only reject it minutes later
     return replace(asked, command=tuple(words))
 
 

@@ -1,4 +1,4 @@
-"""The tables at the end of a run: what was made, how good it is compared with simpler means, where it is stored."""
+"""The tables at the end of a run: what each step produced, metrics and baselines, where it is stored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FEW_TEST_IMAGES = 500
 
 
 def print_plan(states: Sequence[StepState]) -> None:
-    """The steps of a dry run and their states."""
+    """Prints the steps of a dry run and their states."""
     rows = [(state.name, f"{state.state}: {state.reason}" if state.reason else state.state) for state in states]
     table("Steps", ("step", "state"), rows)
 
 
 def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
-    """Tables of the steps, of the metrics compared with baselines, and of where the results are stored."""
+    """Prints tables of the steps, of the metrics compared with baselines, and of where the results are stored."""
     made = {state.name: (state, _facts(state.name, state.record, store)) for state in states if state.record}
     rows = [
         (name, state.state, f"{state.record.seconds:.0f}", "\n".join(facts.lines(state.record.finished)))
@@ -37,7 +37,7 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
             print_classes(each.model_dump())
         elif isinstance(each, EvaluateFacts):
             _print_metrics(each)
-    # The last gate that was asked counts: a forced promotion comes after the gate's.
+    # The last promotion counts: a forced one comes after the gate's.
     places = dict(place for each in found for place in each.places(store.uri))
     where = [("store", store.uri), ("records", f"{store.uri}/runs/{run}"), *places.items()]
     table("Where it is stored", ("what", "where"), where)
@@ -50,7 +50,7 @@ def _facts(step: str, record: Record, store: Store) -> Facts:
 
 
 def print_profile(states: Sequence[StepState]) -> None:
-    """Tables of where a training step's time went and of the largest kernels, 80 columns wide."""
+    """Prints where a training step's time went and the largest kernels, 80 columns wide."""
     found = next((s.record.facts.get("profile") for s in states if s.name == "train" and s.record), None)
     if found is None:
         return
@@ -78,14 +78,14 @@ def print_profile(states: Sequence[StepState]) -> None:
 
 
 def _clipped(name: str, limit: int = 46) -> str:
-    """Names of kernels list their template's arguments: their beginning and end tell most."""
+    """Shortens the name of a kernel in the middle: the ends of its template arguments tell most."""
     return name if len(name) <= limit else f"{name[: limit - 15]}…{name[-14:]}"
 
 
 def _print_metrics(facts: EvaluateFacts) -> None:
-    """The network compared with simpler means on the same split; says where a split is too small to tell much."""
+    """Prints the network's metrics next to the baselines'; says so if the split is too small for small gaps."""
     names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
-    title = f"Test split, {counted(facts.num_samples, 'image')}; for comparison logistic regression and chance"
+    title = f"Test split, {counted(facts.num_samples, 'image')}, compared with logistic regression and chance"
     rows = [("network", *(f"{facts.metrics[name]:.4f}" for name in names))]
     # Short, so that the table fits 80 columns.
     for key, name in {"pixels": "logistic, pixels", "size": "logistic, size", "chance": "largest class"}.items():
@@ -101,6 +101,6 @@ def _print_metrics(facts: EvaluateFacts) -> None:
     if facts.num_samples < FEW_TEST_IMAGES:
         step = 100 / facts.num_samples
         console().print(
-            f"Only {counted(facts.num_samples, 'test image')}: one is {step:.2f} points of accuracy, so small gaps say "
-            "little."
+            f"Only {counted(facts.num_samples, 'test image')}: each is worth {step:.2f} points of accuracy, so small "
+            "differences say little."
         )

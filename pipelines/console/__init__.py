@@ -1,1 +1,1 @@
-"""How commands talk to users: their options, what is on the terminal, and what goes into a log instead."""
+"""Options of the command line, output on the terminal, and log files."""

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: live bars on a terminal, plain lines elsewhere, tables that fit."""
+"""What the user sees: progress bars on a terminal, plain lines elsewhere, and tables that fit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipelines.wording import duration
 
 PLAIN_EVERY_S = 10.0
 SHOWN_WAIT = 0.05
-# What a terminal obeys instead of showing it: control characters, and the marks that turn the direction of text.
+# Characters that a terminal interprets: control characters and marks that change the direction of text.
 _OBEYED = [*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _OBEYED if chr(code) not in "\n\t"}
 
 
 def visible(text: str) -> str:
-    """The text with every character that a terminal would obey written out: names and reasons come from anybody."""
+    """Escapes every character that a terminal would interpret: names and messages may come from untrusted files."""
     return text.translate(_SHOWN)
 
 
@@ -36,7 +36,7 @@ class _VisibleLines(logging.Formatter):
 
 
 def show_log_visibly() -> None:
-    """Makes warnings printable that Python itself prints: they name files of image sets too."""
+    """Escapes such characters in warnings that Python prints itself: they can contain file names too."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_VisibleLines())
 
@@ -49,7 +49,7 @@ class _Console(Console):
 class Terminal:
     """Messages go to standard error, so that standard output holds results only (tables, JSON).
 
-    With `log` they go to what standard error was before its block, and tracebacks into its file.
+    With `log` they go to the original standard error, and tracebacks into the log's file.
     """
 
     def __init__(self, *, quiet: bool = False, log: WorkLog | None = None) -> None:
@@ -65,18 +65,18 @@ class Terminal:
         self._back: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """One line."""
-        # In a log a line stays one line, however long; on a terminal it is folded between words.
+        """Prints one line."""
+        # A log keeps each message on one line; on a terminal it wraps between words.
         self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def step(self, name: str, state: str) -> None:
-        """A step starts, resumes, is done or failed."""
+        """Reports that a step starts, resumes, is done or failed."""
         self._waiting = None
         self._end_bars()
         self._console.print(f"[bold]{name:<9}[/bold] {state}")
 
     def trace(self, text: str) -> None:
-        """The traceback of an unexpected error: into the log where there is one."""
+        """Writes the traceback of an unexpected error, to the log if there is one."""
         self._end_bars()
         if self._log is not None and self._log.path is not None:
             self._log.write(text)
@@ -84,11 +84,11 @@ class Terminal:
             self.say(text)
 
     def details(self) -> str:
-        """What ends a message that the log has more to; empty without one."""
+        """The end of a message for which the log has details; empty without a log."""
         return self._log.named() if self._log is not None else ""
 
     def begin(self, what: str) -> None:
-        """Something that shows no progress of its own starts ("starting Ray"); on a terminal its seconds count."""
+        """Reports the start of work that has no progress ("starting Ray"); a terminal shows the elapsed time."""
         self._end_bars()
         if self._console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), _SecondsColumn())
@@ -100,14 +100,14 @@ class Terminal:
         self._waiting = (what, time.monotonic())
 
     def ready(self) -> None:
-        """What began last is there, after so many seconds; does nothing where nothing is waited for."""
+        """Reports how long the work of the last `begin` took; does nothing if there is none."""
         if self._waiting is not None:
             (what, began), self._waiting = self._waiting, None
             self._end_bars()
             self.say(f"{what}: took {duration(time.monotonic() - began)}")
 
     def progress(self, name: str, values: dict[str, Any]) -> None:
-        """Shows how far `name` (a step or a trial) is: {"done", "total", "unit"}, or what the loop reports."""
+        """Shows the progress of `name` (a step or a trial): {"done", "total", "unit"}, or what the loop reports."""
         if "outage" in values:
             self.outage(Notice(**values["outage"]))
             return
@@ -116,7 +116,7 @@ class Terminal:
             self.begin(values["begin"])
         elif "finished_epoch" in values:
             self.say(_epoch_line(name, values))
-            if {"gpu_memory_gib", "step_ms"} <= values.keys():  # no step where an earlier process made them all
+            if {"gpu_memory_gib", "step_ms"} <= values.keys():  # missing if an earlier process made all steps
                 self.say(_gpu_line(name, values))
         elif "warning" in values:
             self.say(f"{name}: {values['warning']}")
@@ -131,7 +131,7 @@ class Terminal:
             self._bar(name, done, total, text, values.get("left_s"))
 
     def outage(self, notice: Notice) -> None:
-        """A service is away, or back: said once, however many processes notice it."""
+        """Reports that a service is down or back: once, however many processes notice it."""
         is_over, who = notice.over_after_s > 0, notice.who
         if is_over and (who in self._away or notice.sent):
             self._away.discard(who)
@@ -157,7 +157,7 @@ class Terminal:
             self._plain_line(name, done, total, text, left)
             return
         if self._live is None:
-            # The bar takes what the words leave of a line, so that at 80 columns none is folded.
+            # The bar gets the space that the text leaves, so that no line wraps at 80 columns.
             bar = BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4))
             columns = (_words("{task.description}"), bar, _words("{task.fields[text]}"), _words("{task.fields[left]}"))
             self._live = Progress(*columns, console=self._console, transient=True, expand=True)
@@ -167,7 +167,7 @@ class Terminal:
         self._live.update(self._tasks[name], completed=done, text=text, left=left)
 
     def _plain_line(self, name: str, done: int, total: int, text: str, left: str) -> None:
-        """For a log file: now and then a line, and always the last."""
+        """For a log file: a line every PLAIN_EVERY_S seconds, and always the last one."""
         now = time.monotonic()
         if done < total and now - self._said.get(name, now - PLAIN_EVERY_S) < PLAIN_EVERY_S:
             return
@@ -181,15 +181,13 @@ class Terminal:
 
 
 class _SecondsColumn(TextColumn):
-    """How long something has taken so far, as a clock."""
+    """The elapsed time, as a clock."""
 
     def __init__(self) -> None:
         super().__init__("")
 
     def render(self, task: Any) -> Any:
         """See TextColumn."""
-        from rich.text import Text
-
         return Text(duration(task.elapsed or 0))
 
 
@@ -205,9 +203,9 @@ def table(
     numeric: Sequence[str] = (),
     width: int | None = None,
 ) -> None:
-    """Prints a table on standard output, folded to the width of the terminal, or to `width` where that is less.
+    """Prints a table on standard output, wrapped to the width of the terminal, or to `width` if that is less.
 
-    Columns named in `numeric` are set flush right and never folded; nor is a key or a name.
+    Columns named in `numeric` are right-aligned and never wrapped; nor are the columns `key` and `name`.
     """
     drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
@@ -220,20 +218,20 @@ def table(
 
 
 def console() -> Console:
-    """Standard output; where it is not a terminal $COLUMNS wide, else 110, so that a log keeps its tables complete."""
+    """A console on standard output; without a terminal $COLUMNS or 110 wide, so that logs keep complete tables."""
     is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
     return _Console(highlight=False, markup=False, width=None if is_known else 110)
 
 
 def _speed(values: dict[str, Any]) -> str:
-    """Of the last steps; with the share of time that is spent waiting for data where that is worth a look."""
+    """Images per second of the last steps; with the share of time spent waiting for data if it is large."""
     speed, wait = f"{values['images_per_s']:.0f}", values.get("wait_share", 0.0)
     # Shorter, so that the line still fits 80 columns.
     return f"{speed} img/s  wait {100 * wait:.0f}%" if wait >= SHOWN_WAIT else f"{speed} images/s"
 
 
 def _epoch_line(name: str, values: dict[str, Any]) -> str:
-    """At most 80 columns, for trials with numbers of two digits too."""
+    """At most 80 columns, also for trials with two-digit numbers."""
     return (
         f"{name}: epoch {values['epoch']:.0f}  loss {values['train_loss']:.3f}  val loss {values['val_loss']:.3f}, "
         f"AUC {values['val_auc']:.4f}, accuracy {values['val_accuracy']:.3f}"
@@ -241,7 +239,7 @@ def _epoch_line(name: str, values: dict[str, Any]) -> str:
 
 
 def _gpu_line(name: str, values: dict[str, Any]) -> str:
-    """Where the time of an epoch on a GPU went; at most 80 columns. The checkpoint is the one before."""
+    """Where the time of an epoch on a GPU went, in at most 80 columns. The checkpoint time is the previous one's."""
     parts = [
         f"{values['images_per_s']:.0f} img/s",
         f"{_brief(values['step_ms'])} ms",

@@ -1,4 +1,4 @@
-"""What libraries print while a command works goes into a file; the terminal is for the command's own lines."""
+"""Sends what libraries print to a log file, so that the terminal has only the command's own lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO
 
 from data_shards.store.disk import temporary_folder
 
-KEPT = 20  # files of earlier commands that stay
+KEPT = 20  # log files of earlier commands to keep
 OURS = ("data_shards", "medmamba", "pipelines")
 
 
@@ -26,30 +26,30 @@ class WorkLog:
         self.terminal, self.path, self._file = terminal, path, file
 
     def write(self, text: str) -> None:
-        """Adds a paragraph: a traceback, for example."""
+        """Appends a paragraph, for example a traceback."""
         self._file.write(text.rstrip("\n") + "\n")
         self._file.flush()
 
     def named(self) -> str:
-        """How a message ends that the file has more to: its path, and the host where that may be another one."""
+        """The end of a message for which the file has details: its path, and the host inside a Ray job."""
         host = f" on {socket.gethostname()}" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
         try:
             has_text = self.path is not None and self.path.stat().st_size > 0
-        except OSError:  # removed meanwhile: what went wrong must still be reported
+        except OSError:  # removed in the meantime: the error must still be reported
             return ""
         return f"\ndetails: {self.path}{host}" if has_text else ""
 
 
 def log_folder() -> Path:
-    """Where the files are: in the user's cache, readable by this user alone (a message may name a file of theirs)."""
+    """The folder of the log files: in the user's cache, readable only by the user (messages may name their files)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba" / "logs"
 
 
 @contextlib.contextmanager
 def work_log(*, through: bool = False) -> Iterator[WorkLog]:
-    """Sends all output of this process to a new file for the length of the block, also that of native code.
+    """Redirects all output of this process, also of native code, to a new file during the block.
 
-    With `through` the output stays where it is, and the file gets only what is written to it by name.
+    With `through`, output is not redirected and the file gets only what `WorkLog.write` appends.
     An empty file is removed at the end.
     """
     path, file = _open()
@@ -70,7 +70,7 @@ def work_log(*, through: bool = False) -> Iterator[WorkLog]:
 
 @contextlib.contextmanager
 def own_messages(say: Callable[[str], None]) -> Iterator[None]:
-    """Hands what our packages log (notices to the user) to `say` for the length of the block."""
+    """Passes what our packages log (notices to the user) to `say` during the block."""
     handler = _Handler(say)
     loggers = [logging.getLogger(name) for name in OURS]
     for logger in loggers:
@@ -92,7 +92,7 @@ class _Handler(logging.Handler):
 
 
 class _Forgiving(io.FileIO):
-    """A file of which a full disk takes nothing, without an error: no work fails because its log cannot be kept."""
+    """A file that ignores write errors (a full disk): no work fails because its log cannot be written."""
 
     def write(self, data) -> int:  # type: ignore[override, no-untyped-def]
         try:
@@ -122,15 +122,15 @@ def _text(number: int) -> IO[str]:
 def _prune(folder: Path) -> None:
     for old in sorted(folder.glob("*.log"))[: -KEPT + 1]:
         with contextlib.suppress(OSError):
-            if not Path(f"/proc/{old.stem.rpartition('-')[2]}").exists():  # else a command may still write to it
+            if not Path(f"/proc/{old.stem.rpartition('-')[2]}").exists():  # a running command may still write to it
                 old.unlink()
 
 
 def _kept_stderr(stack: contextlib.ExitStack) -> IO[str]:
-    """A stream that reaches what standard error is now, whatever becomes of descriptor 2."""
+    """A stream to the current standard error that stays valid when descriptor 2 is redirected."""
     try:
         number = sys.stderr.fileno()
-    except (OSError, ValueError):  # not a file (a test's, a notebook's): no descriptor is involved
+    except (OSError, ValueError):  # not a file (in a test or notebook), so it has no descriptor
         return sys.stderr
     copy = os.fdopen(os.dup(number), "w", encoding=sys.stderr.encoding, errors="replace", buffering=1)
     return stack.enter_context(copy)

@@ -1,4 +1,4 @@
-"""What a finished step says of what it made: small JSON values, and the lines in which users read them."""
+"""The facts of a finished step: small JSON values, and the lines that show them to users."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Facts(BaseModel):
-    """What every step says. A step's own facts are a model beside it that adds fields and lines.
+    """The facts that every step records. Each kind of step adds fields and lines in a subclass.
 
-    Fields that earlier releases did not record have defaults: their records are read as well. What a record has beyond
-    the fields stays in it.
+    Fields that earlier releases did not record have defaults, so that their records can be read. Unknown fields of a
+    record are kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     digest: str
-    """The content of what the step made."""
+    """Hash of what the step produced."""
 
     def line(self) -> str:
-        """One clause for a list of runs."""
+        """A few words for a list of runs."""
         return ""
 
     def lines(self, finished: str) -> list[str]:
-        """The lines for the end of a run; `finished` is when the step finished, as its record has it."""
+        """The lines for the end of a run; `finished` is the time from the step's record."""
         return [self.line()] if self.line() else []
 
     def places(self, store_uri: str) -> list[tuple[str, str]]:
-        """(what, where it is stored) of what the step made."""
+        """(name, place in the store) of everything that the step produced."""
         return []

@@ -1,6 +1,6 @@
-"""What a step leaves in the store: config.json before its first byte, record.json after its last.
+"""The files that a step writes to the store: config.json before its first byte, record.json after its last.
 
-A step that failed leaves failure.json with the reason, until it runs again; it is not part of its identity.
+A failed step also has failure.json with the reason, until it runs again; that is not part of its identity.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Kept = TypeVar("Kept")
 
 
 class DriftError(ValueError):
-    """A step of this name was begun with another configuration or other inputs."""
+    """A step of this name was started with another configuration or other inputs."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a step is: its configuration, and the digests of its inputs. Placement is no part of it.
+    """The identity of a step: its configuration and the digests of its inputs, but not its placement.
 
-    A digest is None while the step that makes it has still to run.
+    A digest is None until the step that produces the input has run.
     """
 
     config: dict[str, Any]
@@ -42,7 +42,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """The commit mark of a step: its facts, and where they came from. `placement` is empty where none was needed."""
+    """Marks a step as finished: its facts and their provenance. `placement` is empty if none was needed."""
 
     facts: dict[str, Any]
     inputs: dict[str, str | None]
@@ -63,29 +63,29 @@ class Failure:
 
 
 def write_failure(out: Store, reason: str) -> None:
-    """Writes failure.json; where the store cannot take it (its disk is full), the step counts as interrupted."""
+    """Writes failure.json; if that fails (a full disk), the step counts as interrupted."""
     failure = Failure(reason, datetime.now(UTC).isoformat(timespec="seconds"))
     with contextlib.suppress(StoreError):
         out.put(FAILURE, to_json(asdict(failure)))
 
 
 def read_failure(out: Store) -> Failure | None:
-    """Why a step failed that has not been run again since; None where it did not fail."""
+    """Why the step failed, if it has not run again since; None if it did not fail."""
     try:
         failure = Failure(**json.loads(out.get(FAILURE)))
     except StoreKeyError:
         return None
     except (ValueError, TypeError, RecursionError):
-        return Failure("the reason was not written to its end", "")
+        return Failure("the stored reason is incomplete", "")
     if not all(isinstance(value, str) for value in asdict(failure).values()):
-        return Failure("the reason on record was edited or damaged", "")
+        return Failure("the stored reason was edited or damaged", "")
     return failure
 
 
 def write_identity(out: Store, identity: Identity) -> None:
-    """Writes config.json, and forgets an earlier failure; a config that is already there stays (`check_identity`)."""
+    """Writes config.json unless it exists (see `check_identity`), and deletes an earlier failure."""
     out.put(CONFIG, to_json(asdict(identity)), if_absent=True)
-    out.delete(FAILURE)  # it runs again
+    out.delete(FAILURE)
 
 
 def write_record(out: Store, record: Record) -> None:
@@ -94,20 +94,20 @@ def write_record(out: Store, record: Record) -> None:
 
 
 def read_record(out: Store) -> Record | None:
-    """The record of a finished step, None where it has not finished."""
+    """The record of a finished step; None if it has not finished."""
     return _read(out, RECORD, Record) if out.head(RECORD) is not None else None
 
 
 def read_identity(out: Store) -> Identity | None:
-    """The identity a step was begun with, None where it was never begun."""
+    """The identity that a step was started with; None if it was never started."""
     return _read(out, CONFIG, Identity) if out.head(CONFIG) is not None else None
 
 
 def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind: type[BaseModel]) -> None:
-    """Raises DriftError naming every field that changed, its old and new value, and what to do.
+    """Raises DriftError with every changed field, its old and new value, and what to do.
 
-    `kind` is the configuration's model: a field that it has got since the step was begun stands at its default.
-    An input whose digest is not known yet is compared when it is known; that there is such an input, at once.
+    `kind` is the configuration's model: a field that it gained after the step was started is compared at its default.
+    An input whose digest is not known yet is compared later, but added and removed inputs are found now.
     """
     inputs = {name: digest or begun.inputs.get(name) or STILL_TO_RUN for name, digest in now.inputs.items()}
     old, new = _completed(begun.config, kind), new_words(json.loads(to_json(now.config)), part_of(kind))
@@ -115,17 +115,18 @@ def check_identity(step: str, begun: Identity, now: Identity, *, run: str, kind:
     if changed:
         fields = "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
         raise DriftError(
-            f"step {step} of run {run!r} was begun with another configuration ({fields}). "
-            f"A run's name stands for one configuration: give this one another name (--run NAME), "
-            f"or go back to the old values"
+            f"step {step} of run {run!r} was started with another configuration ({fields}). "
+            f"A run's name belongs to one configuration: use another name (--run NAME), or restore the old values"
         )
 
 
 def _completed(config: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
     try:
-        return json.loads(to_json(kind.model_validate(config).model_dump(mode="json")))
-    except ValidationError:  # a field is gone or has another meaning: drift, told field by field
+        checked = kind.model_validate(config)
+    except ValidationError:  # a field was removed or changed its meaning: drift, reported field by field
         return new_words(config, part_of(kind))
+    completed: dict[str, Any] = json.loads(to_json(checked.model_dump(mode="json")))
+    return completed
 
 
 def to_json(value: Any) -> bytes:
@@ -136,7 +137,7 @@ def to_json(value: Any) -> bytes:
 def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a numpy scalar
         return value.item()
-    raise TypeError(f"{value!r} cannot stand in a record: only JSON values can")
+    raise TypeError(f"{value!r} cannot be stored in a record, only JSON values can")
 
 
 def _read(out: Store, key: str, kind: type[Kept]) -> Kept:
@@ -150,13 +151,13 @@ def _read(out: Store, key: str, kind: type[Kept]) -> Kept:
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
         problem = str(error)
     raise ValueError(
-        f"{out.uri}/{key} is not what a step writes ({problem}): it was edited or damaged; "
+        f"{out.uri}/{key} is not a valid step file ({problem}): it was edited or damaged; "
         f"restore it, or delete the step's folder to run the step again"
     )
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter:
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

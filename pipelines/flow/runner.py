@@ -1,4 +1,4 @@
-"""Runs steps in the order of their inputs: finished ones are skipped, interrupted ones resumed, drift refused."""
+"""Runs steps in the order of their inputs: skips finished ones, resumes interrupted ones, rejects drift."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ State = Literal["done", "failed", "interrupted", "to do"]
 
 
 class WorkflowError(RuntimeError):
-    """At least one step failed; `failures` maps its name to the exception, `skipped` names what needed it.
+    """At least one step failed: `failures` maps names to exceptions, `skipped` lists the steps that depend on them.
 
-    The message has a line for each, `reasons` says why in one line.
+    `reasons` maps names to one-line reasons; the message has one line for each.
     """
 
     def __init__(self, failures: dict[str, Exception], reasons: dict[str, str], skipped: list[str]) -> None:
         self.failures, self.reasons, self.skipped = failures, reasons, skipped
-        told = [f"step {name} failed: {reason}" for name, reason in reasons.items()]
+        lines = [f"step {name} failed: {reason}" for name, reason in reasons.items()]
         if skipped:
-            told.append(f"not run because of that: {', '.join(skipped)}")
-        super().__init__("\n".join(told))
+            lines.append(f"not run because of it: {', '.join(skipped)}")
+        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True)
 class StepState:
-    """The state of a step in a run, its facts once it is done, and the reason where it failed."""
+    """The state of a step in a run, its record once it is done, and the reason if it failed."""
 
     name: str
     state: State
@@ -68,9 +68,9 @@ def step_folder(store: Store, run: str, step: str) -> Store:
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
-    """The steps, each after all of its inputs; an unknown input is our own mistake, and so is a circle."""
+    """The steps, each after all of its inputs. AssertionError for an unknown input, CycleError for a cycle."""
     by_name = {step.name: step for step in steps}
-    assert len(by_name) == len(steps), "two steps of one name"
+    assert len(by_name) == len(steps), "two steps have the same name"
     for step in steps:
         for needed in step.inputs.values():
             assert needed in by_name, f"step {step.name} needs {needed}, which is not in the workflow"
@@ -79,7 +79,7 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
 
 
 def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]:
-    """The state of each step without running anything; raises DriftError as soon as it can be known."""
+    """The state of each step, without running anything; raises DriftError as early as possible."""
     states: dict[str, StepState] = {}
     for step in in_order(steps):
         out = step_folder(store, run, step.name)
@@ -93,11 +93,11 @@ def plan_steps(steps: Sequence[Step], store: Store, run: str) -> list[StepState]
 def run_steps(
     steps: Sequence[Step], store: Store, run: str, *, open_context: Callable[[], Context], show: Show
 ) -> list[StepState]:
-    """Brings every step to done and returns their states; raises WorkflowError after all that could run has run.
+    """Runs every unfinished step and returns the states; raises WorkflowError after all steps that can run have run.
 
-    `open_context` connects to MLflow, and to Ray where a step needs it; it is called once, if a step has to run.
+    `open_context` connects to MLflow, and to Ray if a step needs it; it is called once, and only if a step must run.
     """
-    # Drift is told before the first hour of work, not after; what cannot be connected to is no failure of a step.
+    # Report drift before any work. A service that cannot be reached is not the failure of a step.
     planned = plan_steps(steps, store, run)
     context = open_context() if any(state.state != "done" for state in planned) else None
     states: dict[str, StepState] = {}
@@ -119,7 +119,7 @@ def run_steps(
             else:
                 show.step(step.name, "done")
             states[step.name] = StepState(step.name, "done", record)
-        except Exception as error:  # the fault boundary of one step: others that do not need it still run
+        except Exception as error:  # any failure of one step: the steps that do not depend on it still run
             if has_more(error):
                 show.trace("".join(traceback.format_exception(error)))
             failures[step.name] = error
@@ -137,7 +137,7 @@ def _identity(step: Step, states: dict[str, StepState]) -> Identity:
 
 
 def _finished(step: Step, out: Store, states: dict[str, StepState], run: str) -> Record | None:
-    """The record of a step that has nothing left to do; DriftError where it was begun with another configuration."""
+    """The record of a finished step, else None; DriftError if it was started with another configuration."""
     begun = read_identity(out)
     if begun is not None:
         check_identity(step.name, begun, _identity(step, states), run=run, kind=type(step.config))
@@ -152,19 +152,21 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Cont
     try:
         with _own_interrupt():
             facts = step.run(step.config, context.placement, out, context, **facts_of)
-    except Exception as error:
-        raise_if_interrupted(error)  # a step that was interrupted has not failed
-        if _is_held(context):  # else the folder is another driver's by now
+    except Exception as error:  # a step may fail in any way; the failure is stored and raised again
+        raise_if_interrupted(error)  # an interrupted step has not failed
+        if _is_held(context):  # else the folder belongs to another driver by now
             places = [context.store.uri] if context.store.is_local else []
             write_failure(out, kept_reason(error, step=step.name, places=places))
             is_bound = step.binds_on_refusal or read_record(out) is not None
             if not is_bound and users_mistake(error) is not None:
-                out.delete(CONFIG)  # so that the remedy in the message can be followed under the same name
+                out.delete(CONFIG)  # so that the user can follow the message under the same run name
         raise
     try:
         step.facts.model_validate_json(to_json(facts))
     except ValidationError as error:
-        raise AssertionError(f"step {step.name} returned other facts than {step.facts.__name__} has: {error}") from None
+        raise AssertionError(
+            f"step {step.name} returned facts that do not fit {step.facts.__name__}: {error}"
+        ) from None
     record = Record(
         facts=facts,
         inputs=identity.inputs,
@@ -177,7 +179,7 @@ def _execute(step: Step, out: Store, states: dict[str, StepState], context: Cont
     )
     context.check()
     write_record(out, record)
-    # What a later driver will read: a step must never see more of an input than its record holds.
+    # Return what a later driver will read: no step may see more of an input than its record holds.
     written = read_record(out)
     assert written is not None
     return written
@@ -194,7 +196,7 @@ def _is_held(context: Context) -> bool:
 
 @contextlib.contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Gives Ctrl-C back its meaning after a step: Ray Train leaves a handler that ends the process as a success."""
+    """Restores the handler of Ctrl-C after a step: Ray Train leaves one that ends the process as a success."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield

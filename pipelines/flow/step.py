@@ -1,4 +1,4 @@
-"""What a step is, and what it is handed when it runs."""
+"""A step of a workflow, and the context in which it runs."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from pipelines.flow.facts import Facts
 
 
 class Show(Protocol):
-    """Where a step tells the user how far it is."""
+    """Where a step reports its progress to the user."""
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Prints one line."""
 
     def begin(self, what: str) -> None:
-        """Something that shows no progress of its own starts."""
+        """Reports the start of work that has no progress."""
 
     def ready(self) -> None:
-        """What began last is there."""
+        """Reports the end of the work of the last `begin`."""
 
     def progress(self, name: str, values: dict[str, Any]) -> None:
-        """How far `name` is: {"done", "total", "unit"}, or what a training reports."""
+        """Reports the progress of `name`: {"done", "total", "unit"}, or what a training reports."""
 
     def step(self, name: str, state: str) -> None:
-        """A step starts, resumes, is done or failed."""
+        """Reports that a step starts, resumes, is done or failed."""
 
     def trace(self, text: str) -> None:
-        """The traceback of an error that was not foreseen."""
+        """Reports the traceback of an unexpected error."""
 
 
 class Context(Protocol):
-    """What the runner needs of that which every step of one run is handed (`pipelines.steps.context`)."""
+    """The part of a step's context (`pipelines.steps.context`) that the runner needs."""
 
     @property
     def store(self) -> Store:
-        """Where the run is."""
+        """The store of the run."""
 
     @property
     def placement(self) -> BaseModel | None:
-        """How the work is spread, None where no step is."""
+        """How the work is distributed; None if no step is."""
 
     @property
     def check(self) -> Callable[[], None]:
-        """Raises where this driver does not hold the run any more."""
+        """Raises if this driver no longer holds the run."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A name, a config and its inputs (parameter of `run` -> name of the step whose facts it takes).
 
-    `run(config, placement, out, context, **inputs)` writes under `out` and returns small JSON facts that fit `facts`,
-    with a "digest": the content of what it made, which is what a later step's identity holds. `is_spread` is False for
-    one whose work is done by the driver alone, without Ray. `binds_on_refusal` is False for one that leaves nothing
-    behind when it refuses its configuration: the run may then be given another one.
+    `run(config, placement, out, context, **inputs)` writes under `out` and returns small JSON facts that fit `facts`.
+    Their "digest" is the hash of what it produced and part of the identity of later steps. `is_spread` is False for a
+    step that the driver does alone, without Ray. `binds_on_refusal` is False for a step that stores nothing when it
+    rejects its configuration: the run can then be repeated with another one.
     """
 
     name: str
-    run: Callable[..., dict]
+    run: Callable[..., dict[str, Any]]
     config: BaseModel
     inputs: Mapping[str, str] = field(default_factory=dict)
     is_spread: bool = True

@@ -1,4 +1,4 @@
-"""Complete configurations as functions; a person starts from one and overrides dotted keys of it."""
+"""Complete configurations as functions; users start from one and override its dotted keys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name; raises ValueError naming the ones there are."""
+    """The recipe of that name; raises ValueError with the available names."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"--recipe {name}: there is no such recipe; {hint}there are {', '.join(RECIPES)}")
+        raise ValueError(f"--recipe {name}: unknown recipe; {hint}available: {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 

@@ -10,7 +10,7 @@ from pipelines.recipes.recipe import Recipe
 from pipelines.steps.search import SearchSpace, TuneConfig
 from pipelines.worker.config import TrainConfig
 
-# The paper states none.
+# The paper does not mention augmentation.
 NO_AUGMENTATION = AugmentConfig(hflip=0, translate=0, scale=0, rotate=0, brightness=0, contrast=0)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe consists of: each part is defined beside the component it configures."""
+"""The recipe: each part is defined next to the component that it configures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.worker.config import TrainConfig
 
 
 class Recipe(BaseModel):
-    """What is made: data, model, training, search, judgement. How and where is the placement's."""
+    """What is made: data, model, training, search, evaluation. The placement says how and where."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -23,16 +23,16 @@ class Recipe(BaseModel):
     model: ModelConfig = MedMambaConfig()
     """The network."""
     train: TrainConfig = TrainConfig()
-    """How its weights are found."""
+    """How the network is trained."""
     tune: TuneConfig = TuneConfig()
     """How hyperparameters are searched."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """How the model is judged."""
+    """How the model is evaluated."""
     registry: RegisterConfig = RegisterConfig()
-    """Under which name it is registered."""
+    """The name under which the model is registered."""
     gate: GateConfig = GateConfig()
-    """What it must reach to be promoted."""
+    """What the model must reach to be promoted."""
 
     def starting_from(self, weights: str) -> Recipe:
-        """The recipe whose training starts from the weights of this digest: what identifies its steps."""
+        """The recipe with a training that starts from the weights of this digest, which identifies its steps."""
         return self.model_copy(update={"train": self.train.model_copy(update={"init": weights})})

@@ -13,7 +13,7 @@ from pipelines.worker.config import TrainConfig
 
 
 def quickstart() -> Recipe:
-    """Synthetic ultrasound phantoms, nano, a sweep of four short trials: the whole chain in minutes on two cores."""
+    """Synthetic ultrasound phantoms, nano, a sweep of four short trials: all steps in minutes on two cores."""
     return Recipe(
         data=DataConfig(dataset="phantoms", samples_per_shard=200),
         model=MedMambaConfig(variant="nano"),
@@ -27,7 +27,7 @@ def quickstart() -> Recipe:
         tune=TuneConfig(
             trials=4, epochs=3, space=SearchSpace(lr=(1e-3, 6e-3), weight_decay=(1e-3, 1e-1), batch_size=(16, 32))
         ),
-        evaluate=EvaluateConfig(baseline_side=64),  # the very pixels that the network sees
+        evaluate=EvaluateConfig(baseline_side=64),  # the same pixels that the network sees
     )
 
 
@@ -42,7 +42,7 @@ def pneumoniamnist() -> Recipe:
             micro_batch=32,
             image_size=32,
             optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
-            augment=AugmentConfig(hflip=0),  # the heart lies on the left
+            augment=AugmentConfig(hflip=0),  # the heart is on the left
         ),
         tune=TuneConfig(trials=4, epochs=2, space=SearchSpace(lr=(1e-3, 4e-3), weight_decay=(1e-2, 1e-1))),
     )
@@ -88,7 +88,7 @@ def bccd() -> Recipe:
             micro_batch=32,
             image_size=48,
             optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
-            # A cell has no upright. Turning by less than a quarter would only blur it.
+            # A cell has no upright orientation. Rotation by less than 90 degrees would only blur it.
             augment=AugmentConfig(hflip=0.5, vflip=0.5, rot90=True, rotate=0),
         ),
         tune=TuneConfig(trials=4, epochs=3, space=SearchSpace(lr=(1e-3, 4e-3), weight_decay=(1e-2, 1e-1))),

@@ -1,1 +1,1 @@
-"""What writes a record, one file a step: shard, train, tune, evaluate, register, promote."""
+"""The steps of a workflow, one file each: shard, train, tune, evaluate, register, promote."""

@@ -1,4 +1,4 @@
-"""What every step is handed: the store, the run, its placement, MLflow, and who listens."""
+"""The context of a step: the store, the run, its placement, MLflow, and the output for the user."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipelines.tracking.runs import Tracking
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every step of one run shares.
+    """What all steps of one run share.
 
-    `placement` says how the work is spread, None where no step is; `check` raises where this driver does not hold the
-    run any more; `profile` asks for a profile of whatever can be profiled; `until` is when the command's time is up, on
-    the monotonic clock (0: never).
+    `placement` says how the work is distributed, None if no step is; `check` raises if this driver no longer holds the
+    run; `profile` requests a profile of the training; `until` is when the command's time is up, in seconds of the
+    monotonic clock (0: never).
     """
 
     store: Store

@@ -1,4 +1,4 @@
-"""Model and test split -> metrics, the predictions behind them, and what simpler means reach on the same images."""
+"""Model and test split -> metrics, predictions, and the metrics of baselines on the same images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_shards.loader import Loader
 from data_shards.manifest import Dataset, open_dataset
 from data_shards.store import Store
+from medmamba.metrics.baselines import logistic_regression
+from medmamba.metrics.classification import evaluate
+from medmamba.metrics.intervals import auc_interval
+from medmamba.precision import set_precision
 from pipelines.cluster.board import Watch
 from pipelines.faults import unwrapped
 from pipelines.placement import Placement
@@ -29,29 +34,29 @@ BASELINES = {
     "chance": "chance (largest class)",
 }
 METRICS = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")  # of each task
-_READ_AT_ONCE = 256  # images between two looks at how far reading is
+_READ_AT_ONCE = 256  # images between two progress reports
 
 
 class EvaluateConfig(BaseModel):
-    """How a model is judged (`recipe.evaluate`)."""
+    """How a model is evaluated (`recipe.evaluate`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     micro_batch: int = Field(64, ge=1)
-    """Images per forward pass; changes nothing but speed and rounding."""
+    """Images per forward pass; affects only speed and rounding."""
     baseline_side: int = Field(28, ge=0)
-    """Side in pixels of the images that the logistic regression compared with the network sees. 0: no baselines."""
+    """Image side in pixels for the baseline, a logistic regression on pixels. 0: no baselines."""
     baseline_samples: int = Field(5000, ge=10)
-    """Training images the baselines are fitted on at most: of every class its share, and at least one."""
+    """Maximum number of training images to fit the baselines on, in proportion to the classes, at least one of each."""
 
 
 def run(
     config: EvaluateConfig, placement: Placement, out: Store, context: StepContext, *, shard: dict, train: dict
 ) -> dict:
-    """Evaluates on the test split, every sample exactly once, and keeps the scores as Parquet.
+    """Evaluates on the test split, every sample exactly once, and stores the scores as Parquet.
 
     Returns metrics, the interval of the AUC, the baselines (chance, logistic regression on pixels, on width and
-    height), why one of them is absent, and where things are stored.
+    height), reasons for missing baselines, and where the results are stored.
     """
     dataset = context.store.at(shard["data"])
     params = config.model_dump()
@@ -88,15 +93,13 @@ def run(
 
 
 def evaluate_rank(job: EvaluateJob, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each evaluation task runs: the logits of its share of the test split (see `worker.inference.infer`).
+    """Runs in each evaluation task: the logits of its share of the test split (see `worker.inference.infer`).
 
-    CheckpointError where the model's files have not the digest that the training recorded.
+    Raises CheckpointError if the digest of the model's files is not the one that the training recorded.
     """
     import torch
 
-    from data_shards.loader import Loader
     from medmamba.checkpoint import load_model
-    from medmamba.precision import set_precision
     from pipelines.worker.inference import infer
     from pipelines.worker.transfer import batch_memory
 
@@ -129,7 +132,7 @@ def evaluate_rank(job: EvaluateJob, rank: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _poster(job: EvaluateJob, rank: int) -> Callable[[int], None]:
-    """Posts how many images this rank has done so far: a task that runs again begins at 0, and counts once."""
+    """Posts the number of images that this rank has done, a total, so that a task that runs again counts once."""
     done = 0
 
     def progress(images: int) -> None:
@@ -180,13 +183,11 @@ def _scores(logits: np.ndarray, task: str) -> np.ndarray:
 
 
 def _measure(scores: np.ndarray, labels: np.ndarray, task: str) -> dict[str, float]:
-    from medmamba.metrics.classification import evaluate
-
     return evaluate(scores, labels, task)
 
 
 def _parquet(data: Dataset, scores: np.ndarray) -> bytes:
-    """The predictions as Parquet bytes: key, group, label (list of class indices), scores (list), one row a sample."""
+    """The predictions as Parquet, one row per sample: key, group, label (class indices), scores (one per class)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -205,9 +206,7 @@ def _parquet(data: Dataset, scores: np.ndarray) -> bytes:
 
 
 def _intervals(scores: np.ndarray, data: Dataset) -> dict[str, list[float]]:
-    """The 95 % interval of the test AUC over resampled groups; none where there are too few groups for one."""
-    from medmamba.metrics.intervals import auc_interval
-
+    """The 95 % interval of the test AUC over resampled groups; empty if there are too few groups."""
     index = data.index("test")
     try:
         return {"auc": list(auc_interval(scores, index.labels, index.group.tolist()))}
@@ -218,16 +217,14 @@ def _intervals(scores: np.ndarray, data: Dataset) -> dict[str, list[float]]:
 def _baselines(
     config: EvaluateConfig, data: Dataset, *, show: Any = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Metrics of chance and of logistic regressions, on the same splits as the network; and why one is absent.
+    """Metrics of the baselines on the network's splits, by name, and the reason for each missing baseline.
 
-    `show` is told what is being done: reading and fitting may take longer than the evaluation itself.
+    Progress goes to `show`: reading and fitting may take longer than the evaluation itself.
     """
     if config.baseline_side == 0:
         return {}, {"all": "evaluate.baseline_side is 0"}
     if data.manifest.task == "multilabel":
-        return {}, {"all": "a multilabel set has none yet"}
-    from medmamba.metrics.baselines import logistic_regression
-
+        return {}, {"all": "not implemented for multilabel datasets"}
     found = {"chance": _chance(data)}
     absent: dict[str, str] = {}
     train, test = data.index("train"), data.index("test")
@@ -244,7 +241,7 @@ def _baselines(
         try:
             scores = logistic_regression(train_x, train.labels[fitted], test_x, len(data.manifest.classes))
             metrics = _measure(scores, test.labels, data.manifest.task)
-        except ValueError as error:  # a baseline is no reason to lose the evaluation
+        except ValueError as error:  # a baseline that fails must not lose the evaluation
             absent[name] = str(error)
             continue
         found[name] = {key: metrics[key] for key in METRICS}
@@ -252,7 +249,7 @@ def _baselines(
 
 
 def _chance(data: Dataset) -> dict[str, float]:
-    """What naming the largest class of the training split each time reaches on the test split; its AUC is 0.5."""
+    """Test metrics of always predicting the largest class of the training split; its AUC is 0.5."""
     num = len(data.manifest.classes)
     share = _majority_accuracy(data)
     return {
@@ -266,9 +263,9 @@ def _chance(data: Dataset) -> dict[str, float]:
 
 
 def stratified(classes_n: np.ndarray, at_most: int) -> np.ndarray:
-    """Positions of about `at_most` samples, in order: of each class the first ones, as many as its share, at least one.
+    """Sorted positions of about `at_most` samples: the first ones of each class, in proportion, at least one.
 
-    The samples of a split lie shuffled, so the first are as good as any.
+    The samples of a split are shuffled, so the first ones are a random choice.
     """
     if len(classes_n) <= at_most:
         return np.arange(len(classes_n))
@@ -287,9 +284,7 @@ def _majority_accuracy(data: Dataset) -> float:
 def _pixels(
     data: Dataset, wanted: list[tuple[str, np.ndarray]], config: EvaluateConfig, show: Any
 ) -> Iterator[np.ndarray]:
-    """Of each (split, positions in it): the images' flattened pixels in [0, 1], one row each."""
-    from data_shards.loader import Loader
-
+    """Yields, for each (split, positions in it), float32 pixels (images, features) in [0, 1]."""
     done, total = 0, sum(len(index) for _, index in wanted)
     with Loader(data) as loader:
         for split, index in wanted:

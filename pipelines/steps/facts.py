@@ -1,6 +1,6 @@
-"""What each step records of what it made, and the lines in which users read it.
+"""The facts that each step records about its result, and the lines that show them to users.
 
-A field with a default is one that records of earlier releases do not have.
+A field with a default is one that records of earlier releases lack.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ShardFacts(Facts):
     quarantine: int
     """Images that could not be decoded."""
     samples: dict[str, int] = Field(default_factory=dict)
-    """Split -> images, also where an image has several classes."""
+    """Split -> images, each counted once even with several classes."""
     leaks: dict[str, int] = Field(default_factory=dict)
     """Kind of duplicate -> images."""
     dropped: int = 0
@@ -69,11 +69,11 @@ class TuneFacts(Facts):
     trials: list[dict[str, Any]]
     winner_trial: str = ""
     winner_number: int = 0
-    """0 in records of before trials had numbers."""
+    """0 in records of releases whose trials had no numbers."""
 
     @property
     def winner_name(self) -> str:
-        """The trial that won as users read it: "trial 3/8"; its id where trials had no numbers."""
+        """The name of the winner, "trial 3/8"; its id if trials had no numbers."""
         return trial_name(self.winner_number, len(self.trials), self.winner_trial)
 
     def line(self) -> str:
@@ -99,9 +99,9 @@ class TrainFacts(Facts):
     metrics: dict[str, float]
     """Validation metrics of the best epoch."""
     init: dict[str, str] = Field(default_factory=dict)
-    """The weights that it started from; empty where they were random."""
+    """The weights that it started from; empty if they were random."""
     profile: dict[str, Any] | None = None
-    """What a profile found, where one was asked for."""
+    """The result of the profile, if one was requested."""
 
     def line(self) -> str:
         """See Facts."""
@@ -118,7 +118,7 @@ class TrainFacts(Facts):
 
 
 class EvaluateFacts(Facts):
-    """How good the model is on the test split, and what simpler means reach on it."""
+    """The metrics of the model and of the baselines on the test split."""
 
     predictions: str
     """Their file in the store."""
@@ -126,7 +126,7 @@ class EvaluateFacts(Facts):
     metrics: dict[str, float]
     baselines: dict[str, dict[str, float]] = Field(default_factory=dict)
     absent_baselines: dict[str, str] = Field(default_factory=dict)
-    """Baseline -> why there is none."""
+    """Baseline -> why it is missing."""
     intervals: dict[str, list[float]] = Field(default_factory=dict)
     """Metric -> lower and upper bound of its 95 % interval."""
 
@@ -155,7 +155,7 @@ class RegisterFacts(Facts):
 
 
 class PromoteFacts(Facts):
-    """What the gate said."""
+    """The verdict of the gate."""
 
     verdict: Literal["yes", "no"]
     reason: str
@@ -168,7 +168,7 @@ class PromoteFacts(Facts):
 
     def lines(self, finished: str) -> list[str]:
         """See Facts."""
-        # The reason speaks of the champion of that moment, which may have been replaced since.
+        # The reason refers to the champion at that time, which may have been replaced since.
         return [self.line(), f"decided on {finished[:16].replace('T', ' ')} UTC"]
 
     def places(self, store_uri: str) -> list[tuple[str, str]]:
@@ -187,16 +187,16 @@ FACTS: Mapping[str, type[Facts]] = {
 
 
 def read_facts(step: str, record: Record) -> Facts:
-    """The facts of a finished step; of one that is not known here only the digest.
+    """The facts of a finished step; only the digest for an unknown step.
 
-    Raises ValueError where the record does not have what every release has recorded.
+    Raises ValueError if the record lacks what every release has recorded.
     """
     kind = FACTS.get(step.partition("-")[0], Facts)  # promote-forced, promote-forced-2, ...
     try:
         return kind.model_validate(record.facts)
     except ValidationError as error:
         raise ValueError(
-            f"the record of step {step} is not what a step writes ({explain(error)[:200]}): it was edited or damaged; "
+            f"the record of step {step} is not valid ({explain(error)[:200]}): it was edited or damaged; "
             "restore it, or delete the step's folder to run the step again"
         ) from None
 

@@ -1,4 +1,4 @@
-"""The gate: a registered version that is not worse than the champion takes its place; the others are told why not."""
+"""The gate: a registered version that is not worse than the champion replaces it, others are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.tracking.promotions import Promotion, Promotions
 from pipelines.tracking.registry import AliasMovedError, Version, by_number, tag_version
 
 DECISION = "decision.json"
-BELOW_BASELINE = 0.01  # what the network may lack: one image of a small test split is as much
+BELOW_BASELINE = 0.01  # how far below the network may be: one image of a small test split makes as much
 TRIES = 5
 
 
@@ -30,40 +30,40 @@ class GateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     alias: str = Field("champion", pattern=r"^[A-Za-z0-9_-]+$", max_length=100)
-    """Alias that the promoted version gets; `latest` and `v1`, `v2`, ... are MLflow's own."""
+    """Alias for the promoted version; `latest` and `v1`, `v2`, ... are reserved by MLflow."""
     metric: Literal["auc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"] = "auc"
-    """Test metric that is compared with the champion's on the same manifest."""
+    """Test metric to compare with the champion's on the same manifest."""
     minimum: float = Field(0.0, ge=0, le=1)
-    """The metric must reach this also where there is no champion yet."""
+    """Lowest acceptable value of the metric, with or without a champion."""
     beats_baseline: bool = True
     """The metric must not be more than 0.01 below that of the best baseline (chance, logistic regression on pixels, on
-    width and height) on the same images. Where there is none, the verdict says so."""
+    width and height) on the same images. If no baseline exists, the verdict says so."""
     force: bool = False
-    """Promote whatever the comparison says. It is recorded, in the step and on the version."""
+    """Promote regardless of the comparison. Recorded in the step and on the version."""
 
     @field_validator("alias")
     @classmethod
     def _free(cls, alias: str) -> str:
         if alias == "latest" or re.fullmatch(r"v\d+", alias):
-            raise ValueError(f"alias {alias!r} has a meaning of its own in MLflow; choose another")
+            raise ValueError(f"alias {alias!r} is reserved by MLflow; choose another alias")
         return alias
 
 
 def run(config: GateConfig, placement: Placement | None, out: Store, context: StepContext, *, register: dict) -> dict:
-    """Decides, moves the alias on a yes, and returns the verdict ("yes" or "no") with its reason.
+    """Decides, moves the alias if the verdict is "yes", and returns the verdict ("yes" or "no") with its reason.
 
-    A "no" is a result, not an error: the command that asked exits with 3. Decision, move and check are made under the
-    lease of the registered model; `promotions` says what that guarantees. The decision is written before the alias
-    moves, so that an interrupted step carries out what it had decided instead of comparing the new champion with
-    itself. Where the alias points to another version by then, it decides again.
+    A "no" is a result, not an error; the command exits with 3. Decision, move and check happen under the lease of the
+    registered model; `promotions` says what that guarantees. The decision is written before the alias moves, so that an
+    interrupted step carries out its decision instead of comparing the new champion with itself. If the alias points to
+    another version by then, it decides again.
 
     Raises:
-        LeaseError: another process holds the model for longer than is waited.
+        LeaseError: another process holds the model for longer than this one waits.
         OtherStoreError: the model belongs to another store.
-        ValueError: the version that was registered is not in MLflow any more, or is another one.
+        ValueError: the registered version is no longer in MLflow, or is another model.
     """
-    begun: list[Promotion] = []  # what this process has begun to move before it lost the lease
-    step = out.uri.rpartition("/")[2]  # a forced promotion is a step of its own
+    begun: list[Promotion] = []  # moves that this process began before it lost the lease
+    step = out.uri.rpartition("/")[2]  # a forced promotion has its own step
     for left in reversed(range(TRIES)):
         with model_lease(context, register["model"]) as held:
             try:
@@ -72,7 +72,7 @@ def run(config: GateConfig, placement: Placement | None, out: Store, context: St
                 ) as run_id:
                     held.note(mlflow_run=run_id)
                     decision = _promoted(config, out, context, held, register=register, begun=begun)
-                    _tell_mlflow(context, register, decision, run_id)
+                    _tag_mlflow(context, register, decision, run_id)
             except (LostLeaseError, AliasMovedError) as error:
                 if not left:
                     raise
@@ -103,7 +103,7 @@ def _promoted(
     decision = _kept(out, config, champion, candidate, carried_out) or decide(config, candidate, champion)
     out.put(DECISION, json.dumps(decision, indent=2).encode() + b"\n")
     if decision["verdict"] == "yes" and (champion is None or champion.number != candidate.number):
-        bind_model(tracking, model, context.store)  # another store may have bound an older model at the same moment
+        bind_model(tracking, model, context.store)  # another store may have bound an older model in the meantime
         promotions.move(candidate, decision, out.uri, begun=begun)
     return decision
 
@@ -113,28 +113,28 @@ def _candidate(context: StepContext, register: dict) -> Version:
     candidate = by_number(tracking, model, number)
     if candidate is None:
         raise ValueError(
-            f"version {number} of {model} is not in MLflow at {tracking.address} any more: set "
+            f"version {number} of {model} is no longer in MLflow at {tracking.address}; set "
             "MLFLOW_TRACKING_URI to where it was registered, or delete the register step's folder"
         )
     if candidate.status != "READY":
         raise ValueError(
-            f"MLflow at {tracking.address} calls version {number} of {model} {candidate.status}, not READY: delete the "
+            f"version {number} of {model} in MLflow at {tracking.address} is {candidate.status}, not READY; delete the "
             "folders of the steps register and promote to register it again"
         )
-    # A model that was deleted and registered again under its name counts from 1 again.
+    # Version numbers restart at 1 after a model is deleted and registered again under its name.
     ours = register.get("model_digest", "")  # records of earlier releases do not have it
     theirs = candidate.tags.get("medmamba.digest", ours)
     if candidate.tags.get("medmamba.run", context.run) != context.run or (ours and theirs != ours):
         raise ValueError(
-            f"version {number} of {model} in MLflow at {tracking.address} is another model than this run registered "
-            f"(of run {candidate.tags.get('medmamba.run')!r}, digest {theirs[:12]}): delete the folders of the steps "
-            "register and promote to register it again"
+            f"version {number} of {model} in MLflow at {tracking.address} is not the model that this run registered "
+            f"(it has run {candidate.tags.get('medmamba.run')!r}, digest {theirs[:12]}); delete the folders of the "
+            "steps register and promote to register it again"
         )
     return candidate
 
 
-def _tell_mlflow(context: StepContext, register: dict, decision: dict[str, Any], run_id: str) -> None:
-    """Keeps the decision as tags of the version and of the step's run."""
+def _tag_mlflow(context: StepContext, register: dict, decision: dict[str, Any], run_id: str) -> None:
+    """Stores the decision as tags of the version and of the step's MLflow run."""
     tracking = context.tracking
     candidate = by_number(tracking, register["model"], register["version"])
     tags = {"medmamba.verdict": f"{decision['verdict']}: {decision['reason']}"}
@@ -147,7 +147,7 @@ def _tell_mlflow(context: StepContext, register: dict, decision: dict[str, Any],
 
 
 def decide(config: GateConfig, candidate: Version, champion: Version | None) -> dict[str, Any]:
-    """The verdict on `candidate` with its reason, as a JSON mapping; moves nothing."""
+    """The verdict on `candidate` with its reason, as a JSON mapping; does not move the alias."""
     verdict, reason = _compare(config, candidate, champion)
     forced = config.force and verdict == "no"
     return {
@@ -178,30 +178,30 @@ def _compare(config: GateConfig, candidate: Version, champion: Version | None) -
     if champion is None:
         return "yes", f"{said}, and there is no {config.alias} yet{note}"
     if champion.number == candidate.number:
-        return "yes", f"version {candidate.number} is the {config.alias} already{note}"
+        return "yes", f"version {candidate.number} is already the {config.alias}{note}"
     theirs, manifest = _measured(champion, config.metric), candidate.tags.get("medmamba.manifest")
     if theirs is None or manifest is None or champion.tags.get("medmamba.manifest") != manifest:
         return "no", (
             f"the {config.alias}, version {champion.number}, was not evaluated on this manifest "
-            f"({(manifest or 'unknown')[:12]}), so the two cannot be compared; evaluate it there, or "
+            f"({(manifest or 'unknown')[:12]}), so they cannot be compared; evaluate it there, or run "
             f"`medmamba promote --run {candidate.tags.get('medmamba.run', 'NAME')} --force`"
         )
-    told = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
-    return ("yes", f"{said} is not below {told}{note}") if ours >= theirs else ("no", f"{said} is below {told}")
+    bar = f"the {config.alias}'s {theirs:.4f} (version {champion.number})"
+    return ("yes", f"{said} is not below {bar}{note}") if ours >= theirs else ("no", f"{said} is below {bar}")
 
 
 def _best_baseline(config: GateConfig, candidate: Version) -> tuple[tuple[str, float] | None, str]:
-    """The best baseline on the same images with its metric, if there is one; and which are absent, for the reason."""
+    """The best baseline on the same images with its metric, if any, and a note for the reason about missing ones."""
     if not config.beats_baseline:
         return None, ""
     known = {name: _measured(candidate, config.metric, of=f"baseline_{name}") for name in BASELINES}
     found = {name: value for name, value in known.items() if value is not None}
     absent = {name: candidate.tags.get(f"baseline_{name}_absent") for name in ("all", *BASELINES)}
-    told = [f"baseline {name}: {reason}" for name, reason in absent.items() if reason and name not in found]
+    notes = [f"baseline {name}: {reason}" for name, reason in absent.items() if reason and name not in found]
     if not found:
-        return None, f" (not compared with a baseline: {'; '.join(told) or f'no {config.metric} of one is on record'})"
+        return None, f" (not compared with a baseline: {'; '.join(notes) or f'no {config.metric} of one was recorded'})"
     best = max(found, key=lambda name: found[name])
-    return (best, found[best]), f" (absent {'; '.join(told)})" if told else ""
+    return (best, found[best]), f" (absent {'; '.join(notes)})" if notes else ""
 
 
 def _measured(version: Version, metric: str, *, of: str = "test") -> float | None:
@@ -215,9 +215,9 @@ def _measured(version: Version, metric: str, *, of: str = "test") -> float | Non
 def _kept(
     out: Store, config: GateConfig, champion: Version | None, candidate: Version, carried_out: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The decision of an interrupted run of this step, unless the alias has gone elsewhere since.
+    """The decision of an interrupted run of this step, unless the alias has moved elsewhere since.
 
-    `carried_out` is what the promotions say of this step and version: it stands in for a file that is damaged.
+    `carried_out` is the decision in the record of promotions; it replaces a file that is damaged.
     """
     try:
         decision = json.loads(out.get(DECISION))
@@ -232,7 +232,7 @@ def _kept(
 
 
 def _is_decision(found: Any, config: GateConfig, candidate: Version) -> bool:
-    """Whether what was read is a decision of this step about this version, in full."""
+    """Whether `found` is a complete decision of this step about this version."""
     expected = {"verdict": str, "reason": str, "forced": bool, "previous": int | None}
     return (
         isinstance(found, dict)

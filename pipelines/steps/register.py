@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
+from medmamba.config import MODEL, WEIGHTS
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
 from pipelines.scratch import scratch
@@ -34,18 +35,18 @@ TRIES = 5
 
 
 class RegisterConfig(BaseModel):
-    """Under which name a model is registered (`recipe.registry`)."""
+    """The name under which a model is registered (`recipe.registry`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = Field("", pattern=r"^[A-Za-z0-9_. -]*$", max_length=120)
-    """Name of the registered model; every training of it is a version. Empty: medmamba-<dataset>."""
+    """Name of the registered model; each training becomes a version of it. Empty: medmamba-<dataset>."""
 
     @field_validator("model")
     @classmethod
     def _names_something(cls, model: str) -> str:
         if model and not model.strip(". "):
-            raise ValueError(f"model {model!r} has no letter or digit, and cannot be a name: give another, or none")
+            raise ValueError(f"model {model!r} has no letter or digit; give another name, or leave it empty")
         return model
 
 
@@ -61,13 +62,13 @@ def run(
 ) -> dict:
     """Packages and registers the model; returns its name, version, digest and test metrics.
 
-    All of it is done under the lease of the registered model, so two registrations of one run make one version. A
-    version that an interrupted run of this step left is found again by its tags, the digest of the model among them.
+    It holds the lease of the registered model, so that two registrations of one run make one version. A version that an
+    interrupted run of this step left is found by its tags, which include the digest of the model.
 
     Raises:
-        LeaseError: another process holds the model for longer than is waited.
+        LeaseError: another process holds the model for longer than this one waits.
         OtherStoreError: the model belongs to another store.
-        ValueError: the model's files are not those that were trained and evaluated.
+        ValueError: the model's files are not the ones that were trained and evaluated.
     """
     tracking = context.tracking
     name = config.model or f"medmamba-{shard['dataset']}"
@@ -80,7 +81,7 @@ def run(
                     out, run=context.run, step="register", check=context.check, params=config.model_dump()
                 ) as run_id:
                     held.note(mlflow_run=run_id)
-                    # Whatever of it was done before MLflow went away is found again.
+                    # A repetition finds what was done before MLflow went down.
                     find = functools.partial(_version, context, out, name, held)
                     version = tracking.patiently(functools.partial(find, train=train, run_id=run_id, tags=tags))
                     tracking.patiently(functools.partial(_drop_later, context, name, version, identity))
@@ -109,9 +110,7 @@ def run(
 def _version(
     context: StepContext, out: Store, name: str, held: FencedLease, *, train: dict, run_id: str, tags: dict[str, str]
 ) -> Version:
-    """The version of this model: the one that an earlier run of this step has made, else a new one."""
-    from medmamba.checkpoint import MODEL  # with torch, which most commands do without
-
+    """The version of this model: the one that an earlier run of this step made, else a new one."""
     tracking = context.tracking
     bind_model(tracking, name, context.store)
     identity = {key: tags[key] for key in ("medmamba.record", "medmamba.digest")}
@@ -134,24 +133,24 @@ def _version(
                 tracking, name, run_id, uploaded, {**tags, PACKAGE_TAG: package_digest(packaged)}
             ),
         )
-        held.check()  # paused in between, another process of this run may have made one too
+        held.check()  # if this process was paused, another one may have made one too
         return version
 
 
 def _drop_later(context: StepContext, name: str, version: Version, identity: dict[str, str]) -> None:
-    """Deletes what a process that was paused made of the same model after `version`, if nothing points to it."""
+    """Deletes versions of the same model that a paused process made after `version`, if nothing points to them."""
     for later in find_versions(context.tracking, name, identity):
         if later.number > version.number and later.run_id == version.run_id and delete_unused(context.tracking, later):
-            context.show.say(f"version {later.number} of {name} is version {version.number} made twice: deleted")
+            context.show.say(f"version {later.number} of {name} is a duplicate of version {version.number}: deleted")
 
 
 def _found(context: StepContext, name: str, packaged: Path, run_id: str, identity: dict[str, str]) -> Version | None:
-    """The version that an interrupted run of this step has made, if it is good; says so where one is not."""
+    """The intact version that an interrupted run of this step made, if any; reports versions that are not intact."""
     tracking = context.tracking
     for version in find_versions(tracking, name, identity):
         reason = lacks(tracking, version, packaged, run_id)
         if reason and version.tags.get(PACKAGE_TAG) == package_digest(packaged) and version.run_id == run_id:
-            # Its files belong to this step's run, and the same ones can be put there again.
+            # Its files belong to this step's run, so they can be uploaded again.
             upload(tracking, packaged, run_id)
             context.show.say(f"version {version.number} of {name}: {reason}; its files were uploaded again")
             reason = lacks(tracking, version, packaged, run_id)
@@ -162,9 +161,7 @@ def _found(context: StepContext, name: str, packaged: Path, run_id: str, identit
 
 
 def _fetch(model: Store, folder: Path, expected: str) -> Path:
-    """Copies the model's files to `folder` and checks that they are the ones the training named."""
-    from medmamba.checkpoint import MODEL, WEIGHTS
-
+    """Copies the model's files to `folder`; raises ValueError if their digest is not `expected`."""
     folder.mkdir()
     digest = hashlib.sha256()
     for name in (WEIGHTS, MODEL):
@@ -180,7 +177,7 @@ def _fetch(model: Store, folder: Path, expected: str) -> Path:
 
 
 def _tags(context: StepContext, shard: dict, train: dict, evaluate: dict) -> dict[str, str]:
-    """What the version says of itself: its origin, test metrics and baselines (a promotion reads them here)."""
+    """The version's tags: its origin, test metrics and baselines, which promotions read."""
     about = {
         "medmamba.run": context.run,
         "medmamba.dataset": shard["dataset"],

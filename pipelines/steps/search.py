@@ -1,4 +1,4 @@
-"""What a sweep searches: the space (`recipe.tune`), and what each trial of it tries."""
+"""The search space of a sweep (`recipe.tune`), and the values that each trial tries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.worker.config import TrainStepConfig
 
 
 class SearchSpace(BaseModel):
-    """What a sweep tries. An empty value leaves that field as the recipe has it."""
+    """The values that a sweep tries. An empty one keeps the recipe's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -32,15 +32,17 @@ class SearchSpace(BaseModel):
         for name in ("lr", "weight_decay", "drop_path"):
             bounds = getattr(self, name)
             if len(bounds) not in (0, 2):
-                raise ValueError(f"{name} {bounds}: give the lowest and the highest value, or none not to search it")
+                raise ValueError(
+                    f"{name} {bounds}: give the lowest and the highest value, or nothing to keep the recipe's value"
+                )
             if bounds and bounds[0] >= bounds[1]:
-                raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; swap them")
+                raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; correct them")
             if bounds and bounds[0] <= 0 and name != "drop_path":
-                raise ValueError(f"{name} {bounds}: it is drawn log-uniformly, so it must be above 0; raise the lowest")
+                raise ValueError(f"{name} {bounds}: values drawn log-uniformly must be above 0; raise the lowest")
         return self
 
     def bounds(self, start: TrainStepConfig) -> dict[str, tuple[float, ...]]:
-        """Dotted key of the recipe -> its lowest and highest value, of what is searched and `start` has."""
+        """Dotted key of the recipe -> lowest and highest value, for searched keys that `start` has."""
         named = {
             "train.optim.lr": self.lr,
             "train.optim.weight_decay": self.weight_decay,
@@ -56,21 +58,21 @@ class TuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     trials: int = Field(8, ge=1)
-    """Trials in the sweep. The first one is the recipe as it stands, where that lies in the space."""
+    """Trials in the sweep. The first one uses the recipe's values, if they are in the space."""
     epochs: int = Field(5, ge=1)
     """Epochs of the longest trial."""
     grace_epochs: int = Field(1, ge=1)
     """Epochs every trial gets before ASHA may stop it."""
     reduction_factor: int = Field(3, ge=2)
-    """ASHA lets one in this many trials continue at each rung."""
+    """At each rung, ASHA lets one in this many trials continue."""
     seed: int = Field(0, ge=0)
     """Seed of the search."""
     space: SearchSpace = SearchSpace()
-    """What is searched."""
+    """The search space."""
 
 
 class TuneStepConfig(BaseModel):
-    """Identity of a sweep: the recipe it starts from, and how it searches."""
+    """Identity of a sweep: the recipe that it starts from, and how it searches."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,8 +84,8 @@ class TuneStepConfig(BaseModel):
         for size in self.tune.space.batch_size:
             if size % self.start.train.micro_batch:
                 raise ValueError(
-                    f"tune.space.batch_size {size} is no multiple of train.micro_batch {self.start.train.micro_batch}; "
-                    f"choose multiples, or lower micro_batch"
+                    f"tune.space.batch_size {size} is not a multiple of train.micro_batch "
+                    f"{self.start.train.micro_batch}; choose multiples, or lower micro_batch"
                 )
         searched = self.tune.space.bounds(self.start)
         if not searched and not self.tune.space.batch_size:
@@ -92,7 +94,7 @@ class TuneStepConfig(BaseModel):
             )
         for key, bounds in searched.items():
             for bound in bounds:
-                override(self.start, {key: bound})  # a trial must not be what finds out
+                override(self.start, {key: bound})  # an impossible value must fail here, not in a trial
         return self
 
 
@@ -111,7 +113,7 @@ def search_space(config: TuneStepConfig) -> dict[str, Any]:
 def chooser(
     config: TuneStepConfig, space: dict[str, Any], ledger: Ledger, say: Callable[[str], None]
 ) -> Callable[[int], dict[str, Any]]:
-    """What returns the overrides of a new trial, by its number. `say` is for `recipe_point`."""
+    """Returns a function from the number of a new trial to its overrides. `say` is for `recipe_point`."""
     begun = {record.number for record in ledger.records()}
     recipe = [] if 1 in begun else recipe_point(config, space, say)
 
@@ -124,9 +126,9 @@ def chooser(
 
 
 def recipe_point(config: TuneStepConfig, space: dict[str, Any], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The recipe's own values as the first trial, where they lie in the space: a sweep never does worse than it.
+    """The recipe's own values as the first trial, if they are in the space: the sweep is never worse than the recipe.
 
-    `say` gets a line where they do not.
+    `say` gets a line if they are not.
     """
     own = flatten(config.start.model_dump())
     point = {key: own[key] for key in space}

@@ -18,14 +18,14 @@ from pipelines.wording import counted
 
 
 def run(config: DataConfig, placement: Placement, out: Store, context: StepContext) -> dict:
-    """Writes `datasets/<dataset>/<name>/` in the store; returns convert's facts and the dataset's folder as "data"."""
+    """Writes `datasets/<dataset>/<name>/` in the store; returns the facts of `convert`, with the folder as "data"."""
     data = f"datasets/{config.dataset}/{config.name}"
 
     def progress(done: int, total: int, unit: str) -> None:
         name = "shard" if unit == "shards" else "compare"
         context.show.progress(name, {"done": done, "total": total, "unit": unit})
 
-    # Whoever may read MLflow shall not learn the salt.
+    # Users of MLflow must not learn the salt.
     params = old_words(config.model_dump(exclude={"salt"}), config.PART)
     with context.tracking.running(out, run=context.run, step="shard", check=context.check, params=params) as run_id:
         _check_reachable(config, placement)
@@ -36,9 +36,9 @@ def run(config: DataConfig, placement: Placement, out: Store, context: StepConte
 
 
 def check_images(config: DataConfig, store: Store) -> None:
-    """ValueError where the image set is not there, or its folders cannot be read as classes: before any work.
+    """Raises ValueError before any work if the image set is missing or its folders do not form classes.
 
-    A finished dataset needs no images any more.
+    A finished dataset no longer needs its images.
     """
     if store.at("datasets", config.dataset, config.name).head(MANIFEST) is not None:
         return
@@ -47,8 +47,7 @@ def check_images(config: DataConfig, store: Store) -> None:
 
 
 def logged(facts: dict) -> dict[str, int]:
-    """What MLflow is given of a conversion's facts; `num_train` and so on are images, also where they have several
-    labels."""
+    """The facts of a conversion that MLflow gets; `num_train` and so on count each image once."""
     counts = {f"num_{split}": num for split, num in facts["samples"].items()}
     duplicates = {
         f"{word} {what}": count for word in ("copies", "duplicates") for what, count in facts["leaks"].items()
@@ -58,20 +57,20 @@ def logged(facts: dict) -> dict[str, int]:
 
 
 def _classes_line(facts: dict) -> str:
-    """The classes with their counts: a command that fails later prints no table."""
+    """One line with the counts of the classes, because a command that fails later prints no table."""
     counts = facts["counts"]
-    told = [f"{name} {'/'.join(str(counts[split][name]) for split in SPLITS)}" for name in counts["train"]]
-    return f"{counted(len(told), 'class', 'classes')} ({'/'.join(SPLITS)}): {', '.join(told)}"
+    classes = [f"{name} {'/'.join(str(counts[split][name]) for split in SPLITS)}" for name in counts["train"]]
+    return f"{counted(len(classes), 'class', 'classes')} ({'/'.join(SPLITS)}): {', '.join(classes)}"
 
 
 def ray_map(task: Callable, items: list) -> Iterator:
     """Runs `task(item)` for each item as Ray tasks of one CPU; yields the results as they come.
 
-    The first task that fails ends the map with its own exception, and the tasks not yet begun are cancelled.
+    The first task that fails ends the map with its exception; tasks that have not started are cancelled.
     """
     import ray
 
-    # A task lost with its node runs again; one that raised does not.
+    # Ray retries a task whose node is lost, but not one that raised.
     remote = ray.remote(num_cpus=1, max_retries=3)(task)
     pending = [remote.remote(item) for item in items]
     try:
@@ -88,6 +87,6 @@ def ray_map(task: Callable, items: list) -> Iterator:
 def _check_reachable(config: DataConfig, placement: Placement) -> None:
     if placement.nodes > 1 and config.source and not config.source.startswith("s3://"):
         raise ValueError(
-            f"data.source {config.source} is a local path, but this Ray has {placement.nodes} nodes, which do not "
-            f"share it; copy the image set to s3:// and name it there"
+            f"data.source {config.source} is a local path, which the {placement.nodes} nodes of this Ray do not "
+            f"share; copy the image set to s3:// and give that address"
         )

@@ -42,8 +42,8 @@ from pipelines.worker.state import ResumeError, state_of, training_digest
 
 PROFILE = "profile/profile.json"
 TRACE = "profile/trace.json.gz"
-PATIENCE_MARGIN_S = 60.0  # a rank that waits for the store says itself that it has waited enough
-SLOW = "medmamba.slow"  # tag of a run that is far below what its network benches at: why
+PATIENCE_MARGIN_S = 60.0  # a rank that waits for the store reports itself when its patience is over
+SLOW = "medmamba.slow"  # tag of a run that is much slower than its network's benchmark: the reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +66,16 @@ def run(
     shard: dict,
     tune: dict | None = None,
 ) -> dict:
-    """Trains with the recipe, or with a sweep's winner over it, and keeps the best epoch's model under `out/model`.
+    """Trains with the recipe and the overrides of the sweep's winner; stores the best epoch's model in `out/model`.
 
-    Raises ValueError where the placement does not divide the batch, the training split does not fill one, the model
-    has not one output per class, or a checkpoint cannot be continued exactly.
+    Raises ValueError if the placement does not divide the batch, the training split does not fill one, the model does
+    not have one output per class, or a checkpoint cannot be resumed exactly.
     """
     resolved = override(config, tune["winner"]) if tune else config
     params = flatten(resolved.model_dump())
-    # What is refused is FAILED in MLflow too.
+    # Inside the block, so that a rejected training is FAILED in MLflow too.
     with context.tracking.running(out, run=context.run, step="train", check=context.check, params=params) as run_id:
-        resolved.train.accumulation(placement.workers)  # what is impossible fails here, before a worker starts
+        resolved.train.accumulation(placement.workers)  # an impossible size fails here, before a worker starts
         complete = resolved.with_classes(len(shard["counts"]["train"]))
         check_batches([resolved.train.batch_size], shard, context)
         origin = begin_from(resolved, shard, context)
@@ -94,8 +94,8 @@ def run(
             run_id=run_id,
             profile=context.profile,
         )
-        out.delete(PROFILE)  # of an earlier process, which was interrupted
-        # A checkpoint in the old format resumes on as many workers as wrote it.
+        out.delete(PROFILE)  # left by an interrupted process
+        # A checkpoint in the old format needs as many workers as wrote it.
         least = placement.workers if begun_training(out)[1] else placement.workers_min or placement.workers
         sizes = resolved.train.sizes(least, placement.workers)
         _fit(job, sizes, worked_hours, context)
@@ -113,7 +113,7 @@ def run(
 
 
 def check_ended(described: Mapping[str, Any], train: TrainConfig) -> None:
-    """Raises ResumeError where the newest usable checkpoint is not that of the training's end."""
+    """Raises ResumeError if the newest usable checkpoint is not the last one of the training."""
     state = state_of(described)
     if state.epoch < train.epochs and not state.is_stale(train.patience):
         raise ResumeError(
@@ -123,7 +123,7 @@ def check_ended(described: Mapping[str, Any], train: TrainConfig) -> None:
 
 
 def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> None:
-    """Raises ValueError where the training split does not fill a batch of one of the sizes: nothing to train on."""
+    """Raises ValueError if the training split does not fill a batch of one of the sizes."""
     data = open_dataset(context.store.at(shard["data"]), digest=shard["digest"])
     held = data.manifest.splits["train"].samples
     if max(sizes) > held:
@@ -134,9 +134,9 @@ def check_batches(sizes: Sequence[int], shard: dict, context: StepContext) -> No
 
 
 def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on every worker; returns why and where it stopped, nothing where it came to its end.
+    """Runs on every worker of Ray Train; returns the reason and step of an early stop, or an empty dict at the end.
 
-    `settings` has a LoggedJob as "job". Raises Stopped where the group stops in order to begin again.
+    `settings` has a LoggedJob as "job". Raises Stopped if the group stops in order to restart.
     """
     import ray.train
     import torch
@@ -167,8 +167,8 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def ray_control(rank: int, ranks: int, placement: Placement, board: Any) -> Control:
-    """What tells this rank of Ray Train when to write a checkpoint, and when to stop."""
-    ahead = 4 if placement.device == "cuda" else 1  # steps by which the host is ahead of its GPU
+    """The control that tells this rank when to write a checkpoint and when to stop."""
+    ahead = 4 if placement.device == "cuda" else 1  # how many steps the host is ahead of its GPU
     return Control(
         rank,
         SharedFlags(lag=ahead) if ranks > 1 else OwnFlags(),
@@ -180,13 +180,13 @@ def ray_control(rank: int, ranks: int, placement: Placement, board: Any) -> Cont
 
 
 def keep_profile(out: Store, summary: dict[str, Any], trace: Path) -> None:
-    """Stores a profile, from the worker, in the step's folder; the summary last."""
+    """Stores a profile in the step's folder, on the worker; the summary last, which marks it as complete."""
     out.put(TRACE, trace.read_bytes())
     out.put(PROFILE, json.dumps(summary, indent=2).encode())
 
 
 def tagging(check: Callable[[dict[str, float]], str], outbox: Outbox) -> Callable[[dict[str, float]], str]:
-    """A speed check of which a warning becomes a tag of the run too."""
+    """Wraps a speed check so that its warning also becomes a tag of the MLflow run."""
 
     def judge(metrics: dict[str, float]) -> str:
         warning = check(metrics)
@@ -198,9 +198,9 @@ def tagging(check: Callable[[dict[str, float]], str], outbox: Outbox) -> Callabl
 
 
 def _fit(job: LoggedJob, sizes: Sequence[int], worked_hours: float, context: StepContext) -> None:
-    """Trains with as many workers as the largest of `sizes`, or with fewer where nodes are lost.
+    """Trains with as many workers as the largest of `sizes`, or with fewer if nodes are lost.
 
-    Raises SystemExit where the training stopped at a checkpoint because this process was told to end.
+    Raises SystemExit if the training stopped at a checkpoint because this process was asked to end.
     """
     import ray.train
 
@@ -218,10 +218,9 @@ def _fit(job: LoggedJob, sizes: Sequence[int], worked_hours: float, context: Ste
                 num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
             ),
             run_config=ray.train.RunConfig(
-                # Ray stores nothing: what it wants a folder for stays empty. Checkpoints are the workers' own.
+                # Ray needs a folder but stores nothing in it: the workers write the checkpoints themselves.
                 storage_path=str(folder),
-                # Of a Ray whose policies cannot be replaced. On one machine a crash is nearly always an error that
-                # comes again.
+                # For a Ray whose policies cannot be replaced. On one machine a crash nearly always repeats.
                 failure_config=ray.train.FailureConfig(max_failures=2 if placement.nodes > 1 else 0),
             ),
         )
@@ -234,7 +233,7 @@ def _fit(job: LoggedJob, sizes: Sequence[int], worked_hours: float, context: Ste
 
 
 def _trainer(board: Any, sizes: Sequence[int], placement: Placement) -> Callable[..., Any]:
-    """What makes Ray's trainer, with our policies where Ray is one that they were tried with."""
+    """Returns the factory of Ray's trainer, with our policies if they were tested with this version of Ray."""
     if not ray_internals.are_known():
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -255,8 +254,8 @@ def keep_best(
 ) -> dict:
     """Copies the best epoch's model to `out/model`; returns the training's facts.
 
-    The card learns of `max_side`, so that a prediction shrinks an image as the shards did, and of the `origin` of the
-    weights that the training started from.
+    The card gets `max_side`, so that predictions shrink images as the shards did, and the `origin` of the weights that
+    the training started from.
     """
     described = json.loads(last.best[MODEL].read_text())
     described["card"]["max_side"] = max_side
@@ -284,7 +283,7 @@ def keep_best(
 
 
 def _profiled(out: Store, context: StepContext) -> dict[str, Any]:
-    """The profile that a worker has stored, as a fact; nothing where none was asked for."""
+    """The profile that a worker has stored, as a fact; empty if none was requested."""
     if not context.profile:
         return {}
     if out.head(PROFILE) is None:
@@ -294,17 +293,18 @@ def _profiled(out: Store, context: StepContext) -> dict[str, Any]:
 
 
 def begun_training(out: Store) -> tuple[dict[str, Any] | None, bool]:
-    """(the fields of the newest train.json, whether it is in the old format); (None, False) where nothing was saved."""
+    """(fields of the newest train.json, whether it is in the old format); (None, False) if nothing was saved."""
     if described := Checkpoints(out).newest_state():
         return described, False
     old = find_old_checkpoint(out)
-    # The very first ones do not say whether they were compiled or flat: they were neither.
+    # The first release did not record `compile` and `flat`: it had neither.
     return ({"compile": "off", "flat": False, **old.described}, True) if old else (None, False)
 
 
 def _check_resume(out: Store, placement: Placement, of: tuple[str, str], context: StepContext) -> float:
-    """Says where a training resumes, and refuses what could not resume exactly, before any worker starts; returns the
-    hours that its workers have worked so far."""
+    """Reports where a training resumes; returns the worker-hours used so far.
+
+    Raises ResumeError, before any worker starts, if it could not resume exactly."""
     manifest, training = of
     with scratch("resume") as folder:
         resume = find_resume(Checkpoints(out), folder, manifest, training=training, say=context.show.say)

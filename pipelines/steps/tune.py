@@ -31,16 +31,16 @@ from pipelines.worker.state import rank
 
 
 def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepContext, *, shard: dict) -> dict:
-    """Runs or resumes the sweep; returns the winner, a dict of dotted overrides, and a row for each trial.
+    """Runs or resumes the sweep; returns the winner, a dict of dotted overrides, and a row per trial.
 
     The winner has the highest validation AUC of any epoch, ties broken by validation loss.
-    Raises ValueError where every trial failed, where one failed for another reason than that it diverged, and where
-    the sweep was ended before its last trial: the step is then not finished, and asked again it goes on.
+    Raises ValueError if every trial failed, if one failed for a reason other than divergence, or if the sweep ended
+    before its last trial; the step is then not finished, and running it again resumes it.
     """
     tracking = context.tracking
     params = {"trials": config.tune.trials, "epochs": config.tune.epochs, **config.tune.space.model_dump()}
     with tracking.running(out, run=context.run, step="tune", check=context.check, params=params) as parent:
-        config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would find out
+        config.start.with_classes(len(shard["counts"]["train"]))  # else every trial would fail on it
         check_batches(config.tune.space.batch_size or (config.start.train.batch_size,), shard, context)
         tracking.log_params(parent, {"init": begin_from(config.start, shard, context)})
         job = TrialJob(
@@ -60,12 +60,14 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
             runs = {record.number: _end_run(tracking, parent, record) for record in ledger.records()}
             trials = [{**_row(record, config), "mlflow_run": runs[record.number]} for record in ledger.records()]
             tracking.drop_trials(parent, [row["trial"] for row in trials])
-        except BaseException:
-            # What ended the sweep is what must be told, not that MLflow could not be told of it.
+        except BaseException:  # including Ctrl-C
+            # The error that ended the sweep must be reported, not one of MLflow.
             quick = tracking.impatient
             with contextlib.suppress(TrackingError):
-                if not is_lost(context.check):  # else they are the trials of the driver that took over
-                    quick.finish(parent, "KILLED")  # first: a trial that begins its run now ends it, see find_trial
+                if not is_lost(context.check):  # else the trials belong to the driver that took over
+                    quick.finish(
+                        parent, "KILLED"
+                    )  # first: a trial that begins its run after this ends it, see find_trial
                     quick.close_trials(parent)
             raise
         _check_reasons(ledger, errors)
@@ -87,7 +89,7 @@ def run(config: TuneStepConfig, placement: Placement, out: Store, context: StepC
 def _sweep(
     config: TuneStepConfig, job: TrialJob, at_once: int, context: StepContext
 ) -> tuple[Ledger, dict[int, BaseException]]:
-    """Runs what is left of the sweep; returns its ledger, and the errors of the trials that failed now."""
+    """Runs the rest of the sweep; returns its ledger, and the errors of the trials that failed now."""
     tune, space, out = config.tune, search_space(config), job.out
     ledger = Ledger(out, check=context.check)
     ledger.read(functools.partial(misfit, space=space, trials=tune.trials, epochs=tune.epochs), context.show.say)
@@ -111,12 +113,12 @@ def _sweep(
         trainable = _trainable(replace(job, board=board))
         run_trials(trainable, search, asha, keeper, trials=len(numbers), at_once=at_once)
     if left := set(ledger.to_do(tune.trials)) - keeper.errors.keys():
-        raise ValueError(f"the sweep was ended with {len(left)} of {tune.trials} trials left; {RESUME}")
+        raise ValueError(f"the sweep ended with {len(left)} of {tune.trials} trials left; {RESUME}")
     return ledger, keeper.errors
 
 
 def _trainable(job: TrialJob) -> Any:
-    """What Tune runs for each trial, with the resources of one."""
+    """The function that Tune runs for each trial, with a trial's resources."""
     from ray import tune
 
     placement = job.placement
@@ -125,21 +127,20 @@ def _trainable(job: TrialJob) -> Any:
 
 
 def _resumed(ledger: Ledger, trials: int) -> str:
-    """The line about a sweep that resumes."""
+    """The message about a sweep that resumes."""
     over, epochs = len(ledger.over()), sum(len(record.epochs) for record in ledger.records())
     kept = f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} kept"
-    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are over, {kept}"
+    return f"the sweep resumes where it was interrupted: {over} of {trials} trials are finished, {kept}"
 
 
 def complete_run(tracking: Tracking, run_id: str, record: TrialRecord) -> None:
-    """Logs the epochs that a trial's run lacks: one that ASHA stops, or whose process is killed, may not have sent its
-    last ones."""
+    """Logs the epochs that a trial's MLflow run lacks: one that was stopped or killed may not have sent the last."""
     with Outbox(tracking, run_id) as outbox:
         outbox.resume({"step": 0, **each.metrics, "epoch": epoch} for epoch, each in enumerate(record.epochs, 1))
 
 
 def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
-    """Ends a trial's run in MLflow, with every epoch; returns its id."""
+    """Completes and ends a trial's run in MLflow; returns its id."""
     run_id = tracking.trial_run(parent, record.id)
     complete_run(tracking, run_id, record)
     tracking.finish(run_id, "FAILED" if record.reason else "FINISHED")
@@ -147,7 +148,7 @@ def _end_run(tracking: Tracking, parent: str, record: TrialRecord) -> str:
 
 
 def _check_reasons(ledger: Ledger, errors: Mapping[int, BaseException]) -> None:
-    """Raises ValueError where a trial failed for another reason than its hyperparameters: that may pass."""
+    """Raises ValueError if a trial failed for a reason other than its hyperparameters, because a retry may succeed."""
     failed = [record for record in ledger.records() if record.state == "failed"]
     if failed:
         line = failed[0].reason.removesuffix(f": {RESUME}").removesuffix(f", then {RESUME}")

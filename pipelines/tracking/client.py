@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from data_shards.store.outage import Outage, outage_of, span
 from pipelines.faults import RESUME
@@ -47,11 +46,6 @@ class Client:
     def client(self) -> Any:
         """The MlflowClient of this process; call it inside `errors()`."""
         return mlflow_client(os.getpid(), self.uri)
-
-    @property
-    def is_one_host(self) -> bool:
-        """True where runs live in a file: workers on other machines could not reach it."""
-        return urlsplit(self.uri).scheme in ONE_HOST_SCHEMES
 
     @property
     def address(self) -> str:

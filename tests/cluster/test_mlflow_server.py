@@ -39,7 +39,6 @@ def load_elsewhere(tmp_path, uri: str, env: dict[str, str]):
 def test_a_release_with_a_server_is_registered_promoted_and_loaded_from_it(mlflow_server, store, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     tracking = open_tracking(store)
-    assert not tracking.is_one_host
     facts, verdict = registered.released(store, tracking, "one", auc=0.9, model="on-server")
     assert (facts["version"], verdict["verdict"]) == (1, "yes")
     facts, verdict = registered.released(store, tracking, "two", auc=0.8, model="on-server")

@@ -86,7 +86,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_training_that_writes_no_checkpoint_ends_all_the_same(tmp_path):
     found = ended("silent", tmp_path)
-    assert found["said"][1] == "no checkpoint within 2 s: what came after the last one is lost"
+    assert found["said"][1] == "no checkpoint within 2 s: the steps after the last one are lost"
     assert found["ended"] in ENDED
 
 
@@ -101,6 +101,6 @@ def test_the_end_of_the_time_is_no_failure(tmp_path):
     found = ended("time", tmp_path)
     assert (found["orders"], found["ended"], found["code"]) == ("time", "waits on", 0)
     assert found["text"] == (
-        "the time of --max-minutes is up: a checkpoint of step 7 was written, 0 steps are lost; run the same command "
+        "the time of --max-minutes is up: a checkpoint of step 7 was written, no steps are lost; run the same command "
         "to resume"
     )

@@ -47,7 +47,7 @@ def test_a_worker_that_is_told_to_end_stops_all_of_them_at_a_checkpoint(tmp_path
 def test_a_stalled_rank_is_named_and_the_group_begins_again(tmp_path):
     found = seen("stalled", tmp_path)
     assert found["ended"]["result"]["reason"] == "interrupted"
-    assert any("gave no sign of life for" in line and "rank 1 (process" in line for line in found["lines"]), found
+    assert any("sent no heartbeat for" in line and "rank 1 (process" in line for line in found["lines"]), found
     assert found["took_s"][0] < 90
 
 

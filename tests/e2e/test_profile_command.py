@@ -50,5 +50,5 @@ def test_the_last_line_and_mlflow_tell_how_fast_the_training_was(profiled):
 def test_a_finished_training_has_nothing_left_to_profile(profiled):
     folder, _ = profiled
     again = medmamba("train", "--run", "r", "--store", str(folder / "store"), "--profile", cwd=folder)
-    assert "the training of run r is finished, so nothing is left to profile" in again.stderr
+    assert "the training of run r is finished, so there is nothing to profile" in again.stderr
     assert "--run NAME" in again.stderr

@@ -1,1 +1,1 @@
-"""The command shards: a dataset verified, looked at, and asked for duplicates, quarantine and files."""
+"""The command shards: verifies and shows a dataset, and lists its duplicates, quarantine and file names."""

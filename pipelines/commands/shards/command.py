@@ -1,4 +1,4 @@
-"""The command shards, whose parts are loaded when one of them is asked for."""
+"""The command shards. Its subcommands are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pipelines.console.terminal import console
 
 
 def shards(argv: list[str]) -> int:
-    """Prints what there is below `shards`; UsageError where `argv` names something else."""
+    """Lists the subcommands of `shards`; UsageError if `argv` names an unknown one."""
     parts = {part.name.rpartition(" ")[2]: part for part in _parts()}
     if argv and argv[0] not in ("-h", "--help"):
-        raise UsageError(f"shards: unknown command {argv[0]!r}: choose {', '.join(parts)}")
+        raise UsageError(f"shards: unknown command {argv[0]!r}; available: {', '.join(parts)}")
     console().print(f"usage: medmamba shards {{{','.join(parts)}}}")
     console().print("           [DATASET[/NAME]] [--store STORE] [--help]\n")
     for name, part in parts.items():
@@ -35,7 +35,7 @@ def _parts() -> Sequence[Command]:
 
 SHARDS = Command(
     "shards",
-    "Look at a dataset: verify, show, duplicates, quarantine, file names.",
+    "Inspect a dataset: verify, show, duplicates, quarantine, file names.",
     list[str],
     shards,
     read=read_words,

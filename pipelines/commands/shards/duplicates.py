@@ -1,4 +1,4 @@
-"""The command shards duplicates: which images appear twice, as a table, JSON, or a page that stays with their owner."""
+"""The command shards duplicates: duplicate images as a table, as JSON, or as a page outside of the store."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _NO_PLACES = Places({}, None)
 
 @dataclass(frozen=True)
 class DuplicatesArguments(Owner, StoreOption, JsonOption):
-    """What `shards duplicates` takes."""
+    """Arguments of `shards duplicates`."""
 
     dataset: tyro.conf.Positional[str] = ""
-    """DATASET or DATASET/NAME, as under datasets/ in the store, finished or refused. Empty: the only one there."""
+    """DATASET or DATASET/NAME in the store, finished or rejected. Empty: the only one."""
     names: Flag = False
-    """Find the files in the source."""
+    """Look up the file names in the source."""
     page: str = ""
-    """HTML file to write with pictures and, with --names, files; outside of the store and of the image set."""
+    """HTML file to write, with pictures and, with --names, file names; outside of the store and of the image set."""
     all: Flag = False
-    """Print all groups that are listed, with all their images."""
+    """Print all listed groups, with all their images."""
 
 
 def duplicates(asked: DuplicatesArguments) -> int:
@@ -51,8 +51,7 @@ def duplicates(asked: DuplicatesArguments) -> int:
     finished = out.head(MANIFEST) is not None
     if not finished and out.head(REFUSED) is None:
         raise UsageError(
-            f"{out.uri} is not finished, and was not refused because of duplicates: bring it to done with "
-            "`medmamba shard`"
+            f"{out.uri} is not finished, and was not rejected because of duplicates; finish it with `medmamba shard`"
         )
     report = _labelled(read_report(out, REPORT if finished else REFUSED), out, store)
     places = _NO_PLACES
@@ -64,14 +63,14 @@ def duplicates(asked: DuplicatesArguments) -> int:
     if asked.page:
         _write_page(report, out, places, asked, finished)
     if asked.json:
-        print(json.dumps(_told(report, out, places if asked.names else None, finished), indent=2))
+        print(json.dumps(_as_json(report, out, places if asked.names else None, finished), indent=2))
         return 0
     _print(report, out, asked, places)
     return 0
 
 
 def _labelled(report: DuplicatesReport, out: Store, store: Store) -> DuplicatesReport:
-    """The report with class names for every image: those of earlier releases hold labels as numbers only."""
+    """Adds class names to all images of the report: reports of earlier releases have labels only as numbers."""
     if all(copy.label_names or not copy.labels for finding in report.findings for copy in finding.copies):
         return report
     names = {copy.dataset for finding in report.findings for copy in finding.copies}
@@ -93,11 +92,11 @@ def _keys(report: DuplicatesReport, out: Store, finished: bool) -> set[str]:
     return {copy.key for finding in report.findings for copy in finding.copies if not copy.dataset}
 
 
-def _told(report: DuplicatesReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
-    """The report as JSON, with the number of all groups, and files where they are wanted."""
-    told = report.model_dump(mode="json")
-    told["findings"] = [both_keys(finding) for finding in told["findings"]]
-    for finding in told["findings"]:
+def _as_json(report: DuplicatesReport, out: Store, places: Places | None, finished: bool) -> dict[str, Any]:
+    """The report as a JSON mapping, with the number of groups, and with files if `places` is given."""
+    dumped = report.model_dump(mode="json")
+    dumped["findings"] = [both_keys(finding) for finding in dumped["findings"]]
+    for finding in dumped["findings"]:
         for copy in finding["copies"]:
             if places is not None and not copy["dataset"]:
                 place = places.of.get(copy["key"])
@@ -109,7 +108,7 @@ def _told(report: DuplicatesReport, out: Store, places: Places | None, finished:
         files = {key: places.of[key].file for key in report.dropped if key in places.of}
         state |= {"dropped_files": files, "without_file": _without_file(report, places) + len(missing)}
         state |= {"notes": list(places.notes)}
-    return {**told, **state, "uri": out.uri}
+    return {**dumped, **state, "uri": out.uri}
 
 
 def _without_file(report: DuplicatesReport, places: Places) -> int:
@@ -137,7 +136,7 @@ def _print(report: DuplicatesReport, out: Store, asked: DuplicatesArguments, pla
             f"and {counted(report.more, 'more group')} that the report counts but does not list", soft_wrap=True
         )
     if asked.names and (missing := _without_file(report, places)):
-        console().print(f"without a file in the source, because it was removed or renamed: {counted(missing, 'image')}")
+        console().print(f"{counted(missing, 'image')} without a file in the source: removed or renamed")
     for note in places.notes:
         console().print(note, soft_wrap=True)
     where = asked.page or _page_in(out)
@@ -153,7 +152,7 @@ def _page_in(out: Store) -> str:
 
 
 def _rows(number: int, finding: Finding, asked: DuplicatesArguments, places: Places) -> list[tuple[str, ...]]:
-    """A line for each image of a group, and one that says how many are not shown."""
+    """A row for each image of a group, and one with the number of images that are not shown."""
     copies = finding.copies if asked.all else finding.copies[:MOST_COPIES_SHOWN]
     head = f"{finding.head}, {finding.where}" + (", different labels" if finding.conflict else "")
     rows = []
@@ -180,12 +179,12 @@ def _write_page(
 
     most = {"most": len(report.findings)} if asked.all else {}
     title = "/".join(out.uri.rsplit("/", 2)[1:])
-    told = page(report, title=title, classes=(), picture=pictures, named=named, **most)
-    Path(asked.page).write_bytes(told.encode())
+    html = page(report, title=title, classes=(), picture=pictures, named=named, **most)
+    Path(asked.page).write_bytes(html.encode())
 
 
 class _Pictures:
-    """The pixels of a copy: from the shard that holds it, else from the source."""
+    """The pixels of an image: from its shard if it has one, else from the source."""
 
     def __init__(self, out: Store | None, places: Places):
         self._out, self._places = out, places
@@ -212,7 +211,7 @@ class _Pictures:
 
 DUPLICATES = Command(
     "shards duplicates",
-    "Report duplicates: across splits, under two labels, in other datasets; --names finds files.",
+    "Report duplicates: across splits, with different labels, in other datasets; --names adds file names.",
     DuplicatesArguments,
     duplicates,
 )

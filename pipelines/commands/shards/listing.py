@@ -1,4 +1,4 @@
-"""Samples with their files, as a table, JSON or a CSV file that stays with the owner of the images."""
+"""Samples with their files, as a table, as JSON, or as a CSV file outside of the store."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLUMNS = ("key", "path", "frame", "split", "label", "state", "reason", "file")
 
 @dataclass(frozen=True, kw_only=True)
 class ListingOptions(StoreOption, JsonOption):
-    """Where the rows go."""
+    """Where the rows are printed or written."""
 
     out: str = ""
     """CSV file to write, outside of the store and of the image set."""
     all: Flag = False
-    """Print all rows, however many."""
+    """Print all rows."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Listing:
     out: Store
     samples: Sequence[Sample]
     places: Places | None
-    """None where files were not asked for."""
+    """None if files were not asked for."""
     predicted: dict[str, Predicted]
-    told: str = "state"
-    """The column that says what became of a sample; where all are in quarantine, `reason`."""
+    state_column: str = "state"
+    """The column with the state of a sample; `reason` if all samples are quarantined."""
 
     def show(self, asked: ListingOptions, *, title: str, everything: bool, extra: dict[str, Any] | None = None) -> int:
-        """Prints or writes what was asked for; returns the exit code."""
+        """Prints or writes the samples; returns the exit code."""
         rows = self._rows()
         if asked.out:
             self._write(rows, Path(asked.out))
         if asked.json:
-            told = {"dataset": self._name(), **(extra or {}), **self._found(rows), "samples": rows}
-            print(json.dumps(told, indent=2))
+            found = {"dataset": self._name(), **(extra or {}), **self._found(rows), "samples": rows}
+            print(json.dumps(found, indent=2))
             return 0
         if not asked.out:
             self._print(rows, title, everything or asked.all)
@@ -62,7 +62,7 @@ class Listing:
             console().print(line, soft_wrap=True)
         if asked.out:
             console().print(
-                f"{counted(len(rows), 'sample')} of {self.out.uri} {'is' if len(rows) == 1 else 'are'} in {asked.out}",
+                f"wrote {counted(len(rows), 'sample')} of {self.out.uri} to {asked.out}",
                 soft_wrap=True,
             )
         return 0
@@ -89,10 +89,10 @@ class Listing:
         if self.places is None:
             return
         if missing := sum(row["path"] is None for row in rows):
-            why = "it was removed or renamed" if missing < len(rows) else "is that the right --source?"
-            yield f"without a file in the source: {missing:,} of {counted(len(rows), 'sample')}: {why}"
+            why = "removed or renamed" if missing < len(rows) else "is --source right?"
+            yield f"{missing:,} of {counted(len(rows), 'sample')} without a file in the source: {why}"
         if self.places.unlisted:
-            yield f"not in the dataset: {counted(self.places.unlisted, 'image')} of the source, added later"
+            yield f"{counted(self.places.unlisted, 'image')} of the source not in the dataset: added later"
         yield from (printable(note) for note in self.places.notes)
 
     def _name(self) -> str:
@@ -101,8 +101,8 @@ class Listing:
     def _print(self, rows: Sequence[dict], title: str, everything: bool) -> None:
         shown = rows if everything else rows[:SHOWN]
         columns = ["key", "split", "label"]
-        # A test image that a run has predicted is in a shard.
-        columns += ["predicted", "score"] if self.predicted else [self.told]
+        # Predicted images are always in a shard, so their state is left out.
+        columns += ["predicted", "score"] if self.predicted else [self.state_column]
         columns += ["file"] if self.places is not None else []
         if shown:
             table(f"{title} of {self._name()}", columns, [[_cell(row, name) for name in columns] for row in shown])
@@ -116,7 +116,7 @@ class Listing:
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         for row in rows:
-            # Several labels, as a table of an image set has them.
+            # Several labels are joined as in the table of an image set.
             writer.writerow({**row, "label": "|".join(row["label_names"])})
         # A name that is not UTF-8 keeps its bytes.
         path.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
@@ -148,7 +148,7 @@ def _cell(row: dict[str, Any], column: str) -> str:
 
 
 def place_text(place: Place | None) -> str:
-    """A sample's file as the terminal shows it."""
+    """The file of a sample, for the terminal."""
     return _file_text(place.path, place.frame) if place else _file_text(None, None)
 
 
@@ -159,20 +159,20 @@ def _file_text(path: str | None, frame: int | None) -> str:
 
 
 def check_target(target: str, store: Store, config: DataConfig, *, kind: str) -> None:
-    """UsageError where a file with names may not be written: into the store, the image set, or over another file."""
+    """UsageError if a file with names must not be written there: in the store or image set, or over another file."""
     if not target:
         return
     path = Path(target)
     real = path.absolute().parent.resolve() / path.name
     if path.suffix.lower() != kind or not real.parent.is_dir():
-        raise UsageError(f"{target}: give a {kind} file in a folder that exists")
+        raise UsageError(f"{target}: give a {kind} file in an existing folder")
     if store.is_local and real.is_relative_to(Path(store.uri).resolve()):
-        raise UsageError(f"{target} is in the store, which holds no file names: write it elsewhere")
+        raise UsageError(f"{target} is in the store, which must not contain file names; choose another folder")
     source = Path(config.source).expanduser().resolve() if config.source and "://" not in config.source else None
     if source is not None and real.is_relative_to(source if source.is_dir() else source.parent):
-        raise UsageError(f"{target} is among the images, and would become a part of the set: write it elsewhere")
+        raise UsageError(f"{target} is among the images and would become part of the image set; choose another folder")
     if path.exists() and not (path.is_file() and _OURS[kind] in path.read_bytes()[:4096]):
-        raise UsageError(f"{target} exists and was not written by this command: give another file")
+        raise UsageError(f"{target} exists and was not written by this command; choose another file")
 
 
 _OURS = {".csv": ",".join(COLUMNS).encode(), ".html": b": duplicates</title>"}

@@ -1,6 +1,6 @@
-"""The command shards names: from the keys of a dataset to the files of its owner.
+"""The command shards names: from the keys of a dataset to file names.
 
-Names are found in the source, on this machine, and written to the terminal or to a file outside of the store.
+File names are looked up in the source, on this machine, and written to the terminal or to a file outside of the store.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _KEY = set("0123456789abcdef")
 
 @dataclass(frozen=True)
 class NamesArguments(Owner, ListingOptions):
-    """What `shards names` takes."""
+    """Arguments of `shards names`."""
 
     words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATASET[/NAME]] [KEY ...]")] = ()
-    """DATASET or DATASET/NAME (none: the only one there), then keys, or beginnings of keys (none: all)."""
+    """DATASET or DATASET/NAME (default: the only one), then keys or key prefixes (default: all)."""
     keys: tuple[str, ...] = ()
-    """Keys or beginnings of keys, where the first word could be taken for a dataset."""
+    """Keys or key prefixes, if the first one could be mistaken for a dataset."""
     predictions: str = ""
-    """Name of a run: only its test images, with the class it predicts, the wrong ones first."""
+    """Name of a run: list only its test images, with the predicted class, wrong ones first."""
 
 
 def names(asked: NamesArguments) -> int:
@@ -61,7 +61,7 @@ def names(asked: NamesArguments) -> int:
 
 
 def _dataset_and_keys(store: Store, asked: NamesArguments) -> tuple[str, list[str]]:
-    """The dataset's name and the beginnings of keys that are meant. UsageError where a word could be either."""
+    """The dataset's name and the key prefixes; UsageError if a word could be either."""
     words, there = list(asked.words), dataset_names(store)
     name = ""
     if asked.predictions and not words:
@@ -70,14 +70,14 @@ def _dataset_and_keys(store: Store, asked: NamesArguments) -> tuple[str, list[st
         name = words.pop(0)
         if len(there) == 1 and _is_key(name) and not asked.keys and not words:
             raise UsageError(
-                f"shards names: {name} is a dataset and may begin a key: write --keys {name}, or {there[0]}"
+                f"shards names: {name} is a dataset and a possible key prefix; write --keys {name}, or {there[0]}"
             )
     elif words and not _is_key(words[0]):
-        name = words.pop(0)  # which `dataset_in` refuses, with what there is
+        name = words.pop(0)  # `dataset_in` rejects it and lists the datasets
     prefixes = [word.lower() for word in (*words, *asked.keys)]
     wrong = [word for word in prefixes if not _is_key(word)]
     if wrong:
-        raise UsageError(f"shards names: {wrong[0]!r} does not begin a key: keys are 20 hex digits")
+        raise UsageError(f"shards names: {wrong[0]!r} is not a key prefix; keys are 20 hex digits")
     return name, prefixes
 
 
@@ -95,13 +95,13 @@ def _matching(known: list[Sample], prefixes: Sequence[str], out: Store) -> list[
         return known
     for prefix in prefixes:
         if not any(each.key.startswith(prefix) for each in known):
-            raise UsageError(f"shards names: no sample of {out.uri} has a key that begins with {prefix}")
+            raise UsageError(f"shards names: no sample of {out.uri} has a key that starts with {prefix}")
     return [each for each in known if each.key.startswith(tuple(prefixes))]
 
 
 NAMES = Command(
     "shards names",
-    "Find the files of keys: path, frame, split, label and state of every sample.",
+    "List samples with their files: path, frame, split, label and state.",
     NamesArguments,
     names,
 )

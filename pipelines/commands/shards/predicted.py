@@ -16,31 +16,35 @@ class Predicted(NamedTuple):
     """What a run predicts for one image."""
 
     predicted: str
-    """The class with the largest score; multilabel: all that reach 0.5, joined by `|`."""
+    """The class with the highest score; multilabel: all classes of 0.5 or more, joined by `|`."""
     score: float
-    """The largest score."""
+    """The highest score."""
     correct: bool
 
 
 def read_predicted(store: Store, run: str, dataset: Dataset) -> dict[str, Predicted]:
     """The predictions of a run's test images, by key.
 
-    Raises UsageError where the run has none, or has those of another dataset.
+    Raises UsageError if the run has none, or was evaluated on another dataset.
     """
     import pyarrow.parquet as pq
 
     record = read_record(store.at("runs", run, "evaluate"))
     if record is None:
-        raise UsageError(f"run {run!r} of {store.uri} has no predictions: `medmamba evaluate --run {run}` makes them")
+        raise UsageError(
+            f"run {run!r} of {store.uri} has no predictions; make them with `medmamba evaluate --run {run}`"
+        )
     if record.facts["manifest"] != dataset.digest:
         raise UsageError(
-            f"run {run!r} was evaluated on another dataset than {dataset.store.uri}: leave the dataset out to take the "
+            f"run {run!r} was evaluated on another dataset than {dataset.store.uri}; leave the dataset out to use the "
             "run's own"
         )
     try:
         found = pq.read_table(io.BytesIO(store.get(record.facts["predictions"])))
     except StoreKeyError as error:
-        raise UsageError(f"the predictions of run {run!r} are gone ({error}): evaluate it under another name") from None
+        raise UsageError(
+            f"the predictions of run {run!r} are missing ({error}); evaluate under another --run NAME"
+        ) from None
     columns = (found[name].to_pylist() for name in ("key", "label", "scores"))
     several, classes = dataset.manifest.task == "multilabel", dataset.manifest.classes
     return {key: _predicted(label, scores, classes, several) for key, label, scores in zip(*columns, strict=True)}

@@ -1,4 +1,4 @@
-"""The command shards quarantine: the images that could not be decoded, also of a conversion that was refused."""
+"""The command shards quarantine: images that could not be decoded, also those of a rejected conversion."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from pipelines.wording import counted
 
 @dataclass(frozen=True)
 class QuarantineArguments(Owner, ListingOptions):
-    """What `shards quarantine` takes."""
+    """Arguments of `shards quarantine`."""
 
     dataset: tyro.conf.Positional[str] = ""
-    """DATASET or DATASET/NAME, as under datasets/ in the store, finished or not. Empty: the only one there."""
+    """DATASET or DATASET/NAME in the store, finished or not. Empty: the only one."""
     names: Flag = False
-    """Find the files in the source."""
+    """Look up the file names in the source."""
 
 
 def quarantine(asked: QuarantineArguments) -> int:
-    """Prints or writes the images in quarantine, with reasons."""
+    """Prints or writes the quarantined images, with reasons."""
     store = asked.open_store()
     out = dataset_in(store, asked.dataset, unfinished=True)
     dataset = open_dataset(out) if out.head(MANIFEST) is not None else None
@@ -45,17 +45,17 @@ def quarantine(asked: QuarantineArguments) -> int:
         _print(reasons, out, num, is_finished=dataset is not None)
     counts = {"images": num, "quarantined": len(bad), "reasons": dict(reasons.most_common())}
     extra = {"finished": dataset is not None, **counts}
-    listing = Listing(store, out, bad, places, {}, told="reason")
+    listing = Listing(store, out, bad, places, {}, state_column="reason")
     return listing.show(asked, title="Images", everything=asked.all, extra=extra)
 
 
 def _places(
     asked: QuarantineArguments, store: Store, out: Store, dataset: Dataset | None, bad: Sequence[Sample]
 ) -> Places | None:
-    """The files in the source; None where they are not asked for."""
+    """The files in the source; None if they are not asked for."""
     if not asked.names:
         if asked.out:
-            raise UsageError("shards quarantine: --out writes the files' names: give --names with it")
+            raise UsageError("shards quarantine: --out writes file names; add --names")
         return None
     config = owners_config(store, out, asked)
     check_target(asked.out, store, config, kind=".csv")
@@ -70,15 +70,14 @@ def _print(reasons: Counter, out: Store, num: int, *, is_finished: bool) -> None
         table("Quarantined", ("reason", "images"), rows)
     state = "" if is_finished else "; the conversion has not finished"
     bad = reasons.total()
-    told = f"{bad:,} of {counted(num, 'image')} of {out.uri} {'is' if bad == 1 else 'are'} in quarantine{state}"
-    console().print(told, soft_wrap=True)
+    console().print(f"{bad:,} of {counted(num, 'image')} of {out.uri} quarantined{state}", soft_wrap=True)
     if not is_finished and not num:
-        console().print("It wrote no shard; images that cannot be decoded get their reasons when shards are written.")
+        console().print("No shard was written yet; reasons are recorded when shards are written.")
 
 
 QUARANTINE = Command(
     "shards quarantine",
-    "List the images that could not be decoded, with reasons, also of a refused conversion.",
+    "List the images that could not be decoded, with reasons, also of a rejected conversion.",
     QuarantineArguments,
     quarantine,
 )

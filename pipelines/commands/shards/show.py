@@ -1,4 +1,4 @@
-"""The command shards show: images of each class of a dataset, as a contact sheet and in the terminal."""
+"""The command shards show: shows images of each class, as a contact sheet and in the terminal."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from pipelines.console.command import Command, StoreOption
 from pipelines.console.terminal import console, table
 from pipelines.wording import counted
 
-_SHOWN_SIDE = 16  # pixels, which are columns, of an image in the terminal
+_SHOWN_SIDE = 16  # pixels, and so columns, of an image in the terminal
 
 
 @dataclass(frozen=True)
 class ShowArguments(StoreOption):
-    """What `shards show` takes."""
+    """Arguments of `shards show`."""
 
     dataset: tyro.conf.Positional[str] = ""
-    """DATASET or DATASET/NAME, as under datasets/ in the store. Empty: the only one there."""
+    """DATASET or DATASET/NAME in the store. Empty: the only one."""
     split: str = "train"
     """train, val or test."""
     per_class: int = 8
-    """Images of each class."""
+    """Images per class."""
     out: str = ""
-    """PNG to write. Empty: contact-sheet.png in this folder."""
+    """PNG file to write. Empty: contact-sheet.png in the current folder."""
 
 
 def show(asked: ShowArguments) -> int:
     """Writes the contact sheet, draws images where standard output is a terminal, and prints the counts."""
     if asked.per_class < 1:
-        raise UsageError(f"shards show: --per-class {asked.per_class}: a sheet needs at least 1")
+        raise UsageError(f"shards show: --per-class {asked.per_class}: give at least 1")
     path = Path(asked.out or "contact-sheet.png")
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
-        raise UsageError(f"shards show: --out {path}: give a .png in a folder that exists")
+        raise UsageError(f"shards show: --out {path}: give a .png file in an existing folder")
     dataset = open_dataset(dataset_in(asked.open_store(), asked.dataset))
     try:
         rows = list(chosen(dataset, asked.split, per_class=asked.per_class))
@@ -59,13 +59,12 @@ def show(asked: ShowArguments) -> int:
     counts = dataset.manifest.splits[asked.split].classes
     table(asked.split, ("class", "images"), [(label, f"{n:,}") for label, n in counts.items()])
     num = sum(len(images) for _, images in rows)
-    told = f"{counted(num, 'image')} of {dataset.store.uri} {'is' if num == 1 else 'are'} in {path}"
-    screen.print(told, soft_wrap=True)
+    screen.print(f"wrote {counted(num, 'image')} of {dataset.store.uri} to {path}", soft_wrap=True)
     return 0
 
 
 def _blocks(images: list[Image.Image]) -> Text:
-    """Images side by side as characters: each shows two pixels, one above the other."""
+    """Images side by side, as characters that show two pixels each, one above the other."""
     strip = np.zeros((_SHOWN_SIDE, len(images) * (_SHOWN_SIDE + 1), 3), np.uint8)
     for place, image in enumerate(images):
         left = place * (_SHOWN_SIDE + 1)
@@ -79,5 +78,5 @@ def _blocks(images: list[Image.Image]) -> Text:
 
 
 SHOW = Command(
-    "shards show", "Draw images of each class: a contact sheet as a PNG, and in the terminal.", ShowArguments, show
+    "shards show", "Show images of each class: as a PNG contact sheet, and in the terminal.", ShowArguments, show
 )

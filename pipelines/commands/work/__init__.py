@@ -1,1 +1,1 @@
-"""How a command brings the steps of a workflow to done: what it takes, what it connects to, what it ends with."""
+"""How a command runs the steps of a workflow: options, connections, output and exit code."""

@@ -1,4 +1,4 @@
-"""What a run was begun with, as `workflow.json` in its folder says."""
+"""The workflow and recipe that a run was started with, in its `workflow.json`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def read_begun(store_uri: str, run: str) -> dict[str, Any] | None:
-    """The "workflow" and the "recipe" that a run was begun with, None where there is no such run.
+    """The "workflow" and the "recipe" that a run was started with; None if the run does not exist.
 
-    Raises ValueError where the file was damaged.
+    Raises ValueError if the file is damaged.
     """
     if not RUN_NAME.fullmatch(run):
         return None
@@ -28,25 +28,25 @@ def read_begun(store_uri: str, run: str) -> dict[str, Any] | None:
         return None
     try:
         begun = json.loads(folder.get(WORKFLOW_FILE))
-        problem = "" if _is_complete(begun) else "it does not hold a workflow and a recipe"
+        problem = "" if _is_complete(begun) else "it has no workflow or no recipe"
     except (ValueError, RecursionError) as error:
         problem = str(error)
     if problem:
         raise ValueError(
-            f"{folder.uri}/{WORKFLOW_FILE} is not complete JSON ({problem}): delete it, and name the workflow and the "
-            "recipe (--recipe) instead"
+            f"{folder.uri}/{WORKFLOW_FILE} is damaged ({problem}): delete it, and give the workflow and the recipe "
+            "(--recipe) again"
         )
     return begun
 
 
 def write_begun(store: Store, work: Resolved, workflow: str) -> None:
-    """Writes what the run is begun with."""
+    """Writes the workflow and the recipe that the run is started with."""
     begun = {"workflow": workflow, "recipe": stored_values(work.values)}
     store.at("runs", work.run).put(WORKFLOW_FILE, json.dumps(begun, indent=2, sort_keys=True).encode())
 
 
 def workflow_of(work: Resolved, *, otherwise: str) -> str:
-    """The workflow that is asked for, else the one that the run was begun with, else `otherwise`."""
+    """The workflow that was asked for, else the one that the run was started with, else `otherwise`."""
     asked = getattr(work, "workflow", "")
     if asked:
         return asked

@@ -1,4 +1,4 @@
-"""Brings the steps of a run to done and prints what was made; returns the exit code."""
+"""Runs the steps of a run, prints the results and returns the exit code."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from pipelines.recipes import Recipe
 from pipelines.scratch import remove_left_behind
 from pipelines.steps.context import StepContext
 from pipelines.tracking.leases import driver_lease
+from pipelines.tracking.promoted import describe_promotion
 from pipelines.workflows import WORKFLOWS, until
 
 DONE, REFUSED = 0, 3
@@ -39,14 +40,14 @@ Plan = Callable[[], list[Step]]
 
 
 def bring(work: Resolved, workflow: str, plan: Callable[[Recipe], list[Step]]) -> int:
-    """Brings the steps of `plan(recipe)` to done; 0, or 3 where the gate says no.
+    """Runs the steps of `plan(recipe)`; returns 0, or 3 if the gate rejects.
 
-    `plan` is asked again once the run is held: what another driver has done meanwhile may change it.
+    `plan` is called again under the run's lease, because another driver may have changed its result.
 
     Raises:
-        WorkflowError: steps failed.
-        RaySessionError: there is no Ray to work on.
-        ValueError: whatever was asked for cannot be done; UsageError where it cannot be meant.
+        WorkflowError: a step failed.
+        RaySessionError: Ray did not start.
+        ValueError: the request cannot be carried out; UsageError if it is invalid.
     """
     init = _initial_weights(work)
     values = work.values.starting_from(init.digest) if init else work.values
@@ -58,7 +59,7 @@ def bring(work: Resolved, workflow: str, plan: Callable[[Recipe], list[Step]]) -
     before = plan_steps(plan(values), store, work.run)
     if is_profiled(work) and any((state.name, state.state) == ("train", "done") for state in before):
         Terminal().say(
-            f"the training of run {work.run} is finished, so nothing is left to profile; give --profile with another "
+            f"the training of run {work.run} is finished, so there is nothing to profile; use --profile with another "
             "--run NAME"
         )
     states = _logged(work, workflow, lambda: plan(values), store, init=init)
@@ -67,7 +68,7 @@ def bring(work: Resolved, workflow: str, plan: Callable[[Recipe], list[Step]]) -
 
 
 def steps_until(workflow: str, values: Recipe, last: str) -> list[Step]:
-    """The steps of the workflow up to `last`, all where that is empty; UsageError where it has no such step."""
+    """The steps of the workflow up to `last`, or all if that is empty; UsageError if it has no such step."""
     steps = WORKFLOWS[workflow](values)
     try:
         return until(steps, last) if last else steps
@@ -76,7 +77,7 @@ def steps_until(workflow: str, values: Recipe, last: str) -> list[Step]:
 
 
 def _initial_weights(work: Resolved) -> InitialWeights | None:
-    """The weights that the run's trainings start from, found before any work; None where they are random."""
+    """The weights that the run's trainings start from, resolved before any work; None if they are random."""
     if not work.values.train.init:
         return None
     begun = read_begun(work.store, work.run)
@@ -85,7 +86,7 @@ def _initial_weights(work: Resolved) -> InitialWeights | None:
 
 
 def _logged(work: Resolved, workflow: str, plan: Plan, store: Store, *, init: InitialWeights | None) -> list[StepState]:
-    """`_brought`, while what libraries print goes into a file, which an error names that has more in it."""
+    """`_brought` with the output of libraries in a log file; an error names the file if it has more details."""
     with work_log(through=os.environ.get("MEDMAMBA_WORKER_LOGS") == "1") as log:
         terminal = Terminal(log=log)
         try:
@@ -105,7 +106,7 @@ def _logged(work: Resolved, workflow: str, plan: Plan, store: Store, *, init: In
 def _brought(
     work: Resolved, workflow: str, plan: Plan, store: Store, *, terminal: Terminal, init: InitialWeights | None
 ) -> list[StepState]:
-    """The steps of `plan`, brought to done under the lease of the run, which finished ones do not need."""
+    """Runs the steps of `plan` under the run's lease, which is not needed if all are finished."""
     terminal.say(f"run {work.run} of workflow {workflow} in {store.uri}")
     if init is not None:
         terminal.say(init.summary)
@@ -113,7 +114,7 @@ def _brought(
     if all(state.state == "done" for state in plan_steps(plan(), store, work.run)):
         return run_steps(plan(), store, work.run, open_context=_not_needed, show=terminal)
     with interruptible(), driver_lease(store, work.run, wait_s=work.wait_s, say=terminal.say) as check:
-        steps = plan()  # what another driver has done meanwhile decides which forced promotion this is
+        steps = plan()  # another driver may have added a forced promotion
         if init is not None:
             init.keep(store)
         opened = functools.partial(open_context, work, workflow, steps, store, terminal=terminal, check=check)
@@ -137,10 +138,10 @@ def _print(work: Resolved, states: Sequence[StepState], store: Store) -> None:
 
 
 def _verdict(states: Sequence[StepState], before: set[str], work: Resolved, store: Store) -> int:
-    """A recorded "no" is exit code 3 each time it is asked, a recorded "yes" 0; the last gate that was asked counts.
+    """The exit code: 3 if the last promotion was rejected, however often it is repeated, else 0.
 
-    Of a yes that was recorded `before` this command it says when it was decided and where the alias is now: another
-    version may have been promoted since, which is as it should be, and no error.
+    If it was accepted `before` this command, prints when it was decided and where the alias is now: another version may
+    have been promoted since, which is not an error.
     """
     terminal = Terminal()
     last = next((state for state in reversed(states) if state.record and "verdict" in state.record.facts), None)
@@ -149,9 +150,6 @@ def _verdict(states: Sequence[StepState], before: set[str], work: Resolved, stor
     if last.record.facts["verdict"] == "no":
         terminal.say(f"not promoted: {last.record.facts['reason']}")
         return REFUSED
-    if last.name in before:
-        from pipelines.tracking.promoted import describe_promotion
-
-        if said := describe_promotion(last.record, store, work.run):
-            terminal.say(said)
+    if last.name in before and (said := describe_promotion(last.record, store, work.run)):
+        terminal.say(said)
     return DONE

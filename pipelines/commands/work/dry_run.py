@@ -1,4 +1,4 @@
-"""What a command would do: configuration, placement and the state of each step, and nothing is run."""
+"""Prints what a command would do: configuration, placement and the state of each step. Runs nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from data_shards.renamed import both_words
 from data_shards.store import Store
+from pipelines.cluster import ray_session
 from pipelines.commands.summary import print_plan
 from pipelines.commands.work.connect import check_source
 from pipelines.commands.work.options import Resolved
@@ -26,7 +27,7 @@ def dry_run(work: Resolved, workflow: str, steps: Sequence[Step], store: Store, 
     check_source(work, states, store)
     notes = [init.summary] if init is not None else []
     placement = _preview(work, steps, states, store, say=notes.append)
-    where = f"the Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+    where = f"Ray at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
     if work.json:
         resolved["recipe"] = both_words(recipe_values)
         resolved["placement"] = both_words(placement.model_dump(mode="json"), placement.PART) if placement else None
@@ -42,12 +43,10 @@ def dry_run(work: Resolved, workflow: str, steps: Sequence[Step], store: Store, 
 def _preview(
     work: Resolved, steps: Sequence[Step], states: Sequence[StepState], store: Store, *, say: Callable[[str], None]
 ) -> Placement | None:
-    """The placement that the work would get; None where nothing is left that needs a Ray."""
+    """The placement that the work would get; None if no remaining step needs Ray."""
     spread = {step.name for step in steps if step.is_spread}
     if all(state.state == "done" for state in states if state.name in spread):
         return None
-    from pipelines.cluster import ray_session
-
     demand = RunDemand(work.values, states, store, work.run)
     placement = ray_session.preview(work.placement, store, demand.for_placement(), say=say)
     demand.check(placement)

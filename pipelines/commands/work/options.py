@@ -1,4 +1,4 @@
-"""What the commands take that bring steps to done."""
+"""The options of the commands that run steps of a workflow."""
 
 from __future__ import annotations
 
@@ -12,84 +12,85 @@ from pipelines.placement import PlacementConfig
 from pipelines.recipes import Recipe
 from pipelines.tracking.leases import RUN_WAIT_S
 
-BEHAVIOUR = "What it needs is brought to done first: finished steps are skipped, an interrupted one resumes."
+BEHAVIOR = "Finished steps are skipped, an interrupted one resumes."
+STEP_BEHAVIOR = f"Runs the steps it depends on first. {BEHAVIOR}"
 Values = TypeVar("Values")
 Where = TypeVar("Where")
 
 
 @dataclass(frozen=True)
 class Work(StoreOption, JsonOption, Generic[Values, Where]):
-    """What each of them takes: a recipe's values, a placement, and where the result goes."""
+    """Their common options: a recipe's values, a placement, and where the result goes."""
 
     values: Annotated[Values, tyro.conf.arg(name="")]
     placement: Where
-    """How and where; never part of what is made."""
+    """How and where the work runs; not part of a step's identity."""
     recipe: str = ""
-    """Recipe to start from; its values are the defaults below. Empty: what the run was begun with."""
+    """Recipe to start from; its values are the defaults below. Empty: the one that the run was started with."""
     run: str = ""
-    """Name of the run: it stands for one configuration, and the same command resumes it. Empty: the recipe's name."""
+    """Name of the run. It belongs to one configuration, and the same command resumes it. Empty: the recipe's name."""
     wait_s: float = RUN_WAIT_S
-    """Seconds to wait for another driver of this run that is alive; one that died is replaced without being asked."""
+    """Seconds to wait while another driver works on this run; a driver that died is replaced automatically."""
     dry_run: Flag = False
-    """Print the resolved configuration and placement and the state of each step, and look for the images; run
+    """Print the resolved configuration, the placement and the state of each step, and check that the images exist; run
     nothing."""
 
 
 @dataclass(frozen=True)
 class ProfiledWork(Work[Values, Where]):
-    """What every command takes that may train."""
+    """The options of every command that may train."""
 
     profile: Flag = False
-    """Look into a few steps of the training: print the largest kernels and the shares of GPU, host and data, and keep
-    a trace in the step's folder. The weights are the same; the epoch is slower."""
+    """Profile a few steps of the training: print the largest kernels and the shares of GPU, host and data, and store a
+    trace in the step's folder. The weights do not change; the epoch is slower."""
 
 
 @dataclass(frozen=True)
 class RunWork(ProfiledWork[Values, Where]):
-    """What `run` and `quickstart` take."""
+    """The options of `run` and `quickstart`."""
 
     workflow: Annotated[
         tyro.conf.Positional[Literal["", "release", "direct"]], tyro.conf.arg(metavar="{release,direct}")
     ] = ""
     """release: shard, tune, train, evaluate, register, promote. direct: the same without the sweep.
-    Empty: the run's; for a new run release."""
+    Empty: the run's own; for a new run release."""
     until: Annotated[
         Literal["", "shard", "tune", "train", "evaluate", "register", "promote"],
         tyro.conf.arg(metavar="{shard,tune,train,evaluate,register,promote}"),
     ] = ""
-    """Stop after this step. Empty: go on to the end."""
+    """Stop after this step. Empty: run to the end."""
 
 
 @dataclass(frozen=True)
 class StepWork(Work[Values, Where]):
-    """What the command of one step takes."""
+    """The options of the commands for one step."""
 
     workflow: Annotated[Literal["", "release", "direct"], tyro.conf.arg(metavar="{release,direct}")] = ""
-    """Which workflow the step belongs to. Empty: the run's; for a new run direct, or release for tune."""
+    """Workflow of the step. Empty: the run's own; for a new run direct, or release for tune."""
 
 
 @dataclass(frozen=True)
 class TrainWork(StepWork[Values, Where], ProfiledWork[Values, Where]):
-    """What `train` takes."""
+    """Arguments of `train`."""
 
     max_minutes: float = 0.0
-    """End at a checkpoint after so many minutes, counted from the start of the command, with exit code 0; the same
+    """Stop at a checkpoint after this many minutes, counted from the start of the command, with exit code 0; the same
     command resumes. 0: train to the end."""
 
 
 @dataclass(frozen=True)
 class PromoteWork(StepWork[Values, Where]):
-    """What `promote` takes."""
+    """Arguments of `promote`."""
 
     force: Flag = False
-    """Move the alias although the gate said no, each time it has gone elsewhere. Kept on the version, and as a step of
-    its own: promote-forced, promote-forced-2, ..."""
+    """Move the alias even if the gate rejects, again each time it has moved elsewhere. Recorded on the version and as a
+    step of its own: promote-forced, promote-forced-2, ..."""
 
 
 Resolved = Work[Recipe, PlacementConfig]
-"""The options of a command with the recipe and the placement that they were read as."""
+"""The options of a command, with its recipe and placement as checked models."""
 
 
 def is_profiled(work: Resolved) -> bool:
-    """Whether a profile of the training is wanted."""
+    """Whether the training is to be profiled."""
     return isinstance(work, ProfiledWork) and work.profile

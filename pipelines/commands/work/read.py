@@ -1,4 +1,4 @@
-"""The command line of a command that works on a run -> its options, recipe and placement, all of them checked."""
+"""Command line -> options, recipe and placement, all of them checked, for commands that work on a run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.recipes import RECIPES, Recipe, recipe
 
 
 def read_work(command: Command, argv: Sequence[str]) -> Any:
-    """`argv` over the defaults of the recipe it names, or of the run it names, with run and store filled in."""
+    """Parses `argv` over the defaults of the recipe or run that it names; fills in run and store."""
     store = peek(argv, "store") or default_store()
     base = of_kind(_base(command.name, argv, store), argv)
     shown, where, kind = unchecked(base), unchecked(PlacementConfig()), command.arguments
     typed = kind[type(shown), type(where)]
     work = parse(typed, command.name, argv, default=kind(shown, where), description=command.description)
-    # A recipe changes in one way only: by validated dotted keys.
+    # Recipes change only through validated dotted keys.
     changes = {key: new for key, (_, new) in difference(base.model_dump(), asdict(work.values)).items()}
     values = override(base, changes)
     placement = validated(PlacementConfig, asdict(work.placement), prefix="placement")
@@ -35,7 +35,7 @@ def read_work(command: Command, argv: Sequence[str]) -> Any:
 
 
 def _base(name: str, argv: Sequence[str], store: str) -> Recipe:
-    """The recipe that `argv` starts from: the one it names, or the one its run was begun with."""
+    """The recipe that `argv` starts from: the one it names, or the one its run was started with."""
     named, run = peek(argv, "recipe"), peek(argv, "run")
     if named:
         try:
@@ -46,23 +46,23 @@ def _base(name: str, argv: Sequence[str], store: str) -> Recipe:
         return validated(Recipe, begun["recipe"])
     if {"-h", "--help"} & set(argv):
         return Recipe()
-    there = f"there is no run {run!r} in {store} to resume; " if run else ""
-    raise UsageError(f"{name}: {there}name a recipe (--recipe {'|'.join(RECIPES)}) or a run begun before (--run NAME)")
+    there = f"run {run!r} not found in {store}; " if run else ""
+    raise UsageError(f"{name}: {there}give a recipe (--recipe {'|'.join(RECIPES)}) or an existing run (--run NAME)")
 
 
 def _check(work: Resolved) -> None:
-    """UsageError where an option has a value that cannot be meant."""
+    """Raises UsageError if an option has an invalid value."""
     _check_scan(work.placement.scan)
     try:
-        read_prices(work.placement.prices)  # before the training, which reads them again for its last line
+        read_prices(work.placement.prices)  # reported now; the training reads them again at its end
         if work.values.data.layout == "catalog":
             card(work.values.data.dataset)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not RUN_NAME.fullmatch(work.run):
         raise UsageError(
-            f"--run {work.run!r}: a run's name is a folder: at most 100 letters, digits, '.', '_', '-', the first of "
-            f"them a letter or digit"
+            f"--run {work.run!r}: not a valid name; use at most 100 letters, digits, '.', '_' and '-', starting with "
+            f"a letter or digit"
         )
     if not 0 <= work.wait_s < math.inf:
         raise UsageError(f"--wait-s {work.wait_s:g}: give seconds, 0 or more")
@@ -72,7 +72,7 @@ def _check(work: Resolved) -> None:
 
 def _check_scan(name: str) -> None:
     if name != "auto":
-        from medmamba.ops.ss2d_scan import backends  # imports torch, which most commands do without
+        from medmamba.ops.ss2d_scan import backends  # imports torch, which most commands do not need
 
         if name not in backends():
-            raise UsageError(f"--placement.scan {name}: there are auto, {', '.join(backends())}")
+            raise UsageError(f"--placement.scan {name}: unknown backend; available: auto, {', '.join(backends())}")

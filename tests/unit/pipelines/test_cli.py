@@ -86,7 +86,7 @@ def test_help_names_every_verb_recipe_and_exit_code(capsys):
     text = capsys.readouterr().out
     assert all(f"  {verb} " in text for verb in VERBS)
     assert all(name in text for name in RECIPES)
-    assert "3 a gate said no" in text
+    assert "3 rejected by the gate" in text
 
 
 def test_help_says_how_to_get_completion_and_the_version(capsys):
@@ -362,8 +362,8 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
     ("argv", "line"),
     [
         (["trian"], r"unknown command 'trian'; did you mean train\? available: quickstart, run"),
-        (["train"], "train: name a recipe .*or a run"),
-        (["train", "--recipe", "quikstart"], "no such recipe; did you mean quickstart?"),
+        (["train"], "train: give a recipe .*or an existing run"),
+        (["train", "--recipe", "quikstart"], "unknown recipe; did you mean quickstart?"),
         (["train", *DRY, "--data.dataset", "bloodmnst"], "'bloodmnst' is not in the catalog .*'bloodmnist'"),
         (["train", *DRY, "--data.dataset", "../x"], r"data\.dataset = '\.\./x'.*letters, digits"),
         (["train", *DRY, "--train.optim.rate", "1"], r"--train\.optim\.rate, 1; did you mean --train\.optim\.lr"),
@@ -374,7 +374,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["train", *DRY, "--train.epochs"], r"Missing value for argument '--train\.epochs'"),
         (["train", *DRY, "--train.epochs", "1.5"], r"--train\.epochs: invalid literal .*'1\.5'"),
         (["train", *DRY, "--model.variant", "X"], r"invalid choice 'X' .*--model\.variant.*'nano'"),
-        (["train", *DRY, "--model.kind", "resnet"], r"--model\.kind resnet: there are medmamba, convnet"),
+        (["train", *DRY, "--model.kind", "resnet"], r"--model\.kind resnet: unknown value; available: medmamba"),
         (["train", *DRY, "--model.dims", "24", "48"], r"model: dims \(24, 48\) and depths"),
         (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is no multiple of micro_batch 16"),
         (["train", *DRY, "--placement.workers", "-1"], r"placement\.workers = -1: .*greater than or equal to 0"),
@@ -384,25 +384,31 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["tune", *DRY, "--tune.space.lr", "0", "1e-4"], r"tune\.space: lr .*above 0"),
         (["tune", *DRY, "--tune.space.drop-path", "0", "1"], r"model\.drop_path = 1\.0: .*less than 1"),
         (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is no multiple"),
-        (["tune", *DRY, "--workflow", "direct"], "direct: this workflow has no step tune; it has shard, train"),
+        (
+            ["tune", *DRY, "--workflow", "direct"],
+            "direct: unknown step 'tune' in this workflow; available: shard, train",
+        ),
         (["run", "relaese", *DRY], "invalid choice 'relaese' .*'release', 'direct'"),
-        (["run", "direct", *DRY, "--until", "tune"], "direct: this workflow has no step tune"),
-        (["run", *DRY, "--run", "../x"], r"--run '\.\./x': a run's name is a folder"),
+        (["run", "direct", *DRY, "--until", "tune"], "direct: unknown step 'tune' in this workflow"),
+        (["run", *DRY, "--run", "../x"], r"--run '\.\./x': not a valid name"),
         (["run", *DRY, "--run", "a b"], "--run 'a b'"),
         (["run", *DRY, "--run", ".hidden"], r"--run '\.hidden'"),
         (["run", *DRY, "--run", "x" * 101], "at most 100"),
-        (["run", "--run", "nothing"], "there is no run 'nothing' in .* to resume; name a recipe"),
+        (["run", "--run", "nothing"], "run 'nothing' not found in .*; give a recipe"),
         (["run", *DRY, "--store", "http://x"], "--store: 'http://x' is not a store; use a folder or s3://"),
         (["status", "--store", "s3://"], "--store: 's3://' has no bucket"),
         (["train", *DRY, "--wait-s", "nan"], "--wait-s nan: give seconds, 0 or more"),
         (["train", *DRY, "--wait-s", "-1"], "--wait-s -1: give seconds, 0 or more"),
         (["train", *DRY, "--max-minutes", "nan"], "--max-minutes nan: give minutes above 0, or 0"),
-        (["status", "nothing"], "there is no run 'nothing'"),
+        (["status", "nothing"], "run 'nothing' not found"),
         (["datasets", "bloodmnst"], "did you mean 'bloodmnist'"),
-        (["shards", "verfy"], "shards: unknown command 'verfy': choose verify, show, duplicates"),
+        (["shards", "verfy"], "shards: unknown command 'verfy'; available: verify, show, duplicates"),
         (["datasets", "a", "b"], "datasets: Unrecognized options: b"),
-        (["train", *DRY, "--placement.scan", "nosuch"], "--placement.scan nosuch: there are auto, reference, numba"),
-        (["predict"], "predict: name at least one image"),
+        (
+            ["train", *DRY, "--placement.scan", "nosuch"],
+            "--placement.scan nosuch: unknown backend; available: auto, reference, numba",
+        ),
+        (["predict"], "predict: give at least one image"),
         (["submit"], "submit: nothing to run; put the command after --"),
         (
             ["submit", "--address", "http://127.0.0.1:1", "--", "medmamba", "trian"],
@@ -440,7 +446,7 @@ def test_the_table_of_status_fits_the_columns_that_there_are(columns, capsys, mo
 def test_a_store_that_is_a_file_is_refused_by_whatever_opens_one(argv, store, capsys, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     line = told(capsys, *argv, "--store", store, code=2)
-    assert line.startswith(f"medmamba: --store {store}: {tmp_path / 'file'} is a file, and a store is a folder; name")
+    assert line.startswith(f"medmamba: --store {store}: {tmp_path / 'file'} is a file, but a store is a folder; give")
 
 
 def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(capsys):
@@ -512,7 +518,7 @@ def test_a_forced_promotion_is_a_step_of_its_own(capsys):
 def test_a_damaged_record_of_the_workflow_is_named(capsys):
     open_store("store").at("runs", "r").put(WORKFLOW_FILE, b'{"recipe": {')
     line = told(capsys, "train", "--run", "r", "--store", "store", code=1)
-    assert "workflow.json is not complete JSON" in line
+    assert "workflow.json is damaged" in line
     assert "--recipe" in line
 
 
@@ -528,7 +534,7 @@ def test_a_damaged_record_of_the_workflow_is_named(capsys):
 def test_a_workflow_that_cannot_be_is_named(capsys, kept, words):
     open_store("store").at("runs", "r").put(WORKFLOW_FILE, kept.encode("latin-1"))
     line = told(capsys, *words, "--store", "store", code=1)
-    assert "workflow.json is not complete JSON" in line
+    assert "workflow.json is damaged" in line
 
 
 @pytest.mark.parametrize(
@@ -837,7 +843,7 @@ def test_an_unforeseen_error_is_one_line_and_its_traceback_is_in_the_file_that_i
     monkeypatch.setitem(VERBS, "status", breaks)
     assert main(["status"]) == 1
     line, named = capsys.readouterr().err.splitlines()
-    assert line == "medmamba: unexpected ZeroDivisionError: ours; if it comes again, report it as a defect"
+    assert line == "medmamba: unexpected ZeroDivisionError: ours; if it happens again, report it as a bug"
     kept = Path(named.removeprefix("details: ")).read_text()
     assert kept.startswith("Traceback")
     assert kept.endswith("ZeroDivisionError: ours\n")

@@ -1,4 +1,4 @@
-"""What a training has cost, by the user's own table of prices."""
+"""The cost of a training, from the user's price table."""
 
 import pytest
 
@@ -59,7 +59,7 @@ def test_prices_from_an_editor_that_marks_utf8_are_read(tmp_path):
 
 def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
     resumed = ON_CPU.plus(Usage(epochs=2))  # the checkpoint of epoch 3 was written before there was usage.json
-    assert cost_line(resumed, 5, {}) == "trained 5 epochs, the last 2 of them in 12:30 · 40 images/s"
+    assert cost_line(resumed, 5, {}) == "trained 5 epochs (the last 2 measured) in 12:30 · 40 images/s"
     assert cost_line(resumed, 2, {}) == "trained 2 epochs in 12:30 · 40 images/s"
 
 
@@ -68,10 +68,10 @@ def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
     [
         (b"NVIDIA H200 = 4", "not a TOML file"),
         (b"\xff", "not a TOML file"),
-        (b'"NVIDIA H200" = "4"', "a price is a number"),
-        (b'"NVIDIA H200" = -1', "a price is a number"),
-        (b'"NVIDIA H200" = nan', "a price is a number"),
-        (b"[gpus]\nH200 = 4", "a price is a number"),
+        (b'"NVIDIA H200" = "4"', "is not a price"),
+        (b'"NVIDIA H200" = -1', "is not a price"),
+        (b'"NVIDIA H200" = nan', "is not a price"),
+        (b"[gpus]\nH200 = 4", "is not a price"),
         (None, "No such file or directory"),
     ],
     ids=["bare name", "not text", "text", "negative", "nan", "nested", "missing"],

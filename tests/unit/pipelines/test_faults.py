@@ -45,7 +45,7 @@ class WrappedValueError(ValueError):
         (WrappedError("lost", worker_failures={0: RuntimeError(KILLED)}), "train",
          ["a training worker was killed", RESUME]),
         (RuntimeError(KILLED), "tune", ["a trial was killed or crashed", RESUME]),
-        (RuntimeError(NODE), "train", ["a machine of this Ray", "was lost", RESUME]),
+        (RuntimeError(NODE), "train", ["a node of this Ray", "was lost", RESUME]),
         (WrappedError("x", cause=RuntimeError("CUDA out of memory. Tried")), "train",
          ["GPU ran out", "--train.micro-batch"]),
         (RuntimeError("CUDA out of memory. Tried"), "evaluate", ["GPU ran out of memory", "--evaluate.micro-batch"]),
@@ -55,9 +55,9 @@ class WrappedValueError(ValueError):
         (WrappedError("x", cause=RuntimeError("InvalidCxxCompiler: No working C++ compiler found in")), "train",
          ["no C++ compiler", "--placement.compile off"]),
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "train", ["--placement.compile off"]),
-        (Exception("The current node timed out during startup. This"), "", ["a process of Ray did not start"]),
+        (Exception("The current node timed out during startup. This"), "", ["a Ray process did not start"]),
         (RuntimeError("The worker group startup timed out after 60"), "train", ["found no free CPU or GPU", RESUME]),
-        (ZeroDivisionError("ours"), "train", ["unexpected ZeroDivisionError: ours", "defect"]),
+        (ZeroDivisionError("ours"), "train", ["unexpected ZeroDivisionError: ours", "report it as a bug"]),
         (WrappedError("a\nb", cause=KeyError("ours")), "train", ["unexpected KeyError: 'ours'"]),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -92,8 +92,10 @@ def test_a_full_disk_is_named_whoever_noticed_it(error, tmp_path):
 
 def test_a_kill_by_the_kernels_out_of_memory_killer_is_said(monkeypatch):
     monkeypatch.setattr(faults, "_OOM_KILLS_BEFORE", -1)
-    assert "the kernel ran out of memory and killed a training worker" in fault_line(RuntimeError(KILLED), step="train")
-    assert "the kernel ran out of memory and killed Ray" in faults.lost_ray("its raylet")
+    assert "the machine ran out of memory and the kernel killed a training worker" in fault_line(
+        RuntimeError(KILLED), step="train"
+    )
+    assert "the machine ran out of memory and the kernel killed Ray" in faults.lost_ray("its raylet")
 
 
 def test_a_users_mistake_is_found_through_rays_wrapping_and_said_as_it_is():

@@ -266,7 +266,7 @@ def test_other_weights_under_the_name_of_a_run_are_drift_and_the_remedy_works(st
     assert dry(capsys, store, "--train.init", "copy")["steps"]["train"] == "done"
     with pytest.raises(DriftError):
         weights_of_run(started("other"), store, "mine", kept_source="runs/old/train/model")
-    assert "step train of run 'mine' was begun with another configuration" in dry(
+    assert "step train of run 'mine' was started with another configuration" in dry(
         capsys, store, "--train.init", "", code=2
     )
 

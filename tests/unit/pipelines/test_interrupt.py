@@ -45,7 +45,7 @@ def test_a_command_whose_ray_ended_without_a_signal_says_so():
 
 
 def test_a_command_that_has_told_its_end_is_ended_without_another_word():
-    script = BUSY.replace("ready.set()", "ready.set(); interrupt.HAS_TOLD.set(); print('told', file=sys.stderr)")
+    script = BUSY.replace("ready.set()", "ready.set(); interrupt.HAS_REPORTED.set(); print('told', file=sys.stderr)")
     assert ended(script, "50", "SIGTERM") == (1, ["told"])
 
 

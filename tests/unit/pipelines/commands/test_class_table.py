@@ -53,7 +53,7 @@ def test_images_with_several_labels_are_counted_once_per_split(multilabel, capsy
     assert cells(printed) == {
         "edema": ["12", "6", "6", "24"], "mass": ["12", "6", "6", "24"], "all images": ["24", "12", "12", "48"],
     }  # fmt: skip
-    assert "counts for each of its classes" in printed
+    assert "counted in each of them" in printed
 
 
 def test_mlflow_is_given_images_not_labels(multilabel):

@@ -49,4 +49,4 @@ def test_there_is_a_script_for_each_shell_with_every_command(shell, capsys):
 @pytest.mark.parametrize("argv", [[], ["ksh"], ["bash", "zsh"]], ids=" ".join)
 def test_another_shell_is_refused_with_those_that_there_are(argv, capsys):
     assert main(["--print-completion", *argv]) == 2
-    assert capsys.readouterr().err.endswith("name one shell: bash, zsh, fish\n")
+    assert capsys.readouterr().err.endswith("give one shell: bash, zsh, fish\n")

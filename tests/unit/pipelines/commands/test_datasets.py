@@ -64,7 +64,7 @@ def test_licence_and_citation_are_told_before_anything_is_asked_of_a_server(caps
     lines = err.splitlines()
     assert lines[0].startswith("Pigmented skin lesions: CC BY-NC 4.0, https://zenodo.org")
     assert lines[1].startswith("cite: Yang et al., MedMNIST v2")
-    assert lines[2].startswith("NC: these images may be used only where")
+    assert lines[2].startswith("NC: do not use these images primarily for")
     assert lines[3].startswith("BY: ")
     assert lines[4].startswith("dermamnist.npz: from http://127.0.0.1")
     assert lines[-1].startswith("medmamba: http://127.0.0.1")
@@ -78,7 +78,7 @@ def test_a_set_without_a_known_checksum_comes_with_its_terms_and_its_md5(capsys,
         site.script.append(without_length)
         out, err = fetched(capsys, "kvasir", *mirror(site), "--to", "here")
     assert "research and education only: any other use needs the owners' written permission" in err
-    assert f"kvasir-dataset.zip: no checksum of it is known here; its MD5 is {site.md5}" in out
+    assert f"kvasir-dataset.zip: no published checksum to compare with; its MD5 is {site.md5}" in out
     last = "next: medmamba run direct --recipe paper --run kvasir --data.dataset kvasir"
     assert f"{last} --data.source here/kvasir-dataset.zip" in out
     assert zipfile.is_zipfile("here/kvasir-dataset.zip")
@@ -92,7 +92,9 @@ def test_a_set_of_several_files_is_its_folder_and_a_part_of_it_is_no_set(capsys,
     with running(Site(open("part.zip", "rb").read())) as site:
         monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": bare}))
         out, _ = fetched(capsys, "pad-ufes-20", *mirror(site), "--file", "images/imgs_part_1.zip")
-        assert "a part of the set; missing: metadata.csv, images/imgs_part_2.zip" in " ".join(out.split())
+        assert "the dataset is incomplete; still missing: metadata.table, images/imgs_part_2.zip" in " ".join(
+            out.split()
+        )
         assert "next:" not in out
         result = json.loads(fetched(capsys, "pad-ufes-20", *mirror(site), "--json")[0])
     assert [file["state"] for file in result["files"]] == ["fetched", "already there", "fetched", "fetched"]
@@ -151,14 +153,14 @@ def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, 
     [
         (["fetch", "kvasr"], "did you mean 'kvasir'"),
         (["fetch"], "Missing from medmamba datasets fetch: NAME"),
-        (["fetch", "phantoms"], "drawn on the spot"),
+        (["fetch", "phantoms"], "generated when they are needed"),
         (
             ["fetch", "bloodmnist", "--file", "bloodmnist_256.npz"],
             "no file bloodmnist_256.npz; did you mean ",
         ),
-        (["fetch", "bloodmnist", "--mirror", "ftp://x"], "--mirror ftp://x is not an address"),
+        (["fetch", "bloodmnist", "--mirror", "ftp://x"], "--mirror ftp://x is not a URL"),
         (["fetch", "bloodmnist", "--too", "x"], "datasets fetch: Unrecognized options: --too"),
-        (["verify", "bloodmnist"], "name at least one file"),
+        (["verify", "bloodmnist"], "give at least one file"),
         (["verify", "blood", "x"], "is not in the catalog"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -186,8 +188,8 @@ def test_files_that_one_has_are_compared_with_the_published_ones(shared_dir, cap
     ("name", "path", "line"),
     [
         ("breastmnist", "other.npz", "is none of the files published for breastmnist"),
-        ("breastmnist", ".", "holds none of the files published for breastmnist"),
-        ("breastmnist", "gone.npz", "was not found"),
+        ("breastmnist", ".", "contains none of the files published for breastmnist"),
+        ("breastmnist", "gone.npz", "not found"),
         ("otoscopy2024", "other.npz", "has no published files to compare with: private"),
     ],
 )

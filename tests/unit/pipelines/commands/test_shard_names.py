@@ -162,8 +162,8 @@ def test_a_source_that_changed_since_is_no_error_and_what_is_gone_or_new_is_coun
     assert (told["without_file"], told["not_in_dataset"]) == (2, 2)
     assert sum(sample["path"] is None for sample in told["samples"]) == 2
     shown = asked(capsys, "names", "--store", store.uri)
-    assert f"without a file in the source: 2 of {2 * NUM + 3} samples" in shown
-    assert "not in the dataset: 2 images of the source, added later" in shown
+    assert f"2 of {2 * NUM + 3} samples without a file in the source" in shown
+    assert "2 images of the source not in the dataset: added later" in shown
 
 
 @pytest.mark.parametrize("emptied", ["removed", "left empty"])
@@ -195,7 +195,7 @@ def test_a_salt_that_no_run_has_on_record_is_asked_for_and_a_wrong_one_refused(t
     store = open_store(str(tmp_path))
     convert(config, store.at("datasets/pets/default"))
     assert "give it with --salt" in asked(capsys, "names", "--store", store.uri, code=2)
-    assert "is not what" in asked(capsys, "names", "--salt", "peper", "--store", store.uri, code=2)
+    assert "does not match" in asked(capsys, "names", "--salt", "peper", "--store", store.uri, code=2)
     told = asked_json(capsys, "names", "--salt", "pepper", "--store", store.uri)
     assert told["without_file"] == 0
 
@@ -262,12 +262,12 @@ def test_samples_of_arrays_and_phantoms_are_their_place_in_the_set(tmp_path, cap
     ("argv", "told"),
     [
         (["names", "fff0fff0"], "no sample of"),
-        (["names", "pets", "Miller"], "does not begin a key"),
+        (["names", "pets", "Miller"], "is not a key prefix"),
         (["names", "dogs"], "pets/default"),
         (["names", "--out", "names.txt"], "give a .csv"),
         (["names", "--predictions", "mine", "pets"], "has no predictions"),
         (["duplicates", "--page", "page.txt"], "give a .html"),
-        (["quarantine", "--out", "q.csv"], "give --names"),
+        (["quarantine", "--out", "q.csv"], "add --names"),
     ],
     ids=["key", "word", "dataset", "ending", "predictions", "page", "names"],
 )
@@ -452,7 +452,7 @@ def test_labels_of_a_report_of_an_earlier_release_are_shown_as_names(store, tmp_
 def test_a_dataset_that_is_unfinished_for_another_reason_has_no_duplicates_to_list(tmp_path, capsys):
     store = open_store(str(tmp_path))
     store.put("datasets/pets/default/config.json", b'{"dataset": "pets"}')
-    assert "was not refused because of duplicates" in asked(capsys, "duplicates", "--store", store.uri, code=2)
+    assert "was not rejected because of duplicates" in asked(capsys, "duplicates", "--store", store.uri, code=2)
     assert "0 of 0 images" in asked(capsys, "quarantine", "--store", store.uri)
     for damaged in (b"torn", b"[]", b"{}", b'{"dataset": "other"}', b'{"seed": "no"}'):
         store.put("datasets/pets/default/config.json", damaged)

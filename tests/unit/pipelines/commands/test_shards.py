@@ -27,7 +27,7 @@ def test_show_writes_a_contact_sheet_and_tells_the_counts(store, tmp_path, capsy
     assert Image.open(target).width > 4 * 96
     told = capsys.readouterr().out
     assert "smooth ellipse" in told
-    assert f"12 images of {store}/datasets/phantoms/default are in {target}" in told
+    assert f"wrote 12 images of {store}/datasets/phantoms/default to {target}" in told
 
 
 def test_duplicates_tells_counts_and_where_the_pictures_are(store, capsys):
@@ -42,7 +42,7 @@ def test_duplicates_tells_counts_and_where_the_pictures_are(store, capsys):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["shards", "look"], "choose verify, show, duplicates"),
+        (["shards", "look"], "available: verify, show, duplicates"),
         (["shards", "show", "phantom"], "phantoms/default"),
         (["shards", "show", "--split", "trian"], "it has train, val, test"),
         (["shards", "show", "--per-class", "0"], "at least 1"),

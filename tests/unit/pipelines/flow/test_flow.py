@@ -207,7 +207,7 @@ def test_branches_that_do_not_need_a_failed_step_go_on_and_failures_are_told_tog
     told = str(error.value)
     assert "step bad failed: a is 3, must be 2; set 2" in told
     assert "step worse failed: unexpected RuntimeError: broken" in told
-    assert "not run because of that: needs, far" in told
+    assert "not run because of it: needs, far" in told
     assert (len(other.calls), len(needs.calls)) == (1, 0)
     expected = {"bad": "failed", "worse": "failed", "needs": "to do", "far": "to do", "other": "done"}
     assert states(steps, store) == expected
@@ -256,7 +256,7 @@ def test_numpy_facts_are_kept_as_plain_numbers_and_others_refused(store):
     def objects(config, placement, out, context) -> dict:
         return {"digest": "d", "what": object()}
 
-    with pytest.raises(WorkflowError, match="cannot stand in a record"):
+    with pytest.raises(WorkflowError, match="cannot be stored in a record"):
         bring([Step("other", objects, Settings())], store)
 
 

@@ -66,7 +66,7 @@ def test_a_recipes_dataset_is_in_the_catalogue_or_described(name):
 
 
 def test_an_unknown_recipe_is_told_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"quikstart: there is no such recipe; did you mean quickstart\? there are"):
+    with pytest.raises(ValueError, match=r"quikstart: unknown recipe; did you mean quickstart\? available:"):
         recipe("quikstart")
 
 

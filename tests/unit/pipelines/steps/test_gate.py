@@ -78,10 +78,10 @@ def test_force_and_the_switch_promote_all_the_same_and_force_says_why():
 @pytest.mark.parametrize(
     ("tags", "says"),
     [
-        ({}, "(not compared with a baseline: no auc of one is on record)"),
-        ({"baseline_pixels_accuracy": 0.99}, "(not compared with a baseline: no auc of one is on record)"),
-        ({"baseline_pixels_auc": "nan"}, "(not compared with a baseline: no auc of one is on record)"),
-        ({"baseline_pixels_auc": "much"}, "(not compared with a baseline: no auc of one is on record)"),
+        ({}, "(not compared with a baseline: no auc of one was recorded)"),
+        ({"baseline_pixels_accuracy": 0.99}, "(not compared with a baseline: no auc of one was recorded)"),
+        ({"baseline_pixels_auc": "nan"}, "(not compared with a baseline: no auc of one was recorded)"),
+        ({"baseline_pixels_auc": "much"}, "(not compared with a baseline: no auc of one was recorded)"),
         ({"baseline_all_absent": "multilabel"}, "(not compared with a baseline: baseline all: multilabel)"),
         ({"baseline_chance_auc": 0.5, "baseline_pixels_absent": "no class b"}, "(absent baseline pixels: no class b)"),
     ],

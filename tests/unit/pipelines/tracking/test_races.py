@@ -188,7 +188,7 @@ def test_a_number_that_mlflow_gave_to_another_run_is_not_promoted(store, trackin
     tracking.client.delete_registered_model(model)
     theirs = version_of(model, f"{model}-b", 0.5)
     assert theirs["version"] == ours["version"]
-    with pytest.raises(ValueError, match=f"is another model than this run registered .of run '{model}-b'"):
+    with pytest.raises(ValueError, match=f"is not the model that this run registered .it has run '{model}-b'"):
         promote(store, tracking, ours)
     assert champion_of(tracking, model) is None
 

@@ -194,7 +194,7 @@ def test_the_packaged_model_refuses_to_be_loaded_without_its_digest(package):
 
     text = (package / "MLmodel").read_text()
     (package / "MLmodel").write_text("\n".join(line for line in text.splitlines() if "  digest:" not in line))
-    with pytest.raises(ValueError, match="names no digest of its weights"):
+    with pytest.raises(ValueError, match="has no digest of the weights"):
         mlflow.pyfunc.load_model(str(package))
 
 

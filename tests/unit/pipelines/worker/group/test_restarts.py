@@ -64,15 +64,15 @@ def test_what_can_help_is_begun_again_and_what_would_come_again_is_not(error, ki
     ("error", "line"),
     [
         (
-            StalledError("rank 1 (process 7 on node 10.0.0.2) gave no sign of life for 180 s"),
-            "rank 1 (process 7 on node 10.0.0.2) gave no sign of life for 180 s, and the training stalled: the "
-            "process may be stopped, its machine overloaded or its GPU broken; look at that node, then run the same "
+            StalledError("rank 1 (process 7 on node 10.0.0.2) sent no heartbeat for 180 s"),
+            "rank 1 (process 7 on node 10.0.0.2) sent no heartbeat for 180 s, and the training stalled: the "
+            "process may be stopped, its machine overloaded or its GPU broken; check that node, then run the same "
             "command to resume",
         ),
         (
             NoPlaceError(2, 600, "1 node"),
-            "for 10 min there was no room for 2 training workers on the nodes of this Ray (1 node): add nodes, or let "
-            "the training continue with fewer (--placement.workers-min), then run the same command to resume",
+            "no room for 2 training workers on the nodes of this Ray (1 node) within 10 min: add nodes, or allow fewer "
+            "workers (--placement.workers-min), then run the same command to resume",
         ),
     ],
     ids=["stalled", "no place"],

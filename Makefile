@@ -1,37 +1,38 @@
-# Set-up and the commands of the README. Needs Python >= 3.11, pip and make; everything else is installed into .venv.
+# Needs Python >= 3.11, pip and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: quickstart test coverage test-slow lint reference install clean
 
-quickstart: .venv/installed  ## images in, a promoted model out, on this machine
+quickstart: .venv/installed  ## run the complete chain on synthetic images, on this machine
 	$(BIN)/medmamba quickstart
 
-test: .venv/installed  ## the tests, about twenty minutes on two cores
+test: .venv/installed  ## run the tests, about twenty minutes on two cores
 	$(BIN)/pytest -m "not slow and not gpu"
-coverage: .venv/installed  ## the same tests with their line coverage; takes an eighth longer
+
+coverage: .venv/installed  ## run the same tests with line coverage, an eighth slower
 	$(BIN)/pytest -m "not slow and not gpu" --cov --cov-report=term
 
-test-slow: .venv/installed  ## the long matrix
+test-slow: .venv/installed  ## run the long tests
 	$(BIN)/pytest -m "slow and not gpu"
 
-lint: .venv/installed
+lint: .venv/installed  ## check style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-reference: .venv/installed  ## pipelines/CONFIG.md, from the configuration classes
+reference: .venv/installed  ## regenerate pipelines/CONFIG.md from the configuration classes
 	$(BIN)/python tests/config_reference.py
 
-install: .venv/installed
+install: .venv/installed  ## create .venv with everything
 
-# One pip command with one constraints file: a second one could replace what the first has pinned.
+# A single pip command, because a second one could replace pinned versions.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medmamba needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
+clean:  ## delete .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

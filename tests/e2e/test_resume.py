@@ -36,7 +36,7 @@ def uninterrupted(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_a_killed_driver_goes_on_with_the_same_command_to_the_same_metrics(uninterrupted, tmp_path):
+def test_a_killed_driver_resumes_to_the_same_metrics(uninterrupted, tmp_path):
     store = tmp_path / "store"
     # Without a compiler the undisturbed run had this scan; another one differs in the last bits.
     arguments = [*RELEASE, "--store", str(store), "--placement.scan", "numba"]

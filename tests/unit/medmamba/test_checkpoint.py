@@ -1,5 +1,6 @@
 """Models on disk: bit-equal round trips, upstream's files, refusals that name the tensor."""
 
+import enum
 import functools
 import json
 import resource
@@ -221,7 +222,7 @@ def saved() -> dict[str, bytes]:
         return {name: (Path(folder) / name).read_bytes() for name in (WEIGHTS, MODEL)}
 
 
-MISSING = object()
+MISSING = enum.Enum("Missing", "KEY").KEY  # in the ids of tests, which have to be the same in each process
 
 
 @pytest.mark.parametrize("value", [99, 0, 2, "1", None, True, 1.5, [1], "\x1b[2J", MISSING], ids=repr)

@@ -38,6 +38,7 @@ def test_offset_and_size_cut_each_image_out_of_the_tar(written):
         assert np.array_equal(image, original)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # webdataset leaves the shard open
 def test_a_stock_webdataset_reads_the_shard(written):
     import webdataset
 

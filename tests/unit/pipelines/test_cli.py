@@ -729,7 +729,8 @@ def test_a_terminated_driver_gives_its_run_back(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script, "store"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
     (key,) = open_store("store").list("leases/")
     assert json.loads(open_store("store").get(key))["is_over"]
 

@@ -50,7 +50,8 @@ def fill(folder: Path) -> None:
 def another_process() -> tuple[subprocess.Popen, Path]:
     holder = subprocess.Popen([sys.executable, "-c", HOLDS], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    return holder, Path(holder.stdout.readline().strip())
+    with holder.stdout:
+        return holder, Path(holder.stdout.readline().strip())
 
 
 def test_a_folder_exists_just_for_its_block_even_on_errors(tmp_path):

@@ -106,7 +106,7 @@ def test_only_replaced_or_added_images_are_scanned_again(refused):
 def test_a_removed_duplicate_rescans_no_other_image(refused):
     config, out = refused
     table = Path(config.source, "labels.csv")
-    table.write_text("".join(line for line in table.open() if not line.startswith("1.png")))
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.startswith("1.png")))
     (Path(config.source) / "1.png").unlink()
     assert looked_at(config, out) == 0
 

@@ -159,7 +159,7 @@ def test_processes_end_with_their_parent_also_where_it_is_killed():
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
     parent.kill()
-    parent.wait()
+    parent.communicate()
     deadline = time.monotonic() + 20
     while any(psutil.pid_exists(pid) and _runs(pid) for pid in pids):
         assert time.monotonic() < deadline, "a decoding process outlived its parent"
@@ -257,13 +257,14 @@ def read_until_killed(uri: str, state: str, lines_until_kill: int | None, delay_
         env={**os.environ, "PYTHONPATH": path},
     )
     told = []
-    for line in reader.stdout:
-        told.append(line.split())
-        if lines_until_kill is not None and len(told) >= lines_until_kill:
-            time.sleep(delay_s)
-            os.killpg(reader.pid, signal.SIGKILL)
-            told += [line.split() for line in reader.stdout if line.endswith("\n")]
-            break
+    with reader:
+        for line in reader.stdout:
+            told.append(line.split())
+            if lines_until_kill is not None and len(told) >= lines_until_kill:
+                time.sleep(delay_s)
+                os.killpg(reader.pid, signal.SIGKILL)
+                told += [line.split() for line in reader.stdout if line.endswith("\n")]
+                break
     code = reader.wait()
     assert code == (0 if lines_until_kill is None else code)
     assert code in (0, -signal.SIGKILL)

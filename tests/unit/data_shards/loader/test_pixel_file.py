@@ -151,8 +151,8 @@ def start(uri: str, first: int, last: int) -> subprocess.Popen:
 
 
 def told_by(reader: subprocess.Popen) -> dict[str, str]:
-    lines = reader.stdout.read().splitlines()
-    assert reader.wait() == 0
+    lines = reader.communicate()[0].splitlines()
+    assert reader.returncode == 0
     return dict(line.split() for line in lines[1:])
 
 
@@ -165,7 +165,7 @@ def test_a_file_of_killed_processes_holds_only_decoded_rows(uri, cache, kills):
             reader.stdout.readline()
         time.sleep(chance.random() * 0.02)
         os.killpg(reader.pid, signal.SIGKILL)
-        reader.wait()
+        reader.communicate()
         for path in files(cache):
             kept = PixelFile(path, (24, 24, 1))
             assert np.array_equal(kept.images[kept.is_filled], images[kept.is_filled])

@@ -113,7 +113,7 @@ def test_a_killed_local_holder_is_replaced_even_before_reaping(folder):
         assert time.monotonic() - began < 2
         assert held.before.holder.pid == process.pid
         assert held.number == 2
-    process.wait()
+    process.communicate()
 
 
 def test_a_reused_process_id_is_not_taken_for_the_dead_holder(folder):
@@ -195,7 +195,7 @@ def test_a_paused_holder_that_continues_learns_its_successor(folder):
             held.check()
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert f"run 'x' was taken over by process {os.getpid()} on " in said
     assert "run the same command again" in said
     assert [claim["token"] for claim in claims(folder).values()] != []

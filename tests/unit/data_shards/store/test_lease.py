@@ -76,7 +76,7 @@ def test_a_killed_drivers_lease_ends_and_a_living_ones_does_not(store):
     with pytest.raises(LeaseError, match="the killed one"), lease(store, ".lease", "me"):
         pass
     process.kill()
-    process.wait()
+    process.communicate()
     with lease(store, ".lease", "me", settle_s=0.1, wait_s=20) as held:
         held.check()
 

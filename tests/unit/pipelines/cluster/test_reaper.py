@@ -53,7 +53,8 @@ def drive(end: str, fail: str = "pass") -> tuple[subprocess.Popen, list[int], in
     script = DRIVER.replace("END", end).replace("FAIL", fail)
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
-    *started, bystander = map(int, driver.stdout.readline().split())
+    with driver.stdout:
+        *started, bystander = map(int, driver.stdout.readline().split())
     return driver, started, bystander
 
 

@@ -89,7 +89,7 @@ def test_a_set_of_several_files_is_its_whole_folder(capsys, monkeypatch):
     bare = {name: file.model_copy(update={"sha256": "", "size_bytes": 0}) for name, file in card.files.items()}
     with zipfile.ZipFile("part.zip", "w") as archive:
         archive.writestr("imgs_part_1/x.png", b"x")
-    with running(Site(open("part.zip", "rb").read())) as site:
+    with running(Site(Path("part.zip").read_bytes())) as site:
         monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": bare}))
         out, _ = fetched(capsys, "pad-ufes-20", *mirror(site), "--file", "images/imgs_part_1.zip")
         assert "a part of the set; still to come: metadata.csv, images/imgs_part_2.zip" in " ".join(out.split())

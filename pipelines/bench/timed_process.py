@@ -55,7 +55,8 @@ class TimedProcess:
 
     def end(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._watching = False
         self._watch.join()
         with contextlib.suppress(OSError):

@@ -40,10 +40,11 @@ def test_a_killed_driver_resumes_to_the_same_metrics(uninterrupted, tmp_path):
     store = tmp_path / "store"
     # Without a compiler the undisturbed run had this scan; another one differs in the last bits.
     arguments = [*DIRECT, "--store", str(store), "--placement.scan", "numba"]
-    driver = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    with (tmp_path / "said").open("w") as said:
+        driver = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=said)
     deadline = time.monotonic() + 400
     while _epochs_saved(store) < 2:
-        assert driver.poll() is None, "the driver ended before it could be killed in the middle of training"
+        assert driver.poll() is None, f"ended before it could be killed:\n{(tmp_path / 'said').read_text()[-3000:]}"
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(driver.pid, signal.SIGKILL)
@@ -77,10 +78,11 @@ def test_a_killed_driver_resumes_to_the_same_metrics(uninterrupted, tmp_path):
 def test_a_training_resumes_on_another_number_of_workers(tmp_path):
     store = tmp_path / "store"
     arguments = ["train", *TINY, "--train.epochs", "4", "--run", "ranks", "--store", str(store)]
-    driver = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    with (tmp_path / "said").open("w") as said:
+        driver = subprocess.Popen(command(*arguments), env=environment(), cwd=tmp_path, stderr=said)
     deadline = time.monotonic() + 300
     while _epochs_saved(store, "ranks") < 1:
-        assert driver.poll() is None
+        assert driver.poll() is None, (tmp_path / "said").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(driver.pid, signal.SIGKILL)

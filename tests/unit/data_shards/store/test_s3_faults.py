@@ -286,7 +286,7 @@ def test_a_large_object_is_written_only_where_nothing_is(s3, faults, small_parts
 
 
 def test_an_upload_that_fails_leaves_no_parts(s3, faults, small_parts):
-    store = hasty(s3, patience_s=2)
+    store = hasty(s3, patience_s=5)  # time for the second attempt also on a busy machine
     faults.once("internal_error")
     faults.always = "flipped_put"
     with pytest.raises(StoreError, match="damages what passes"):

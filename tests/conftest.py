@@ -27,7 +27,7 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MEDMAMBA_STORE", "AWS_PROFIL
 # A warning is an error in the unit tests, but for these; a later entry counts more.
 WARNINGS = (
     "error",
-    "default::ResourceWarning",  # archives, pictures and pipes that the garbage collector closes: left
+    "ignore:unclosed database",  # MLflow's SQLAlchemy, said since Python 3.13
     "ignore:The ``noload`` loader strategy is deprecated",  # MLflow's use of SQLAlchemy 2.1
     "ignore:.*Any type hint is inferred as AnyType",  # MLflow of a packaged model, whose input is a frame
     "ignore:Corrupt EXIF data",  # Pillow of damaged pictures

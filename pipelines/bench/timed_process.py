@@ -56,6 +56,7 @@ class TimedProcess:
     def end(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._watching = False
         self._watch.join()
         with contextlib.suppress(OSError):
@@ -65,6 +66,7 @@ class TimedProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
         self._complained.close()
 
     def figures(self) -> dict[str, Any]:

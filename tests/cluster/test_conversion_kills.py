@@ -96,9 +96,7 @@ def workers_of(ray_address: str) -> list[int]:
     return found
 
 
-def test_drivers_killed_at_twenty_random_moments_leave_what_an_undisturbed_one_makes(
-    config, root, ray_address, tmp_path
-):
+def test_randomly_killed_drivers_write_the_undisturbed_shards(config, root, ray_address, tmp_path):
     whole, killed = open_store(str(tmp_path / "whole")), open_store(f"{root}/killed")
     convert(config, whole)
     chance, kills = random.Random(1), 0

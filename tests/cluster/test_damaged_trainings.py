@@ -42,11 +42,11 @@ def test_a_pickle_under_a_corrected_digest_is_not_run(found, case):
     assert file in found[case].get("refused", file), "an error names the file"
 
 
-def test_a_checkpoint_of_the_first_format_continues_to_the_same_weights(found):
+def test_a_first_format_checkpoint_resumes_to_the_same_weights(found):
     assert found["first format"]["first"] == 5
     assert found["first format"]["equal"]
 
 
-def test_a_pickle_in_the_first_format_under_a_corrected_digest_is_refused(found):
+def test_a_first_format_pickle_with_a_fixed_digest_is_refused(found):
     assert found["planted in the first format"]["ran"] == []
     assert "could run code when they are loaded" in found["planted in the first format"]["refused"]

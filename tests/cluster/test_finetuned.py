@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "finetuned_rank.py"
     [("0",), ("0", "flat"), *(pytest.param((stage,), marks=pytest.mark.slow) for stage in ("1", "3"))],
     ids=" ".join,
 )
-def test_a_training_from_weights_starts_lower_leaves_frozen_tensors_and_resumes(tmp_path, options):
+def test_a_finetuning_starts_lower_keeps_frozen_and_resumes(tmp_path, options):
     out = open_store(str(tmp_path / "data"))
     convert(DataConfig(phantoms=PhantomConfig(num_patients=90, images_per_patient=2, side=32)), out)
     seen = run_ranks(SCRIPT, 1, out.uri, str(tmp_path), *options)

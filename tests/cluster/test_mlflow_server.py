@@ -36,7 +36,7 @@ def load_elsewhere(tmp_path, uri: str, env: dict[str, str]):
     return np.load(tmp_path / "found.npz")
 
 
-def test_a_release_with_a_server_is_registered_promoted_and_loaded_from_it(mlflow_server, store, monkeypatch, tmp_path):
+def test_a_release_on_a_server_is_registered_and_loaded(mlflow_server, store, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     tracking = open_tracking(store)
     facts, verdict = registered.released(store, tracking, "one", auc=0.9, model="on-server")

@@ -77,7 +77,7 @@ def expected(epochs: int) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_nothing_waits_while_the_server_is_away_and_everything_arrives_once_and_in_order(run, mlflow_server, heard):
+def test_training_does_not_wait_and_points_arrive_once_in_order(run, mlflow_server, heard):
     with absent_server(mlflow_server) as proxy, Outbox(through(proxy.address, run[0]), run[1]) as outbox:
         log(outbox, 1)
         deadline = time.monotonic() + 30
@@ -101,7 +101,7 @@ def test_nothing_waits_while_the_server_is_away_and_everything_arrives_once_and_
     assert back.endswith("what was logged of 3 epochs is being sent")
 
 
-def test_a_call_of_which_the_answer_was_lost_is_repeated_and_leaves_one_point(run, mlflow_server, heard):
+def test_a_call_whose_answer_was_lost_leaves_one_point(run, mlflow_server, heard):
     schedule = Schedule(rate=0.4, kinds=("lost_answer",), seed=2)
     with fault_proxy(mlflow_server, schedule) as proxy, Outbox(through(proxy, run[0]), run[1]) as outbox:
         log(outbox, *range(1, 9))
@@ -109,7 +109,7 @@ def test_a_call_of_which_the_answer_was_lost_is_repeated_and_leaves_one_point(ru
     assert schedule.counts["lost_answer"] >= 3
 
 
-def test_what_was_not_sent_when_the_training_was_killed_is_sent_when_it_resumes(run, mlflow_server, heard):
+def test_unsent_points_of_a_killed_training_are_sent_on_resume(run, mlflow_server, heard):
     with absent_server(mlflow_server) as proxy:
         killed = Outbox(through(proxy.address, run[0], 5.0), run[1])
         log(killed, 1)
@@ -142,16 +142,14 @@ def test_half_an_epoch_that_was_sent_is_completed(run, mlflow_server):
     assert curves(run) == expected(1)
 
 
-def test_a_trial_that_may_be_ended_at_any_moment_waits_until_its_epoch_is_sent(run, mlflow_server):
+def test_a_stoppable_trial_waits_until_its_epoch_is_sent(run, mlflow_server):
     outbox = Outbox(through(mlflow_server, run[0]), run[1])
     log(outbox, 1)
     outbox.settle()
     assert curves(run) == expected(1)  # nothing was closed
 
 
-def test_such_a_trial_does_not_wait_for_a_server_that_is_away_and_the_driver_completes_its_run(
-    run, mlflow_server, heard
-):
+def test_an_absent_server_is_not_waited_for_and_caught_up_later(run, mlflow_server, heard):
     with absent_server(mlflow_server) as proxy:
         outbox = Outbox(through(proxy.address, run[0], 5.0), run[1])
         log(outbox, 1)
@@ -180,7 +178,7 @@ def test_a_run_that_was_deleted_is_an_error_of_the_next_call(run, mlflow_server)
         log(outbox, 2)
 
 
-def test_a_server_that_is_gone_for_good_ends_it_in_time_with_a_remedy(run, mlflow_server, heard):
+def test_a_server_gone_for_good_ends_it_with_a_remedy(run, mlflow_server, heard):
     with absent_server(mlflow_server) as proxy:
         proxy.leave()
         outbox = Outbox(through(proxy.address, run[0], 5.0), run[1])
@@ -195,7 +193,7 @@ def test_a_server_that_is_gone_for_good_ends_it_in_time_with_a_remedy(run, mlflo
         assert [notice.over_after_s for notice in heard if proxy.address in notice.who] == [0.0]
 
 
-def test_after_a_failed_training_the_rest_is_sent_for_a_few_seconds_and_its_error_is_kept(run, mlflow_server, heard):
+def test_a_failed_training_sends_the_rest_and_keeps_its_error(run, mlflow_server, heard):
     with absent_server(mlflow_server) as proxy:
         proxy.leave()
         began = time.monotonic()
@@ -210,7 +208,7 @@ def test_after_a_failed_training_the_rest_is_sent_for_a_few_seconds_and_its_erro
         assert time.monotonic() - began < 10
 
 
-def test_a_driver_waits_for_the_end_of_a_step_but_not_for_the_begin_of_its_first(run, mlflow_server, tmp_path, heard):
+def test_a_driver_waits_for_step_ends_but_not_the_first_begin(run, mlflow_server, tmp_path, heard):
     store = open_store(str(tmp_path / "other"))
     with absent_server(mlflow_server) as proxy:
         tracking = through(proxy.address, run[0])

@@ -45,7 +45,7 @@ def alone(dataset, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize(("stage", "form", "ranks"), FORMS[1:], ids=IDS[1:])
-def test_a_poisoned_step_is_skipped_alike_at_every_stage_and_by_all_ranks(dataset, alone, tmp_path, stage, form, ranks):
+def test_a_poisoned_step_is_skipped_at_each_stage_by_all_ranks(dataset, alone, tmp_path, stage, form, ranks):
     found = poisoned(dataset, tmp_path, stage, form, ranks, "3,5")
     assert found["error"] == ""
     for here, there in zip(found["losses"][:6], alone["losses"][:6], strict=True):
@@ -55,7 +55,7 @@ def test_a_poisoned_step_is_skipped_alike_at_every_stage_and_by_all_ranks(datase
     assert all(map(math.isfinite, (value for values in found["buffers"].values() for value in values)))
 
 
-def test_a_poisoned_step_is_counted_and_said_and_leaves_finite_statistics(alone):
+def test_a_poisoned_step_is_counted_and_statistics_stay_finite(alone):
     steps = len(alone["losses"])
     assert [n for n, loss in enumerate(alone["losses"], 1) if math.isnan(loss)] == [3, 5]
     assert alone["adam_step"] == [steps - 2]
@@ -66,7 +66,7 @@ def test_a_poisoned_step_is_counted_and_said_and_leaves_finite_statistics(alone)
     assert math.isfinite(alone["metrics"][0]["train_loss"])
 
 
-def test_five_poisoned_steps_in_a_row_end_the_training_and_name_the_samples(dataset, tmp_path):
+def test_five_poisoned_steps_end_the_training_with_their_samples(dataset, tmp_path):
     found = poisoned(dataset, tmp_path, 0, "whole", 2, "2,3,4,5,6")
     assert found["error"].startswith("5 steps in a row, up to step 6, had gradients that are not finite")
     data = open_dataset(dataset)
@@ -76,7 +76,7 @@ def test_five_poisoned_steps_in_a_row_end_the_training_and_name_the_samples(data
     assert "Lower train.optim.lr" in found["error"]
 
 
-def test_a_training_that_ends_in_its_second_epoch_names_the_last_good_checkpoint(dataset, tmp_path):
+def test_an_end_in_epoch_two_names_the_last_good_checkpoint(dataset, tmp_path):
     steps = len(Loader(open_dataset(dataset)).epoch(BatchPlan("train", 16, 32, train=True)))
     found = poisoned(dataset, tmp_path, 0, "flat", 1, ",".join(str(steps + n) for n in range(1, steps + 1)))
     assert f"; the last good checkpoint is step-{steps:010d}. Lower train.optim.lr" in found["error"]
@@ -84,7 +84,7 @@ def test_a_training_that_ends_in_its_second_epoch_names_the_last_good_checkpoint
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_checkpoint_before_the_first_step_that_was_made_resumes(dataset, tmp_path, stage):
+def test_a_checkpoint_before_the_first_applied_step_resumes(dataset, tmp_path, stage):
     begun = poisoned(dataset, tmp_path, stage, "whole", 1, "1,2", "2")
     assert begun["error"] == ""
     resumed = poisoned(dataset, tmp_path, 0, "whole", 1, "99")

@@ -32,7 +32,7 @@ def losses(dataset: Store, out: Path, worlds: list[tuple[int, str, str]]) -> lis
     return found
 
 
-def test_another_number_of_workers_at_another_stage_continues_with_the_same_numbers(dataset, tmp_path):
+def test_other_workers_and_stage_resume_with_the_same_numbers(dataset, tmp_path):
     whole = losses(dataset, tmp_path / "whole", [(1, "0", "whole"), (1, "0", "whole")])
     moved = losses(dataset, tmp_path / "moved", [(2, "1", "flat"), (1, "0", "whole")])
     assert len(whole) == len(moved) == 2 * STEPS

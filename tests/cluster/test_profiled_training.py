@@ -25,7 +25,7 @@ def dataset(tmp_path_factory) -> str:
     return out.uri
 
 
-def test_a_profiled_training_has_the_same_weights_and_its_profile_the_right_steps(dataset, tmp_path):
+def test_profiling_keeps_the_weights_and_takes_the_right_steps(dataset, tmp_path):
     plain = run_ranks(RANK, 1, dataset, str(BATCH_SIZE))
     profiled = run_ranks(RANK, 1, dataset, str(BATCH_SIZE), str(tmp_path))
     assert len(plain["losses"]) == 2 * STEPS

@@ -54,7 +54,7 @@ def test_another_micro_batch_is_another_training(dataset, alone):
     assert max(abs(a - b) / a for a, b in zip(alone(0), other, strict=True)) > 1e-3
 
 
-def test_flat_parameters_round_as_the_stages_do_and_ranks_change_nothing(dataset, alone):
+def test_flat_parameters_round_as_the_stages_on_any_ranks(dataset, alone):
     flat = losses(dataset, 1, 0, 8, "flat")
     assert flat == losses(dataset, 2, 0, 8, "flat")
     assert flat[:6] == pytest.approx(alone(0)[:6], rel=1e-5)

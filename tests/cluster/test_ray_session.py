@@ -122,7 +122,7 @@ def test_a_killed_driver_leaves_no_process_of_its_ray(tmp_path):
 
 
 @pytest.mark.parametrize("server", ["raylet", "gcs_server"])
-def test_the_end_of_a_server_of_an_embedded_ray_is_noticed_at_once(server, tmp_path):
+def test_the_end_of_an_embedded_ray_server_is_noticed_at_once(server, tmp_path):
     kill = f"[os.kill(process[0], signal.SIGKILL) for process, name in children().items() if name == {server!r}]"
     driver = begin(kill, tmp_path)
     began, started = time.monotonic(), descendants(driver.pid)

@@ -31,23 +31,23 @@ def about(tmp_path):
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_of_two_promotions_of_which_one_may_be_killed_the_better_is_the_champion(services, about, number):
+def test_the_better_of_two_promotions_wins_even_if_one_is_killed(services, about, number):
     races.race(services, f"two-{number}", contenders=2, kills=number % 2, window_s=4.5, **about)
 
 
-def test_of_twenty_promotions_of_which_eight_are_killed_the_best_is_the_champion(services, about):
+def test_the_best_of_twenty_promotions_wins_with_eight_killed(services, about):
     races.race(services, "twenty", contenders=20, kills=8, window_s=30, **about)
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_a_promotion_paused_before_its_move_overwrites_no_better_one(services, about, number):
+def test_a_promotion_paused_before_its_move_keeps_a_better_one(services, about, number):
     races.race_paused(services, f"paused-{number}", **about)
 
 
-def test_of_five_registrations_of_one_run_of_which_two_are_killed_one_version_comes(services, about):
+def test_five_registrations_with_two_killed_make_one_version(services, about):
     races.race_registrations(services, "registered", **about)
 
 
-def test_of_five_commands_of_which_two_are_killed_the_best_is_the_champion(about, tmp_path, monkeypatch):
+def test_the_best_of_five_commands_wins_with_two_killed(about, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     races.race_commands(races.folder_and_sqlite(tmp_path), "commands", **about)

@@ -29,7 +29,7 @@ def undisturbed(dataset, tmp_path_factory) -> dict:
     return run_ranks(RANK, 2, dataset.uri, str(tmp_path_factory.mktemp("whole")), STAGE, "never")
 
 
-def test_a_stop_in_a_validation_ends_it_at_once_and_nothing_of_the_epoch_is_lost(dataset, undisturbed, tmp_path):
+def test_a_stop_in_a_validation_is_immediate_and_loses_nothing(dataset, undisturbed, tmp_path):
     steps = undisturbed["step"] // 2
     stopped = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "validation")
     assert (stopped["ended"], stopped["step"], stopped["epoch"]) == (INTERRUPTED, steps, 0)
@@ -52,7 +52,7 @@ def test_a_checkpoint_within_a_validation_changes_nothing(dataset, undisturbed, 
     assert [seen["digests"][name] for name in WEIGHTS] == [undisturbed["digests"][name] for name in WEIGHTS]
 
 
-def test_a_record_that_fails_on_rank_0_stops_all_ranks_at_a_checkpoint(dataset, undisturbed, tmp_path):
+def test_a_failing_record_on_rank_0_stops_all_at_a_checkpoint(dataset, undisturbed, tmp_path):
     stopped = run_ranks(RANK, 2, dataset.uri, str(tmp_path), STAGE, "record")
     assert stopped["ended"] == "MLflow was away for too long"
     assert 3 <= stopped["step"] <= 5, "it failed after step 2, and the ranks are a step apart"

@@ -53,9 +53,7 @@ def jobs(address: str) -> str:
         return answer.read().decode()
 
 
-def test_the_shipped_packages_run_with_the_allowed_variables_and_no_key_and_exit_code_0_comes_back(
-    ray_head, capfd, monkeypatch, tmp_path
-):
+def test_shipped_packages_run_without_keys_and_exit_code_returns(ray_head, capfd, monkeypatch, tmp_path):
     (tmp_path / "token").write_text(TOKEN + "\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     for name, value in SECRETS.items():
@@ -84,9 +82,7 @@ def test_the_shipped_packages_run_with_the_allowed_variables_and_no_key_and_exit
         assert secret not in told
 
 
-def test_the_job_and_its_tasks_work_on_the_ray_it_was_submitted_to_and_its_exit_code_comes_back(
-    ray_head, token, capfd, monkeypatch
-):
+def test_a_job_runs_on_its_ray_and_its_exit_code_returns(ray_head, token, capfd, monkeypatch):
     monkeypatch.setenv("AWS_REGION", "eu-test-1")  # named by the job and again by the driver: no conflict
     line = (
         "import os; from pipelines.cluster.ray_session import connect; connect(); import ray; "
@@ -137,7 +133,7 @@ def test_a_job_that_is_stopped_from_elsewhere_is_not_a_success(ray_head, token, 
     assert " stopped: " in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_watching_says_how_to_stop_the_job_and_leaves_it_running(ray_head, token):
+def test_ctrl_c_ends_the_watching_and_leaves_the_job_running(ray_head, token):
     line = "print('it runs', flush=True); import time; time.sleep(120)"
     code = (
         "from pipelines.cluster.job import submit\n"

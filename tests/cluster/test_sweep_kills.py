@@ -60,7 +60,7 @@ def plain(records: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow  # six drivers, one after another
-def test_a_sweep_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(uninterrupted, place, tmp_path):
+def test_a_repeatedly_killed_sweep_ends_as_an_undisturbed_one(uninterrupted, place, tmp_path):
     out = open_store(place)
     for epochs, sent in KILLS:
         process = start(place, tmp_path)
@@ -85,7 +85,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(un
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverged_is_over_and_one_whose_process_was_killed_is_tried_again(uninterrupted, tmp_path):
+def test_a_diverged_trial_is_over_and_a_killed_one_is_retried(uninterrupted, tmp_path):
     for wrong in ("diverge-2-1", "crash-3-1"):
         (tmp_path / wrong).touch()
     first = finish(f"{tmp_path}/sweep", tmp_path)
@@ -102,7 +102,7 @@ def test_a_trial_that_diverged_is_over_and_one_whose_process_was_killed_is_tried
     assert [record for record in second if record["number"] != 3] == [r for r in first if r["number"] != 3]
 
 
-def test_a_driver_that_lost_its_run_ends_with_that_and_writes_nothing_more(tmp_path):
+def test_a_driver_that_lost_its_run_ends_and_writes_nothing_more(tmp_path):
     out = open_store(f"{tmp_path}/sweep")
     process = start(out.uri, tmp_path)
     deadline = time.monotonic() + 100

@@ -47,7 +47,7 @@ def second_node(address: str, hidden: Path, env: dict[str, str], log: Path) -> I
 
 
 @pytest.mark.slow
-def test_trials_on_another_node_need_not_see_the_folder_that_tune_has(tmp_path, s3_server, s3):
+def test_trials_on_another_node_need_no_access_to_tunes_folder(tmp_path, s3_server, s3):
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a folder can be hidden from a process by root alone")
     hidden = tmp_path / "scratch"

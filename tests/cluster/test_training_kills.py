@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CASES = [kills.Case(1, "driver", "epoch"), kills.Case(1, "all", "validation"), kills.Case(1, "worker", "checkpoint")]
 
 
-def test_a_training_killed_in_three_phases_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+def test_a_training_killed_in_three_phases_keeps_its_weights(tmp_path):
     with kills.in_folder(tmp_path) as place:
         *outcomes, ending = kills.run_chain(tmp_path, place, CASES)
     for outcome in outcomes:

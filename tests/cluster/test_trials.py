@@ -32,7 +32,7 @@ def run_trials(dataset: str, folder: Path, *rates: float) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_trial_after_others_in_its_process_is_bit_equal_to_one_alone(dataset, tmp_path):
+def test_a_trial_after_others_in_its_process_is_bit_equal(dataset, tmp_path):
     alone = run_trials(dataset, tmp_path / "alone", 1e-3)
     third = run_trials(dataset, tmp_path / "third", 4e-3, 2e-3, 1e-3)
     assert len(alone["losses"]) >= 4

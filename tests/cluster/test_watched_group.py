@@ -23,7 +23,7 @@ def seen(scenario: str, folder: Path) -> dict:
     return json.loads(lines[-1])
 
 
-def test_a_killed_worker_is_replaced_on_one_machine_and_the_loss_is_printed(tmp_path):
+def test_a_killed_worker_is_replaced_and_its_loss_is_printed(tmp_path):
     found = seen("killed", tmp_path)
     assert found["ended"]["result"]["reason"] == "interrupted"
     lost = [line for line in found["lines"] if "lost" in line]
@@ -39,7 +39,7 @@ def test_a_users_mistake_is_not_tried_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_told_to_end_stops_all_of_them_at_a_checkpoint(tmp_path):
+def test_a_worker_told_to_end_stops_all_at_a_checkpoint(tmp_path):
     found = seen("told", tmp_path)
     assert found["ended"]["result"] == {"reason": "interrupted", "step": int((tmp_path / "saved").read_text())}
 
@@ -67,7 +67,7 @@ def test_workers_that_die_before_every_checkpoint_are_given_up(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_with_one_node_takes_the_other_back_and_leaves_it_when_it_is_drained(tmp_path):
+def test_a_training_shrinks_grows_back_and_leaves_a_drained_node(tmp_path):
     found = seen("elastic", tmp_path)
     assert found["sizes"] == [2, 1, 2, 1], found
     assert found["ended"]["result"]["reason"] == "interrupted"

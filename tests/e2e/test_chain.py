@@ -60,7 +60,7 @@ def test_the_champion_is_the_version_that_the_release_registered(facts, client):
     assert float(version.tags["test_auc"]) == pytest.approx(facts["evaluate"]["metrics"]["auc"], abs=1e-12)
 
 
-def test_the_shards_lie_on_s3_and_nothing_was_written_beside_the_caller(facts, store, released, s3_server):
+def test_the_shards_are_on_s3_and_nothing_is_written_locally(facts, store, released, s3_server):
     data = open_dataset(store.at(facts["shard"]["data"]))
     assert data.digest == facts["shard"]["digest"]
     names = {shard.name for shard in data.manifest.shards}
@@ -99,7 +99,7 @@ def test_every_test_image_was_predicted_exactly_once(facts, store):
     assert np.allclose(np.array(table["scores"].to_pylist()).sum(1), 1, atol=1e-5)
 
 
-def test_mlflow_has_one_finished_run_per_step_and_one_per_trial_under_its_sweep(facts, client):
+def test_mlflow_has_one_run_per_step_and_nested_trial_runs(facts, client):
     experiments = [each.experiment_id for each in client.search_experiments()]
     runs = client.search_runs(experiments, "tags.`medmamba.run` = 'first'")
     steps = sorted(run.data.tags["medmamba.step"] for run in runs)
@@ -124,7 +124,7 @@ def test_asked_again_every_step_is_done_and_nothing_starts(facts, services, tmp_
     assert "resumes" not in again.stderr
 
 
-def test_another_configuration_under_the_same_name_is_drift_that_names_the_field(services, tmp_path, released):
+def test_another_configuration_is_drift_that_names_the_field(services, tmp_path, released):
     drift = medmamba(
         "run", "release", "--run", "first", *TINY, "--train.optim.lr", "0.5", env=services, cwd=tmp_path, code=2
     )
@@ -141,7 +141,7 @@ def test_the_champion_classifies_an_image_file(released, services, tmp_path):
 
 
 @pytest.mark.slow  # another whole run; the gate itself is tested on a real MLflow in unit/pipelines
-def test_a_worse_model_is_refused_each_time_and_promoted_only_by_force(released, services, client, tmp_path):
+def test_a_worse_model_is_refused_and_promoted_only_by_force(released, services, client, tmp_path):
     # A learning rate near zero leaves the weights where chance put them.
     worse = ["--run", "worse", *TINY, "--train.optim.lr", "1e-9", "--train.optim.warmup-epochs", "0"]
     first = medmamba("promote", "--gate.minimum", "0.99", *worse, env=services, cwd=tmp_path, code=3)

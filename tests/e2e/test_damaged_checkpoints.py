@@ -50,7 +50,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_named(training, file, 
     assert training.is_equal(done)
 
 
-def test_where_both_checkpoints_are_damaged_the_command_says_what_to_do(training):
+def test_two_damaged_checkpoints_make_the_command_say_what_to_do(training):
     training.restore()
     for state in (training.train / "checkpoints").glob("*/train.json"):
         flip_bit(state.with_name("moments.safetensors"))

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).parent / "elastic_run.py"
 
 
-def test_a_training_loses_a_node_takes_it_back_and_leaves_it_when_it_is_drained(s3, mlflow_server, tmp_path):
+def test_a_training_loses_a_node_and_leaves_a_drained_one(s3, mlflow_server, tmp_path):
     env = environment({"MLFLOW_TRACKING_URI": mlflow_server, **{k: v for k, v in os.environ.items() if "AWS" in k}})
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), s3], env=env, cwd=tmp_path, capture_output=True, text=True,

@@ -25,7 +25,7 @@ def params(store: Path, run_id: str) -> dict[str, str]:
 
 
 @pytest.mark.slow  # two runs with Ray; cluster/test_finetuned.py holds what it does to weights
-def test_a_release_starts_from_a_registered_model_and_says_what_it_took(tmp_path):
+def test_a_release_starts_from_a_registered_model(tmp_path):
     store = open_store(str(tmp_path / "store"))
     registered.released(store, open_tracking(store), "old", auc=0.9)
     tuned = [
@@ -53,7 +53,7 @@ def test_a_release_starts_from_a_registered_model_and_says_what_it_took(tmp_path
 
 
 @pytest.mark.slow  # a third Ray; what the file gives is tested in unit/pipelines/test_initial_weights.py
-def test_a_training_starts_from_an_upstream_checkpoint_of_another_number_of_classes(tmp_path):
+def test_a_training_starts_from_upstream_of_other_classes(tmp_path):
     export_upstream(build_model(MedMambaConfig(variant="nano", num_classes=9)), tmp_path / "nano.pth")
     arguments = ["train", *TINY, "--run", "tuned", "--store", "store", "--json", "--train.init"]
     done = medmamba(*arguments, "nano.pth", cwd=tmp_path)

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("first_format_rank.py")
 
 
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 1), (2, 3)], ids=["alone", "zero1", "zero3"])
-def test_a_training_interrupted_in_the_first_format_ends_with_the_same_weights(tmp_path, ranks, zero_stage):
+def test_an_interrupted_first_format_training_keeps_its_weights(tmp_path, ranks, zero_stage):
     placement = ["--placement.workers", str(ranks), "--placement.zero-stage", str(zero_stage)]
     training = interrupt_training(tmp_path, *placement)
     begun = run_ranks(SCRIPT, ranks, str(training.store), RUN, str(zero_stage))

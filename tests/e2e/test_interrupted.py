@@ -77,7 +77,7 @@ def test_an_interrupted_sweep_is_no_success_and_goes_on(tmp_path):
     assert {run.info.status for run in runs(store)} == {"FINISHED"}
 
 
-def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_path):
+def test_a_sweep_resumes_trials_that_failed_for_passing_reasons(tmp_path):
     store = tmp_path / "store"
     arguments = [*TINY, "--store", str(store), "--json"]
     medmamba("shard", *arguments, cwd=tmp_path)
@@ -102,7 +102,7 @@ def test_a_sweep_whose_trials_failed_for_a_passing_reason_goes_on_with_them(tmp_
     assert {run.info.status for run in runs(store)} == {"FINISHED"}
 
 
-def test_a_ctrl_c_in_training_is_no_success_and_the_training_goes_on(tmp_path):
+def test_ctrl_c_in_training_is_not_success_and_it_resumes(tmp_path):
     store = tmp_path / "store"
     arguments = ["train", *TINY, "--train.epochs", "6", "--store", str(store), "--json"]
     interrupt(arguments, signal.SIGINT, store / "runs/quickstart/train", tmp_path)

@@ -138,7 +138,7 @@ def test_mlflow_killed_amid_a_training_gets_every_metric_once(mlflow, tmp_path, 
 
 
 @pytest.mark.slow
-def test_mlflow_gone_for_good_ends_the_training_in_time_and_a_resumed_one_sends_what_was_kept(mlflow, tmp_path):
+def test_absent_mlflow_ends_a_training_and_a_resume_sends_more(mlflow, tmp_path):
     arguments = [*train(), "--store", str(tmp_path / "store")]
     env = {"MLFLOW_TRACKING_URI": mlflow.address}
     training = Training([*arguments, "--placement.patience-s", "15"], env=env, folder=tmp_path)
@@ -171,7 +171,7 @@ def test_a_store_that_is_away_at_a_checkpoint_is_waited_for(s3_away, mlflow, tmp
 
 
 @pytest.mark.slow
-def test_a_store_that_is_gone_for_good_ends_the_training_in_time_and_it_resumes(s3_away, mlflow, tmp_path):
+def test_a_store_gone_for_good_ends_the_training_and_it_resumes(s3_away, mlflow, tmp_path):
     server, store, env = s3_away
     env = {**env, "MLFLOW_TRACKING_URI": mlflow.address}
     training = Training([*train(), "--store", store, "--placement.patience-s", "15"], env=env, folder=tmp_path)
@@ -190,7 +190,7 @@ def test_a_store_that_is_gone_for_good_ends_the_training_in_time_and_it_resumes(
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_training_with_its_place_and_it_resumes(tmp_path):
+def test_a_full_disk_ends_the_training_by_name_and_it_resumes(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(disk)]
@@ -217,7 +217,7 @@ def test_a_full_disk_ends_the_training_with_its_place_and_it_resumes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_which_mlflow_is_killed_logs_every_epoch_of_every_trial_once(mlflow, tmp_path):
+def test_a_sweep_with_a_killed_mlflow_logs_every_epoch_once(mlflow, tmp_path):
     arguments = ["tune", *TINY, "--tune.epochs", "6", "--run", "night", "--store", str(tmp_path / "store"), "--json"]
     training = Training(arguments, env={"MLFLOW_TRACKING_URI": mlflow.address}, folder=tmp_path)
     training.wait_for(": epoch 1  loss")

@@ -83,7 +83,7 @@ def test_the_pickles_of_this_test_are_harmful(ran):
     assert {path.name for path in ran.iterdir()} == {"tuner.pkl", "optimizer.pt"}
 
 
-def test_a_training_runs_none_of_the_pickles_beside_its_checkpoints(training, ran):
+def test_a_training_runs_no_pickle_next_to_its_checkpoints(training, ran):
     training.restore()
     newest = sorted((training.train / "checkpoints").iterdir())[-1]
     plant(newest, BESIDE, ran)
@@ -96,7 +96,7 @@ def test_a_training_runs_none_of_the_pickles_beside_its_checkpoints(training, ra
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_pickle_under_a_corrected_digest_is_refused_as_no_checkpoint(training, ran, file):
+def test_a_pickle_with_a_fixed_digest_is_refused_as_checkpoint(training, ran, file):
     training.restore()
     state = sorted((training.train / "checkpoints").glob("*/train.json"))[-1]
     plant(state.parent, [file], ran)
@@ -128,7 +128,7 @@ def test_a_pickle_in_place_of_a_file_of_the_run_is_not_run(training, ran, place)
     assert done.returncode in (0, 1, 2), done.stderr
 
 
-def test_a_pickle_in_a_checkpoint_of_the_first_format_is_refused_under_a_corrected_digest(training, ran):
+def test_a_pickle_in_a_first_format_checkpoint_is_refused(training, ran):
     training.restore()
     run_ranks(SCRIPT, 1, str(training.store), RUN, "0")
     newest = json.loads((training.train / SNAPSHOT).read_text())["latest_checkpoint_result"]["checkpoint_dir_name"]

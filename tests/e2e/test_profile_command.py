@@ -17,7 +17,7 @@ def profiled(tmp_path_factory):
     return folder, medmamba("train", *TINY, "--run", "r", "--store", str(folder / "store"), "--profile", cwd=folder)
 
 
-def test_a_profile_is_printed_at_80_columns_and_its_trace_can_be_read(profiled):
+def test_a_profile_fits_80_columns_and_its_trace_is_readable(profiled):
     folder, done = profiled
     told = done.stdout[done.stdout.index("Steps ") :].splitlines()
     trace = folder / "store/runs/r/train/profile/trace.json.gz"

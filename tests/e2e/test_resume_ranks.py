@@ -24,7 +24,7 @@ def validated(facts: dict) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("zero_stage", ["1", "3"])
-def test_two_workers_killed_in_the_middle_end_as_if_nothing_had_happened(zero_stage, tmp_path):
+def test_two_killed_workers_change_nothing_in_the_end(zero_stage, tmp_path):
     arguments = [
         "train", *TINY, "--train.epochs", str(EPOCHS), "--run", "two", "--json",
         "--placement.workers", "2", "--placement.zero-stage", zero_stage,

@@ -91,7 +91,7 @@ def test_the_brain_mri_folders_become_a_champion_without_a_table(brain_mri, tmp_
     assert set(predicted[0]["scores"]) == set(CLASSES)
 
 
-def test_copies_across_the_official_folders_are_refused_and_the_remedy_works_as_it_stands(brain_mri, tmp_path):
+def test_copies_across_official_folders_are_refused(brain_mri, tmp_path):
     root = tmp_path / "set"
     shutil.copytree(brain_mri, root)
     shutil.copy(root / "Training/glioma/Tr-gl_0003.jpg", root / "Testing/glioma/Te-gl_0999.jpg")

@@ -135,7 +135,7 @@ def plant(store: Store, ran: Path) -> None:
     out.put("trials/99.json", evil)
 
 
-def test_a_sweep_that_is_killed_and_interrupted_ends_as_one_that_nobody_disturbed(place, undisturbed, tmp_path):
+def test_a_killed_interrupted_sweep_ends_as_an_undisturbed_one(place, undisturbed, tmp_path):
     store, env = place
     for epochs, sent in KILLS:
         disturb(store, env, epochs, sent, tmp_path)

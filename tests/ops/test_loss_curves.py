@@ -81,8 +81,15 @@ def check(path, backend, device, steps, dtype):
 CPU_BACKENDS = [name for name, reason in backends("cpu").items() if reason is None and name != "reference"]
 
 
-@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [
+        (torch.float32, 20),
+        pytest.param(torch.float32, 200, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 200, marks=pytest.mark.slow),  # of one call: test_ss2d_scan.py, half precision
+    ],
+    ids=["float32 20", "float32 200", "bfloat16 200"],
+)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_cpu_backend_trains_along_the_definitions_curve(backend, dtype, steps, images, same_arithmetic):
     check(images, backend, "cpu", steps, dtype)

@@ -103,7 +103,7 @@ def test_the_scan_equals_the_equation_pixel_by_pixel(shape, backend):
     "way", range(4), ids=["row-major", "column-major", "row-major reversed", "column-major reversed"]
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_a_direction_passes_a_pixel_on_to_those_after_it_in_its_own_order_only(backend, way):
+def test_a_direction_passes_a_pixel_on_in_its_own_order_only(backend, way):
     """One bright pixel, B and C of one direction alone: y is bright exactly where that direction has still to go."""
     height, width = 3, 4
     u, dt, b, c, dt_weight, dt_bias, a_log, skip = (x.detach() for x in inputs((1, height, width, 8, 1, 4)))
@@ -121,14 +121,14 @@ def test_a_direction_passes_a_pixel_on_to_those_after_it_in_its_own_order_only(b
     assert torch.equal((y[0] != 0).any(-1), reached)
 
 
-def test_the_definitions_gradients_are_those_of_finite_differences():
+def test_gradients_of_the_definition_match_finite_differences():
     tensors = inputs((1, 2, 3, 2, 1, 2), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *x: scan(*x, backend="reference"), tensors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_backend_equals_the_definition_in_float64_forward_and_backward(shape, backend):
+def test_a_backend_equals_the_float64_definition_both_ways(shape, backend):
     tensors = inputs(shape)
     expected = outputs([x.double() for x in tensors], "reference")
     errors = worst(outputs(tensors, backend), expected)
@@ -152,7 +152,7 @@ def test_extreme_steps_and_decays_stay_exact_and_finite(bias, a_shift, backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype, backend):
+def test_half_precision_is_computed_in_float32_and_returned_half(dtype, backend):
     tensors = [
         x.detach().to(dtype) if n in ("u", "dt", "B", "C") else x
         for n, x in zip(NAMES, inputs((2, 5, 6, 16, 1, 16)), strict=True)
@@ -189,7 +189,7 @@ def test_the_result_is_bit_equal_on_any_number_of_threads(shape, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_calls_from_several_threads_at_once_do_not_disturb_each_other(backend):
+def test_concurrent_calls_from_threads_do_not_disturb_each_other(backend):
     cases = [inputs((3, 6, 7, 16, 1, 16), seed=seed) for seed in range(4)]
     expected, found = [outputs(case, backend) for case in cases], {}
     workers = [threading.Thread(target=lambda i=i: found.update({i: outputs(cases[i], backend)})) for i in range(4)]
@@ -212,7 +212,7 @@ def test_inputs_that_lie_anyhow_in_memory_give_the_same_result(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["u", "dt", "B", "C", "dt_bias", "A_log"])
-def test_a_nan_reaches_the_result_and_every_gradient_that_it_reaches_in_the_definition(name, backend):
+def test_a_nan_reaches_every_gradient_as_in_the_definition(name, backend):
     tensors = inputs((1, 5, 6, 8, 1, 4))
     with torch.no_grad():
         spoilt = tensors[NAMES.index(name)]
@@ -236,7 +236,7 @@ def test_the_operator_passes_torchs_own_checks(backend):
 
 @pytest.mark.parametrize("loss", ["sum", "weighted"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_order_gradients_of_a_compiled_backend_raise_and_first_order_ones_with_a_graph_do_not(backend, loss):
+def test_compiled_backends_raise_on_second_order_gradients(backend, loss):
     tensors = inputs((2, 5, 4, 8, 1, 16))
     y = scan(*tensors, backend=backend)
     total = y.sum() if loss == "sum" else (y * y).sum()
@@ -255,7 +255,7 @@ def test_the_definition_has_second_order_gradients():
     assert torch.autograd.gradgradcheck(lambda *x: scan(*x, backend="reference"), tensors)
 
 
-def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_with_the_reason():
+def test_an_unavailable_backend_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="'magic' does not exist; choose auto or one of reference, numba"):
         resolve_backend("magic")
     with pytest.raises(ValueError, match="'numba' cannot run on cuda: it is for the CPU"):
@@ -293,7 +293,7 @@ def test_auto_builds_cpp_on_the_cpu_and_says_so_once(fresh, caplog, tmp_path):
 
 
 @needs_a_compiler
-def test_what_was_built_is_used_again_and_other_code_options_or_instructions_are_not(fresh, tmp_path, monkeypatch):
+def test_a_build_is_reused_only_for_equal_code_and_options(fresh, tmp_path, monkeypatch):
     from medmamba.ops import cxx
 
     source = tmp_path / "one.cpp"
@@ -316,7 +316,7 @@ def test_what_was_built_is_used_again_and_other_code_options_or_instructions_are
     assert len(built()) == 3
 
 
-def test_a_compiler_that_fails_leaves_auto_the_next_and_the_named_backend_raises(fresh, tmp_path, monkeypatch, caplog):
+def test_a_failing_compiler_leaves_auto_the_next_backend(fresh, tmp_path, monkeypatch, caplog):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho no space left >&2\nexit 4\n")
     broken.chmod(0o755)
@@ -333,9 +333,7 @@ def test_a_compiler_that_fails_leaves_auto_the_next_and_the_named_backend_raises
     ("variable", "value", "reason"),
     [("CXX", "no-such-compiler -v", "CXX=no-such-compiler is not there"), ("PATH", "", "no C\\+\\+ compiler")],
 )
-def test_without_a_compiler_auto_takes_numba_and_the_named_backend_is_refused(
-    fresh, monkeypatch, variable, value, reason
-):
+def test_without_a_compiler_auto_takes_numba(fresh, monkeypatch, variable, value, reason):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(variable, value)
     assert resolve_backend("auto", "cpu") == "numba"

@@ -108,7 +108,7 @@ def test_extreme_steps_and_decays_stay_finite_and_exact(dtype, bias, a_shift, ba
     assert {name: error for name, error in compared.items() if not error <= tolerance} == {}
 
 
-def test_the_result_is_bit_equal_from_run_to_run_and_fresh_memory_does_not_matter(monkeypatch):
+def test_results_are_bit_equal_between_runs_in_fresh_memory(monkeypatch):
     tensors = on_gpu((3, 28, 28, 192, 6, 16), torch.bfloat16, aligned=True)
     weight = weight_for(tensors)
     first = outputs(tensors, "cuda", weight)
@@ -130,7 +130,7 @@ def test_segments_side_by_side_give_what_one_sequence_gives(monkeypatch):
     assert {n: e for n, e in worst(in_parts, {k: v.double() for k, v in whole.items()}).items() if e > 1e-5} == {}
 
 
-def test_second_order_gradients_raise_and_first_order_ones_with_a_graph_do_not(backend):
+def test_cuda_raises_on_second_order_gradients(backend):
     tensors = [x.requires_grad_() for x in on_gpu((2, 6, 7, 24, 1, 16), torch.float32)]
     gradients = torch.autograd.grad(scan(*tensors, backend=backend).sum(), tensors, create_graph=True)
     for gradient in gradients:
@@ -138,7 +138,7 @@ def test_second_order_gradients_raise_and_first_order_ones_with_a_graph_do_not(b
             gradient.pow(2).sum().backward(retain_graph=True)
 
 
-def test_it_can_be_captured_in_a_cuda_graph_forwards_and_backwards(backend):
+def test_it_can_be_captured_in_a_cuda_graph_both_ways(backend):
     tensors = [x.detach().requires_grad_() for x in on_gpu((2, 14, 14, 96, 3, 16), torch.bfloat16, aligned=True)]
     weight = weight_for(tensors).to(torch.bfloat16)
 
@@ -175,7 +175,7 @@ def test_the_operator_passes_torchs_own_checks(backend):
     torch.library.opcheck(operator, (*(x.detach().requires_grad_() for x in arguments), *extra), test_utils=tests)
 
 
-def test_the_network_compiles_without_a_graph_break_and_equals_the_reference_backend(backend):
+def test_the_network_compiles_whole_and_equals_reference(backend):
     torch.manual_seed(0)
     config = MedMambaConfig(variant="nano", num_classes=3)
     model, slow = (build_model(config, scan=name, device="cuda").eval() for name in (backend, "reference"))
@@ -187,7 +187,7 @@ def test_the_network_compiles_without_a_graph_break_and_equals_the_reference_bac
     assert (compiled - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
 
 
-def test_compiled_training_keeps_the_map_once_and_as_the_operator_reads_it():
+def test_compiled_training_keeps_the_map_once_in_operator_order():
     batch, height, width, dim = 2, 12, 20, 192
     config = MedMambaConfig(variant="nano", num_classes=3)
     first, second = (SSConvSSM(dim, config, drop_path=0.0, backend="cuda").cuda() for _ in range(2))

@@ -21,6 +21,7 @@ FILES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 MOST_MODULES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 16, 400, 60
+LONGEST_TEST_NAME = 60
 # One text that is read from top to bottom: the loops of a kernel, and the training loop.
 LONG_FILES = {"medmamba/ops/ss2d_scan/numba_kernels.py"}
 LONG_FUNCTIONS = {
@@ -166,7 +167,7 @@ def only_known_circles(found: list[list[str]], known: tuple[set[str], ...]) -> N
     assert gone == [], "no longer circles: take them out of the list"
 
 
-def test_no_modules_import_each_other_in_a_circle_inside_functions_either():
+def test_no_modules_import_in_a_circle_even_inside_functions():
     only_known_circles(circles(graph(lazy=True)), KNOWN_CIRCLES)
 
 
@@ -228,3 +229,13 @@ def test_no_function_is_too_long():
             if is_function and node.end_lineno - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION:
                 found.add(f"{path.relative_to(ROOT).as_posix()}: {node.name}")
     same(found - LONG_FUNCTIONS, KNOWN_LONG_FUNCTIONS)
+
+
+def test_no_name_of_a_test_is_too_long():
+    found = {
+        f"{path.relative_to(ROOT).as_posix()}: {node.name}"
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > LONGEST_TEST_NAME
+    }
+    assert sorted(found) == []

@@ -169,7 +169,7 @@ def test_every_command_is_one_that_the_command_line_takes(words, tmp_path):
 
 
 @pytest.mark.parametrize("command", OTHERS)
-def test_every_other_command_calls_a_known_program_on_paths_that_exist(command):
+def test_every_other_command_calls_a_known_program_and_paths(command):
     words = shlex.split(command)
     assert words[0] in PROGRAMS, command
     for word in words[1:]:
@@ -360,7 +360,7 @@ def test_the_results_agree_with_the_output_that_is_shown():
     assert "ends after 6 s" in README
 
 
-def test_the_shares_of_the_bench_are_those_of_the_figures_beside_them():
+def test_bench_shares_match_the_figures_next_to_them():
     ((trained, benched, share),) = re.findall(r"\| ([\d,]+) \| ([\d,]+) \(training reaches ([\d.]+) of it\)", README)
     trained, benched = (int(figure.replace(",", "")) for figure in (trained, benched))
     assert f"{trained / benched:.3f}" == share

@@ -27,7 +27,7 @@ def test_the_citation_has_the_form_that_github_reads():
     check("vendor.citation-file-format", ROOT / "CITATION.cff")
 
 
-def test_the_citation_names_the_version_and_the_licence_of_the_project():
+def test_the_citation_names_the_projects_version_and_license():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = parsed(ROOT / "CITATION.cff")
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
@@ -59,7 +59,7 @@ def test_the_workflows_call_make_targets_and_tests_that_exist(path):
                     assert (ROOT / word).exists(), line
 
 
-def test_the_versions_of_python_in_the_workflows_are_those_that_the_project_allows():
+def test_workflows_use_the_python_versions_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (least,) = (each for each in [project["requires-python"].removeprefix(">=")])
     versions = [
@@ -79,7 +79,7 @@ def test_the_types_of_each_package_are_shipped(package):
     assert "py.typed" in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
 
 
-def test_pre_commit_reads_its_configuration_and_ruff_is_the_pinned_one():
+def test_pre_commit_reads_its_configuration_with_pinned_ruff():
     config = parsed(ROOT / ".pre-commit-config.yaml")
     done = subprocess.run(
         [sys.executable, "-m", "pre_commit", "validate-config", str(ROOT / ".pre-commit-config.yaml")],

@@ -65,7 +65,7 @@ def test_importing_the_package_loads_no_ray_mlflow_or_deepspeed(package):
     assert loaded_by(f"import {package}", *CLUSTER_LIBRARIES, "pipelines") == []
 
 
-def test_no_module_of_data_shards_loads_torch_but_the_augmentation():
+def test_no_module_of_data_shards_but_augmentation_loads_torch():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in FILES
@@ -109,7 +109,7 @@ def test_the_registered_model_imports_neither_ray_nor_deepspeed():
         queue += [name for name in names if name.partition(".")[0] in PACKAGES]
 
 
-def test_the_command_line_loads_none_of_the_libraries_that_take_seconds():
+def test_the_command_line_loads_no_library_that_takes_seconds():
     slow = ("torch", "numba", "scipy", "sklearn", "pandas", "pyarrow", "boto3", *CLUSTER_LIBRARIES)
     assert loaded_by("import pipelines.cli", *slow) == []
 

@@ -25,7 +25,7 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_the_top_level_holds_only_the_packages_and_what_tools_demand():
+def test_the_top_level_holds_only_packages_and_tool_files():
     top = {path.relative_to(ROOT).parts[0] for path in tracked()}
     assert {name for name in top if not name.startswith(".")} <= ALLOWED
 

@@ -16,6 +16,7 @@ import shutil
 import stat
 import struct
 import unicodedata
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -61,7 +62,9 @@ class ZipReader(ArchiveReader):
 
     @functools.cached_property
     def _file(self) -> io.FileIO:
-        return self.path.open("rb", buffering=0)
+        file = self.path.open("rb", buffering=0)
+        weakref.finalize(self, file.close)
+        return file
 
     def read(self, name: str, place: _Member | Broken) -> bytes:
         """The complete file. OSError if it fails its checksum."""

@@ -57,7 +57,7 @@ def test_one_and_two_processes_write_the_same_bytes(tmp_path):
     assert facts_two["digest"] == facts["digest"]
 
 
-def test_the_same_images_at_another_address_under_another_name_give_the_same_bytes(tmp_path):
+def test_equal_images_under_another_name_give_equal_bytes(tmp_path):
     one, two = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
     convert(npz_config(tmp_path / "here"), one)
     convert(npz_config(tmp_path / "there", name="again"), two)
@@ -72,7 +72,7 @@ def test_a_second_run_makes_nothing(tmp_path):
     assert second == {**first, "made": 0, "kept": first["num_shards"]}
 
 
-def test_progress_counts_the_images_looked_at_and_then_the_shards(tmp_path):
+def test_progress_counts_scanned_images_and_then_shards(tmp_path):
     config, seen = npz_config(tmp_path), []
     facts = convert(config, open_store(str(tmp_path / "out")), progress=lambda *told: seen.append(told))
     images, shards = ([told[:2] for told in seen if told[2] == unit] for unit in ("images", "shards"))
@@ -80,7 +80,7 @@ def test_progress_counts_the_images_looked_at_and_then_the_shards(tmp_path):
     assert shards == [(done, facts["num_shards"]) for done in range(facts["num_shards"] + 1)]
 
 
-def test_killed_halfway_and_run_again_it_keeps_what_is_finished_and_the_bytes_are_the_same(tmp_path):
+def test_killed_halfway_it_keeps_finished_shards_and_bytes(tmp_path):
     config, whole, killed = npz_config(tmp_path), open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
     convert(config, whole)
     (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -104,7 +104,7 @@ def test_killed_halfway_and_run_again_it_keeps_what_is_finished_and_the_bytes_ar
     assert contents(killed) == contents(whole)
 
 
-def test_other_settings_under_the_same_name_are_an_error_that_names_each_of_them(tmp_path):
+def test_other_settings_under_a_name_are_an_error_naming_each(tmp_path):
     config, store = npz_config(tmp_path), open_store(str(tmp_path / "out"))
     convert(config, store)
     before = contents(store)
@@ -118,7 +118,7 @@ def no_tasks(task, items):
     raise AssertionError("something is converted again")
 
 
-def test_a_finished_set_whose_source_moved_is_the_same_and_nothing_is_converted_again(tmp_path):
+def test_a_finished_set_that_moved_is_not_converted_again(tmp_path):
     config, store = folder_config(tmp_path / "set", bad=0), open_store(str(tmp_path / "out"))
     first, before = convert(config, store), contents(store)
     (tmp_path / "set").rename(tmp_path / "moved")
@@ -157,7 +157,7 @@ def test_another_image_set_is_not_taken_for_one_that_moved(change, message, tmp_
     ],
     ids=["classes", "labels", "splits"],
 )
-def test_a_table_that_says_something_else_is_not_the_set_that_moved(old, new, message, tmp_path):
+def test_a_different_table_is_not_the_set_that_moved(old, new, message, tmp_path):
     (tmp_path / "set").mkdir()
     lines = []
     for i in range(40):
@@ -177,7 +177,7 @@ def test_a_table_that_says_something_else_is_not_the_set_that_moved(old, new, me
         convert(moved, store, run_tasks=no_tasks)
 
 
-def test_images_that_were_added_since_do_not_make_it_another_image_set(tmp_path):
+def test_images_added_since_do_not_make_another_image_set(tmp_path):
     config, store = folder_config(tmp_path / "set", bad=0), open_store(str(tmp_path / "out"))
     first = convert(config, store)
     (tmp_path / "set").rename(tmp_path / "moved")
@@ -186,7 +186,7 @@ def test_images_that_were_added_since_do_not_make_it_another_image_set(tmp_path)
     assert convert(moved, store, run_tasks=no_tasks)["digest"] == first["digest"]
 
 
-def test_a_setting_that_came_later_is_no_drift_while_it_is_at_its_default(tmp_path):
+def test_a_newer_setting_at_its_default_is_not_drift(tmp_path):
     config, store = npz_config(tmp_path), open_store(str(tmp_path / "out"))
     first = convert(config, store)
     settings = json.loads(store.get("config.json"))
@@ -229,14 +229,14 @@ def folder_config(folder: Path, *, bad: int, **changes) -> DataConfig:
     return DataConfig(dataset="own", layout="folders", source=str(folder), **changes)
 
 
-def test_too_many_undecodable_images_fail_and_nothing_says_the_dataset_is_whole(tmp_path):
+def test_too_many_undecodable_images_fail_without_a_manifest(tmp_path):
     config, store = folder_config(tmp_path / "set", bad=2), open_store(str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"2 of 60 images \(3\.3%\).*left/0 \(1\)\.png.*max-quarantine"):
         convert(config, store)
     assert store.head(MANIFEST) is None
 
 
-def test_few_undecodable_images_are_counted_and_the_whole_shards_are_kept_when_the_tolerance_is_raised(tmp_path):
+def test_raising_the_tolerance_keeps_the_complete_shards(tmp_path):
     config = folder_config(tmp_path / "set", bad=2, samples_per_shard=10)
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="max_quarantine"):
@@ -252,7 +252,7 @@ def test_few_undecodable_images_are_counted_and_the_whole_shards_are_kept_when_t
         convert(config, store)
 
 
-def test_what_is_quarantined_is_told_by_file_name_and_no_name_goes_into_the_store(tmp_path, caplog):
+def test_quarantined_files_are_named_but_not_in_the_store(tmp_path, caplog):
     config = folder_config(tmp_path / "set", bad=1, max_quarantine=0.05)
     (tmp_path / "set/right/7 (1).png").unlink()
     (tmp_path / "set/right/7 (1).png").symlink_to(tmp_path / "nowhere")
@@ -263,14 +263,14 @@ def test_what_is_quarantined_is_told_by_file_name_and_no_name_goes_into_the_stor
     assert not any(b"7 (1).png" in store.get(key) for key in store.list())
 
 
-def test_too_many_undecodable_images_are_counted_and_the_command_that_lists_all_is_named(tmp_path):
+def test_too_many_undecodable_images_name_the_listing_command(tmp_path):
     config, store = folder_config(tmp_path / "set", bad=7), open_store(str(tmp_path / "store/datasets/own/default"))
     command = f"medmamba shards quarantine own/default --names --store {tmp_path / 'store'}"
     with pytest.raises(ValueError, match=re.escape(f"and 4 more; `{command}` lists all of them")):
         convert(config, store)
 
 
-def test_a_class_none_of_whose_images_of_a_split_can_be_decoded_is_named_with_files_and_reasons(tmp_path):
+def test_a_class_without_decodable_images_is_named_with_reasons(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     lines = ["file,label,split"]
@@ -285,7 +285,7 @@ def test_a_class_none_of_whose_images_of_a_split_can_be_decoded_is_named_with_fi
         convert(config, open_store(str(tmp_path / "out")))
 
 
-def test_a_relative_source_is_found_by_a_task_that_runs_in_another_folder(tmp_path, monkeypatch):
+def test_a_relative_source_is_found_by_a_task_in_another_folder(tmp_path, monkeypatch):
     config = folder_config(tmp_path / "set", bad=0)
     here, there = open_store(str(tmp_path / "here")), open_store(str(tmp_path / "there"))
     monkeypatch.chdir(tmp_path)
@@ -299,7 +299,7 @@ def test_a_relative_source_is_found_by_a_task_that_runs_in_another_folder(tmp_pa
     assert json.loads(there.get("config.json"))["source"] == "set"
 
 
-def test_grey_and_rgb_images_in_one_set_make_a_dataset_of_three_channels(tmp_path):
+def test_gray_and_rgb_images_together_make_three_channels(tmp_path):
     config, store = folder_config(tmp_path / "set", bad=0), open_store(str(tmp_path / "out"))
     (tmp_path / "set" / "right" / "colour.png").write_bytes(coded(pixels(7, channels=3)))
     convert(config, store)
@@ -371,7 +371,7 @@ def test_a_set_of_one_class_is_refused(tmp_path):
         convert(config, open_store(str(tmp_path / "out")))
 
 
-def test_a_conversion_of_other_settings_that_began_meanwhile_is_told_and_no_manifest_is_written(tmp_path):
+def test_another_concurrent_conversion_prevents_a_manifest(tmp_path):
     store = open_store(str(tmp_path / "out"))
 
     def meanwhile(task, items):
@@ -383,7 +383,7 @@ def test_a_conversion_of_other_settings_that_began_meanwhile_is_told_and_no_mani
     assert store.head("manifest.json") is None
 
 
-def test_what_a_killed_driver_looked_at_the_store_with_is_removed_once_it_is_old(tmp_path):
+def test_old_probe_files_of_a_killed_driver_are_removed(tmp_path):
     store = open_store(str(tmp_path / "out"))
     for key, age_s in ((".probe-old", 7 * 3600), (".probe-young", 0)):
         store.put(key, b"x")

@@ -642,7 +642,7 @@ def test_what_decides_no_byte_moves_no_digest(settings):
     assert config_digest(DataConfig.model_validate(settings))[:DIGITS] == SETTINGS["none"][1]
 
 
-def test_a_dataset_with_the_settings_file_of_earlier_code_is_found_again(sets, tmp_path):
+def test_a_dataset_with_earlier_settings_files_is_found(sets, tmp_path):
     folder = made(OLD, sets, tmp_path)
     old = {**OLD_SETTINGS, "source": str(sets / "table")}
     (folder / "config.json").write_text(json.dumps(old))

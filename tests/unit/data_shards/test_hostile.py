@@ -139,7 +139,7 @@ MANIFEST_FIELDS = {
 
 
 @pytest.mark.parametrize(("place", "value"), [(place, v) for place, values in MANIFEST_FIELDS.items() for v in values])
-def test_a_manifest_field_that_cannot_be_is_refused_with_its_place_value_and_remedy(store, place, value):
+def test_an_impossible_manifest_field_is_refused_with_a_remedy(store, place, value):
     edit(store, MANIFEST, place, value)
     began = time.monotonic()
     with pytest.raises(ManifestError) as refused:
@@ -176,7 +176,7 @@ def test_a_manifest_field_that_cannot_be_is_refused_with_its_place_value_and_rem
         ({"labels": []}, "labels of sample 0 are not one"),
     ],
 )
-def test_an_index_row_that_cannot_be_is_refused_although_its_digest_is_right(store, columns, rule):
+def test_an_impossible_index_row_is_refused_despite_its_digest(store, columns, rule):
     with_index(store, **columns)
     with pytest.raises(ManifestError, match=r"is not an index of format 1") as refused:
         open_dataset(store)
@@ -184,7 +184,7 @@ def test_an_index_row_that_cannot_be_is_refused_although_its_digest_is_right(sto
 
 
 @pytest.mark.parametrize("label", [-1, 3, 2**31 - 1])
-def test_a_label_that_is_no_class_is_refused_without_counting_up_to_it(store, label):
+def test_a_label_beyond_the_classes_is_refused_without_counting(store, label):
     with_index(store, labels=[label])
     with pytest.raises(ManifestError, match="and its index have different sample counts"):
         open_dataset(store)
@@ -197,7 +197,7 @@ def test_a_key_twice_is_refused(store):
         open_dataset(store)
 
 
-def test_an_index_that_unpacks_to_far_more_than_its_bytes_is_not_unpacked(store):
+def test_an_index_unpacking_far_beyond_its_size_is_refused(store):
     num = 1_000_000
     table = pa.table({field.name: repeated(field, num) for field in open_schema()}, schema=open_schema())
     data = index_bytes(table)
@@ -218,7 +218,7 @@ def repeated(field, num):
     )
 
 
-def test_a_shard_of_another_size_is_refused_before_its_bytes_are_read(store):
+def test_a_shard_of_another_size_is_refused_before_it_is_read(store):
     key = tar_key("train-00000")
     with (store.folder / key).open("r+b") as file:
         file.truncate(1 << 40)  # sparse: takes nothing on the disk, and hours to read
@@ -228,7 +228,7 @@ def test_a_shard_of_another_size_is_refused_before_its_bytes_are_read(store):
     assert time.monotonic() - began < 5
 
 
-def test_copies_of_others_do_not_give_way_to_a_shard_that_would_never_fit(tmp_path, monkeypatch):
+def test_others_copies_stay_if_a_shard_would_never_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache, others = NodeCache(limit_bytes=1000), b"x" * 900
     entry = shard_entry("train-00000", others)
@@ -282,7 +282,7 @@ def test_fingerprints_that_cannot_be_are_refused(store, column, values):
 
 
 @pytest.mark.parametrize("settings", [b"[]", b"7", b"null", b"\xff\xfe", b"{", b"[" * 100_000])
-def test_settings_beside_a_dataset_that_are_none_cost_only_the_explanation(tmp_path, settings):
+def test_unreadable_settings_next_to_a_dataset_cost_no_more(tmp_path, settings):
     config, store = npz_config(tmp_path, num={"train": 9, "val": 3, "test": 6}), open_store(str(tmp_path / "out"))
     digest = convert(config, store)["digest"]
     store.put("config.json", settings)
@@ -404,6 +404,6 @@ def huge_jpeg() -> bytes:
 
 @pytest.mark.parametrize("image", [huge_png(), huge_jpeg()], ids=["png", "jpeg"])
 @pytest.mark.parametrize("box", [None, (0, 0, 60_000, 60_000)], ids=["stretched", "cropped"])
-def test_an_image_in_a_shard_that_claims_more_pixels_than_can_be_stored_is_not_decoded(image, box):
+def test_an_image_claiming_impossible_pixels_is_not_decoded(image, box):
     with pytest.raises(ValueError, match="60000 x 60000 pixels"):
         stretched(image, 32, 32, 1) if box is None else cropped(image, box, 32, 32, 1)

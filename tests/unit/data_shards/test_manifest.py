@@ -35,7 +35,7 @@ def test_the_manifest_says_what_the_dataset_is(store):
     assert store.uri not in store.get(MANIFEST).decode()
 
 
-def test_the_index_holds_the_samples_of_a_split_in_the_order_of_their_shards(store):
+def test_the_index_lists_a_splits_samples_in_shard_order(store):
     dataset = open_dataset(store)
     index = dataset.index("train")
     assert len(index) == len(set(index.key.tolist())) == 50
@@ -93,7 +93,7 @@ def test_a_damaged_index_is_refused(store, damage):
         open_dataset(store)
 
 
-def test_a_group_in_two_splits_is_refused_also_when_index_and_manifest_agree(store):
+def test_a_group_in_two_splits_is_refused_even_if_digests_agree(store):
     table = open_dataset(store).table
     groups, splits = table["group"].to_pylist(), table["split"].to_pylist()
     groups[splits.index("test")] = groups[splits.index("train")]
@@ -111,7 +111,7 @@ def test_the_same_index_gives_the_same_bytes(store):
 
 
 @pytest.mark.parametrize("change", ["torn", "other columns", "other types", "no list of labels"])
-def test_an_index_that_is_none_is_refused_also_when_its_digest_is_that_of_the_manifest(store, change):
+def test_a_file_that_is_not_an_index_is_refused_by_itself(store, change):
     data = store.get(INDEX)
     table = open_dataset(store).table
     if change == "torn":
@@ -129,7 +129,7 @@ def test_an_index_that_is_none_is_refused_also_when_its_digest_is_that_of_the_ma
 
 
 @pytest.mark.parametrize("changes", [{"shards": []}, {"classes": ["a", "b"]}, {"classes": ["a", "b", "c", "d"]}])
-def test_a_manifest_of_other_shards_or_classes_than_its_index_is_refused(store, changes):
+def test_a_manifest_with_other_shards_than_its_index_is_refused(store, changes):
     edit(store, **changes)
     with pytest.raises(ManifestError, match="and its index have different sample counts"):
         open_dataset(store)

@@ -45,7 +45,7 @@ def test_frames_of_dicom_files_are_found_by_file_and_frame(tmp_path):
     assert places.unlisted == 0
 
 
-def test_where_the_source_is_read_differently_now_files_and_frames_are_found_by_the_ends_of_their_paths(tmp_path):
+def test_files_and_frames_are_found_by_the_ends_of_their_paths(tmp_path):
     config, out = write_dicom_folders(tmp_path / "set"), open_store(str(tmp_path / "datasets/own/default"))
     convert(config, out)
     expected = set(key_map(config))
@@ -92,7 +92,7 @@ def test_objects_below_a_prefix_are_found_by_their_address(tmp_path, s3):
     assert len(places.of) == 24
 
 
-def test_the_settings_on_record_are_those_of_the_conversion_but_for_the_salt(tmp_path):
+def test_recorded_settings_are_the_conversions_without_the_salt(tmp_path):
     config = write_folders(tmp_path / "set").model_copy(
         update={
             "salt": "pepper",
@@ -108,7 +108,7 @@ def test_the_settings_on_record_are_those_of_the_conversion_but_for_the_salt(tmp
     assert len(digest) == 12
 
 
-def test_a_setting_of_a_later_release_does_not_keep_names_from_being_found(tmp_path):
+def test_a_later_releases_setting_does_not_hide_names(tmp_path):
     config, out = write_folders(tmp_path / "set"), open_store(str(tmp_path / "datasets/own/default"))
     convert(config, out)
     settings = out.get("config.json").replace(b'"seed"', b'"unheard_of": 1, "some.part": 2, "dicom.new": 3, "seed"')

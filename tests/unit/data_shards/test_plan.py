@@ -74,7 +74,7 @@ def test_one_image_listed_twice_is_an_error_that_names_it():
         plan_shards([row, row], ["train", "val"], CONFIG)
 
 
-def test_the_digest_of_the_settings_ignores_name_source_and_tolerance_only():
+def test_the_settings_digest_ignores_name_source_and_tolerance():
     same = CONFIG.model_copy(update={"name": "other", "source": "/elsewhere", "max_quarantine": 0.5})
     assert config_digest(same) == config_digest(CONFIG)
     for change in ({"salt": "x"}, {"samples_per_shard": 5}, {"max_side": 100}, {"seed": 3}, {"dataset": "y"}):
@@ -87,7 +87,7 @@ def test_a_shard_of_another_source_is_another_shard():
     assert shard_digest(plan, CONFIG) != shard_digest(plan, CONFIG.model_copy(update={"source": "/elsewhere"}))
 
 
-def test_settings_at_their_default_are_no_part_of_the_digest_so_that_new_ones_move_no_version():
+def test_defaults_are_not_in_the_digest_so_new_ones_move_nothing():
     assert config_digest(DataConfig(samples_per_shard=10_000)) == config_digest(DataConfig())
     assert config_digest(DataConfig()) == digest_of([2, {}])
 

@@ -26,7 +26,7 @@ def written(tmp_path):
     return images, store, plan, part, store.get(tar_key(plan.name))
 
 
-def test_offset_and_size_of_each_sample_cut_its_image_out_of_the_tar(written):
+def test_offset_and_size_cut_each_image_out_of_the_tar(written):
     images, _, plan, part, tar = written
     for planned, sample in zip(plan.rows, part.samples, strict=True):
         image = np.asarray(Image.open(io.BytesIO(tar[sample.offset : sample.offset + sample.size])))
@@ -38,6 +38,7 @@ def test_offset_and_size_of_each_sample_cut_its_image_out_of_the_tar(written):
         assert np.array_equal(image, original)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # webdataset leaves the shard open
 def test_a_stock_webdataset_reads_the_shard(written):
     import webdataset
 
@@ -74,7 +75,7 @@ def test_the_bytes_are_those_of_webdatasets_own_writer(written):
     assert buffer.getvalue() == tar
 
 
-def test_nothing_of_the_sources_names_is_in_the_shard_or_its_part(written):
+def test_no_source_name_is_in_the_shard_or_its_part(written):
     _, store, plan, _, tar = written
     for text in (tar, store.get(part_key(plan.name))):
         assert not any(word in text for word in (b"folder", b"image (", b"patient", b"somewhere"))
@@ -85,7 +86,7 @@ def test_the_part_tells_size_and_digest_of_the_tar(written):
     assert (part.bytes, part.sha256) == (len(tar), hashlib.sha256(tar).hexdigest())
 
 
-def test_a_finished_shard_is_found_and_one_of_another_plan_or_size_is_not(written):
+def test_only_a_finished_shard_of_this_plan_and_size_is_found(written):
     images, store, plan, part, tar = written
     task = ShardTask(images, plan, CONFIG, images.task, store)
     assert find_shard(task) == part
@@ -97,7 +98,7 @@ def test_a_finished_shard_is_found_and_one_of_another_plan_or_size_is_not(writte
     assert find_shard(task) is None
 
 
-def test_an_undecodable_image_goes_into_quarantine_with_its_reason_and_the_others_stay(tmp_path):
+def test_an_undecodable_image_is_quarantined_and_others_stay(tmp_path):
     images, store = in_memory_set(), open_store(str(tmp_path))
     bad = images.rows[4].where
     images.images[bad] = coded(pixels(4))[:40]
@@ -110,7 +111,7 @@ def test_an_undecodable_image_goes_into_quarantine_with_its_reason_and_the_other
     assert len(list(read_samples(store.get(tar_key(plan.name))))) == len(images.rows) - 1
 
 
-def test_a_multilabel_shard_has_lists_of_labels_and_no_single_class(tmp_path):
+def test_a_multilabel_shard_has_label_lists_and_no_class(tmp_path):
     images, store = in_memory_set(3), open_store(str(tmp_path))
     images.task = "multilabel"
     labels = [(0, 1), (), (1,)]

@@ -83,7 +83,7 @@ def test_given_splits_are_kept():
     assert drawn(rows, 2) == [row.split for row in rows]
 
 
-def test_where_only_train_and_test_are_given_val_is_drawn_by_group_out_of_train():
+def test_with_only_train_and_test_val_is_drawn_by_group():
     rows = [replace(row, split="test" if int(row.group.split()[1]) % 3 == 0 else "train") for row in patients(600)]
     splits = drawn(rows)
     assert [s == "test" for s in splits] == [row.split == "test" for row in rows]

@@ -123,7 +123,7 @@ def test_a_dataset_without_one_of_its_tables_is_told(store, key):
     assert key in problem
 
 
-def test_a_contact_sheet_shows_each_class_and_reads_only_what_it_shows(store):
+def test_a_contact_sheet_shows_each_class_and_reads_no_more(store):
     dataset = open_dataset(store)
     rows = list(chosen(dataset, "train", per_class=3))
     assert [(name, len(images)) for name, images in rows] == [("0", 3), ("1", 3), ("2", 3)]

@@ -26,7 +26,7 @@ def test_it_is_valid_by_the_compose_specification(compose):
     jsonschema.validate(compose, json.loads(vendored.read_text()))
 
 
-def test_the_services_are_ray_mlflow_with_postgres_and_an_s3_server(compose):
+def test_the_services_are_ray_mlflow_postgres_and_s3(compose):
     assert set(compose["services"]) == {"ray-head", "mlflow", "postgres", "s3", "bucket"}
     for service in compose["services"].values():
         assert set(service.get("depends_on", {})) <= set(compose["services"])
@@ -48,7 +48,7 @@ def test_our_image_is_built_from_this_repository(compose):
     assert pinned("ray")  # the image installs by the constraints, so head and client agree
 
 
-def test_secrets_come_from_the_environment_file_and_a_missing_one_stops_the_start(compose):
+def test_secrets_come_from_the_env_file_and_must_be_there(compose):
     named = set()
     for service in compose["services"].values():
         for name, value in service.get("environment", {}).items():
@@ -74,7 +74,7 @@ def test_every_port_is_bound_to_the_loopback(compose):
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
-def test_what_runs_long_has_a_health_check_and_others_wait_for_it(compose):
+def test_long_running_services_have_health_checks_to_wait_for(compose):
     services = compose["services"]
     for name in set(services) - {"bucket"}:
         assert services[name]["healthcheck"]["test"][0] == "CMD"
@@ -83,7 +83,7 @@ def test_what_runs_long_has_a_health_check_and_others_wait_for_it(compose):
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, on import
-def test_every_option_of_ray_and_mlflow_exists_in_the_pinned_versions(compose):
+def test_every_option_of_ray_and_mlflow_exists_as_pinned(compose):
     from mlflow.cli import server
     from ray.scripts.scripts import cli as ray
 

@@ -20,7 +20,7 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
 
 
-def test_the_base_image_is_pinned_to_a_python_that_the_project_supports():
+def test_the_base_image_is_pinned_to_a_supported_python():
     arguments = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")
     major, minor, patch = arguments["PYTHON_VERSION"].split(".")
     assert (int(major), int(minor)) >= (3, 11)
@@ -54,7 +54,7 @@ def test_it_does_not_run_as_root_and_holds_no_secret():
             assert not any(SECRET_NAME.search(name) for name in re.findall(r"([A-Za-z_]+)=", rest)), rest
 
 
-def test_an_unknown_flavour_fails_in_the_first_step_and_names_the_known_ones():
+def test_an_unknown_flavor_fails_first_and_names_the_known():
     script = (
         next(rest for word, rest in instructions() if word == "RUN")
         .replace("apt-get", "true")

@@ -83,7 +83,7 @@ def test_every_pod_is_a_valid_pod_of_kubernetes(name):
 
 
 @each_cluster
-def test_every_container_has_requests_and_limits_and_takes_settings_by_reference(name):
+def test_containers_have_limits_and_take_settings_by_reference(name):
     for pod in pods(cluster_specs()[name]):
         for container in pod["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
@@ -94,7 +94,7 @@ def test_every_container_has_requests_and_limits_and_takes_settings_by_reference
 
 
 @each_cluster
-def test_the_token_is_on_and_no_pod_restarts_beneath_the_autoscaler(name):
+def test_the_token_is_on_and_the_autoscaler_is_not_bypassed(name):
     spec = cluster_specs()[name]
     assert spec["authOptions"]["mode"] == "token"
     assert spec["autoscalerOptions"]["version"] == "v2"
@@ -116,7 +116,7 @@ def test_the_job_runs_a_real_command_of_the_shipped_packages():
 
 
 @each_cluster
-def test_what_a_placement_needs_is_there_before_the_first_task_and_stays(name):
+def test_what_a_placement_needs_exists_before_the_first_task(name):
     spec = cluster_specs()[name]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     (training,) = (group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu")

@@ -10,7 +10,7 @@ from medmamba.model import build_model
 
 
 @pytest.mark.parametrize("side", [32, 44])
-def test_multiply_accumulates_are_those_that_torch_counts_and_the_state_updates(side):
+def test_multiply_accumulates_match_torch_plus_state_updates(side):
     config = MedMambaConfig(variant="nano", num_classes=6)
     model = build_model(config, scan="reference").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counted:

@@ -60,7 +60,7 @@ def test_classes_in_another_order_keep_their_own_row_of_the_head():
     ],
     ids=["fewer", "one other", "more", "no names though as many", "another task"],
 )
-def test_a_head_of_other_or_unknown_classes_is_new_and_all_else_is_taken(card, classes, task, reason):
+def test_only_a_head_of_other_classes_is_new(card, classes, task, reason):
     head = choose_head(card, classes, task)
     assert head.is_new
     assert reason in head.reason
@@ -71,7 +71,7 @@ def test_a_head_of_other_or_unknown_classes_is_new_and_all_else_is_taken(card, c
     assert all(torch.equal(found[name], value) for name, value in old.state_dict().items() if name not in HEAD)
 
 
-def test_weights_of_another_network_are_refused_where_they_are_loaded():
+def test_weights_of_another_network_are_refused_on_loading():
     with pytest.raises(CheckpointError, match="here: a checkpoint of another architecture"):
         start_from(
             network(0), network(0, depths=(1, 2)).state_dict(), choose_head({}, ["a"], "multiclass"), where="here"
@@ -95,7 +95,7 @@ def test_another_network_is_told_with_the_options_that_give_it(weights, wanted, 
     assert told in network_difference(weights, wanted)
 
 
-def test_drop_path_and_the_number_of_classes_make_no_other_network():
+def test_drop_path_and_class_count_make_no_other_network():
     weights = MedMambaConfig(variant="T", num_classes=1000, drop_path=0.3)
     sizes = {"dims": (96, 192, 384, 768), "depths": (2, 2, 4, 2)}
     assert network_difference(weights, MedMambaConfig(variant="T")) == ""
@@ -127,7 +127,7 @@ def test_the_hint_for_a_misspelled_pattern_is_one_that_matches():
     assert all(check_frozen(names, [hint]) for hint in hints)
 
 
-def test_what_is_frozen_gets_no_gradient_and_its_batchnorms_keep_their_statistics_in_training():
+def test_frozen_parts_get_no_gradient_and_keep_their_statistics():
     model = network(0)
     before = list(model.state_dict())
     freeze(model, ["patch_embed.*", "layers.0.*"])
@@ -147,7 +147,7 @@ def test_what_is_frozen_gets_no_gradient_and_its_batchnorms_keep_their_statistic
     assert not any(norm.training for norm in norms)
 
 
-def test_a_batchnorm_of_which_only_one_parameter_is_frozen_still_follows_the_data():
+def test_a_partly_frozen_batchnorm_still_follows_the_data():
     model = network(0)
     freeze(model, ["*.conv33conv33conv11.0.weight"])
     assert not any(isinstance(m, FrozenNorm) for m in model.modules())

@@ -33,7 +33,7 @@ def test_multilabel_uses_binary_cross_entropy(batch):
     torch.testing.assert_close(doubled, 2 * expected)
 
 
-def test_a_weighted_loss_of_two_half_batches_averages_to_that_of_the_whole(batch):
+def test_a_weighted_loss_averages_over_half_batches(batch):
     logits, classes, labels = batch
     order = torch.argsort(classes)  # the halves then differ in their classes
     logits, labels, weights = logits[order], labels[order], torch.tensor([0.5, 1.0, 4.0])

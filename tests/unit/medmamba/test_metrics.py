@@ -24,7 +24,7 @@ def drawn(num_classes: int, *, task: str = "multiclass", n: int = 200, seed: int
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
-def test_the_figures_of_exclusive_classes_are_those_of_scikit_learn(num_classes):
+def test_exclusive_class_figures_are_those_of_scikit_learn(num_classes):
     scores, labels = drawn(num_classes)
     truth, guess = labels.argmax(1), scores.argmax(1)
     got = evaluate(scores, labels, "multiclass")
@@ -38,7 +38,7 @@ def test_the_figures_of_exclusive_classes_are_those_of_scikit_learn(num_classes)
     assert got["specificity"] == pytest.approx(np.mean(rest[:, 0, 0] / rest[:, 0].sum(1)), abs=1e-12)
 
 
-def test_the_figures_of_a_multilabel_task_are_those_of_scikit_learn():
+def test_multilabel_figures_are_those_of_scikit_learn():
     scores, labels = drawn(4, task="multilabel")
     got = evaluate(scores, labels, "multilabel")
     assert got["auc"] == pytest.approx(sk.roc_auc_score(labels, scores, average="macro"), abs=1e-12)
@@ -46,7 +46,7 @@ def test_the_figures_of_a_multilabel_task_are_those_of_scikit_learn():
     assert got["f1"] == pytest.approx(sk.f1_score(labels, scores >= 0.5, average="macro"), abs=1e-12)
 
 
-def test_an_ordinal_task_adds_the_distance_between_grades_and_the_quadratic_kappa():
+def test_an_ordinal_task_adds_grade_distance_and_quadratic_kappa():
     scores, labels = drawn(5)
     truth, guess = labels.argmax(1), scores.argmax(1)
     got = evaluate(scores, labels, "ordinal")
@@ -95,7 +95,7 @@ def test_one_sample_dropped_or_doubled_moves_the_figures():
     assert evaluate(np.vstack([scores, scores[:1]]), np.vstack([labels, labels[:1]]), "multiclass") != full
 
 
-def test_an_interval_holds_the_figure_and_is_wider_when_a_patients_images_go_together():
+def test_an_interval_holds_its_figure_and_is_wider_by_patient():
     scores, labels = drawn(3, n=60, seed=1)
     scores, labels = np.repeat(scores, 5, axis=0), np.repeat(labels, 5, axis=0)
     patients = [str(i // 5) for i in range(len(labels))]
@@ -121,7 +121,7 @@ def test_an_interval_from_too_few_groups_is_refused():
         bootstrap_interval(labels * 0.5, labels, macro_auc, num_resamples=50)
 
 
-def test_the_yardstick_finds_what_is_linear_and_misses_what_is_not():
+def test_the_linear_baseline_finds_only_what_is_linear():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(600, 4, 4))
     linear, parity = (x[:, 0, 0] > 0).astype(int), ((x[:, 0, 0] > 0) ^ (x[:, 1, 1] > 0)).astype(int)
@@ -131,7 +131,7 @@ def test_the_yardstick_finds_what_is_linear_and_misses_what_is_not():
         assert low <= macro_auc(scores, np.eye(2)[target[400:]]) <= high
 
 
-def test_the_yardstick_fits_one_regression_per_label_of_a_multilabel_task():
+def test_the_linear_baseline_fits_each_label_of_multilabel():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 6))
     labels = (x[:, :3] > 0.2).astype(int)
@@ -149,7 +149,7 @@ def test_the_metrics_load_no_torch():
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True)
 
 
-def test_baselines_are_fitted_with_few_threads_and_leave_the_others_theirs():
+def test_baselines_use_few_threads_and_leave_others_alone():
     from threading import Event, Thread
 
     from threadpoolctl import threadpool_info, threadpool_limits

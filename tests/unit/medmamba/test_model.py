@@ -27,14 +27,14 @@ def num_parameters(model):
         ("nano", 2, 496_502),
     ],
 )
-def test_a_variant_has_exactly_the_published_number_of_parameters(variant, num_classes, expected):
+def test_a_variant_has_the_published_number_of_parameters(variant, num_classes, expected):
     with torch.device("meta"):
         model = build_model(MedMambaConfig(variant=variant, num_classes=num_classes), device="meta")
     assert num_parameters(model) == expected
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 33), (57, 57), (40, 33), (64, 36)])
-def test_any_height_and_width_from_32_on_give_scores_and_gradients(height, width):
+def test_any_size_from_32_on_gives_scores_and_gradients(height, width):
     torch.manual_seed(0)
     model = build_model(MedMambaConfig(num_classes=2))
     scores = model(torch.randn(2, 3, height, width))
@@ -46,7 +46,7 @@ def test_any_height_and_width_from_32_on_give_scores_and_gradients(height, width
 @pytest.mark.parametrize(
     "shape", [(1, 3, 31, 64), (1, 3, 64, 31), (1, 1, 64, 64), (3, 64, 64)], ids=lambda s: "x".join(map(str, s))
 )
-def test_images_too_small_or_not_of_three_channels_are_refused_with_the_rule(shape):
+def test_too_small_or_not_rgb_images_are_refused_with_the_rule(shape):
     with pytest.raises(ValueError, match=f"H and W >= {MIN_SIDE}"):
         build_model(MedMambaConfig(num_classes=2))(torch.zeros(shape))
 
@@ -113,7 +113,7 @@ def test_the_scan_branch_equals_four_scans_of_copied_sequences(backend):
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_patch_merging_takes_the_cells_pixels_column_by_column_and_drops_an_odd_row():
+def test_patch_merging_goes_by_column_and_drops_an_odd_row():
     merging = PatchMerging(1).eval()
     merging.norm = torch.nn.Identity()
     torch.nn.init.eye_(merging.reduction.weight)
@@ -121,7 +121,7 @@ def test_patch_merging_takes_the_cells_pixels_column_by_column_and_drops_an_odd_
     assert merging(pixels, (3, 4))[0].tolist() == [[0, 4], [2, 6]]
 
 
-def test_drop_path_grows_linearly_over_depth_to_the_configs_value():
+def test_drop_path_grows_linearly_to_the_configured_value():
     model = build_model(MedMambaConfig(dims=(8, 16, 32), depths=(1, 2, 2), num_classes=2, drop_path=0.2))
     chances = [block.drop_path for layer in model.layers for block in layer.blocks]
     assert chances == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])

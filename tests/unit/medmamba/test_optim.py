@@ -36,7 +36,7 @@ def test_only_projections_and_convolutions_of_medmamba_decay():
     assert any(name.endswith("A_logs") for name in groups["no_decay"])
 
 
-def test_every_parameter_of_the_convnet_is_in_one_group_and_no_norm_decays():
+def test_each_convnet_parameter_has_one_group_and_norms_no_decay():
     model = build_model(ConvNetConfig(num_classes=3))
     groups = named_groups(model)
     assert groups["decay"] | groups["no_decay"] == {name for name, _ in model.named_parameters()}
@@ -70,7 +70,7 @@ def rate_scales(model, decay: float) -> dict[str, float]:
     return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
-def test_each_block_of_medmamba_learns_at_a_fraction_of_the_rate_of_the_next_and_the_head_at_the_full_rate():
+def test_medmamba_blocks_learn_at_decayed_rates_below_the_head():
     model = build_model(MedMambaConfig(dims=(4, 8, 16), depths=(2, 1, 2), num_classes=3))
     found = rate_scales(model, 0.5)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -84,14 +84,14 @@ def test_each_block_of_medmamba_learns_at_a_fraction_of_the_rate_of_the_next_and
         assert scale == 0.5**below, name
 
 
-def test_layer_decay_of_the_convnet_counts_its_blocks_and_leaves_the_last_norm_to_the_head():
+def test_convnet_layer_decay_counts_blocks_and_the_last_norm():
     depths = layer_depths(build_model(ConvNetConfig(num_classes=3, widths=(4, 8), blocks=2)))
     wanted = {"stem": 0, "blocks.0": 1, "blocks.1": 2, "blocks.2": 3, "blocks.3": 4, "norm": 5, "head": 5}
     for name, depth in depths.items():
         assert depth == next(found for start, found in wanted.items() if name.startswith(f"{start}.")), name
 
 
-def test_layer_decay_changes_no_weight_decay_and_a_decay_of_one_no_group():
+def test_layer_decay_keeps_weight_decay_and_one_adds_no_group():
     model = build_model(MedMambaConfig(num_classes=3))
     names = {id(p): name for name, p in model.named_parameters()}
     for group in parameter_groups(model, OptimConfig(layer_decay=0.7, weight_decay=0.3)):

@@ -32,7 +32,7 @@ def test_scores_equal_upstreams_in_evaluation(model, vectors):
     assert (model.eval()(vectors["x"]) - vectors["logits_eval"]).abs().max() <= 3e-6
 
 
-def test_scores_loss_and_every_gradient_equal_upstreams_in_training(model, vectors):
+def test_scores_loss_and_gradients_equal_upstream_in_training(model, vectors):
     scores = model.train()(vectors["x"])
     assert (scores - vectors["logits_train"]).abs().max() <= 3e-6
     loss = torch.nn.functional.cross_entropy(scores, vectors["y"])

@@ -27,21 +27,21 @@ def flags():
     ("precision", "expected"),
     [("float32", (False, False, True)), ("tf32", (True, True, False)), ("bfloat16", (True, False, False))],
 )
-def test_only_float32_is_exact_and_only_tf32_rounds_matrix_products(precision, expected):
+def test_only_float32_is_exact_and_only_tf32_rounds(precision, expected):
     for before in ("float32", "tf32", "bfloat16"):  # a process may have trained something else before
         set_precision(before)
         set_precision(precision)
         assert flags() == expected
 
 
-def test_a_prediction_leaves_the_settings_of_its_process_as_they_were():
+def test_a_prediction_leaves_its_processs_settings_alone():
     set_precision("tf32")
     with exact_float32():
         assert flags() == (False, False, True)
     assert flags() == (True, True, False)
 
 
-def test_it_also_works_where_the_process_uses_torchs_newer_interface():
+def test_it_works_where_torchs_newer_interface_is_in_use():
     code = """
 import torch
 from medmamba.precision import exact_float32
@@ -83,7 +83,7 @@ def test_six_float32_steps_on_a_gpu_give_the_same_weights_twice():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
 @pytest.mark.parametrize(("precision", "is_exact"), [("float32", True), ("tf32", False)])
-def test_probabilities_on_a_gpu_are_those_of_the_cpu_unless_tf32_is_asked_for(precision, is_exact):
+def test_gpu_probabilities_equal_cpu_ones_unless_tf32(precision, is_exact):
     torch.manual_seed(0)
     model = build_model(MedMambaConfig(variant="nano", num_classes=3), scan="auto", device="cpu").eval()
     images = torch.randn(16, 3, 64, 64)

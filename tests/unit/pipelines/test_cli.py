@@ -132,7 +132,7 @@ def test_every_verb_explains_itself(verb, capsys):
     assert "--help" in text
 
 
-def test_the_help_of_a_verb_shows_a_recipes_own_values_with_help_texts(capsys):
+def test_a_verbs_help_shows_the_recipes_values_and_help_texts(capsys):
     main(["train", "--recipe", "breastmnist", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--train.epochs INT Passes over the training split. (default: 50)" in text
@@ -142,7 +142,7 @@ def test_the_help_of_a_verb_shows_a_recipes_own_values_with_help_texts(capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("workflow", ["release", "direct"])
-def test_every_recipe_dry_runs_in_every_workflow_and_writes_nothing(name, workflow, capsys, tmp_path):
+def test_every_recipe_dry_runs_in_every_workflow_writing_nothing(name, workflow, capsys, tmp_path):
     found = resolved(capsys, "run", workflow, "--recipe", name, "--dry-run", *source_of(name))
     assert override(recipe(name), {"data.source": found["recipe"]["data"]["source"]}) == Recipe(**found["recipe"])
     assert (found["run"], found["workflow"]) == (name, workflow)
@@ -151,7 +151,7 @@ def test_every_recipe_dry_runs_in_every_workflow_and_writes_nothing(name, workfl
     assert {path.name for path in tmp_path.iterdir()} <= {"images"}
 
 
-def test_a_dry_run_prints_the_configuration_and_the_steps_with_their_states(capsys):
+def test_a_dry_run_prints_configuration_and_step_states(capsys):
     assert main(["run", "release", *DRY]) == 0
     text = capsys.readouterr().out
     assert '"batch_size": 32' in text
@@ -160,7 +160,7 @@ def test_a_dry_run_prints_the_configuration_and_the_steps_with_their_states(caps
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "shard", "tune", "evaluate"])
-def test_what_may_train_can_be_profiled_which_is_no_part_of_the_recipe(verb, capsys):
+def test_whatever_trains_can_be_profiled_outside_the_recipe(verb, capsys):
     if verb in ("run", "train"):
         assert resolved(capsys, verb, *DRY, "--profile") == resolved(capsys, verb, *DRY)
     else:
@@ -205,7 +205,7 @@ def test_an_option_sets_one_field(argv, key, value, capsys):
     assert found == value
 
 
-def test_booleans_can_be_switched_off_where_the_recipe_has_them_on(capsys):
+def test_booleans_on_in_a_recipe_can_be_switched_off(capsys):
     found = resolved(capsys, "train", "--recipe", "bccd", "--dry-run", "--train.augment.no-rot90", *source_of("bccd"))
     assert found["recipe"]["train"]["augment"]["rot90"] is False
 
@@ -242,7 +242,7 @@ WORKERS = {
 
 
 @pytest.mark.parametrize("num_gpus", range(1, 9))
-def test_every_recipe_runs_on_any_number_of_gpus_and_a_gpu_without_a_worker_is_explained(num_gpus, capsys, monkeypatch):
+def test_every_recipe_runs_on_any_number_of_gpus(num_gpus, capsys, monkeypatch):
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 64, "GPU": num_gpus}))
     assert {name for name, _ in WORKERS} == set(RECIPES)
     for (name, workflow), expected in WORKERS.items():
@@ -294,7 +294,7 @@ def test_what_could_not_run_is_refused_by_a_dry_run_too(argv, line, capsys, monk
     assert re.search(line, told(capsys, "run", "release", *DRY, *argv, code=1))
 
 
-def test_a_dry_run_of_a_ray_that_does_not_answer_is_an_error_unless_nothing_needs_it(capsys, monkeypatch):
+def test_a_dry_run_on_an_absent_ray_is_an_error_only_if_needed(capsys, monkeypatch):
     finish("store", "r", recipe("quickstart"), last="evaluate")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
@@ -325,7 +325,7 @@ def test_once_the_sweep_has_a_winner_its_batch_size_counts(capsys, monkeypatch):
         assert (found["steps"]["tune"], found["placement"]["workers"]) == ("done", workers)
 
 
-def test_a_finished_training_does_not_limit_the_gpus_of_what_follows(capsys, monkeypatch):
+def test_a_finished_training_does_not_limit_later_gpus(capsys, monkeypatch):
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 3}')
     finish("store", "r", recipe("breastmnist"), last="train")
     found = resolved(capsys, "evaluate", "--run", "r", "--store", "store", "--dry-run")
@@ -333,7 +333,7 @@ def test_a_finished_training_does_not_limit_the_gpus_of_what_follows(capsys, mon
 
 
 @pytest.mark.parametrize("begun_on", [1, 2, 4])
-def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it(begun_on, capsys, monkeypatch):
+def test_a_first_format_checkpoint_resumes_on_its_worker_count(begun_on, capsys, monkeypatch):
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 8, "GPU": 4}')
     sizes = override(recipe("quickstart"), {"train.batch_size": 64})
     finish("store", "r", sizes, workflow="direct", last="train", failing=["train"])
@@ -423,7 +423,7 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(argv, line, capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_cannot_be_written_is_one_line_and_exit_code_1(capsys):
+def test_an_unwritable_store_is_one_line_and_exit_code_1(capsys):
     assert main(["train", "--recipe", "quickstart", "--store", "/sys/medmamba"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("medmamba: /sys/medmamba: cannot write")
@@ -449,7 +449,7 @@ def test_a_store_that_is_a_file_is_refused_by_whatever_opens_one(argv, store, ca
     assert line.startswith(f"medmamba: --store {store}: {tmp_path / 'file'} is a file, but a store is a folder; give")
 
 
-def test_a_finished_run_prints_what_was_made_beside_the_yardsticks_and_exits_0(capsys):
+def test_a_finished_run_prints_model_and_baselines_and_exits_0(capsys):
     finish("store", "r", recipe("quickstart"))
     assert main(["run", "release", "--recipe", "quickstart", "--run", "r", "--store", "store"]) == 0
     seen = capsys.readouterr()
@@ -482,7 +482,7 @@ def test_a_no_of_the_gate_is_exit_code_3_each_time_it_is_asked(capsys):
     assert main(["promote", "--run", "r", "--store", "store", "--dry-run"]) == 0
 
 
-def test_a_run_goes_on_by_its_name_alone_with_its_own_recipe_and_workflow(capsys):
+def test_a_run_resumes_by_name_with_its_recipe_and_workflow(capsys):
     begun = override(recipe("quickstart"), {"train.epochs": 3, "data.seed": 5})
     finish("store", "mine", begun, workflow="direct", last="evaluate", failing=["train"])
     for verb in ("run", "evaluate", "promote"):
@@ -492,7 +492,7 @@ def test_a_run_goes_on_by_its_name_alone_with_its_own_recipe_and_workflow(capsys
         assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "failed")
 
 
-def test_another_value_for_a_begun_run_is_drift_named_field_by_field(capsys):
+def test_another_value_for_a_begun_run_is_drift_by_field(capsys):
     finish("store", "mine", recipe("quickstart"), workflow="direct")
     argv = ["train", "--run", "mine", "--store", "store", "--train.epochs", "99", "--data.seed", "1"]
     assert "step shard of run 'mine'" in (line := told(capsys, *argv, "--dry-run", code=2))
@@ -561,7 +561,7 @@ def test_a_place_in_a_record_leads_nowhere_outside_the_store(place):
         open_store("store").at(place)
 
 
-def test_the_store_comes_from_the_environment_where_none_is_named(capsys, monkeypatch, tmp_path):
+def test_the_store_comes_from_the_environment_if_not_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MEDMAMBA_STORE", str(tmp_path / "elsewhere"))
     assert resolved(capsys, "train", *DRY)["store"] == str(tmp_path / "elsewhere")
     assert resolved(capsys, "train", *DRY, "--store", "here")["store"] == str(tmp_path / "here")
@@ -616,7 +616,7 @@ def run_module(command: str, tmp_path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_the_module_is_the_command_and_its_exit_code_reaches_the_shell(tmp_path):
+def test_the_module_is_the_command_with_its_exit_code(tmp_path):
     done = run_module("medmamba train --recipe quickstart --train.epochs 0 --dry-run", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "medmamba: train.epochs = 0: Input should be greater than or equal to 1\n"
@@ -639,7 +639,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
     ],
     ids=" ".join,
 )
-def test_an_s3_server_that_accepts_and_stays_silent_is_named_within_15_seconds(argv, capsys, monkeypatch, tmp_path):
+def test_a_silent_s3_server_is_named_within_15_seconds(argv, capsys, monkeypatch, tmp_path):
     Image.new("L", (32, 32)).save(tmp_path / "image.png")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -695,7 +695,7 @@ def test_forcing_acts_again_where_the_alias_has_gone_elsewhere(capsys, tmp_path)
     assert open_store("store").head("runs/weak/promote-forced/record.json"), "the first one stays as it was"
 
 
-def test_promote_starts_no_ray_and_says_of_a_recorded_yes_where_the_alias_is_now(capsys, tmp_path):
+def test_promote_starts_no_ray_and_reports_the_current_alias(capsys, tmp_path):
     store = open_store(str(tmp_path / "store"))
     tracking = open_tracking(store)
     for run, auc in (("first", 0.8), ("second", 0.9)):
@@ -717,7 +717,7 @@ def test_promote_starts_no_ray_and_says_of_a_recorded_yes_where_the_alias_is_now
     assert by_alias(tracking, "m", "champion").number == 1
 
 
-def test_a_run_that_another_driver_works_on_is_refused_with_who_and_a_finished_one_is_not(capsys):
+def test_a_run_held_by_another_driver_is_refused_unless_finished(capsys):
     finish("store", "r", recipe("quickstart"), last="register")
     with driver_lease(open_store("store"), "r", wait_s=0, say=print):
         assert main(["promote", "--store", "store", "--run", "r", "--wait-s", "0"]) == 1
@@ -743,7 +743,8 @@ def test_a_terminated_driver_gives_its_run_back(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script, "store"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
     (key,) = open_store("store").list("leases/")
     assert json.loads(open_store("store").get(key))["is_over"]
 
@@ -790,7 +791,7 @@ def test_bench_prints_json_and_nothing_else(capsys):
         assert max(row["errors"].values()) < 1e-5
 
 
-def test_bench_measures_what_it_can_says_why_not_the_rest_and_fails_if_that_is_all(capsys):
+def test_bench_measures_what_it_can_and_fails_if_nothing(capsys):
     few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "cuda"]
     assert main([*few, "numba", "--batches", "2", "2", "--out", "figures.json"]) == 0
     seen = capsys.readouterr().out
@@ -835,7 +836,7 @@ def test_the_table_of_bench_fits_80_columns_a_line_to_a_row(capsys, monkeypatch)
     assert capsys.readouterr().out.splitlines()[3] == ruler, "narrower than it wants to be: rows are folded"
 
 
-def test_an_unforeseen_error_is_one_line_and_its_traceback_is_in_the_file_that_it_names(capsys, monkeypatch, tmp_path):
+def test_an_unforeseen_error_is_one_line_that_names_its_log(capsys, monkeypatch, tmp_path):
     def breaks(argv) -> int:
         raise ZeroDivisionError("ours")
 
@@ -849,7 +850,7 @@ def test_an_unforeseen_error_is_one_line_and_its_traceback_is_in_the_file_that_i
     assert kept.endswith("ZeroDivisionError: ours\n")
 
 
-def test_status_and_a_dry_run_say_failed_with_the_reason_of_a_step_that_refused(capsys):
+def test_status_and_dry_run_show_a_refused_steps_reason(capsys):
     finish("store", "half", recipe("quickstart"), workflow="direct", last="evaluate", failing=["train"])
     assert main(["status", "half", "--store", "store", "--json"]) == 0
     (row,) = [row for row in json.loads(capsys.readouterr().out) if row["step"] == "train"]
@@ -858,14 +859,14 @@ def test_status_and_a_dry_run_say_failed_with_the_reason_of_a_step_that_refused(
     assert "failed: stopped by the test" in capsys.readouterr().out
 
 
-def test_a_time_limit_counts_from_the_start_of_the_command_and_only_for_a_training():
+def test_a_time_limit_counts_from_the_start_of_the_command():
     work = read_work(TRAIN, [*DRY, "--max-minutes", "2"])
     assert time_is_up(work) == BEGAN + 120
     assert time_is_up(read_work(TRAIN, [*DRY])) == 0
     assert time_is_up(read_work(PROMOTE, [*DRY])) == 0
 
 
-def test_a_training_whose_time_is_up_ends_with_0_and_says_how_it_resumes(capsys, monkeypatch):
+def test_a_training_out_of_time_exits_0_and_says_how_it_resumes(capsys, monkeypatch):
     def ends(argv):
         raise Paused("the time of --max-minutes is up")
 

@@ -57,7 +57,7 @@ def test_prices_from_an_editor_that_marks_utf8_are_read(tmp_path):
     assert read_prices(str(path)) == {"NVIDIA H200": 4.0}
 
 
-def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
+def test_the_last_line_never_gives_some_epochs_time_for_all():
     resumed = ON_CPU.plus(Usage(epochs=2))  # the checkpoint of epoch 3 was written before there was usage.json
     assert cost_line(resumed, 5, {}) == "trained 5 epochs (the last 2 measured) in 12:30 · 40 images/s"
     assert cost_line(resumed, 2, {}) == "trained 2 epochs in 12:30 · 40 images/s"
@@ -76,7 +76,7 @@ def test_the_last_line_does_not_give_the_time_of_some_epochs_for_that_of_all():
     ],
     ids=["bare name", "not text", "text", "negative", "nan", "nested", "missing"],
 )
-def test_a_wrong_table_is_refused_before_any_work_with_what_is_wrong(content, told, tmp_path, capsys):
+def test_a_wrong_table_is_refused_before_any_work(content, told, tmp_path, capsys):
     path = tmp_path / "prices.toml"
     if content is not None:
         path.write_bytes(content)

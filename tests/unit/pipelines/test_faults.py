@@ -98,14 +98,14 @@ def test_a_kill_by_the_kernels_out_of_memory_killer_is_said(monkeypatch):
     assert "the machine ran out of memory and the kernel killed Ray" in faults.lost_ray("its raylet")
 
 
-def test_a_users_mistake_is_found_through_rays_wrapping_and_said_as_it_is():
+def test_a_users_mistake_is_found_inside_rays_wrapping():
     mistake = ValueError("a is 3, must be 2; set 2")
     wrapped = WrappedError("x", worker_failures={0: WrappedValueError(mistake)})
     assert users_mistake(wrapped) is mistake
     assert fault_line(wrapped) == str(mistake)
 
 
-def test_a_value_error_behind_an_unexpected_error_is_not_a_users_mistake():
+def test_a_value_error_behind_an_unexpected_one_is_not_the_users():
     error = KeyError("ours")
     error.__context__ = error.__cause__ = ValueError("handled")
     assert users_mistake(error) is None
@@ -129,7 +129,7 @@ NAMES = ["Doe, John.png", "Smith (Mary).png", "O'Brien Ann.png", "Anna Mueller",
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_others_may_read_of_a_refused_conversion_quotes_no_file(name):
+def test_public_text_of_a_refused_conversion_quotes_no_file(name):
     text = f"2 of 9 images cannot be decoded: {name} (cut); repair or remove them"
     reason = kept_reason(ValueError(text), step="shard")
     assert reason.startswith("refused; run the same command to see why")
@@ -143,7 +143,7 @@ def test_a_refusal_may_say_what_others_may_read():
     assert kept_reason(error, step="shard") == "3 of 9 images cannot be decoded"
 
 
-def test_what_is_kept_of_a_full_disk_names_the_disk_that_the_terminal_names(tmp_path, monkeypatch):
+def test_a_full_disks_record_names_the_disk_of_the_terminal(tmp_path, monkeypatch):
     full = tmp_path / "store"
     monkeypatch.setattr(faults, "is_full", lambda place: place == full)
     error = WrappedError("x", cause=OSError(errno.ENOSPC, "No space left on device"))

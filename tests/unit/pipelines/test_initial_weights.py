@@ -79,7 +79,7 @@ def started(source: str, **changes):
     return override(QUICK, {"train.init": source, **changes})
 
 
-def test_a_folder_a_file_and_a_model_of_the_store_are_found_with_what_they_are(store, tmp_path):
+def test_a_folder_a_file_and_a_stored_model_are_found(store, tmp_path):
     shutil.copytree(store.path("runs/old/train/model"), "copy")
     model, config, card = load_model(Path("copy"))
     export_upstream(model, Path("nano.pth"))
@@ -93,7 +93,7 @@ def test_a_folder_a_file_and_a_model_of_the_store_are_found_with_what_they_are(s
     assert upstream.config.num_classes == 3
 
 
-def test_a_file_of_the_same_tensors_has_the_same_digest_wherever_it_is(store):
+def test_equal_tensors_have_one_digest_wherever_the_file_is(store):
     model, _, _ = load_model(store.path("runs/old/train/model"))
     for name in ("a.pth", "b.pth"):
         export_upstream(model, Path(name))
@@ -101,7 +101,7 @@ def test_a_file_of_the_same_tensors_has_the_same_digest_wherever_it_is(store):
     assert len({find_weights(name, store).digest for name in ("a.pth", "b.pth", "c.pth")}) == 1
 
 
-def test_a_registered_model_is_the_version_that_an_alias_points_to_now(models):
+def test_a_registered_model_is_the_version_its_alias_has_now(models):
     store, tracking = models
     first = find_weights(f"models:/{MODEL}@champion", store)
     assert first.uri == f"models:/{MODEL}/1"
@@ -113,7 +113,7 @@ def test_a_registered_model_is_the_version_that_an_alias_points_to_now(models):
     assert find_weights(f"models:/{MODEL}/1", store) == first
 
 
-def test_a_registered_model_whose_files_were_replaced_is_not_used(models):
+def test_a_registered_model_with_replaced_files_is_not_used(models):
     store, _ = models
     files = sorted(Path(store.uri).glob("mlflow-artifacts/**/weights.safetensors"))
     before = {path: path.read_bytes() for path in files}
@@ -143,7 +143,7 @@ def test_a_registered_model_whose_files_were_replaced_is_not_used(models):
         ("http://host/model", "is not a store"),
     ],
 )
-def test_what_is_not_there_or_cannot_be_weights_is_told_before_any_work(source, told, models):
+def test_absent_or_unusable_weights_are_reported_before_any_work(source, told, models):
     store, _ = models
     Path("empty").mkdir()
     Path("half").mkdir()
@@ -181,7 +181,7 @@ def test_weights_and_patterns_that_cannot_be_meant_are_wrong_use(options, line, 
     assert seen.out == ""
 
 
-def test_another_network_and_a_pattern_that_matches_nothing_are_told_with_the_option_that_helps(store):
+def test_unmatched_networks_and_patterns_name_the_helpful_option(store):
     large = started("runs/old/train/model", **{"model.variant": "T"})
     with pytest.raises(ValueError, match=r"has another network than the recipe: .* use --model\.variant nano"):
         weights_of_run(large, store, "r")
@@ -204,7 +204,7 @@ def steps(values, store, run="r") -> dict:
     return {step.name: step.config.model_dump() for step in found if step.name in ("tune", "train")}
 
 
-def test_the_digest_of_the_weights_and_not_their_place_identifies_sweep_and_training(store):
+def test_weights_are_identified_by_digest_not_by_place(store):
     shutil.copytree(store.path("runs/old/train/model"), "copy")
     save_network(Path("other"))
     here, there, other = (steps(started(name), store) for name in ("runs/old/train/model", "copy", "other"))
@@ -230,7 +230,7 @@ def dry(capsys, store, *more: str, code: int = 0):
     return json.loads(seen.out) if code == 0 else seen.err
 
 
-def test_a_run_keeps_its_weights_when_the_original_changes_or_goes_and_says_so(store, capsys):
+def test_a_run_keeps_its_weights_if_the_original_changes(store, capsys):
     save_network(Path("mine"), seed=1)
     begun(store, started("mine"))
     found = dry(capsys, store)
@@ -246,7 +246,7 @@ def test_a_run_keeps_its_weights_when_the_original_changes_or_goes_and_says_so(s
     assert "cannot be read now, and this run uses the copy in the store" in found["notes"][0]
 
 
-def test_a_champion_that_the_run_itself_became_leaves_the_run_done(models, capsys):
+def test_a_champion_made_by_the_run_itself_leaves_it_done(models, capsys):
     store, tracking = models
     begun(store, started(f"models:/{MODEL}@champion"))
     move_alias(tracking, by_number(tracking, MODEL, 2), "champion")
@@ -255,7 +255,7 @@ def test_a_champion_that_the_run_itself_became_leaves_the_run_done(models, capsy
     assert f"has other weights by now (models:/{MODEL}/2" in found["notes"][0]
 
 
-def test_other_weights_under_the_name_of_a_run_are_drift_and_the_remedy_works(store, capsys):
+def test_other_weights_under_a_runs_name_are_drift_with_a_remedy(store, capsys):
     begun(store, started("runs/old/train/model"))
     save_network(Path("other"))
     told = dry(capsys, store, "--train.init", "other", code=2)
@@ -271,7 +271,7 @@ def test_other_weights_under_the_name_of_a_run_are_drift_and_the_remedy_works(st
     )
 
 
-def test_a_run_from_before_there_were_initial_weights_is_still_done(store, capsys):
+def test_a_run_from_before_initial_weights_is_still_done(store, capsys):
     finish(store.uri, "mine", QUICK, last="train")
     for name in ("tune", "train"):
         config = store.at("runs/mine", name)
@@ -340,7 +340,7 @@ def test_what_is_taken_over_is_said_and_recorded(phantoms):
     )
 
 
-def test_weights_that_may_have_seen_the_test_images_are_warned_of(phantoms):
+def test_weights_that_may_have_seen_test_images_bring_a_warning(phantoms):
     context, shard = phantoms
     for name, manifest in (("same", shard["digest"]), ("other", "a" * 64)):
         save_network(Path(name), dataset="phantoms", manifest=manifest)
@@ -352,7 +352,7 @@ def test_weights_that_may_have_seen_the_test_images_are_warned_of(phantoms):
     }
 
 
-def test_a_new_head_must_not_be_frozen_and_random_weights_begin_without_a_word(phantoms):
+def test_a_new_head_must_not_be_frozen_and_random_starts_quietly(phantoms):
     context, shard = phantoms
     save_network(Path("other"), classes=["a", "b"])
     with pytest.raises(ValueError, match=r"freezes the head, but it is new and random .* leave head\.\* out"):
@@ -362,7 +362,7 @@ def test_a_new_head_must_not_be_frozen_and_random_weights_begin_without_a_word(p
     assert context.show.said == []
 
 
-def test_weights_on_s3_are_found_as_in_a_folder_and_kept_in_a_store_there(s3, tmp_path, monkeypatch):
+def test_weights_on_s3_are_found_and_kept_as_in_a_folder(s3, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store, bucket = open_store(f"{s3}/store"), open_store(f"{s3}/given")
     registered.facts(store, "old", auc=0.9)

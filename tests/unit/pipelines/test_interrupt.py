@@ -34,7 +34,7 @@ def ended(script, *arguments):
 
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
-def test_a_command_whose_ray_ended_of_the_same_signal_was_interrupted(sent):
+def test_a_command_whose_ray_got_the_same_signal_was_interrupted(sent):
     assert ended(BUSY, "0", sent) == (1, [INTERRUPTED])
 
 
@@ -44,7 +44,7 @@ def test_a_command_whose_ray_ended_without_a_signal_says_so():
     assert "its raylet was killed or crashed" in line
 
 
-def test_a_command_that_has_told_its_end_is_ended_without_another_word():
+def test_a_command_that_reported_its_end_adds_no_word():
     script = BUSY.replace("ready.set()", "ready.set(); interrupt.HAS_REPORTED.set(); print('told', file=sys.stderr)")
     assert ended(script, "50", "SIGTERM") == (1, ["told"])
 
@@ -87,7 +87,7 @@ def test_a_lost_lease_is_told_as_one_although_it_interrupts():
     assert ended(script) == (7, [])
 
 
-def test_the_exit_code_of_a_terminated_block_is_that_of_the_signal():
+def test_a_terminated_blocks_exit_code_is_that_of_the_signal():
     script = (
         "import os, signal\n"
         "from pipelines.interrupt import interruptible\n"

@@ -45,7 +45,7 @@ def test_a_model_of_the_other_kind_keeps_its_kind():
     ],
     ids=str,
 )
-def test_a_change_that_cannot_be_names_key_value_and_rule_in_one_line(changes, told):
+def test_an_impossible_change_names_key_value_and_rule(changes, told):
     with pytest.raises(ConfigError, match=told) as error:
         override(Recipe(), changes)
     assert "\n" not in str(error.value)
@@ -78,7 +78,7 @@ def test_flattened_keys_are_dotted_and_lists_stay_values():
     assert flatten({"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": {}}) == {"a.b.c": 1, "a.d": [1, {"e": 2}], "f": {}}
 
 
-def test_a_difference_has_old_and_new_of_each_leaf_and_none_for_an_absent_one():
+def test_a_difference_has_old_and_new_of_each_leaf():
     assert difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "d": 4}, "e": 5}) == {
         "a.b": (1, 3),
         "a.c": (2, None),

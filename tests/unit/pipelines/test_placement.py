@@ -42,12 +42,12 @@ def test_with_gpus_there_is_one_worker_and_one_trial_for_each():
         ({}, {"compile": "on"}, ("on", False)),
     ],
 )
-def test_a_training_is_compiled_on_gpus_where_a_graph_can_hold_it(resources, wishes, found):
+def test_a_training_is_compiled_on_gpus_if_a_graph_can_hold_it(resources, wishes, found):
     placement = placed(**resources, **wishes)
     assert (placement.compile, placement.flat) == found
 
 
-def test_the_trials_of_a_sweep_are_compiled_only_where_that_is_asked_for():
+def test_sweep_trials_are_compiled_only_on_request():
     assert placed(num_gpus=1).for_trial().compile == "off"
     assert placed(num_gpus=1, compile="on").for_trial().compile == "on"
 
@@ -95,7 +95,7 @@ def test_a_trial_is_a_world_of_one_that_shares_the_cpus(cpus, trials, each):
     assert (trial.workers, trial.zero_stage, trial.cpus_per_worker) == (1, 0, each)
 
 
-def test_workers_that_do_not_divide_the_batch_are_refused_with_a_remedy():
+def test_workers_not_dividing_the_batch_are_refused():
     config = TrainConfig(batch_size=32, micro_batch=16)
     assert (config.accumulation(1), config.accumulation(2)) == (2, 1)
     with pytest.raises(ValueError, match=r"batch_size 32 is not a multiple of train\.micro_batch 16 x 3 .*lower"):
@@ -151,7 +151,7 @@ def test_a_worker_that_fits_on_no_node_is_refused(nodes, wishes, told):
 @pytest.mark.parametrize(("micro_batches", "num_gpus", "workers"), [
     (1, 8, 1), (2, 3, 2), (4, 3, 2), (4, 8, 4), (6, 4, 3), (6, 8, 6), (7, 6, 1), (8, 8, 8), (0, 5, 5),
 ])  # fmt: skip
-def test_auto_takes_the_most_workers_that_share_the_micro_batches_evenly(micro_batches, num_gpus, workers):
+def test_auto_takes_the_most_workers_that_share_evenly(micro_batches, num_gpus, workers):
     lines: list[str] = []
     demand = Demand(micro_batches, "batch size 7 in micro-batches of 1")
     placement = resolve(PlacementConfig(), [Node(64, num_gpus)], demand, say=lines.append)
@@ -175,7 +175,7 @@ def test_workers_that_the_user_named_are_not_replaced_by_fewer():
     ],
     ids=str,
 )
-def test_auto_takes_fewer_workers_and_trials_where_the_cpus_are_too_few(nodes, wishes, workers, trials):
+def test_auto_takes_fewer_workers_and_trials_on_few_cpus(nodes, wishes, workers, trials):
     lines: list[str] = []
     placement = resolve(PlacementConfig(**wishes), nodes, say=lines.append)
     assert (placement.workers, placement.concurrent_trials) == (workers, trials)
@@ -185,7 +185,7 @@ def test_auto_takes_fewer_workers_and_trials_where_the_cpus_are_too_few(nodes, w
     assert line.startswith(f"{workers} of {gpus} GPUs: the CPUs of this Ray")
 
 
-def test_auto_takes_as_many_workers_as_wrote_the_checkpoint_where_there_are_so_many():
+def test_auto_takes_as_many_workers_as_wrote_the_checkpoint():
     lines: list[str] = []
     assert resolve(PlacementConfig(), [Node(8, 4)], Demand(4, ranks=2), say=lines.append).workers == 2
     assert resolve(PlacementConfig(), [Node(8)], Demand(4, ranks=2), say=lines.append).workers == 2
@@ -201,7 +201,7 @@ def test_fewer_workers_leave_the_trials_of_a_sweep_as_they_were():
     assert (many.concurrent_trials, many.cpus_per_trial) == (one.concurrent_trials, one.cpus_per_trial) == (4, 4)
 
 
-def test_the_patience_is_that_of_the_user_and_ends_before_a_worker_that_waits_counts_as_stalled():
+def test_the_users_patience_ends_before_a_waiting_worker_stalls():
     assert placed().patience_s == PATIENCE_S
     assert placed(patience_s=20).for_trial().patience_s == 20
     assert PATIENCE_S >= 600
@@ -210,7 +210,7 @@ def test_the_patience_is_that_of_the_user_and_ends_before_a_worker_that_waits_co
     assert PATIENCE_S + SILENCE_S <= SLOW_S + 60 * placed().stall_minutes < TIMEOUT_S
 
 
-def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():
+def test_a_shrinkable_training_starts_if_only_the_fewest_fit():
     wishes = {"workers": 3, "workers_min": 1, "cpus_per_worker": 2}
     placement = placed(num_cpus=2, **wishes)
     assert (placement.workers, placement.workers_min) == (3, 1)
@@ -218,7 +218,7 @@ def test_a_training_that_may_shrink_starts_where_only_the_fewest_workers_fit():
         placed(num_cpus=2, workers=3, cpus_per_worker=2)
 
 
-def test_a_compiled_training_is_not_compiled_where_it_moves_to_zero_3_or_a_cpu():
+def test_a_compiled_training_moved_to_zero_3_or_cpu_is_eager():
     compiled = Demand(4, compile="on")
     assert resolve(PlacementConfig(), [Node(8, 1)], compiled).compile == "on"
     assert resolve(PlacementConfig(zero_stage="3"), [Node(8, 1)], compiled).compile == "off"
@@ -230,7 +230,7 @@ def test_the_fewest_workers_are_at_most_all_of_them():
         placed(workers=2, workers_min=4)
 
 
-def test_only_numbers_of_workers_that_share_a_batch_evenly_are_taken():
+def test_only_worker_counts_that_share_a_batch_evenly_are_taken():
     train = TrainConfig(batch_size=96, micro_batch=8)
     assert train.sizes(1, 12) == [1, 2, 3, 4, 6, 12]
     assert train.sizes(4, 8) == [4, 6]

@@ -58,7 +58,7 @@ def test_a_changed_readme_does_not(tmp_path):
     assert not commit_seen_in(folder).endswith("-dirty")
 
 
-def test_a_copy_that_git_does_not_know_takes_no_commit_from_the_repository_around_it(tmp_path):
+def test_a_copy_unknown_to_git_takes_no_commit_from_around_it(tmp_path):
     assert commit_seen_in(repository(tmp_path, track=False)) == "unknown"
 
 
@@ -67,7 +67,7 @@ def test_the_commit_that_submit_passed_counts_first(monkeypatch):
     assert provenance.git_commit() == "0123abc-dirty"
 
 
-def test_package_versions_name_what_is_installed_and_leave_out_the_rest():
+def test_package_versions_name_only_what_is_installed():
     versions = provenance.package_versions()
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "ray", "deepspeed", "mlflow"} <= set(versions)

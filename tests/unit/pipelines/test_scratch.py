@@ -50,10 +50,11 @@ def fill(folder: Path) -> None:
 def another_process() -> tuple[subprocess.Popen, Path]:
     holder = subprocess.Popen([sys.executable, "-c", HOLDS], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    return holder, Path(holder.stdout.readline().strip())
+    with holder.stdout:
+        return holder, Path(holder.stdout.readline().strip())
 
 
-def test_a_folder_is_there_for_its_block_and_gone_after_it_also_with_an_error(tmp_path):
+def test_a_folder_exists_just_for_its_block_even_on_errors(tmp_path):
     def fails_in_it() -> None:
         with scratch("model") as folder:
             (folder / "deep").mkdir()
@@ -66,7 +67,7 @@ def test_a_folder_is_there_for_its_block_and_gone_after_it_also_with_an_error(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one_holds_is_not():
+def test_a_killed_processs_folder_goes_and_a_held_one_stays():
     holder, held = another_process()
     killed, left = another_process()
     try:
@@ -101,7 +102,7 @@ def saves_a_model() -> None:
         torch.save(torch.zeros(2_000_000), folder / "weights.pt")
 
 
-def test_a_full_tmpdir_is_named_with_what_is_free_and_the_least_that_was_needed(small_disk, monkeypatch):
+def test_a_full_tmpdir_is_named_with_free_and_needed_space(small_disk, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with pytest.raises(

@@ -32,7 +32,7 @@ PUBLISHED = {  # name: (classes, images)
 }
 
 
-def test_the_catalogue_holds_the_sixteen_datasets_and_the_phantoms():
+def test_the_catalog_holds_sixteen_datasets_and_the_phantoms():
     assert catalog.names() == sorted(PUBLISHED)
 
 
@@ -51,7 +51,7 @@ def test_each_card_is_whole(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_files_of_a_card_have_plain_names_https_addresses_and_whole_checksums(name):
+def test_card_files_have_plain_names_https_urls_and_checksums(name):
     card = catalog.card(name)
     assert bool(card.files) == (name not in ("phantoms", "cervical-us", "otoscopy2024"))
     assert set(card.fetch) <= set(card.files)
@@ -66,7 +66,7 @@ def test_the_files_of_a_card_have_plain_names_https_addresses_and_whole_checksum
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("mnist")])
-def test_each_medmnist_set_has_its_four_sizes_with_their_md5_and_the_smallest_is_fetched(name):
+def test_each_medmnist_set_has_four_sizes_with_md5(name):
     card = catalog.card(name)
     assert [*card.files] == [f"{name}{size}.npz" for size in ("", "_64", "_128", "_224")]
     assert all(file.md5 for file in card.files.values())

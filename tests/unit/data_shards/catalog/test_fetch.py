@@ -94,7 +94,7 @@ def test_a_connection_that_drops_often_but_moves_is_borne_with(site, get, tmp_pa
     assert (tmp_path / "set.bin").read_bytes() == BODY
 
 
-def test_a_connection_that_never_moves_is_given_up_with_its_part_kept(site, get, tmp_path, waits):
+def test_a_stalled_connection_is_given_up_and_its_part_kept(site, get, tmp_path, waits):
     site.script += [drops_after(10_000), *[drops_after(0)] * 9]
     with pytest.raises(FetchError, match=r"failed 6 times in a row.*closed early.*same command again later"):
         get(known(site))
@@ -146,7 +146,7 @@ def test_a_file_that_became_shorter_is_begun_anew(site, get, tmp_path):
     assert (tmp_path / "set.bin").read_bytes() == OTHER[:1000]
 
 
-def test_without_a_validator_and_without_a_checksum_nothing_is_gone_on_with(site, get, tmp_path):
+def test_without_validator_and_checksum_nothing_is_resumed(site, get, tmp_path):
     site.etag = 'W/"weak"'
     site.script.append(drops_after(50_000))
     get(PublishedFile(url=site.url))
@@ -166,7 +166,7 @@ def test_a_date_or_a_known_checksum_is_enough_to_go_on(site, get, tmp_path, etag
     assert (tmp_path / "set.bin").read_bytes() == BODY
 
 
-def test_a_wrong_file_is_quarantined_and_told_and_the_right_one_can_come_after(site, get, tmp_path):
+def test_a_wrong_file_is_moved_away_and_the_right_one_can_follow(site, get, tmp_path):
     file, site.body = known(site), OTHER
     for _ in range(2):
         with pytest.raises(
@@ -253,7 +253,7 @@ def test_a_body_of_unknown_length_comes_whole(site, get, tmp_path, act):
     assert totals == {0}
 
 
-def test_a_part_whose_whole_is_unsaid_ends_where_the_first_answer_said(site, get, tmp_path):
+def test_a_part_of_unknown_total_ends_where_first_announced(site, get, tmp_path):
     site.script += [drops_after(50_000), leaves_the_whole_unsaid(20_000)]
     get(PublishedFile(url=site.url))
     assert (tmp_path / "set.bin").read_bytes() == BODY
@@ -267,7 +267,7 @@ def test_chunks_that_break_off_are_gone_on_with(site, get, tmp_path):
     assert site.ranges == ["", "bytes=10000-"]
 
 
-def test_a_body_without_length_that_breaks_off_is_found_out_by_the_checksum_or_the_archive_itself(site, get, tmp_path):
+def test_a_broken_body_without_length_is_detected(site, get, tmp_path):
     def breaks_off(handler):
         handler.head(200, None, Connection="close")
         handler.wfile.write(site.body[:500])
@@ -335,7 +335,7 @@ def certificate(tmp_path_factory):
     return str(path)
 
 
-def test_an_untrusted_certificate_is_refused_at_once_with_the_way_to_trust_it(get, certificate, monkeypatch, waits):
+def test_an_untrusted_certificate_is_refused_with_the_remedy(get, certificate, monkeypatch, waits):
     with running(Site(BODY), certificate) as site:
         with pytest.raises(FetchError, match=r"certificate that is not trusted here.*SSL_CERT_FILE"):
             get(known(site))
@@ -356,7 +356,7 @@ def test_a_redirection_away_from_https_is_refused(site, get, certificate, monkey
 # --- disks and processes
 
 
-def test_a_file_larger_than_the_free_disk_is_refused_before_it_comes(site, get, tmp_path):
+def test_a_file_larger_than_the_free_disk_is_refused_first(site, get, tmp_path):
     def claims(handler):
         handler.head(200, 1 << 60)
         handler.hang_up()
@@ -377,7 +377,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_runs_full_keeps_the_part_which_is_gone_on_with(site, small_disk, waits):
+def test_a_full_disk_keeps_the_part_and_the_fetch_resumes(site, small_disk, waits):
     (small_disk / "other").write_bytes(bytes(40_000))
     site.script.append(without_length)
     patience = Patience(sleep=waits.append)
@@ -438,14 +438,14 @@ def test_a_killed_fetch_is_gone_on_with_by_the_next(site, get, tmp_path, came):
     assert left(tmp_path) == ["set.bin"]
 
 
-def test_a_fetch_that_was_killed_just_before_the_end_asks_for_nothing_more(site, get, tmp_path):
+def test_a_fetch_killed_just_before_the_end_requests_no_more(site, get, tmp_path):
     (tmp_path / "set.bin.part").write_bytes(BODY)
     assert get(known(site, size_bytes=len(BODY))).state == "fetched"
     assert site.asked == []
 
 
 @pytest.mark.parametrize("notes", ["", "{", "[]", '{"url": "elsewhere", "validator": "x"}'])
-def test_a_part_of_unknown_origin_is_proved_by_the_checksum_or_begun_anew(site, get, tmp_path, notes):
+def test_a_part_of_unknown_origin_is_verified_or_fetched_again(site, get, tmp_path, notes):
     for file, wanted in ((known(site), "bytes=1000-"), (PublishedFile(url=site.url), "")):
         (tmp_path / "set.bin.part").write_bytes(BODY[:1000])
         (tmp_path / "set.bin.part.json").write_text(notes)

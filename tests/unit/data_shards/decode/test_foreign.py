@@ -121,7 +121,7 @@ def test_reasons_quote_nothing_of_the_file():
         assert "Jane" not in caught.value.reason
 
 
-def test_other_files_in_a_class_folder_are_rows_that_are_quarantined_by_their_kind(tmp_path, caplog):
+def test_other_files_in_a_class_folder_are_quarantined_by_kind(tmp_path, caplog):
     for i in range(40):
         (folder := tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (24, 24), dtype=np.uint8)

@@ -136,7 +136,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize(("data", "pixels"), EXACT.values(), ids=EXACT)
-def test_every_kind_of_lossless_file_has_the_pixels_that_it_shows(data, pixels):
+def test_every_lossless_format_keeps_its_pixels(data, pixels):
     found = decode(data)
     if found.shape[2] == 3 and pixels.ndim == 2:  # palettes of greys come as RGB
         pixels = np.dstack([pixels] * 3)
@@ -243,7 +243,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_shown_right_is_refused_for_the_true_reason(data, reason):
+def test_what_cannot_be_shown_right_is_refused_with_true_reason(data, reason):
     for function in (decode, stored_bytes):
         with pytest.raises(UndecodableImage, match=reason) as caught:
             function(data)

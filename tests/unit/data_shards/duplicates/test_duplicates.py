@@ -75,7 +75,7 @@ def test_a_set_without_copies_is_reported_as_such(tmp_path):
     assert "No image appears twice" in store.get(PAGE).decode()
 
 
-def test_a_copy_of_a_test_image_in_train_is_refused_with_both_names_before_any_shard_is_written(tmp_path):
+def test_a_test_image_in_train_is_refused_before_any_shard(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]))
     with pytest.raises(LeakError, match=r"2 times duplicates of one image") as caught:
@@ -92,7 +92,7 @@ def test_near_0_looks_for_equal_pixels_only(tmp_path):
     assert convert(config, open_store(str(tmp_path / "out")))["leaks"]["near across splits"] == 0
 
 
-def test_report_keeps_every_image_where_it_was_and_tells_both_copies(tmp_path):
+def test_report_moves_no_image_and_lists_both_copies(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"})
     facts = convert(config, store)
@@ -112,7 +112,7 @@ def test_report_keeps_every_image_where_it_was_and_tells_both_copies(tmp_path):
     }
 
 
-def test_drop_leaves_out_the_copies_that_are_held_out_less_and_names_them_in_the_report(tmp_path):
+def test_drop_leaves_out_the_less_held_out_copies_and_lists_them(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "drop"})
     facts = convert(config, store)
@@ -123,7 +123,7 @@ def test_drop_leaves_out_the_copies_that_are_held_out_less_and_names_them_in_the
     assert {c.fate for f in read_report(store).findings for c in f.copies if c.split != "test"} == {"dropped"}
 
 
-def test_move_takes_a_copy_to_the_split_that_is_held_out_more_with_its_whole_group(tmp_path):
+def test_move_takes_a_copy_with_its_group_to_the_held_out_split(tmp_path):
     store = open_store(str(tmp_path / "out"))
     companion = ("companion.png", 500, "a", "train", "patient x")
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES, companion]), duplicates={"across": "move"})
@@ -133,7 +133,7 @@ def test_move_takes_a_copy_to_the_split_that_is_held_out_more_with_its_whole_gro
     assert len(found["train"]) == 4
 
 
-def test_splits_that_are_drawn_keep_copies_of_different_patients_on_one_side(tmp_path):
+def test_drawn_splits_keep_copies_of_patients_on_one_side(tmp_path):
     rows = [(f"{i}.png", 1000 + i, "ab"[i % 2], "", f"p{i}") for i in range(60)]
     rows += [(f"copy {i}.png", 1000 + i, "ab"[i % 2], "", f"q{i}") for i in range(0, 60, 3)]
     folder = write_set(tmp_path / "set", rows, columns=("group",))
@@ -151,7 +151,7 @@ def test_splits_that_are_drawn_keep_copies_of_different_patients_on_one_side(tmp
     assert blind["leaks"]["exact across splits"] > 0
 
 
-def test_official_splits_of_the_catalogue_are_reported_on_and_kept(tmp_path, shared_dir):
+def test_official_splits_of_the_catalog_are_reported_and_kept(tmp_path, shared_dir):
     config = DataConfig(dataset="pneumoniamnist", source=str(shared_dir / "data" / "pneumoniamnist.npz"))
     facts = convert(config, open_store(str(tmp_path / "out")))
     assert facts["num_images"] == 5856
@@ -162,7 +162,7 @@ def test_official_splits_of_the_catalogue_are_reported_on_and_kept(tmp_path, sha
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("report", 13), ("drop", 11)])
-def test_equal_pixels_under_two_labels_are_told_and_may_be_dropped(tmp_path, policy, kept):
+def test_equal_pixels_with_two_labels_are_reported_or_dropped(tmp_path, policy, kept):
     other_label = ("again.png", 100, "b", "train", "patient z")  # train0 is of class a
     config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), duplicates={"labels": policy})
     store = open_store(str(tmp_path / "out"))
@@ -187,7 +187,7 @@ def test_equal_pixels_twice_in_a_split_may_be_reduced_to_one(tmp_path):
     assert (facts["num_images"], facts["dropped"], facts["leaks"]["exact within a split"]) == (12, 1, 1)
 
 
-def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_path):
+def test_images_of_another_dataset_are_reported_or_refused(tmp_path):
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
     shared = [*distinct(first=700)[:-1], ("from the other.png", 102, "b", "test", "patient w")]
@@ -206,7 +206,7 @@ def test_images_of_another_dataset_of_the_store_are_told_and_may_be_refused(tmp_
     assert again["leaks"]["also in other datasets"] == 1
 
 
-def test_a_dataset_that_stands_in_two_others_counts_each_image_once_and_is_told_beside_its_equal(tmp_path):
+def test_a_dataset_found_in_two_others_counts_each_image_once(tmp_path):
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/first/default"))
     # 102 stands there twice: first a near copy in val, then itself in train.
@@ -239,7 +239,7 @@ def test_more_findings_than_are_told_are_counted(tmp_path, monkeypatch):
     assert (wheres, report.more) == (["across splits"] * 2 + ["across datasets"] * 3, 11)
 
 
-def test_a_group_in_which_only_some_are_equal_is_near_and_says_how_many_are_equal(tmp_path):
+def test_a_partly_equal_group_is_near_and_counts_equal_images(tmp_path):
     rows = [*distinct(), ("equal.png", 120, "a", "test", "patient x"), ("near.png", -120, "a", "test", "patient y")]
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", rows)), store)
@@ -254,7 +254,7 @@ def many_copies(num: int) -> list[tuple[str, int, str, str, str]]:
     return [*distinct(), *many, ("zz last.png", 900, "a", "test", "patient z")]
 
 
-def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_label(tmp_path):
+def test_all_copies_are_listed_with_split_or_label_changes_first(tmp_path):
     store = open_store(str(tmp_path / "out"))
     convert(
         config_of(write_set(tmp_path / "set", many_copies(60)), duplicates=DuplicatesConfig(across="report")), store
@@ -270,7 +270,7 @@ def test_all_copies_of_an_image_are_listed_those_first_that_differ_in_split_or_l
     assert "and 55 more images" in store.get(PAGE).decode()
 
 
-def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, monkeypatch):
+def test_copies_beyond_the_room_of_a_long_report_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("data_shards.duplicates.clusters.MOST_COPIES", 4)
     monkeypatch.setattr("data_shards.duplicates.clusters.MOST_COPIES_IN_ALL", 10)
     store = open_store(str(tmp_path / "out"))
@@ -293,7 +293,7 @@ def test_copies_that_a_very_long_report_has_no_room_for_are_counted(tmp_path, mo
     ],
     ids=["dropped across splits", "moved", "dropped for its labels"],
 )
-def test_a_class_that_lost_all_its_images_of_a_split_to_duplicates_is_named_with_the_reason(tmp_path, leaks, told):
+def test_a_class_lost_to_duplicates_is_named_with_the_reason(tmp_path, leaks, told):
     rows = [row for row in distinct() if row[3] != "train" or row[2] == "a"]
     copy = ("only b.png", 100, "b", "train", "p") if "labels" in leaks else ("only b.png", 121, "b", "train", "p")
     config = config_of(write_set(tmp_path / "set", [*rows, copy]), duplicates={"across": "report", **leaks})
@@ -309,7 +309,7 @@ def test_classes_that_are_gone_are_named_with_their_splits():
     )
 
 
-def test_a_refusal_leaves_the_complete_report_by_key_and_says_which_command_prints_it(tmp_path):
+def test_a_refusal_leaves_the_report_and_the_command_to_print_it(tmp_path):
     store = open_store(str(tmp_path / "a store/datasets/mine/default"))
     folder = write_set(tmp_path / "set", [*distinct(), *COPIES])
     with pytest.raises(
@@ -337,7 +337,7 @@ def test_a_report_of_an_earlier_release_is_read(tmp_path):
     assert [copy.label_names for copy in report.findings[0].copies] == [(), ()]
 
 
-def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_count():
+def test_an_earlier_releases_finding_claims_nothing_it_lacked():
     copy = {"key": "0" * 20, "split": "train", "labels": [0]}
 
     def finding(num: int, **counted) -> Finding:
@@ -350,7 +350,7 @@ def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_c
     assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
 
 
-def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_path):
+def test_damaged_fingerprints_elsewhere_are_named_with_a_remedy(tmp_path):
     root = open_store(str(tmp_path / "store"))
     convert(config_of(write_set(tmp_path / "a", distinct())), root.at("datasets/mine/default"))
     root.at("datasets/mine/default").put(FINGERPRINTS, b"torn")
@@ -361,7 +361,7 @@ def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_pa
         convert(config, root.at("datasets/other/default"))
 
 
-def test_the_page_shows_the_copies_and_no_name_that_only_the_owner_knows(tmp_path):
+def test_the_page_shows_copies_and_no_private_name(tmp_path):
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"}), store)
     page = store.get(PAGE).decode()
@@ -369,7 +369,7 @@ def test_the_page_shows_the_copies_and_no_name_that_only_the_owner_knows(tmp_pat
     assert "copy in train" not in page + store.get(REPORT).decode()
 
 
-def test_the_report_does_not_depend_on_the_number_of_tasks_or_their_order(tmp_path):
+def test_the_report_depends_on_neither_task_count_nor_order(tmp_path):
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]), duplicates={"across": "report"})
     one, two = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
     convert(config, one)
@@ -378,7 +378,7 @@ def test_the_report_does_not_depend_on_the_number_of_tasks_or_their_order(tmp_pa
     assert one.get(MANIFEST) == two.get(MANIFEST)
 
 
-def test_a_dataset_whose_report_is_lost_says_how_to_make_it_again(tmp_path):
+def test_a_lost_report_says_how_to_make_it_again(tmp_path):
     store = open_store(str(tmp_path / "out"))
     convert(config_of(write_set(tmp_path / "set", distinct())), store)
     report = json.loads(store.get(REPORT))
@@ -401,7 +401,7 @@ def official(folder: Path, copies: dict[str, int]) -> DataConfig:
     return DataConfig(dataset="mine", layout="folders", source=str(folder), val_fraction=0.3)
 
 
-def test_validation_drawn_from_an_official_train_split_keeps_copies_together(tmp_path):
+def test_val_drawn_from_official_train_keeps_copies_together(tmp_path):
     copies = {f"Training/a/copy {i}.png": i for i in range(0, 24, 2)}
     config, store = official(tmp_path / "set", copies), open_store(str(tmp_path / "out"))
     facts = convert(config, store)  # were they torn apart, the set would be refused for it
@@ -412,7 +412,7 @@ def test_validation_drawn_from_an_official_train_split_keeps_copies_together(tmp
 
 
 @pytest.mark.parametrize(("policy", "num"), [("drop", 32), ("move", 33), ("report", 33)])
-def test_the_remedy_for_copies_across_official_folders_works_when_it_is_followed(tmp_path, policy, num):
+def test_the_remedy_for_copies_across_official_folders_works(tmp_path, policy, num):
     config = official(tmp_path / "set", {"Testing/a/copy.png": 4})
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(LeakError, match=r"--data\.duplicates\.across drop, move or report"):
@@ -421,7 +421,7 @@ def test_the_remedy_for_copies_across_official_folders_works_when_it_is_followed
     assert convert(lenient, store)["num_images"] == num
 
 
-def test_a_patient_in_official_train_and_test_is_refused_also_where_copies_share_a_group(tmp_path):
+def test_a_patient_in_official_train_and_test_is_refused(tmp_path):
     rows = [
         (f"{split}{i}.png", first + i, "ab"[i % 2], split, f"{split} {i}")
         for split, first in (("train", 0), ("test", 300))

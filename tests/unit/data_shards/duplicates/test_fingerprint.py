@@ -57,7 +57,7 @@ def test_one_changed_pixel_or_another_shape_is_another_digest():
     ],
     ids=["coded again", "half as large", "twice as large", "brighter", "in grey"],
 )
-def test_a_copy_with_a_small_change_differs_in_few_bits_and_another_image_in_many(change):
+def test_a_small_change_differs_in_few_bits_another_in_many(change):
     image = smooth(1)
     prints = prints_of(image, np.asarray(change(Image.fromarray(image))), smooth(2))
     assert distance(prints) <= 12
@@ -65,7 +65,7 @@ def test_a_copy_with_a_small_change_differs_in_few_bits_and_another_image_in_man
     assert NUM_BITS == 168
 
 
-def test_a_blank_image_has_no_bits_and_an_undecodable_one_nothing():
+def test_a_blank_image_has_no_bits_an_undecodable_one_nothing():
     nearly_blank = np.full((20, 20), 200, np.uint8)
     nearly_blank[0, 0] = 190
     prints = prints_of(nearly_blank, b"no image", pixels(1))

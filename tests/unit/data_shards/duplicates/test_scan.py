@@ -67,7 +67,7 @@ def refused(tmp_path) -> tuple[DataConfig, Store]:
     ],
     ids=["drop", "move", "drawn splits", "other shards", "other order of classes"],
 )
-def test_a_refused_conversion_is_tried_again_with_other_settings_without_a_look_at_any_image(refused, changes):
+def test_a_retry_with_other_settings_scans_no_image_again(refused, changes):
     config, out = refused
     again = config.model_copy(update=changes)
     fresh = open_store(f"{out.uri}-fresh")
@@ -85,13 +85,13 @@ def test_a_try_under_another_name_finds_the_fingerprints_too(refused):
 
 
 @pytest.mark.parametrize("changes", [{"max_side": 8}, {"salt": "s"}], ids=["smaller images", "salt"])
-def test_what_decides_a_fingerprint_or_hides_a_name_makes_all_images_looked_at(refused, changes):
+def test_settings_of_fingerprints_or_names_rescan_all_images(refused, changes):
     config, out = refused
     again = config.model_copy(update={"duplicates": DuplicatesConfig(across="report"), **changes})
     assert looked_at(again, out) == 24
 
 
-def test_only_images_that_were_replaced_or_added_are_looked_at_again(refused):
+def test_only_replaced_or_added_images_are_scanned_again(refused):
     config, out = refused
     folder = Path(config.source)
     old = (folder / "1.png").stat()
@@ -103,10 +103,10 @@ def test_only_images_that_were_replaced_or_added_are_looked_at_again(refused):
     assert looked_at(config, out) == 2
 
 
-def test_a_duplicate_that_was_removed_needs_no_look_at_the_others(refused):
+def test_a_removed_duplicate_rescans_no_other_image(refused):
     config, out = refused
     table = Path(config.source, "labels.csv")
-    table.write_text("".join(line for line in table.open() if not line.startswith("1.png")))
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.startswith("1.png")))
     (Path(config.source) / "1.png").unlink()
     assert looked_at(config, out) == 0
 
@@ -120,7 +120,7 @@ def test_an_image_that_could_not_be_decoded_is_looked_at_again(tmp_path):
     assert looked_at(config.model_copy(update={"max_quarantine": 0.1}), out) == 1
 
 
-def test_two_tables_that_call_different_files_by_one_path_do_not_share_fingerprints(tmp_path):
+def test_tables_naming_different_files_alike_share_nothing(tmp_path):
     write_leaking(tmp_path / "set/one")
     two = write_leaking(tmp_path / "set/two")
     for i in range(24):
@@ -132,7 +132,7 @@ def test_two_tables_that_call_different_files_by_one_path_do_not_share_fingerpri
 
 
 @pytest.mark.parametrize("kind", ["zip", "npz", "s3"])
-def test_fingerprints_of_archives_and_of_objects_are_found_again_until_those_are_replaced(tmp_path, request, kind):
+def test_archive_and_object_fingerprints_last_until_replaced(tmp_path, request, kind):
     config, out = write_leaking(tmp_path / "set"), open_store(str(tmp_path / "out"))
     remote = open_store(f"{request.getfixturevalue('s3')}/set") if kind == "s3" else None
 

@@ -31,7 +31,7 @@ def test_with_everything_off_the_images_stay_as_they_are():
     assert torch.equal(augmented(images, NOTHING), images)
 
 
-def test_the_same_address_gives_the_same_images_and_another_gives_others():
+def test_an_address_gives_the_same_images_and_another_others():
     images = noise_BCHW()
     first, again, other = (augmented(images, ALL, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -87,7 +87,7 @@ def test_a_shift_moves_both_ways_up_to_the_given_fraction():
         assert 0.8 * most < (found - centre).max() <= most + 0.1
 
 
-def test_a_turn_keeps_place_and_area_also_where_the_image_is_not_square():
+def test_a_turn_keeps_place_and_area_in_non_square_images():
     images = bar_B1HW()
     found = augmented(images, only(rotate=90))
     y, x = centre_of_mass(found)
@@ -138,7 +138,7 @@ def test_whole_numbers_are_refused():
         augmented(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), ALL)
 
 
-def test_what_happens_to_an_image_does_not_depend_on_the_batch_it_is_in():
+def test_augmentation_does_not_depend_on_the_batch():
     images = noise_BCHW(12, 3, 20, 24)
     together = augmented(images, ALL)
     apart = torch.cat([augmented(images[n : n + 3], ALL, first=n) for n in range(0, 12, 3)])
@@ -159,7 +159,7 @@ def test_a_crop_of_the_padded_image_moves_whole_pixels(padding):
     assert set(errors.argmin(0).tolist()) == set(range(25))
 
 
-def test_colours_are_turned_and_stretched_while_greys_and_brightness_stay():
+def test_colors_turn_and_stretch_while_grays_and_brightness_stay():
     images = 0.3 + 0.4 * noise_BCHW(100, 3, 6, 6)
     luma = torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
     for change in ({"hue": 40.0}, {"saturation": 0.5}):

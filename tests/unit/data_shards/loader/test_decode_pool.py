@@ -73,7 +73,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "decode_pool" in " ".join(child.cmdline())]
 
 
-def test_batches_come_out_in_the_order_in_which_they_were_put_in_and_stay_while_they_are_held():
+def test_batches_come_out_in_order_and_stay_while_held():
     with pool_of(Images()) as pool:
         held = []
         for turn in range(30):
@@ -86,7 +86,7 @@ def test_batches_come_out_in_the_order_in_which_they_were_put_in_and_stay_while_
             assert np.array_equal(images, expected(turn)), turn
 
 
-def test_memory_of_a_batch_that_is_gone_is_used_again_but_not_while_a_part_of_it_is_seen():
+def test_a_batchs_memory_is_reused_only_when_no_part_is_seen():
     with pool_of(Images(), processes=1) as pool:
         pool.put(wanted(0))
         row = pool.take()[2]
@@ -96,7 +96,7 @@ def test_memory_of_a_batch_that_is_gone_is_used_again_but_not_while_a_part_of_it
         assert np.array_equal(row, expected(0)[2])
 
 
-def test_with_its_ticket_a_batch_is_taken_out_of_turn_and_what_is_dropped_gives_its_place_back():
+def test_a_ticket_takes_a_batch_out_of_turn_and_a_drop_frees_it():
     with pool_of(Images()) as pool:
         tickets = [pool.put(wanted(turn)) for turn in range(pool.depth)]
         assert not pool.has_room
@@ -159,7 +159,7 @@ def test_processes_end_with_their_parent_also_where_it_is_killed():
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
     parent.kill()
-    parent.wait()
+    parent.communicate()
     deadline = time.monotonic() + 20
     while any(psutil.pid_exists(pid) and _runs(pid) for pid in pids):
         assert time.monotonic() < deadline, "a decoding process outlived its parent"
@@ -179,7 +179,7 @@ def uri(tmp_path_factory) -> str:
     return str(folder / "out")
 
 
-def test_an_epoch_that_is_left_early_keeps_the_processes_for_the_next_and_they_end_with_the_loader(uri):
+def test_an_early_end_keeps_processes_until_the_loader_closes(uri):
     dataset, plan = open_dataset(uri), BatchPlan("train", 6, 16, train=True)
     before = set(children())
     with Loader(dataset, processes=True, cache_bytes=0) as loader:
@@ -196,7 +196,7 @@ def test_an_epoch_that_is_left_early_keeps_the_processes_for_the_next_and_they_e
 
 
 @pytest.mark.parametrize("ends", ["with the epoch", "with the loader"])
-def test_processes_that_were_in_use_when_the_loader_was_closed_end_when_they_are_given_back(uri, ends):
+def test_processes_in_use_at_close_end_when_given_back(uri, ends):
     before = set(children())
     loader = Loader(open_dataset(uri), processes=True, cache_bytes=0)
     stream = iter(loader.epoch(BatchPlan("train", 6, 16, train=True)))
@@ -212,7 +212,7 @@ def test_processes_that_were_in_use_when_the_loader_was_closed_end_when_they_are
     assert set(children()) == before
 
 
-def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_without_a_word(uri):
+def test_a_program_ending_amid_an_epoch_prints_nothing(uri):
     script = (
         "from data_shards.loader import BatchPlan, Loader\nfrom data_shards.manifest import open_dataset\n"
         f"loader = Loader(open_dataset({uri!r}), processes=True)\n"
@@ -257,13 +257,14 @@ def read_until_killed(uri: str, state: str, lines_until_kill: int | None, delay_
         env={**os.environ, "PYTHONPATH": path},
     )
     told = []
-    for line in reader.stdout:
-        told.append(line.split())
-        if lines_until_kill is not None and len(told) >= lines_until_kill:
-            time.sleep(delay_s)
-            os.killpg(reader.pid, signal.SIGKILL)
-            told += [line.split() for line in reader.stdout if line.endswith("\n")]
-            break
+    with reader:
+        for line in reader.stdout:
+            told.append(line.split())
+            if lines_until_kill is not None and len(told) >= lines_until_kill:
+                time.sleep(delay_s)
+                os.killpg(reader.pid, signal.SIGKILL)
+                told += [line.split() for line in reader.stdout if line.endswith("\n")]
+                break
     code = reader.wait()
     assert code == (0 if lines_until_kill is None else code)
     assert code in (0, -signal.SIGKILL)
@@ -271,7 +272,7 @@ def read_until_killed(uri: str, state: str, lines_until_kill: int | None, delay_
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_reader_that_is_killed_with_its_processes_goes_on_bit_for_bit(tmp_path, uri, s3, monkeypatch, kills):
+def test_a_reader_killed_with_its_processes_resumes_bit_for_bit(tmp_path, uri, s3, monkeypatch, kills):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote = f"{s3}/{kills}"
     for key in open_store(uri).list():

@@ -56,7 +56,7 @@ def in_order(per_rank: list[list], num_turns: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_global_batches_are_the_same_on_1_2_and_4_ranks_over_two_epochs(uri, train):
+def test_global_batches_are_the_same_on_1_2_and_4_ranks(uri, train):
     options = {"batch_size": 12, "micro_batch": 3, "image_size": 16, "train": train, "seed": 5}
     for epoch in (0, 1):
         one, two, four = (
@@ -71,7 +71,7 @@ def test_global_batches_are_the_same_on_1_2_and_4_ranks_over_two_epochs(uri, tra
     ("workers", "processes"), [(0, None), (1, True), (2, True), (4, False)],
     ids=["0 workers", "1 process", "2 processes", "4 threads"],
 )  # fmt: skip
-def test_ranks_workers_and_resuming_at_random_change_no_bit_over_two_epochs(uri, crop, workers, processes):
+def test_random_ranks_workers_and_resumes_change_no_bit(uri, crop, workers, processes):
     dataset, plan = open_dataset(uri), BatchPlan("train", 12, 16, train=True, micro_batch=1, crop=crop)
     chance = random.Random(workers)
     how = {"workers": workers, "processes": processes, "cache_bytes": 0}  # everything is decoded in each epoch
@@ -109,7 +109,7 @@ def test_workers_are_processes_where_there_is_much_to_decode(dataset, monkeypatc
     loader.close()
 
 
-def test_random_parts_are_other_parts_in_the_next_epoch_and_are_not_kept_in_memory(dataset):
+def test_random_crops_change_by_epoch_and_are_not_cached(dataset):
     options = {"batch_size": 50, "image_size": 8, "train": True, "crop": Crop(0.2)}
     first, second = (next(iter(epoch_of(dataset, "train", epoch=epoch, **options))) for epoch in (0, 1))
     again = next(iter(epoch_of(dataset, "train", epoch=0, **options)))
@@ -133,7 +133,7 @@ def test_batches_may_be_made_in_memory_of_the_callers_choice(uri, processes):
         assert [fingerprint(b) for b in found] == [fingerprint(b) for b in epoch_of(dataset, "train", **options)]
 
 
-def test_a_training_epoch_holds_every_sample_at_most_once_and_drops_the_incomplete_batch(dataset):
+def test_training_shows_a_sample_at_most_once_and_drops_the_rest(dataset):
     found = list(epoch_of(dataset, "train", batch_size=12, image_size=16, train=True))
     positions = np.concatenate([batch.index for batch in found])
     assert len(positions) == len(set(positions.tolist())) == 48
@@ -157,7 +157,7 @@ def test_the_order_is_the_same_for_ever(dataset):
     assert first.index.tolist() == np.argsort(draws, kind="stable")[:8].tolist() == [4, 19, 10, 46, 0, 44, 8, 5]
 
 
-def test_evaluation_holds_every_sample_exactly_once_and_pads_with_a_mask(dataset):
+def test_evaluation_shows_every_sample_once_and_pads_with_a_mask(dataset):
     for ranks in (1, 2):
         found = [
             b
@@ -220,7 +220,7 @@ def test_len_is_the_number_of_micro_batches_of_this_rank(dataset):
     assert len(epoch_of(dataset, "train", start=36, **options)) == 4
 
 
-def test_the_second_epoch_is_read_from_memory_and_the_cache_stays_within_its_bound(dataset, monkeypatch):
+def test_the_second_epoch_comes_from_a_bounded_memory_cache(dataset, monkeypatch):
     from data_shards.loader import pixels
 
     decoded = []
@@ -259,7 +259,7 @@ def test_images_are_read_at_positions_of_the_callers_choice(dataset):
 
 
 @pytest.mark.parametrize("size", [16, (20, 9)], ids=["square", "height x width"])
-def test_images_are_stretched_to_the_wanted_size_by_pils_bilinear_filter(dataset, size):
+def test_images_are_resized_by_pils_bilinear_filter(dataset, size):
     height, width = (size, size) if isinstance(size, int) else size
     (batch,) = epoch_of(dataset, "val", batch_size=9, image_size=size, train=False)
     index = dataset.index("val")
@@ -323,9 +323,7 @@ def test_impossible_wishes_are_refused_before_the_first_batch(dataset, options, 
         epoch_of(dataset, "train", image_size=16, train=True, **options)
 
 
-def test_from_s3_the_batches_are_those_of_a_folder_and_a_damaged_copy_is_not_believed(
-    tmp_path, s3, monkeypatch, uri, dataset
-):
+def test_s3_batches_equal_a_folders_and_damage_is_refused(tmp_path, s3, monkeypatch, uri, dataset):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote = open_store(f"{s3}/tiny")
     for key in dataset.store.list():

@@ -51,7 +51,7 @@ def begun(loader: Loader) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("gather", [True, False], ids=["processes gather", "a thread gathers"])
 @pytest.mark.parametrize("crop", [None, Crop(0.3)], ids=["whole", "parts"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_epochs_that_go_over_into_each_other_hold_the_batches_of_epochs_alone(uri, crop, ranks, gather, monkeypatch):
+def test_overlapping_epochs_hold_the_batches_of_single_ones(uri, crop, ranks, gather, monkeypatch):
     monkeypatch.setattr(loader_epoch, "GATHER_BYTES", 0 if gather else 1 << 30)
     for rank in range(ranks):
         where = {"rank": rank, "ranks": ranks}
@@ -66,7 +66,7 @@ def test_epochs_that_go_over_into_each_other_hold_the_batches_of_epochs_alone(ur
                     assert fingerprints(found) == fingerprints(epoch_of(plain, split, **asked))
 
 
-def test_beside_a_gpu_workers_are_processes_wherever_anything_is_left_to_decode(uri, monkeypatch):
+def test_with_a_gpu_workers_are_processes_if_decoding_is_left(uri, monkeypatch):
     dataset, options = open_dataset(uri), {**OPTIONS, "train": True}
     assert not epoch_of(dataset, "train", workers=2, **options).decodes_in_processes
     assert not epoch_of(dataset, "train", workers=0, memory=GPU, **options).decodes_in_processes
@@ -85,7 +85,7 @@ def test_beside_a_gpu_workers_are_processes_wherever_anything_is_left_to_decode(
         assert parts.decodes_in_processes
 
 
-def test_the_next_epoch_begins_before_it_is_asked_for_in_the_same_processes(uri):
+def test_the_next_epoch_starts_early_in_the_same_processes(uri):
     before = processes()
     options = {**OPTIONS, "train": True, "crop": Crop(0.3)}
     with Loader(open_dataset(uri), workers=2, memory=GPU) as loader:
@@ -104,7 +104,7 @@ def test_the_next_epoch_begins_before_it_is_asked_for_in_the_same_processes(uri)
     assert processes() == before
 
 
-def test_an_epoch_that_was_begun_but_is_not_asked_for_is_forgotten(uri):
+def test_an_epoch_started_but_never_requested_is_forgotten(uri):
     options = {**OPTIONS, "train": True, "crop": Crop(0.3)}
     with Loader(open_dataset(uri), workers=2, memory=GPU) as loader:
         for again in ({"epoch": 1, "start": 12}, {"epoch": 0}, {"epoch": 1, "seed": 6}, {"epoch": 2}):
@@ -116,7 +116,7 @@ def test_an_epoch_that_was_begun_but_is_not_asked_for_is_forgotten(uri):
             assert begun(loader) == []
 
 
-def test_an_epoch_left_early_begins_no_other_and_the_next_one_is_whole(uri):
+def test_an_epoch_left_early_starts_no_other_and_the_next_works(uri):
     options = {**OPTIONS, "train": True, "crop": Crop(0.3)}
     with Loader(open_dataset(uri), workers=2, memory=GPU) as loader:
         stream = iter(epoch_of(loader, "train", next_epoch=True, **options))

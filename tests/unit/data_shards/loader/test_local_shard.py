@@ -82,7 +82,7 @@ def entry_of(data: bytes, name: str = "x") -> ShardEntry:
     return ShardEntry(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), count=1)
 
 
-def test_a_file_is_verified_once_on_a_machine_and_again_when_it_has_changed(tmp_path, monkeypatch, digested):
+def test_a_file_is_verified_once_per_machine_and_after_a_change(tmp_path, monkeypatch, digested):
     path, data = tmp_path / "a.tar", b"shard" * 1000
     path.write_bytes(data)
     later(monkeypatch)
@@ -111,7 +111,7 @@ def test_a_file_that_was_just_written_is_not_yet_trusted(tmp_path, digested):
     assert len(digested) == 2
 
 
-def test_what_is_open_stays_what_it_was_when_the_file_is_replaced(tmp_path):
+def test_an_open_shard_stays_as_it_was_when_replaced(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(b"old bytes")
     mapped = NodeCache().verified(path, hashlib.sha256(b"old bytes").hexdigest())
@@ -120,7 +120,7 @@ def test_what_is_open_stays_what_it_was_when_the_file_is_replaced(tmp_path):
     assert mapped[:] == b"old bytes"
 
 
-def test_copies_of_other_datasets_give_way_those_used_longest_ago_first_but_never_ones_own(cache):
+def test_the_least_recent_copies_of_other_datasets_are_evicted(cache):
     contents = {name: name.encode() * 1000 for name in "abcdef"}
     entries = {name: entry_of(data) for name, data in contents.items()}
     held = NodeCache(limit_bytes=3500)
@@ -145,7 +145,7 @@ def test_copies_of_other_datasets_give_way_those_used_longest_ago_first_but_neve
     assert there() == {"a", "d", "e"}
 
 
-def test_a_copy_that_another_process_is_using_at_the_moment_is_not_removed(cache):
+def test_a_copy_in_use_by_another_process_is_not_removed(cache):
     from data_shards.loader.node_cache import _locked
 
     old, new = entry_of(b"o" * 1000), entry_of(b"n" * 1000)
@@ -170,7 +170,7 @@ def test_a_shard_is_fetched_once_by_all_who_ask_for_it_at_once():
     assert fetched == [1]
 
 
-def test_a_fetch_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(cache):
+def test_a_killed_fetch_leaves_nothing_mistaken_for_a_shard(cache):
     script = (
         "import os, signal\nfrom test_local_shard import entry_of\n"
         "from data_shards.loader.node_cache import NodeCache\n"
@@ -215,7 +215,7 @@ def test_ranges_in_any_order_give_each_image_its_own_bytes(uri):
 
 
 @pytest.mark.parametrize("damage", ["replaced", "shorter", "missing"])
-def test_a_shard_that_is_damaged_where_it_is_read_by_ranges_is_an_error(tmp_path, damage):
+def test_damage_in_a_shard_read_by_ranges_is_an_error(tmp_path, damage):
     store = FarStore(tmp_path / "out")
     convert(npz_config(tmp_path), store)
     dataset = open_dataset(str(tmp_path / "out"))
@@ -228,7 +228,7 @@ def test_a_shard_that_is_damaged_where_it_is_read_by_ranges_is_an_error(tmp_path
         read_all(shards_of(dataset, store, disk_bytes=1), dataset)
 
 
-def test_batches_of_a_dataset_that_does_not_fit_are_those_of_one_that_does(uri, s3, cache):
+def test_batches_of_a_dataset_that_does_not_fit_are_the_same(uri, s3, cache):
     remote = open_store(s3)
     for key in open_store(uri).list():
         remote.put(key, open_store(uri).get(key))
@@ -241,9 +241,7 @@ def test_batches_of_a_dataset_that_does_not_fit_are_those_of_one_that_does(uri, 
     assert 0 < sum(path.stat().st_size for path in cache.glob("*.tar")) <= 100_000
 
 
-def test_without_a_place_for_copies_a_folder_is_read_all_the_same_and_a_remote_store_says_what_to_do(
-    uri, tmp_path, monkeypatch
-):
+def test_without_room_folders_are_read_and_s3_names_a_remedy(uri, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     dataset = open_dataset(uri)

@@ -40,7 +40,7 @@ def read(dataset, **options):
     )
 
 
-def test_a_mixed_order_keeps_its_quotas_and_repeats_a_sample_only_when_all_have_come():
+def test_a_mixed_order_keeps_quotas_and_repeats_only_after_all():
     pools = [np.arange(10), np.arange(10, 13), np.arange(13, 40)]
     order = mixed(pools, [10, 10, 5], 1, 2)
     counts = np.bincount(order, minlength=40)
@@ -70,7 +70,7 @@ def test_visits_count_how_often_a_sample_came_before():
     assert visits(np.empty(0, np.int64)).tolist() == []
 
 
-def test_balanced_sampling_shows_each_class_equally_often_in_an_epoch_of_the_same_length(datasets):
+def test_balanced_sampling_shows_each_class_equally_often(datasets):
     found = read(datasets[0], sampling="balanced")
     assert sum(len(batch.index) for batch in found) == 27
     assert np.concatenate([batch.labels for batch in found]).sum(0).tolist() == [9, 9, 9]
@@ -89,7 +89,7 @@ def test_balancing_a_multilabel_set_is_refused(datasets):
         read(datasets[0], sampling="balanced")
 
 
-def test_a_mixture_joins_classes_by_name_and_gives_each_image_its_own(datasets):
+def test_a_mixture_joins_classes_by_name(datasets):
     mixture = mix(datasets)
     assert mixture.classes == ("a", "b", "c", "z")
     assert mixture.index("train").labels.sum(0).tolist() == [20, 20, 2, 15]
@@ -109,7 +109,7 @@ def test_weights_share_out_the_places_of_an_epoch(datasets):
 
 
 @pytest.mark.parametrize("kind", ["balanced", "mixture", "balanced mixture"])
-def test_other_orders_too_are_the_same_on_any_number_of_ranks_and_resume_anywhere(uris, kind):
+def test_other_orders_too_are_equal_on_any_ranks_and_resume(uris, kind):
     def opened():
         datasets = [open_dataset(uri) for uri in uris]
         return mix(datasets, None if "balanced" in kind else [1, 3]) if "mixture" in kind else datasets[0]

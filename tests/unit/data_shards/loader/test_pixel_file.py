@@ -68,7 +68,7 @@ def expected(uri: str) -> np.ndarray:
     return batch.images
 
 
-def test_a_row_is_there_for_everybody_once_it_was_written_and_not_before():
+def test_a_row_is_visible_to_all_once_written_and_not_before():
     one, two = opened(), opened()
     assert one is not None
     assert two is not None
@@ -124,7 +124,7 @@ def test_a_second_process_of_the_machine_decodes_nothing(uri, cache, decoded):
     assert len(files(cache)) == 1
 
 
-def test_nothing_is_kept_of_random_parts_without_a_gpu_or_where_it_is_not_wanted(uri, cache):
+def test_random_crops_are_not_kept_without_a_gpu_or_on_request(uri, cache):
     options = {"batch_size": 60, "image_size": 24, "train": True, "workers": 0}
     list(epoch_of(open_dataset(uri), "train", **options))
     list(epoch_of(open_dataset(uri), "train", memory=GPU, crop=pixels.Crop(0.3), **options))
@@ -151,13 +151,13 @@ def start(uri: str, first: int, last: int) -> subprocess.Popen:
 
 
 def told_by(reader: subprocess.Popen) -> dict[str, str]:
-    lines = reader.stdout.read().splitlines()
-    assert reader.wait() == 0
+    lines = reader.communicate()[0].splitlines()
+    assert reader.returncode == 0
     return dict(line.split() for line in lines[1:])
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_file_that_killed_processes_were_filling_holds_only_what_was_decoded(uri, cache, kills):
+def test_a_file_of_killed_processes_holds_only_decoded_rows(uri, cache, kills):
     images, chance, last = expected(uri), random.Random(kills), 1
     for _ in range(kills):
         reader = start(uri, 0, last)
@@ -165,7 +165,7 @@ def test_a_file_that_killed_processes_were_filling_holds_only_what_was_decoded(u
             reader.stdout.readline()
         time.sleep(chance.random() * 0.02)
         os.killpg(reader.pid, signal.SIGKILL)
-        reader.wait()
+        reader.communicate()
         for path in files(cache):
             kept = PixelFile(path, (24, 24, 1))
             assert np.array_equal(kept.images[kept.is_filled], images[kept.is_filled])
@@ -189,7 +189,7 @@ def test_two_processes_that_fill_one_file_at_once_read_the_same(uri, cache):
 
 
 @pytest.mark.parametrize("limit_bytes", [60 * (24 * 24 + 1), 100], ids=["half of the images", "none"])
-def test_the_limit_is_kept_and_what_does_not_fit_is_decoded_each_time(uri, cache, decoded, limit_bytes):
+def test_the_limit_holds_and_the_rest_is_decoded_each_time(uri, cache, decoded, limit_bytes):
     loader = Loader(open_dataset(uri), workers=0, memory=GPU, disk_bytes=limit_bytes, cache_bytes=1)
     for _ in range(2):
         decoded.clear()
@@ -205,7 +205,7 @@ def test_shards_that_are_still_to_be_copied_keep_their_room():
     assert opened(THIRD, limit_bytes=1000, to_come={OTHER: 1000}, num=100) is None
 
 
-def test_a_new_file_takes_the_room_of_the_one_used_longest_ago_but_never_of_one_in_use(cache):
+def test_a_new_file_evicts_the_least_recent_but_none_in_use(cache):
     opened(KEY)
     opened(OTHER)
     os.utime(cache / f"{KEY}.pixels", (time.time() + 5, time.time() + 5))  # used again

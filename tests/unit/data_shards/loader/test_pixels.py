@@ -42,7 +42,7 @@ def test_a_part_that_needs_no_resizing_has_pils_pixels(options):
 
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
-def test_a_part_below_twice_the_size_differs_from_pils_by_rounding_only(options):
+def test_a_crop_below_twice_the_size_matches_pil_to_rounding(options):
     data = photograph(**options)
     for box in ((0, 0, 127, 90), (31, 5, 120, 111), (150, 200, 233, 301), (10, 10, 30, 40)):
         assert np.abs(cropped(data, box, 64, 64, 3) - by_pil(data, box, 64, 64)).max() <= 1, box
@@ -66,7 +66,7 @@ def test_a_part_of_a_png_is_that_of_pil():
 
 
 @pytest.mark.parametrize("data", [photograph(grey=True), coded(pixels(1, 301, 233))], ids=["jpeg", "png"])
-def test_grey_stays_grey_and_is_repeated_where_the_dataset_is_rgb(data):
+def test_gray_stays_gray_and_is_repeated_where_the_set_is_rgb(data):
     box = (10, 20, 200, 220)
     grey, rgb = cropped(data, box, 32, 40, 1), cropped(data, box, 32, 40, 3)
     assert grey.shape == (32, 40, 1)
@@ -105,7 +105,7 @@ def boxes_of(heights, widths, min_area: float = 0.25, seed: int = 1, epoch: int 
     return crop_boxes(Crop(min_area), np.array(heights), np.array(widths), seed=seed, epoch=epoch, sample=sample)
 
 
-def test_random_parts_lie_within_the_image_and_have_the_area_and_shape_that_was_asked_for():
+def test_random_crops_are_inside_and_of_the_requested_shape():
     heights, widths = np.full(2000, 400), np.full(2000, 300)
     left, top, right, bottom = boxes_of(heights, widths).T
     assert left.min() >= 0
@@ -122,7 +122,7 @@ def test_random_parts_lie_within_the_image_and_have_the_area_and_shape_that_was_
     assert bottom.max() == 400
 
 
-def test_a_random_part_depends_on_seed_epoch_and_sample_and_on_nothing_else():
+def test_a_random_crop_depends_only_on_seed_epoch_and_sample():
     heights, widths = np.full(50, 120), np.full(50, 90)
     together = boxes_of(heights, widths)
     for sample in (0, 7, 49):

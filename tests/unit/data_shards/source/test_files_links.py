@@ -192,7 +192,7 @@ def test_a_class_folder_that_is_a_broken_link_is_named_as_one(tmp_path):
             open_source(config.model_copy(update={"classes": ("a", "b", "c")}))
 
 
-def test_a_class_folder_of_one_split_that_is_a_broken_link_is_named_as_one(tmp_path):
+def test_a_split_class_folder_that_is_a_broken_link_is_named(tmp_path):
     tree = {f"{split}/{c}/x.png": b"1" for split in ("train", "test") for c in "ab"} | {"test/c": (SOFT, "../c")}
     reason = rf"1 broken link is not read: test/c \({NOWHERE}\)"
     as_tar(tmp_path / "without.tar", tree)
@@ -203,7 +203,7 @@ def test_a_class_folder_of_one_split_that_is_a_broken_link_is_named_as_one(tmp_p
         open_source(config.model_copy(update={"source": str(tmp_path / "with.tar")}))
 
 
-def test_a_broken_link_to_the_folder_that_a_table_names_is_named_with_the_missing_images(tmp_path):
+def test_a_broken_link_to_a_tables_folder_is_named(tmp_path):
     tree = {"labels.csv": b"file,label\na/x.png,1\nb/y.png,0\n", "a/x.png": b"1", "b": (SOFT, "gone")}
     for kind, make in (("folder", as_folder), ("set.zip", as_zip)):
         config = DataConfig(dataset="mine", layout="table", source=str(make(tmp_path / kind, tree)), table="labels.csv")
@@ -219,7 +219,7 @@ def test_a_link_out_of_an_archive_is_a_file_that_cannot_be_read(tmp_path, target
         assert contents(files) == {"a/x.png": b"1", "a/y.png": "a link that leads out of the archive"}
 
 
-def test_folders_that_link_to_each_other_again_and_again_are_refused_soon(tmp_path, monkeypatch):
+def test_folders_that_link_to_each_other_are_refused_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(files_links, "MOST_LINKED", 2000)
     monkeypatch.setattr(files_folder, "MOST_LINKED", 2000)
     names = [f"f{i}" for i in range(14)]
@@ -291,7 +291,7 @@ def test_devices_pipes_and_sockets_are_left_out_and_counted(tmp_path):
         assert files.notes == ("2 devices, pipes or sockets are left out: a/d, a/p",)
 
 
-def test_a_tar_that_goes_on_behind_its_last_readable_header_is_refused(tmp_path):
+def test_a_tar_that_continues_after_its_last_header_is_refused(tmp_path):
     image = [member(f"a/{i}.png", tarfile.REGTYPE, data=bytes([i]) * 600) for i in range(5)]
     good, path = tar(*image), tmp_path / "set.tar"
     damaged = bytearray(good)
@@ -326,7 +326,7 @@ LITTER = [
 ]  # fmt: skip
 
 
-def test_litter_in_any_case_is_left_out_and_counted_in_folder_tar_zip_and_s3(tmp_path, s3):
+def test_litter_is_left_out_and_counted_in_every_kind_of_source(tmp_path, s3):
     from data_shards.store import open_store
 
     tree = {name: b"junk" for name in LITTER} | {"a/x.png": b"1", "icon/y.png": b"2"}

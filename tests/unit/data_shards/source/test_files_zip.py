@@ -47,7 +47,7 @@ def test_a_zip_gives_the_rows_and_bytes_of_the_folder(tmp_path, stored):
     assert [zipped.reader.read(row) for row in zipped.rows] == [unpacked.reader.read(row) for row in unpacked.rows]
 
 
-def test_nothing_of_a_zip_is_unpacked_but_a_zip_inside_it_and_that_once(tmp_path, monkeypatch):
+def test_only_a_zip_inside_a_zip_is_unpacked_and_only_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     open_files(saved(tmp_path, zip_of(FILES)))
     assert not (tmp_path / "cache").exists()
@@ -235,7 +235,7 @@ def test_an_unfit_zip_is_named_in_one_line(tmp_path, data, message):
     assert re.search("[:;] ", str(caught.value))
 
 
-def test_a_member_that_claims_to_be_longer_than_the_archive_is_refused(tmp_path):
+def test_a_member_claiming_more_than_the_archive_is_refused(tmp_path):
     inner = zip_of({"a/x.png": bytes(1 << 20)})
     data = zip_of({"inner.zip": inner}, stored=True)
     # As if the inner zip were 1 EiB, in the way that sizes above 4 GiB are written down.
@@ -250,7 +250,7 @@ def test_a_member_that_claims_to_be_longer_than_the_archive_is_refused(tmp_path)
         open_files(saved(tmp_path, patched(data, eocd + 12, struct.pack("<I", size + len(huge)))))
 
 
-def test_no_change_of_a_few_bytes_makes_a_zip_crash_or_its_images_silently_wrong(tmp_path):
+def test_no_small_change_makes_a_zip_crash_or_silently_wrong(tmp_path):
     """Whatever is changed: the same bytes, an image at fault, or the archive refused."""
     files = {name: FILES[name] for name in sorted(FILES)[:4]} | {"more/inner.zip": zip_of({"a/x.png": image(99, "L")})}
     whole = zip_of(files)
@@ -277,7 +277,7 @@ def test_no_change_of_a_few_bytes_makes_a_zip_crash_or_its_images_silently_wrong
     assert min(outcomes.values()) > 20
 
 
-def test_what_many_tasks_of_a_node_need_at_once_is_made_by_one_of_them():
+def test_what_many_tasks_of_a_node_need_is_made_by_one():
     made = []
 
     def write_slowly(target):

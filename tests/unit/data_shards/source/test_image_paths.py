@@ -58,7 +58,7 @@ def test_paths_are_found_as_they_are_written(tmp_path, written, files, table):
         (["/d1/set/a/1.png", "/d2/set/b/2.png"], ["a/1.png", "b/2.png"], "t.csv", "/d1/set"),
     ],
 )
-def test_folders_in_front_that_the_set_does_not_have_are_left_out_with_a_notice(tmp_path, written, files, table, front):
+def test_leading_folders_that_the_set_lacks_are_dropped(tmp_path, written, files, table, front):
     places, notes = found(tmp_path, written, files, table=table)
     assert places == sorted(files)
     assert f"are read without '{front}" in notes[0]

@@ -34,7 +34,7 @@ def remedy(message, option):
         (["n\u03bd", "nv", "nv", "\u039eV", "mel"], ("mel", "nv", "\u039eV")),
     ],
 )
-def test_two_spellings_of_one_class_are_refused_and_the_class_map_of_the_message_joins_them(tmp_path, labels, classes):
+def test_two_spellings_of_a_class_are_refused_with_a_class_map(tmp_path, labels, classes):
     with pytest.raises(ValueError, match="seem to be one class") as caught:
         labelled(tmp_path, labels)
     images = labelled(tmp_path, labels, class_map=remedy(str(caught.value), "class-map"))
@@ -63,7 +63,7 @@ def test_classes_that_are_named_are_meant_as_they_are(tmp_path):
         "Benign", "benign", "1", "1.0", "A|B", "nan")).classes[4] == "A|B"  # fmt: skip
 
 
-def test_one_name_in_two_codes_of_unicode_is_one_class_and_a_notice_says_so(tmp_path):
+def test_a_name_in_two_unicode_forms_is_one_class_with_a_notice(tmp_path):
     images = labelled(tmp_path, [NFC, NFD, "b"])
     assert images.classes == ("b", NFC)
     assert any("2 ways" in note for note in images.notes)
@@ -99,14 +99,14 @@ def test_several_labels_in_a_cell_are_not_taken_for_a_class(tmp_path, labels):
     assert all(name in "ABC01" for name in images.classes)
 
 
-def test_labels_on_two_lines_of_a_cell_are_refused_in_one_line_that_a_shell_understands(tmp_path):
+def test_labels_on_two_lines_of_a_cell_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="several labels in one cell") as caught:
         labelled(tmp_path, ["A", "B", "A\nB"])
     assert r"--data.label-separator $'\n';" in str(caught.value)
     assert str(caught.value).endswith(r"--data.class-map $'A\nB=A\nB'")
 
 
-def test_honest_names_with_a_comma_are_classes_and_most_of_them_are_noticed(tmp_path):
+def test_names_with_a_comma_are_classes_and_most_are_noticed(tmp_path):
     few = labelled(tmp_path, ["Nevus, atypical", "Melanoma", "Melanoma"])
     assert (few.classes, few.notes) == (("Melanoma", "Nevus, atypical"), ())
     most = labelled(tmp_path, ["Nevus, atypical", "Nevus, common", "Melanoma"])
@@ -165,7 +165,7 @@ def test_a_word_for_none_that_cannot_be_is_refused(tmp_path, labels, fields, mes
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "NA", "N/A", "<NA>", "null", "#N/A", "#VALUE!"])
-def test_what_programs_write_for_a_missing_value_is_a_class_only_if_the_user_says_so(tmp_path, word):
+def test_a_missing_value_word_is_a_class_only_on_request(tmp_path, word):
     labels = ["A", "B", word]
     with pytest.raises(ValueError, match="missing value") as caught:
         labelled(tmp_path, labels)
@@ -196,7 +196,7 @@ def test_lists_in_cells_are_refused(tmp_path):
         labelled(tmp_path, ["['A']", "['A', 'B']"], task="multilabel")
 
 
-def test_indices_of_named_classes_may_be_written_as_floats_and_a_notice_says_what_they_mean(tmp_path):
+def test_class_indices_may_be_floats_and_a_notice_explains_them(tmp_path):
     images = labelled(tmp_path, ["0", "1.0", "01", "b"], classes=("a", "b"))
     assert [row.labels for row in images.rows] == [(0,), (1,), (1,), (1,)]
     assert "0 is a, 1.0 is b" in images.notes[0].replace("01 is b, ", "")
@@ -208,7 +208,7 @@ def test_numbers_are_in_order_of_value(tmp_path):
     assert labelled(tmp_path, ["10.0", "2.0", "-1", "0"]).classes == ("-1", "0", "2.0", "10.0")
 
 
-def test_grades_that_are_words_are_noticed_where_nobody_ordered_them(tmp_path):
+def test_grades_in_words_are_noticed_if_nobody_ordered_them(tmp_path):
     assert "mild, severe" in labelled(tmp_path, ["severe", "mild"], task="ordinal").notes[0]
     assert labelled(tmp_path, ["severe", "mild"], task="ordinal", classes=("mild", "severe")).notes == ()
 
@@ -244,7 +244,7 @@ def test_another_spelling_of_the_label_for_none_is_not_a_class(tmp_path, other):
 
 
 @pytest.mark.parametrize("other", ["Normal", "No_Finding", "healthy"])
-def test_naming_a_label_for_none_leaves_the_notice_about_another_one(tmp_path, other):
+def test_naming_a_none_label_keeps_the_notice_about_another(tmp_path, other):
     fields = {"task": "multilabel", "no_finding": "No Finding"}
     labels = ["Mass", other, "No Finding"]
     images = labelled(tmp_path, labels, **fields)
@@ -266,7 +266,7 @@ def test_naming_a_label_for_none_leaves_the_notice_about_another_one(tmp_path, o
         (["A and B", "B and A", "lung mass", "liver mass"], " and "),
     ],
 )
-def test_words_between_labels_separate_them_where_other_labels_show_it(tmp_path, labels, separator):
+def test_words_between_labels_separate_if_other_labels_show_it(tmp_path, labels, separator):
     with pytest.raises(ValueError, match="several labels in one cell") as caught:
         labelled(tmp_path, labels)
     assert option("label-separator", separator) in str(caught.value)

@@ -168,7 +168,7 @@ def test_a_path_without_a_group_is_an_error(tmp_path, pattern):
         ({"classes": ("\u00e9", "e\u0301")}, "one class twice"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused_before_any_work(fields, message):
+def test_contradicting_settings_are_refused_before_any_work(fields, message):
     with pytest.raises(ValidationError, match=message):
         DataConfig(**fields)
 
@@ -183,12 +183,12 @@ def test_settings_that_contradict_each_other_are_refused_before_any_work(fields,
         {"dataset": "phantoms", "layout": "phantoms", "drop_classes": ("cyst",)},
     ],
 )
-def test_a_setting_without_meaning_for_the_layout_is_refused_before_any_work(fields):
+def test_a_setting_unused_by_the_layout_is_refused_first(fields):
     with pytest.raises(ValueError, match=r"--data\.[a-z-]+ .* is for .*; (set|remove)"):
         check_source(DataConfig(**{"dataset": "mine", "source": "/nowhere", **fields}))
 
 
-def test_new_settings_move_no_digest_of_a_dataset_that_does_without_them():
+def test_new_settings_move_no_digest_of_sets_without_them():
     plain = DataConfig(dataset="mine", layout="table", source="x", task="multilabel")
     assert config_digest(plain) == config_digest(plain.model_copy(update={"label_separator": "|", "class_map": ()}))
     assert config_digest(plain) != config_digest(plain.model_copy(update={"label_separator": ";"}))

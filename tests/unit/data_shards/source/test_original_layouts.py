@@ -81,7 +81,7 @@ def test_medmnist_files_of_every_size_are_read(name, side, tmp_path):
     assert {images.reader.read(row).shape for row in images.rows} == {shape}
 
 
-def test_a_set_in_one_zip_in_fetched_files_and_unpacked_has_the_same_rows_and_bytes(tmp_path):
+def test_a_set_zipped_fetched_or_unpacked_has_the_same_rows(tmp_path):
     zipped, fetched, unpacked = (
         by_card("pad-ufes-20", pad_ufes_20(tmp_path / str(i), form).source)
         for i, form in enumerate(("one zip", "single files", "unpacked"))
@@ -114,7 +114,7 @@ def part_of_pad(folder, *, without):
     return made.source
 
 
-def test_a_part_of_pad_becomes_shards_with_its_own_table_and_the_classes_that_it_has(tmp_path, caplog):
+def test_a_part_of_pad_becomes_shards_with_its_own_classes(tmp_path, caplog):
     source = part_of_pad(tmp_path, without="ACK")
     config = DataConfig(dataset="pad-ufes-20", source=str(source), rows_without_file="drop")
     with pytest.raises(ValueError, match="name an image that is not there"):
@@ -141,7 +141,7 @@ def test_classes_of_pad_are_joined_left_out_and_named(tmp_path):
         )  # fmt: skip
 
 
-def test_a_group_pattern_counts_in_place_of_the_published_group_column(tmp_path):
+def test_a_group_pattern_replaces_the_published_group_column(tmp_path):
     images = by_card("pad-ufes-20", pad_ufes_20(tmp_path, "unpacked").source, group_pattern=r"PAT_15(\d+)_")
     assert {row.group for row in images.rows} == {f"{i:02d}" for i in range(30)}
 
@@ -154,7 +154,7 @@ def test_the_fetal_table_is_read_from_excel_too(tmp_path):
     assert [row.group for row in from_excel.rows[:3]] == ["1", "1", "2"]
 
 
-def test_the_official_fetal_test_stays_whatever_the_seed_and_val_is_drawn_by_patient(tmp_path):
+def test_the_official_fetal_test_stays_and_val_is_by_patient(tmp_path):
     images = by_card("fetal-planes-db", fetal_planes_db(tmp_path).source)
     drawn = [splits_of(images, seed=seed) for seed in (0, 1)]
     tests = [[i for i, split in enumerate(splits) if split == "test"] for splits in drawn]
@@ -163,7 +163,7 @@ def test_the_official_fetal_test_stays_whatever_the_seed_and_val_is_drawn_by_pat
     assert Counter(drawn[0])["val"] == pytest.approx(0.15 * 48, abs=4)
 
 
-def test_all_splits_are_drawn_by_patient_where_the_published_column_is_declined(tmp_path):
+def test_all_splits_are_by_patient_if_the_column_is_declined(tmp_path):
     images = by_card("fetal-planes-db", fetal_planes_db(tmp_path).source, split_column="-")
     assert {row.split for row in images.rows} == {None}
     assert set(splits_of(images)) == {"train", "val", "test"}
@@ -183,7 +183,7 @@ def test_a_patient_in_the_official_train_and_test_is_named(tmp_path):
         splits_of(images)
 
 
-def test_patients_of_the_cervical_set_come_from_a_table_of_ones_own(tmp_path):
+def test_cervical_patients_come_from_the_users_own_table(tmp_path):
     source = class_folders("cervical-us", tmp_path).source
     files = sorted(path for path in source.rglob("*.*") if path.suffix.lower() == ".png" and path.stat().st_size)
     lines = ["file,label,patient"] + [f"{f.relative_to(source)},{f.parent.name},p{i // 2}" for i, f in enumerate(files)]
@@ -203,7 +203,7 @@ def own(folder, **fields):
     return open_source(DataConfig(**{"dataset": "mine", "layout": "table", "source": str(folder), **fields}))
 
 
-def test_rows_without_a_file_are_refused_with_a_way_to_go_on_and_dropped_where_allowed(tmp_path):
+def test_rows_without_a_file_are_refused_or_dropped_if_allowed(tmp_path):
     write(tmp_path, {"t.xlsx": xlsx(TABLE), "a.png": b"", "b.png": b"", "c.png": b""})
     with pytest.raises(ValueError, match=r"1 of 3 rows .*'gone.png' in line 4 of t.xlsx.*rows-without-file drop"):
         own(tmp_path)
@@ -220,7 +220,7 @@ def test_a_table_none_of_whose_files_is_there_is_refused_even_so(tmp_path):
         own(tmp_path, rows_without_file="drop")
 
 
-def test_names_differ_from_files_in_case_and_in_how_accents_are_coded(tmp_path):
+def test_names_may_differ_from_files_in_case_and_accent_coding(tmp_path):
     rows = [("file", "label"), ("A.png", "x"), ("Fußgänger", "y")]
     write(tmp_path, {"t.xlsx": xlsx(rows), "img/a.PNG": b"", "img/Fußga\u0308nger.jpg": b""})
     assert [row.where for row in own(tmp_path).rows] == ["img/Fußga\u0308nger.jpg", "img/a.PNG"]
@@ -280,7 +280,7 @@ def test_empty_lines_of_a_csv_saved_by_excel_are_none(tmp_path):
     assert len(own(tmp_path).rows) == 2
 
 
-def test_a_split_word_that_is_not_explained_is_named_with_its_remedy(tmp_path):
+def test_an_unexplained_split_word_is_named_with_its_remedy(tmp_path):
     write(tmp_path, {"t.csv": b"file,label,Train\na.png,x,1\n", "a.png": b""})
     said = r"split '1' in line 2 of t.csv is unknown: .* --data.split-values 1=\.\.\. \(train, val or test"
     with pytest.raises(ValueError, match=said):

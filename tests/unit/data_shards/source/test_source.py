@@ -76,7 +76,7 @@ def test_a_medmnist_file_keeps_its_official_splits_and_pixels(shared_dir, name, 
 CELLS = {"dataset": "bccd", "layout": "table", "group_column": "smear"}
 
 
-def test_the_blood_cells_come_from_their_tar_with_smears_as_groups(shared_dir):
+def test_blood_cells_come_from_their_tar_with_smears_as_groups(shared_dir):
     path = shared_dir / "data" / "bccd_cells.tar"
     images = open_source(DataConfig(source=str(path), **CELLS))
     assert images.classes == ("platelets", "rbc", "wbc")
@@ -93,7 +93,7 @@ def test_the_blood_cells_come_from_their_tar_with_smears_as_groups(shared_dir):
     assert [test_share[i] for i in range(3)] == [pytest.approx(n * 0.2, rel=0.1) for n in (361, 1392, 372)]
 
 
-def test_the_blood_cells_are_the_same_rows_from_tar_from_folder_and_from_the_csv(shared_dir, tmp_path):
+def test_blood_cells_are_the_same_rows_from_tar_folder_and_csv(shared_dir, tmp_path):
     path = shared_dir / "data" / "bccd_cells.tar"
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -126,7 +126,7 @@ CSV = "file,label,patient,part\r\n" + "".join(
 TABLE = {"layout": "table", "group_column": "patient"}
 
 
-def test_folders_of_classes_leave_out_what_only_looks_like_a_class(tmp_path):
+def test_class_folders_leave_out_what_only_looks_like_a_class(tmp_path):
     litter = {".ipynb_checkpoints/a.png": b"", "__MACOSX/benign/._a.png": b"", "benign/.DS_Store": b"", "README": b""}
     images = open_source(config(write(tmp_path, FOLDERS | litter), layout="folders"))
     assert images.classes == ("benign", "malignant")
@@ -134,7 +134,7 @@ def test_folders_of_classes_leave_out_what_only_looks_like_a_class(tmp_path):
     assert images.reader.read(images.rows[3]) == FOLDERS["benign/benign (3).png"]
 
 
-def test_a_tar_and_a_folder_that_wraps_the_set_give_the_same_rows(tmp_path):
+def test_a_tar_and_a_wrapping_folder_give_the_same_rows(tmp_path):
     plain = open_source(config(write(tmp_path / "a", FOLDERS), layout="folders"))
     inner = {f"./set/{name}": data for name, data in FOLDERS.items()}
     write(tmp_path, {"b.tar": tar_of(inner)})
@@ -249,7 +249,7 @@ def test_bool_labels_of_several_classes_are_read(tmp_path):
     assert [row.labels for row in images.rows[:4]] == [(0, 1), (1,), (), (0,)]
 
 
-def test_an_npz_with_train_and_test_has_its_validation_drawn_from_train(tmp_path):
+def test_an_npz_with_train_and_test_draws_val_from_train(tmp_path):
     images = open_source(config(npz(tmp_path / "a.npz", drop=("val_images", "val_labels")), layout="npz"))
     assert Counter(row.split for row in images.rows) == {"train": 4, "test": 4}
     assert images.notes == ("a.npz has no val arrays: validation is drawn from train",)
@@ -318,7 +318,7 @@ def test_a_damaged_npz_is_named_and_leaves_nothing_in_the_cache(tmp_path, damage
 
 
 @pytest.mark.parametrize("name", ["train_images", "val_labels"])
-def test_an_array_that_claims_more_than_it_holds_is_named_before_memory_is_asked_for(tmp_path, name):
+def test_an_array_that_claims_too_much_is_refused_unallocated(tmp_path, name):
     path = npz(tmp_path / "a.npz", compressed=False)
     with zipfile.ZipFile(path) as archive:
         files = {member: archive.read(member) for member in archive.namelist()}
@@ -397,7 +397,7 @@ def test_an_empty_class_folder_of_a_local_set_is_seen(tmp_path):
         open_source(config(tmp_path, layout="folders"))
 
 
-def test_folders_made_in_an_s3_console_are_folders_and_an_empty_one_is_seen(s3):
+def test_s3_console_folders_are_folders_and_an_empty_one_is_seen(s3):
     store = open_store(s3)
     client = boto3.client("s3")
     bucket, _, prefix = s3.removeprefix("s3://").partition("/")
@@ -439,7 +439,7 @@ def test_a_patient_in_two_given_splits_is_named(tmp_path):
         splits_of(images)
 
 
-def test_a_source_on_s3_is_looked_for_as_an_object_or_as_a_folder(s3):
+def test_a_source_on_s3_may_be_an_object_or_a_folder(s3):
     store = open_store(s3)
     store.put("sets/set.npz", b"x")
     for uri in (f"{s3}/sets/set.npz", f"{s3}/sets", f"{s3}/sets/", "/".join(s3.split("/")[:3])):

@@ -124,7 +124,7 @@ def test_a_folders_name_says_which_split_it_is(name, split):
     ],
     ids=" ".join,
 )
-def test_folders_named_after_splits_around_the_class_folders_are_the_splits(tmp_path, folders, splits):
+def test_split_folders_around_class_folders_are_the_splits(tmp_path, folders, splits):
     images = read(tmp_path, paths(folders))
     assert images.classes == ("glioma", "normal")
     assert found(images) == Counter({(c, s): 2 * splits.count(s) for c in images.classes for s in set(splits)})
@@ -133,7 +133,7 @@ def test_folders_named_after_splits_around_the_class_folders_are_the_splits(tmp_
     assert ("val drawn from train" in images.splits_from) == (VAL not in splits)
 
 
-def test_the_official_split_is_kept_and_validation_drawn_from_train(tmp_path):
+def test_the_official_split_is_kept_and_val_drawn_from_train(tmp_path):
     images = read(tmp_path, [*paths(["Training"], num=20), *paths(["Testing"], num=5)])
     splits = assign_splits(images.rows, num_classes=2, val_fraction=0.15, test_fraction=0.2, seed=0)
     assert Counter(splits) == {"train": 34, "val": 6, "test": 10}
@@ -144,7 +144,7 @@ def test_the_official_split_is_kept_and_validation_drawn_from_train(tmp_path):
 
 @pytest.mark.parametrize("before", ["", "archive/Brain MRI/", "images/"])
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
-def test_a_wrapped_or_packed_set_has_the_same_rows_whatever_documents_and_litter_lie_beside(tmp_path, kind, before):
+def test_a_wrapped_or_packed_set_has_the_same_rows_amid_litter(tmp_path, kind, before):
     names = [f"{before}{name}" for name in paths(["Training", "Testing"])]
     beside = ["README.md", "archive/notes.txt", "labels/train/a.txt", f"{before}docs/paper.pdf"]
     litter = [
@@ -199,7 +199,7 @@ def test_folders_of_patients_inside_of_a_class_belong_to_it(tmp_path):
     assert found(read(tmp_path, names)) == {(c, s): 6 for c in "ab" for s in (TRAIN, TEST)}
 
 
-def test_only_one_split_folder_leaves_all_splits_to_be_drawn_and_says_so(tmp_path):
+def test_a_single_split_folder_leaves_all_splits_to_be_drawn(tmp_path):
     images = read(tmp_path, paths(["archive/train"]))
     assert found(images) == {("glioma", DRAWN): 2, ("normal", DRAWN): 2}
     assert images.splits_from == "all drawn from the folder train, as there is no other split"
@@ -212,7 +212,7 @@ def test_the_official_split_can_be_declined(tmp_path, option):
     assert "ignored" in images.splits_from
 
 
-def test_the_order_of_named_classes_is_that_of_the_indices_in_every_split(tmp_path):
+def test_named_classes_keep_their_order_in_every_split(tmp_path):
     images = read(tmp_path, paths(["Training", "Testing"]), classes=("normal", "glioma"))
     assert images.classes == ("normal", "glioma")
     assert {(row.where.split("/")[1], row.labels) for row in images.rows} == {("normal", (0,)), ("glioma", (1,))}
@@ -236,7 +236,7 @@ def test_what_belongs_to_no_class_is_left_out_and_reported(tmp_path):
 # ------------------------------------------------------------------------------------------------ splits inside classes
 
 
-def test_folders_named_after_splits_inside_of_every_class_are_the_splits(tmp_path):
+def test_split_folders_inside_every_class_are_the_splits(tmp_path):
     images = read(tmp_path, paths(["benign", "malignant"], "train val test"))
     assert found(images) == {(c, s): 2 for c in ("benign", "malignant") for s in (TRAIN, VAL, TEST)}
     assert images.splits_from == "train, val and test from the folders train, val and test inside each class"
@@ -245,7 +245,7 @@ def test_folders_named_after_splits_inside_of_every_class_are_the_splits(tmp_pat
 
 
 @pytest.mark.parametrize("stray", ["benign/0.jpg", "other/0.jpg", "benign/more/0.jpg"])
-def test_a_class_with_images_in_no_split_is_refused_and_the_remedy_works(tmp_path, stray):
+def test_a_class_without_images_is_refused_with_a_working_remedy(tmp_path, stray):
     names = [*paths(["benign", "malignant"], "train test"), stray]
     assert "--data.split-folders ignore" in refusal(tmp_path, names)
     assert sum(found(read(tmp_path, names, split_folders="ignore")).values()) == len(names)
@@ -255,7 +255,7 @@ def test_a_class_with_images_in_no_split_is_refused_and_the_remedy_works(tmp_pat
 
 
 @pytest.mark.parametrize("outer", [["tests", "trains"], ["测试集", "训练集"], ["invalid", "valids"]])
-def test_a_remedy_gives_no_folder_a_split_that_its_name_does_not_say(tmp_path, outer):
+def test_a_remedy_never_gives_a_folder_a_split_unlike_its_name(tmp_path, outer):
     names = paths(outer)
     message = refusal(tmp_path, names, classes=("glioma", "normal"))
     values = [f"{name}=..." for name in sorted(outer)]
@@ -274,7 +274,7 @@ EITHER = [
 
 
 @pytest.mark.parametrize(("outer", "inner"), EITHER, ids=str)
-def test_equal_folders_under_every_folder_could_be_either_and_naming_the_classes_settles_it(tmp_path, outer, inner):
+def test_naming_the_classes_settles_ambiguous_equal_folders(tmp_path, outer, inner):
     names = paths(outer, inner)
     message = refusal(tmp_path, names)
     (_, first), (_, second), *_ = [each for each in remedies(message) if each[0] == "classes"]
@@ -293,7 +293,7 @@ def test_equal_folders_under_every_folder_could_be_either_and_naming_the_classes
 
 
 @pytest.mark.parametrize(("outer", "fewer"), [("Prueba", "a b c"), ("test", "a b")])
-def test_a_folder_that_lacks_some_classes_is_still_a_sign_that_the_outer_ones_may_be_splits(tmp_path, outer, fewer):
+def test_a_folder_lacking_classes_still_suggests_outer_splits(tmp_path, outer, fewer):
     names = [*paths(["Entrenamiento"], "a b c d e"), *paths([outer], fewer)]
     assert "either could be the classes" in refusal(tmp_path, names)
 
@@ -372,7 +372,7 @@ def test_what_is_refused_names_a_remedy_that_works(tmp_path, names, message, rem
     ],
     ids=" ".join,
 )
-def test_folders_of_one_split_that_may_be_copies_are_refused_until_each_is_said(tmp_path, folders):
+def test_possible_copies_of_a_split_are_refused_until_explained(tmp_path, folders):
     message = refusal(tmp_path, paths(folders))
     assert "may be the same images" in message
     (typed,) = re.findall(r"--data\.split-values (.*), or read all", message)
@@ -383,14 +383,14 @@ def test_folders_of_one_split_that_may_be_copies_are_refused_until_each_is_said(
     assert len(read(tmp_path, paths(folders), split_values=both).rows) == 4 * len(folders)
 
 
-def test_folders_of_one_split_that_are_numbered_or_in_different_classes_are_read(tmp_path):
+def test_numbered_or_class_disjoint_folders_of_a_split_are_read(tmp_path):
     parts = ["train_part0", "train_part1", "train_part2", "test"]
     assert len(read(tmp_path, paths(parts)).rows) == 16
     inside = [f"{c}/{split}/0.jpg" for c, split in (("a", "train"), ("a", "test"), ("b", "Train"), ("b", "Test"))]
     assert len(open_source(config(make(tmp_path / "inside", inside))).rows) == 4
 
 
-def test_split_folders_that_differ_only_in_case_are_told_apart_where_each_is_named(tmp_path):
+def test_split_folders_differing_in_case_need_each_a_name(tmp_path):
     names = paths(["Train", "train", "test"])
     assert "Train=train train=drop" in refusal(tmp_path, names)
     images = read(tmp_path, names, split_values=("Train=train", "train=drop"))
@@ -398,7 +398,7 @@ def test_split_folders_that_differ_only_in_case_are_told_apart_where_each_is_nam
     assert len(read(tmp_path, names, split_values=("Train=train", "train=train")).rows) == 12
 
 
-def test_images_and_masks_around_the_same_splits_are_read_one_at_a_time(tmp_path):
+def test_images_and_masks_with_equal_splits_are_read_separately(tmp_path):
     message = refusal(
         tmp_path, [*paths(["train", "test"], before="images/"), *paths(["train", "test"], before="masks/")]
     )
@@ -412,7 +412,7 @@ def test_two_sets_beside_each_other_are_not_two_classes(tmp_path):
     assert open_source(config(tmp_path / "set/MR")).classes == ("c", "d")
 
 
-def test_a_dicom_patient_in_both_official_splits_is_refused_and_the_remedy_works(tmp_path):
+def test_a_dicom_patient_in_both_official_splits_is_refused(tmp_path):
     for split in ("Training", "Testing"):
         for i, name in enumerate(["benign", "malignant"] * 12):
             patient = f"{split} {i}" if i else "Doe"
@@ -431,12 +431,12 @@ def test_a_value_for_a_folder_that_is_not_there_is_named(tmp_path):
     assert "'Tset=drop'" in refusal(tmp_path, BOTH, split_values=("Tset=drop",))
 
 
-def test_an_empty_class_folder_of_one_split_is_named_with_the_split(tmp_path):
+def test_an_empty_class_folder_of_one_split_is_named(tmp_path):
     names = [*BOTH, "Testing/pituitary/", "Training/pituitary/0.jpg"]
     assert "class folder 'pituitary' in Testing" in refusal(tmp_path, names)
 
 
-def test_a_class_that_is_called_otherwise_in_the_other_split_is_named_with_both_names(tmp_path):
+def test_a_class_named_otherwise_in_the_other_split_is_named(tmp_path):
     message = refusal(tmp_path, [*paths(["Training"], "glioma no_tumor"), *paths(["Testing"], "glioma notumor")])
     assert "'no_tumor'" in message
     assert "notumor=no_tumor" in message
@@ -446,7 +446,7 @@ def test_a_class_that_is_called_otherwise_in_the_other_split_is_named_with_both_
 
 
 @pytest.mark.parametrize("other", ["benign", "BENIGN", "Be  nign", "Be nign"])
-def test_folders_that_differ_only_in_case_or_spaces_are_refused_until_both_are_named(tmp_path, other):
+def test_folders_differing_in_case_or_spaces_are_refused(tmp_path, other):
     names = paths(["Benign" if other.isalpha() else "Be_nign", other, "malignant"], "x")
     first = names[0].partition("/")[0]
     message = refusal(tmp_path, names)
@@ -468,7 +468,7 @@ ALIKE = {
 
 
 @pytest.mark.parametrize(("other", "told"), ALIKE.items(), ids=map(ascii, ALIKE))
-def test_folders_that_look_alike_are_refused_until_they_are_one_or_both_are_named(tmp_path, other, told):
+def test_look_alike_folders_are_refused_until_joined_or_named(tmp_path, other, told):
     names = paths(["Beniga", other, "malignant"], "x")
     message = refusal(tmp_path, names)
     assert told in message
@@ -479,19 +479,19 @@ def test_folders_that_look_alike_are_refused_until_they_are_one_or_both_are_name
     assert len(read(tmp_path, names, classes=("Beniga", name, "malignant")).classes) == 3
 
 
-def test_folders_that_are_one_number_are_refused_and_others_are_not(tmp_path):
+def test_folders_equal_as_numbers_are_refused_and_others_not(tmp_path):
     assert "number format" in refusal(tmp_path, paths(["1", "1.0", "2"], "x"))
     for each in (["1", "10", "1.5"], ["IFN-\u03b1", "IFN-\u03b2"], ["HER2-", "HER2+", "HER2"], ["5\u03bcm", "5mm"]):
         assert len(open_source(config(make(tmp_path / each[0], paths(each, "x")))).classes) == len(each)
 
 
-def test_a_folder_that_looks_like_a_named_class_is_told_to_be_another_one(tmp_path):
+def test_a_folder_resembling_a_named_class_is_reported(tmp_path):
     message = refusal(tmp_path, paths(["Benig\u043f\u0430"[:5] + "\u0430", "b"], "x"), classes=("Beniga", "b"))
     assert "CYRILLIC SMALL LETTER A" in message
     assert "if it means 'Beniga', use --data.class-map" in message
 
 
-def test_folders_that_differ_only_in_case_between_two_splits_are_refused(tmp_path):
+def test_folders_differing_in_case_between_splits_are_refused(tmp_path):
     message = refusal(tmp_path, [*paths(["Training"], "Glioma normal"), *paths(["Testing"], "glioma normal")])
     assert "'Glioma', 'glioma'" in message
 
@@ -520,7 +520,7 @@ def test_a_class_named_in_one_unicode_form_is_found_in_the_other(tmp_path):
     assert found(images) == {("b", DRAWN): 2, ("M\u00e9", DRAWN): 2}
 
 
-def test_the_settings_of_a_set_that_was_read_before_have_the_digest_that_they_had():
+def test_settings_of_a_set_read_before_keep_their_digest():
     before = "a78389d4dcc45042"
     assert config_digest(config("/anywhere")).startswith(before)
     assert config_digest(config("/anywhere", split_folders="ignore")) != config_digest(config("/anywhere"))
@@ -529,7 +529,7 @@ def test_the_settings_of_a_set_that_was_read_before_have_the_digest_that_they_ha
 # ------------------------------------------------------------------------------------- with classes left out or renamed
 
 
-def test_classes_of_one_split_only_can_be_left_out_or_renamed_as_the_messages_say(tmp_path):
+def test_classes_of_one_split_can_be_left_out_or_renamed(tmp_path):
     names = [*paths(["Training"], "glioma no_tumor"), *paths(["Testing"], "glioma notumor")]
     assert "--data.class-map notumor=no_tumor" in refusal(tmp_path, names)
     images = read(tmp_path, names, class_map=("notumor=no_tumor",))
@@ -539,14 +539,14 @@ def test_classes_of_one_split_only_can_be_left_out_or_renamed_as_the_messages_sa
 
 
 @pytest.mark.parametrize("other", ["benign", "BENIGN", "Beni gn"])
-def test_folders_that_differ_only_in_case_become_one_class_as_the_message_says(tmp_path, other):
+def test_folders_differing_in_case_become_one_class_as_told(tmp_path, other):
     names = paths(["Benign" if other.isalpha() else "Beni_gn", other, "malignant"], "x")
     (option,) = re.findall(r"--data\.class-map (.*?) or rename", refusal(tmp_path, names))
     images = read(tmp_path, names, class_map=tuple(shlex.split(option)))
     assert sorted(found(images).values()) == [2, 4]
 
 
-def test_a_named_class_that_only_renaming_brings_about_settles_what_the_folders_are(tmp_path):
+def test_a_named_class_made_by_renaming_settles_the_folders(tmp_path):
     names = paths(["Benign tumor", "Malignant tumor"], "40X 100X")
     mapped = {"class_map": ("Benign tumor=benign", "Malignant tumor=malignant"), "classes": ("malignant", "benign")}
     assert found(read(tmp_path, names, **mapped)) == {("benign", DRAWN): 4, ("malignant", DRAWN): 4}
@@ -564,7 +564,7 @@ def make_images(folder):
         (folder / name).write_bytes(coded(pixels(i), "JPEG"))
 
 
-def test_a_finished_dataset_whose_split_folders_became_classes_stays_valid_with_a_notice(tmp_path, caplog):
+def test_a_finished_set_whose_split_folders_were_classes_stays(tmp_path, caplog):
     make_images(tmp_path / "set")
     store = open_store(str(tmp_path / "store"))
     once = convert(config(tmp_path / "set", classes=("Testing", "Training")), store)
@@ -587,7 +587,7 @@ def test_the_dataset_says_where_its_splits_come_from(tmp_path):
 
 
 @pytest.mark.parametrize("num", [12, 30])
-def test_folders_of_patients_with_class_folders_inside_are_not_read_as_classes(tmp_path, num):
+def test_patient_folders_with_class_folders_are_not_classes(tmp_path, num):
     names = [f"p{i:02}/{label}/{i}.jpg" for i in range(num) for label in "01" if (i, label) != (3, "1")]
     assert "like patient folders" in refusal(tmp_path, names)
     one_each = [f"p{i:02}/{('benign', 'malignant')[i % 2]}/{i}.jpg" for i in range(num)]

@@ -24,7 +24,7 @@ def by_shell(words):
 
 
 @pytest.mark.parametrize("unknown", [[""], ["Set (A)", "Set (B)"], ["0", "1"], ["it's"], ["A\nB"], ["a=b"], ["\u00e9"]])
-def test_the_remedy_for_unknown_splits_names_all_of_them_and_works(tmp_path, unknown):
+def test_the_remedy_for_unknown_splits_names_all_and_works(tmp_path, unknown):
     cells = ["train", "val", "test", *unknown]
     with pytest.raises(ValueError, match=r"line [56] of t\.csv") as caught:
         of_column(tmp_path, cells, split_column="c")
@@ -63,7 +63,7 @@ def test_what_the_user_says_of_a_word_counts_more_than_the_word(tmp_path):
 @pytest.mark.parametrize(
     "value", ["A\nB", "\t", "it's\n\\n", "\u2028", "a\x01b", "\r\nf", "\x85", "plain", "$HOME (x)"]
 )
-def test_a_value_in_a_remedy_is_one_line_and_comes_through_a_shell_as_it_is(value):
+def test_a_value_in_a_remedy_is_one_line_and_survives_a_shell(value):
     typed = option("class-map", value)
     assert len(typed.splitlines()) == 1
     assert by_shell(typed) == ("--data.class-map", value)
@@ -76,7 +76,7 @@ def test_a_word_for_a_missing_value_is_not_a_group(tmp_path, word):
 
 
 @pytest.mark.parametrize("one", [("p1", "P1"), ("1", "1.0"), ("01", "1"), ("p  1", "p 1"), ("A1", "A1.")])
-def test_groups_that_differ_only_in_spelling_are_noticed_with_their_rows(tmp_path, one):
+def test_groups_differing_in_spelling_are_noticed_with_rows(tmp_path, one):
     images = of_column(tmp_path, [*one, one[1], "other"], group_column="c")
     assert [row.group for row in images.rows] == [*one, one[1], "other"]
     (note,) = images.notes

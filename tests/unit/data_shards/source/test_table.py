@@ -57,7 +57,7 @@ def test_a_csv_is_preferred_to_a_workbook_and_that_to_a_tsv(tmp_path):
     assert opened(write(tmp_path, files)).classes == ("x", "y")
 
 
-def test_a_cell_may_have_any_length_and_the_limit_of_the_process_stays(tmp_path):
+def test_a_cell_may_have_any_length_and_the_csv_limit_stays(tmp_path):
     before = csv.field_size_limit()
     text = "file,label,report\na.png,x," + "r" * 400_000 + "\nb.png,y,\n"
     found = []

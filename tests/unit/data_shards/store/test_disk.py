@@ -27,7 +27,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_cache_without_room_names_itself_and_what_the_copy_takes(small_disk, tmp_path_factory, monkeypatch):
+def test_a_cache_without_room_names_itself_and_the_size_needed(small_disk, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
     tar = tmp_path_factory.mktemp("set") / "set.tar"
     with tarfile.open(tar, "w") as archive:
@@ -42,7 +42,7 @@ def test_a_cache_without_room_names_itself_and_what_the_copy_takes(small_disk, t
     assert "a.npz" not in error.value.public
 
 
-def test_no_place_for_temporary_files_is_one_line_that_names_the_disk(small_disk):
+def test_no_room_for_temporary_files_is_one_line_with_the_disk(small_disk):
     with contextlib.suppress(OSError), (small_disk / "fill").open("wb") as file:
         file.write(bytes(4 << 20))
     script = (
@@ -60,7 +60,7 @@ def test_no_place_for_temporary_files_is_one_line_that_names_the_disk(small_disk
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_store_without_room_names_itself_what_is_free_and_what_the_object_takes(small_disk):
+def test_a_store_without_room_names_itself_and_both_sizes(small_disk):
     store = open_store(str(small_disk / "deep/store"))
     with pytest.raises(StoreError) as error:
         store.put("shards/a.tar", b"x" * 5_000_000)

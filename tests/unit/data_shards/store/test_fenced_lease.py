@@ -69,7 +69,7 @@ def leave(store, number: int, **changes) -> None:
     store.put(f"leases/x/{number:08d}.json", json.dumps(asdict(claim)).encode())
 
 
-def test_of_many_that_ask_at_once_one_works_at_a_time_and_none_is_left_out(store):
+def test_of_many_at_once_one_works_at_a_time_and_none_is_left(store):
     at_work, most, numbers = [0], [0], []
     lock = threading.Lock()
 
@@ -93,7 +93,7 @@ def test_of_many_that_ask_at_once_one_works_at_a_time_and_none_is_left_out(store
     assert [claim["is_over"] for claim in claims(store).values()] == [True]
 
 
-def test_the_loser_is_told_who_holds_it_since_when_and_what_to_do(folder):
+def test_the_loser_learns_who_holds_it_since_when_and_what_to_do(folder):
     with lease(folder):
         said = []
         with pytest.raises(LeaseError) as refused, lease(folder, say=said.append, wait_s=0.3):
@@ -104,7 +104,7 @@ def test_the_loser_is_told_who_holds_it_since_when_and_what_to_do(folder):
     assert len(said) == 1
 
 
-def test_a_killed_holder_on_this_machine_is_replaced_at_once_even_before_it_is_reaped(folder):
+def test_a_killed_local_holder_is_replaced_even_before_reaping(folder):
     process = holder(folder, ttl_s=45)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its parent has not asked for it
@@ -113,16 +113,16 @@ def test_a_killed_holder_on_this_machine_is_replaced_at_once_even_before_it_is_r
         assert time.monotonic() - began < 2
         assert held.before.holder.pid == process.pid
         assert held.number == 2
-    process.wait()
+    process.communicate()
 
 
-def test_a_process_id_that_was_used_again_is_not_taken_for_the_dead_holder(folder):
+def test_a_reused_process_id_is_not_taken_for_the_dead_holder(folder):
     leave(folder, 3, holder=replace(this_process(), started=this_process().started - 1))
     with lease(folder) as held:
         assert held.number == 4
 
 
-def test_an_equal_process_id_in_another_container_is_not_looked_at(folder):
+def test_an_equal_process_id_in_another_container_is_ignored(folder):
     another = replace(this_process(), place="this boot pid:[another]", pid=2**22 + 1)
     assert not another.is_dead
     assert replace(another, place=this_process().place).is_dead
@@ -137,7 +137,7 @@ def _started(pid: int) -> int:
         return int(file.read().rpartition(")")[2].split()[19])
 
 
-def test_a_holder_elsewhere_that_stopped_renewing_is_replaced_after_its_time(store):
+def test_a_remote_holder_that_stopped_renewing_is_replaced(store):
     leave(store, 5, ttl_s=2.0)
     began = time.monotonic()
     with lease(store, wait_s=0) as held:  # however short one would wait for a living one
@@ -153,7 +153,7 @@ def test_a_dead_holder_elsewhere_is_replaced_within_a_minute():
     assert TTL_S + WATCH_S + GRAIN_S + 2 < 60  # two looks, a second each
 
 
-def test_a_holder_elsewhere_that_renews_is_told_of_as_soon_as_that_is_seen(folder):
+def test_a_remote_holder_that_renews_is_reported_once_seen(folder):
     leave(folder, 1)
     stop = threading.Event()
 
@@ -175,7 +175,7 @@ def test_a_holder_elsewhere_that_renews_is_told_of_as_soon_as_that_is_seen(folde
         thread.join()
 
 
-def test_a_living_holder_keeps_its_lease_for_longer_than_its_time(folder):
+def test_a_living_holder_keeps_its_lease_beyond_its_time(folder):
     with lease(folder, ttl_s=2) as held:
         time.sleep(3)
         with pytest.raises(LeaseError, match="run 'x' has been held"), lease(folder, wait_s=1):
@@ -183,7 +183,7 @@ def test_a_living_holder_keeps_its_lease_for_longer_than_its_time(folder):
         held.check(for_s=1)
 
 
-def test_a_paused_holder_that_continues_is_told_who_has_taken_over(folder):
+def test_a_paused_holder_that_continues_learns_its_successor(folder):
     process = holder(folder, ttl_s=2)
     process.send_signal(signal.SIGSTOP)
     try:
@@ -195,7 +195,7 @@ def test_a_paused_holder_that_continues_is_told_who_has_taken_over(folder):
             held.check()
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert f"run 'x' was taken over by process {os.getpid()} on " in said
     assert "rerun the command" in said
     assert [claim["token"] for claim in claims(folder).values()] != []
@@ -229,7 +229,7 @@ def test_a_number_below_the_highest_holds_nothing(folder):
     assert list(claims(folder)) == ["leases/x/00000009.json"]
 
 
-def test_a_holder_that_renewed_while_another_took_it_for_dead_keeps_its_lease(folder):
+def test_a_holder_that_renewed_while_presumed_dead_keeps_it(folder):
     leave(folder, 1)
     seen = Claims(folder, "leases/x").read(1)
     leave(folder, 1, renewals=1)
@@ -238,7 +238,7 @@ def test_a_holder_that_renewed_while_another_took_it_for_dead_keeps_its_lease(fo
     assert list(claims(folder)) == ["leases/x/00000001.json"]
 
 
-def test_what_a_holder_noted_is_known_to_its_successor_and_a_clean_end_leaves_nothing(folder):
+def test_a_holders_notes_reach_its_successor_if_it_died(folder):
     with lease(folder) as held:
         held.note(mlflow_run="abc")
         assert claims(folder)["leases/x/00000001.json"]["about"] == {"mlflow_run": "abc"}
@@ -263,7 +263,7 @@ def test_it_is_given_back_when_the_block_is_interrupted(folder):
 
 
 @pytest.mark.usefixtures("s3")
-def test_where_the_store_ignores_conditions_one_still_works_at_a_time(open_server, monkeypatch):
+def test_without_conditional_writes_one_still_works_at_a_time(open_server, monkeypatch):
     with fault_proxy(open_server, Schedule(), without=("If-None-Match", "If-Match")) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
         store = open_store("s3://open/unconditional")
@@ -283,7 +283,7 @@ def test_where_the_store_ignores_conditions_one_still_works_at_a_time(open_serve
 
 
 @pytest.mark.usefixtures("s3")
-def test_lost_answers_and_refusals_of_the_store_make_no_second_holder(open_server, monkeypatch):
+def test_lost_answers_and_refusals_make_no_second_holder(open_server, monkeypatch):
     schedule = Schedule(rate=0.15, kinds=("internal_error", "lost_answer"), seed=3)
     with fault_proxy(open_server, schedule) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
@@ -303,7 +303,7 @@ def test_lost_answers_and_refusals_of_the_store_make_no_second_holder(open_serve
     assert most == [1] * 4
 
 
-def test_an_outage_longer_than_the_lease_does_not_lose_it_and_is_said_once(s3_server, s3, monkeypatch, caplog):
+def test_an_outage_longer_than_the_lease_keeps_it_and_is_said(s3_server, s3, monkeypatch, caplog):
     with absent_server(s3_server.endpoint) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.address)
         with lease(open_store(s3, patience_s=60), ttl_s=6) as held:

@@ -24,7 +24,7 @@ def store(open_server, s3, monkeypatch):
         yield open_store(f"s3://open/{s3.rpartition('/')[2]}")
 
 
-def test_of_drivers_that_start_at_once_one_works_and_the_others_are_told_who(store):
+def test_of_concurrent_drivers_one_works_and_others_are_told(store):
     held, refused, together = [], [], threading.Barrier(4)
 
     def drive(name):
@@ -62,7 +62,7 @@ def test_a_second_driver_waits_until_the_first_has_finished(store):
 
 
 @pytest.mark.slow
-def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(store):
+def test_a_killed_drivers_lease_ends_and_a_living_ones_does_not(store):
     script = (
         "import sys, time; from data_shards.store.lease import lease; from data_shards.store import open_store\n"
         "with lease(open_store(sys.argv[1]), '.lease', 'the killed one', ttl_s=3, settle_s=0.1):\n"
@@ -76,7 +76,7 @@ def test_the_lease_of_a_killed_driver_ends_and_that_of_a_living_one_does_not(sto
     with pytest.raises(LeaseError, match="the killed one"), lease(store, ".lease", "me"):
         pass
     process.kill()
-    process.wait()
+    process.communicate()
     with lease(store, ".lease", "me", settle_s=0.1, wait_s=20) as held:
         held.check()
 
@@ -93,7 +93,7 @@ def test_a_lease_that_was_taken_away_is_noticed(store):
 
 
 @pytest.mark.usefixtures("s3")
-def test_a_store_that_cannot_be_asked_is_not_taken_for_one_without_a_lease(open_server, monkeypatch):
+def test_an_unreachable_store_is_not_a_store_without_a_lease(open_server, monkeypatch):
     schedule = Schedule(always="internal_error")
     with fault_proxy(open_server, schedule) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)

@@ -42,7 +42,7 @@ def away_for(server, seconds: float, *, silent: bool = False) -> threading.Timer
     return timer
 
 
-def test_what_many_threads_read_and_write_waits_for_the_server_and_is_reported_once(server, s3, heard):
+def test_many_threads_wait_for_the_server_with_one_report(server, s3, heard):
     store = open_store(s3, patience_s=60)
     store.put("before", b"before")
     timer = away_for(server, 3)
@@ -61,7 +61,7 @@ def test_what_many_threads_read_and_write_waits_for_the_server_and_is_reported_o
     assert "answers again after" in str(back)
 
 
-def test_a_store_that_is_gone_for_good_is_waited_for_once_and_not_by_each_operation(server, s3, heard):
+def test_a_store_gone_for_good_is_waited_for_only_once(server, s3, heard):
     store = open_store(s3, patience_s=7)
     server.leave()
     began = time.monotonic()
@@ -101,7 +101,7 @@ def test_the_patience_of_a_store_goes_where_it_goes(s3):
 
 
 @pytest.mark.parametrize("made", [lambda store: store.at("runs"), lambda store: pickle.loads(pickle.dumps(store))])
-def test_what_is_made_from_a_store_with_little_patience_ends_as_soon(server, s3, made):
+def test_what_an_impatient_store_makes_gives_up_as_soon(server, s3, made):
     store = made(open_store(s3, patience_s=60).with_patience(1))
     server.leave()
     began = time.monotonic()
@@ -110,7 +110,7 @@ def test_what_is_made_from_a_store_with_little_patience_ends_as_soon(server, s3,
     assert time.monotonic() - began < 10
 
 
-def test_a_lease_that_nobody_took_survives_an_outage_that_was_longer_than_it(open_server, s3, monkeypatch):
+def test_a_lease_nobody_took_survives_a_longer_outage(open_server, s3, monkeypatch):
     """On a store without conditional writes, where the lease is an object that is kept fresh."""
     with absent_server(open_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
@@ -123,7 +123,7 @@ def test_a_lease_that_nobody_took_survives_an_outage_that_was_longer_than_it(ope
             held.check()
 
 
-def test_a_conversion_and_the_reading_of_its_shards_survive_an_outage(server, s3, heard, monkeypatch, tmp_path):
+def test_conversion_and_reading_of_shards_survive_an_outage(server, s3, heard, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = DataConfig(phantoms=PhantomConfig(num_patients=30, images_per_patient=2, side=32), samples_per_shard=10)
     whole = open_store(str(tmp_path / "undisturbed"))

@@ -106,7 +106,7 @@ def test_a_broken_body_goes_on_at_the_byte_where_it_stopped(s3, faults):
 
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("without", [(), ("If-Match",)], ids=["If-Match", "If-Match ignored"])
-def test_an_object_that_is_replaced_while_it_is_read_is_never_spliced(open_server, monkeypatch, tmp_path, without):
+def test_an_object_replaced_while_read_is_never_spliced(open_server, monkeypatch, tmp_path, without):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", open_server)
     direct, new = open_store("s3://open/spliced"), DATA[::-1]
     assert direct.client  # of this address; the proxy's is another
@@ -133,7 +133,7 @@ def copied(store, folder) -> bytes:
     return (folder / "copy").read_bytes()
 
 
-def test_a_write_whose_answer_was_lost_counts_only_if_the_bytes_are_ours(s3, faults):
+def test_a_write_whose_answer_was_lost_counts_if_bytes_are_ours(s3, faults):
     store = open_store(s3)
     faults.once("lost_answer")
     assert store.put("k", b"ours", if_absent=True)
@@ -166,7 +166,7 @@ def test_what_never_ends_is_told_in_bounded_time(s3, faults, monkeypatch, kind, 
     assert time.monotonic() - begin < 5
 
 
-def test_expired_keys_are_read_again_from_a_file_that_is_rewritten_meanwhile(s3, faults, monkeypatch, tmp_path):
+def test_expired_keys_are_read_again_from_a_rewritten_file(s3, faults, monkeypatch, tmp_path):
     good = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     for name in good:
         monkeypatch.delenv(name)
@@ -187,7 +187,7 @@ def test_expired_keys_are_read_again_from_a_file_that_is_rewritten_meanwhile(s3,
     thread.join()
 
 
-def test_a_wrong_key_in_a_file_that_is_mended_is_found_by_the_next_operation(s3, monkeypatch, tmp_path):
+def test_a_fixed_key_in_a_file_is_found_by_the_next_operation(s3, monkeypatch, tmp_path):
     good = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     for name in good:
         monkeypatch.delenv(name)
@@ -200,7 +200,7 @@ def test_a_wrong_key_in_a_file_that_is_mended_is_found_by_the_next_operation(s3,
     assert store.head("k") is None
 
 
-def test_a_reader_that_was_told_once_to_slow_down_is_soon_as_fast_as_before():
+def test_a_reader_told_to_slow_down_is_soon_as_fast_again():
     now = [0.0]
     pace = Pace(clock=lambda: now[0], sleep=lambda wait_s: now.__setitem__(0, now[0] + wait_s))
 
@@ -222,7 +222,7 @@ def test_a_reader_that_was_told_once_to_slow_down_is_soon_as_fast_as_before():
     assert seconds_for(100) == 0
 
 
-def test_two_writers_of_the_same_objects_both_succeed_through_faults(s3, faults):
+def test_two_writers_of_equal_objects_succeed_through_faults(s3, faults):
     faults.rate, faults.stall_s = 0.4, 0.05
     objects = {f"shards/{i}.tar": bytes([i]) * 5000 for i in range(12)}
 
@@ -255,7 +255,7 @@ def test_a_large_object_goes_in_parts_through_faults(s3, faults, small_parts, tm
 
 
 @pytest.mark.parametrize("new_bytes", [3 << 20, 12 << 20], ids=["shorter", "as long"])
-def test_an_object_that_is_replaced_between_two_windows_is_fetched_anew(s3, faults, small_parts, tmp_path, new_bytes):
+def test_an_object_replaced_between_two_windows_is_fetched_again(s3, faults, small_parts, tmp_path, new_bytes):
     store, new = open_store(s3), small_parts[::-1][:new_bytes]
     store.put("k", small_parts)
 
@@ -286,7 +286,7 @@ def test_a_large_object_is_written_only_where_nothing_is(s3, faults, small_parts
 
 
 def test_an_upload_that_fails_leaves_no_parts(s3, faults, small_parts):
-    store = hasty(s3, patience_s=2)
+    store = hasty(s3, patience_s=5)  # time for the second attempt also on a busy machine
     faults.once("internal_error")
     faults.always = "flipped_put"
     with pytest.raises(StoreError, match="damages the data"):
@@ -296,7 +296,7 @@ def test_an_upload_that_fails_leaves_no_parts(s3, faults, small_parts):
     assert store.head("k") is None
 
 
-def test_the_parts_of_a_killed_process_are_aborted_by_age_and_only_below_our_prefix(s3, faults, small_parts):
+def test_old_parts_of_killed_processes_are_aborted_in_our_prefix(s3, faults, small_parts):
     ours, other = open_store(f"{s3}/ours"), open_store(f"{s3}/other")
     faults.stall_s = 30
     script = (
@@ -320,7 +320,7 @@ def test_the_parts_of_a_killed_process_are_aborted_by_age_and_only_below_our_pre
 
 
 @pytest.mark.usefixtures("s3")
-def test_a_server_that_ignores_conditions_is_asked_once_and_the_user_is_told(open_server, monkeypatch, caplog):
+def test_a_server_ignoring_conditions_is_probed_once(open_server, monkeypatch, caplog):
     schedule = Schedule()
     with fault_proxy(open_server, schedule, without=("If-None-Match", "If-Match")) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
@@ -345,7 +345,7 @@ def test_a_good_server_heeds_conditions_also_through_faults(s3, faults):
     assert list(open_store(s3).list()) == []
 
 
-def test_a_look_that_is_refused_for_a_moment_is_answered_by_the_question_why(s3, faults):
+def test_a_briefly_refused_look_is_answered_by_asking_why(s3, faults):
     store = open_store(s3)
     store.put("a", DATA)
     for key, size in (("a", len(DATA)), ("gone", None)):

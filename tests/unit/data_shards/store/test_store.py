@@ -52,7 +52,7 @@ def test_exactly_one_of_many_writers_wins(store):
     assert store.get("k") == b"%d" % won[0]
 
 
-def test_two_writers_of_the_same_bytes_both_succeed_and_other_bytes_are_replaced(store):
+def test_equal_concurrent_writes_succeed_and_other_bytes_replace(store):
     assert store.ensure("k", b"same")
     assert not store.ensure("k", b"same")
     assert store.ensure("k", b"else")
@@ -86,7 +86,7 @@ def test_an_object_has_an_age(store):
         store.age_s("gone")
 
 
-def test_what_killed_writers_left_in_a_folder_is_removed_once_it_is_old(tmp_path):
+def test_leftovers_of_killed_writers_are_removed_once_old(tmp_path):
     store = open_store(str(tmp_path))
     store.put("a/k", b"whole")
     for name, age_s in (("a/.tmp-old", 7200), (".tmp-new", 0)):

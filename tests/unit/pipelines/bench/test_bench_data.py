@@ -40,7 +40,7 @@ def test_a_loader_that_delivers_each_image_once_has_figures(works, name, kind):
     del loader
 
 
-def test_the_median_of_the_epochs_counts_and_processor_time_is_for_all_of_them():
+def test_bench_takes_the_median_epoch_and_all_processor_time():
     found = summarise([{"images": 100, "seconds": s, "processor_s": 0.5} for s in (1, 2, 10)])
     assert found["images_per_s"] == 50
     assert found["processor_s_per_1000"] == pytest.approx(5)
@@ -84,7 +84,7 @@ def test_bench_data_measures_the_half_that_is_asked_for(capsys):
     assert "Loading" not in told
 
 
-def test_bench_data_measures_how_fast_the_loader_feeds_each_size_of_image(capsys):
+def test_bench_data_measures_the_loader_at_each_image_size(capsys):
     asked = ["--sides", "28", "--images", "16", "--batch", "8", "--repeats", "1", "--workers", "1"]
     assert main(["bench", "data", *asked, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -12,7 +12,7 @@ CASE = bench.Case("nano", 1, 64, "float32", "cuda", "cuda", compiled=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the case would be measured")
-def test_a_gpus_row_is_measured_in_another_process_and_brings_its_reason_back():
+def test_a_gpu_row_is_measured_elsewhere_and_returns_its_reason():
     row = bench.measure_alone(CASE)
     assert row.case == CASE
     assert row.why_not == "backend cuda: torch sees no CUDA device"
@@ -37,7 +37,7 @@ def test_a_row_that_torch_refuses_says_why():
 
 
 @pytest.mark.parametrize("precision", list(bench.TOLERANCE))
-def test_the_check_before_a_speed_reads_rows_as_the_timed_network_does(precision):
+def test_the_check_before_a_speed_reads_rows_like_the_network(precision):
     u, dt, b, c, *_ = bench._operands("cpu", getattr(torch, precision))
     assert cuda._aligned(u, b, c)
     assert cuda._rows(dt) is dt

@@ -55,7 +55,7 @@ def test_the_peers_that_are_named_exist():
             assert all(callable(getattr(writers, each.args[0])) for each in pair)
 
 
-def test_a_network_of_a_project_that_is_not_installed_says_what_is_needed(monkeypatch):
+def test_a_network_of_a_missing_project_says_what_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="needs the extra compare"):
         networks.create_network("resnet50", 64, 6)

@@ -15,7 +15,7 @@ def test_the_result_is_what_the_work_returns_in_another_thread():
     assert in_background(threading.get_ident).result() != threading.get_ident()
 
 
-def test_an_error_of_the_work_is_raised_where_its_result_is_asked_for():
+def test_an_error_of_the_work_is_raised_with_its_result():
     def fails() -> None:
         raise ValueError("the reason")
 

@@ -27,12 +27,12 @@ def nobody():
 @pytest.mark.parametrize(
     "address", ["head:8265", "ray://head:10001", "127.0.0.1:6379", "http://", "http://head:port", "http://[", ""]
 )
-def test_an_address_that_is_not_a_dashboards_is_refused_with_an_example(address):
+def test_an_address_that_is_no_dashboard_is_refused(address):
     with pytest.raises(ClusterError, match="http://HOST:8265"):
         submit(address, ["datasets"], environ={})
 
 
-def test_an_address_with_a_password_is_refused_without_repeating_it():
+def test_an_address_with_a_password_is_refused_unrepeated():
     with pytest.raises(ClusterError, match="--address is a URL with a user, password or token") as caught:
         submit("http://someone:hunter2@head:8265", ["datasets"], environ={})
     assert "hunter2" not in str(caught.value)
@@ -110,7 +110,7 @@ def test_no_name_on_the_allow_list_is_that_of_a_secret():
         ("MEDMAMBA_STORE", "s3://key:hunter2@bucket/prefix"),
     ],
 )
-def test_a_variable_whose_url_carries_a_secret_is_refused_without_repeating_it(name, value):
+def test_a_url_with_a_secret_in_a_variable_is_refused_unrepeated(name, value):
     with pytest.raises(ClusterError, match=f"{name} is a URL with a user, password or token") as caught:
         job_variables({name: value})
     assert "hunter2" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_a_store_named_in_the_command_is_held_to_the_same(nobody, words):
         submit(nobody, ["run", "release", *words], environ={})
 
 
-def test_the_three_packages_are_shipped_without_caches_and_nothing_else():
+def test_just_the_three_packages_are_shipped_without_caches():
     with staged_packages() as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["data_shards", "medmamba", "pipelines"]
         files = [path for path in folder.rglob("*") if path.is_file()]
@@ -151,7 +151,7 @@ def test_the_three_packages_are_shipped_without_caches_and_nothing_else():
     assert not folder.exists()
 
 
-def test_what_is_shipped_measures_this_project_and_says_of_others_that_they_are_missing():
+def test_what_is_shipped_measures_this_project_and_names_missing():
     script = (
         "from pipelines.bench.data import bench_data; from pipelines.bench.loading import TimedLoader; "
         "from pipelines.bench.measure import Case, measure; import pipelines; print(pipelines.__file__); "

@@ -37,7 +37,7 @@ def test_an_empty_token_that_a_full_disk_left_is_made_again(cache):
         assert len(file.read()) == 64
 
 
-def test_where_the_cache_cannot_be_made_the_token_is_in_a_temporary_folder(cache, tmp_path):
+def test_without_a_cache_the_token_is_in_a_temporary_folder(cache, tmp_path):
     cache.write_text("a file where the folder should be")
     ray_session._own_token()
     path = tmp_path / f"medmamba-{os.getuid()}" / "ray-token"
@@ -45,7 +45,7 @@ def test_where_the_cache_cannot_be_made_the_token_is_in_a_temporary_folder(cache
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_an_empty_name_of_the_cache_puts_no_token_into_the_working_folder(cache, tmp_path, monkeypatch):
+def test_an_empty_cache_name_puts_no_token_in_the_folder(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -53,12 +53,13 @@ def drive(end: str, fail: str = "pass") -> tuple[subprocess.Popen, list[int], in
     script = DRIVER.replace("END", end).replace("FAIL", fail)
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
-    *started, bystander = map(int, driver.stdout.readline().split())
+    with driver.stdout:
+        *started, bystander = map(int, driver.stdout.readline().split())
     return driver, started, bystander
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
-def test_what_a_driver_started_ends_within_seconds_of_it_and_a_bystander_does_not(sent):
+def test_what_a_driver_started_ends_with_it_and_bystanders_stay(sent):
     driver, started, bystander = drive("time.sleep(300)")
     try:
         assert all(map(is_alive, started))
@@ -80,7 +81,7 @@ def test_a_driver_that_ends_by_itself_leaves_nothing_either():
         os.kill(bystander, signal.SIGKILL)
 
 
-def test_a_start_that_fails_takes_back_what_it_had_started_while_the_driver_lives():
+def test_a_failing_start_takes_back_what_it_started():
     driver, started, bystander = drive("", fail="time.sleep(1.2); raise SystemExit(3)")
     try:
         assert alive_after(started, 2) == []

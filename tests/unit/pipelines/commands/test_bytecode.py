@@ -54,6 +54,6 @@ def test_nothing_changes_where_packages_came_with_bytecode(packages):
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_nothing_changes_where_python_keeps_them_itself_or_a_folder_is_named(packages, named):
+def test_nothing_changes_if_python_or_a_named_folder_keeps_them(packages, named):
     own = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(packages.parent / "own")} if named else {}
     assert not kept(ask(packages, "early", **{"PYTHONDONTWRITEBYTECODE": "", **own}))

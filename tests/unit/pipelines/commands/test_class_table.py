@@ -69,13 +69,13 @@ def test_a_record_of_earlier_code_is_completed_from_the_manifest(multilabel):
     assert completed(old, store) == {**old, "samples": facts["samples"], "task": "multilabel"}
 
 
-def test_without_the_manifest_sums_stand_in_where_they_are_right_and_nothing_where_they_are_not(tmp_path):
+def test_sums_replace_a_missing_manifest_only_where_right(tmp_path):
     gone = open_store(str(tmp_path))
     assert completed(FACTS["shard"], gone)["samples"] == {"val": 2, "train": 10}
     assert "samples" not in completed({**FACTS["shard"], "num_images": 9}, gone)
 
 
-def test_a_finished_run_of_earlier_code_prints_the_table_and_the_images_of_each_split(multilabel, capsys):
+def test_a_finished_run_of_earlier_code_prints_its_table(multilabel, capsys):
     store, facts = multilabel
     old = {key: value for key, value in facts.items() if key not in ("samples", "task", "splits_from")}
     finish(store.uri, "old", Recipe(), workflow="direct", last="shard", shard=old)
@@ -88,7 +88,7 @@ def test_a_finished_run_of_earlier_code_prints_the_table_and_the_images_of_each_
     assert json.loads(capsys.readouterr().out)["shard"]["samples"] == {"train": 24, "val": 12, "test": 12}
 
 
-def test_twenty_classes_with_long_names_fit_80_columns_and_numbers_are_not_folded(capsys):
+def test_twenty_long_class_names_fit_80_columns_unfolded(capsys):
     names = [f"class {i}" for i in range(18)] + ["a very long name " * 9, "x" * 150]
     counts = {split: dict.fromkeys(names, 1234567) for split in ("train", "val", "test")}
     print_classes({"counts": counts, "samples": dict.fromkeys(counts, 7), "splits_from": "train and test from " * 9})
@@ -98,7 +98,7 @@ def test_twenty_classes_with_long_names_fit_80_columns_and_numbers_are_not_folde
     assert "".join(line.partition("│")[0].strip() for line in printed.splitlines() if "xx" in line) == "x" * 150
 
 
-def test_folders_that_cannot_be_read_are_refused_before_the_run_has_a_name(tmp_path, capsys):
+def test_unreadable_folders_are_refused_before_the_run_is_named(tmp_path, capsys):
     for outer in ("benign", "malignant"):
         for inner in ("40X", "100X"):
             (tmp_path / "set" / outer / inner).mkdir(parents=True)

@@ -40,7 +40,7 @@ def fetched(capsys, *argv, code=0):
     return told.out, told.err
 
 
-def test_a_set_is_fetched_checked_and_opened_and_the_next_command_is_one(breastmnist, capsys, tmp_path):
+def test_a_set_is_fetched_checked_opened_and_the_next_step_named(breastmnist, capsys, tmp_path):
     breastmnist.script.append(drops_after(100_000))
     out, _ = fetched(capsys, "breastmnist", *mirror(breastmnist), "--json")
     result = json.loads(out)
@@ -57,7 +57,7 @@ def test_a_set_is_fetched_checked_and_opened_and_the_next_command_is_one(breastm
     assert again["files"][0]["state"] == "already there"
 
 
-def test_licence_and_citation_are_told_before_anything_is_asked_of_a_server(capsys):
+def test_license_and_citation_come_before_any_request(capsys):
     with running(Site(b"")) as site:
         site.script.append(answers(404))
         _, err = fetched(capsys, "dermamnist", *mirror(site), code=1)
@@ -71,7 +71,7 @@ def test_licence_and_citation_are_told_before_anything_is_asked_of_a_server(caps
     assert "refused with 404" in lines[-1]
 
 
-def test_a_set_without_a_known_checksum_comes_with_its_terms_and_its_md5(capsys, tmp_path):
+def test_a_set_without_known_checksum_shows_terms_and_md5(capsys, tmp_path):
     with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
         archive.writestr("kvasir-dataset/polyps/1.jpg", b"x")
     with running(Site((tmp_path / "made.zip").read_bytes())) as site:
@@ -84,12 +84,12 @@ def test_a_set_without_a_known_checksum_comes_with_its_terms_and_its_md5(capsys,
     assert zipfile.is_zipfile("here/kvasir-dataset.zip")
 
 
-def test_a_set_of_several_files_is_its_folder_and_a_part_of_it_is_no_set(capsys, monkeypatch):
+def test_a_set_of_several_files_is_its_whole_folder(capsys, monkeypatch):
     card = catalog.card("pad-ufes-20")
     bare = {name: file.model_copy(update={"sha256": "", "size_bytes": 0}) for name, file in card.files.items()}
     with zipfile.ZipFile("part.zip", "w") as archive:
         archive.writestr("imgs_part_1/x.png", b"x")
-    with running(Site(open("part.zip", "rb").read())) as site:
+    with running(Site(Path("part.zip").read_bytes())) as site:
         monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": bare}))
         out, _ = fetched(capsys, "pad-ufes-20", *mirror(site), "--file", "images/imgs_part_1.zip")
         assert "the dataset is incomplete; still missing: metadata.table, images/imgs_part_2.zip" in " ".join(
@@ -108,7 +108,7 @@ def test_another_file_than_the_published_one_is_exit_code_1(capsys):
     assert "offers 8 bytes, but 316,209 were published" in err
 
 
-def test_a_set_that_does_not_fit_the_disk_is_refused_before_it_is_asked_for(capsys, monkeypatch):
+def test_a_set_too_large_for_the_disk_is_refused_before_fetching(capsys, monkeypatch):
     card = catalog.card("fetal-planes-db")
     huge = {name: file.model_copy(update={"size_bytes": 1 << 60}) for name, file in card.files.items()}
     monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": huge}))
@@ -135,7 +135,7 @@ def test_a_private_set_is_told_how_to_be_placed_by_hand(name, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_command_that_is_told_next_is_one_that_the_command_line_takes(name, capsys):
+def test_the_suggested_command_is_one_the_command_line_takes(name, capsys):
     from pipelines.commands.datasets import _next_command
 
     Path("some where").mkdir()

@@ -33,13 +33,13 @@ def test_an_empty_store_has_no_runs(tmp_path):
     assert read_status(open_store(str(tmp_path / "nothing"))) == []
 
 
-def test_a_file_of_somebody_else_beside_the_promotions_is_no_promotion(tmp_path):
+def test_a_foreign_file_among_the_promotions_is_not_one(tmp_path):
     store = open_store(str(tmp_path))
     store.put("promotions/Desktop.ini", b"")
     assert read_status(store) == []
 
 
-def test_each_step_of_a_run_stands_in_the_order_it_finished_with_its_facts(store):
+def test_each_step_of_a_run_is_listed_as_finished_with_facts(store):
     rows = read_status(store, "whole")
     assert {row["state"] for row in rows} == {"done"}
     assert {row["step"]: row["told"] for row in rows} == {
@@ -53,7 +53,7 @@ def test_each_step_of_a_run_stands_in_the_order_it_finished_with_its_facts(store
     assert [row["finished"] for row in rows] == sorted(row["finished"] for row in rows)
 
 
-def test_a_failed_step_is_last_with_its_reason_and_what_was_never_begun_is_not_listed(store):
+def test_a_failed_step_is_last_with_its_reason(store):
     rows = read_status(store, "half")
     assert [(row["step"], row["state"], row["finished"] is None, row["told"]) for row in rows] == [
         ("shard", "done", False, "12 images of 2 classes in 2 shards"),
@@ -79,7 +79,7 @@ def test_a_step_without_a_record_and_a_reason_was_interrupted(store, tmp_path):
     assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", "")]
 
 
-def test_a_step_of_a_run_that_a_process_holds_is_running_with_its_newest_checkpoint(store, tmp_path):
+def test_a_held_step_is_running_with_its_newest_checkpoint(store, tmp_path):
     other = open_store(str(tmp_path))
     other.put("runs/r/train/config.json", store.get("runs/half/train/config.json"))
     state = TrainState(epoch=2, step=25, losses=[0.5] * 5)
@@ -95,7 +95,7 @@ def test_a_step_of_a_run_that_a_process_holds_is_running_with_its_newest_checkpo
     assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", told)]
 
 
-def test_a_promotion_whose_process_ended_elsewhere_is_interrupted_once_its_lease_is_over(store, tmp_path):
+def test_a_promotion_that_ended_elsewhere_is_interrupted(store, tmp_path):
     other, elsewhere = open_store(str(tmp_path)), Holder("otherhost", 4711, "another boot", 1)
     other.put("runs/r/promote/config.json", store.get("runs/whole/promote/config.json"))
     begun = Promotion(3, {"version": 7}, "/elsewhere/store/runs/r/promote", elsewhere)

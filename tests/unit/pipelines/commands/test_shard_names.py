@@ -104,7 +104,7 @@ def test_every_sample_has_its_path_frame_split_label_and_state(store, config, so
     assert {sample["split"] for sample in dropped.values()} <= {"train", "val", "test"}
 
 
-def test_keys_and_their_beginnings_as_the_terminal_shows_them_are_found(store, config, capsys):
+def test_keys_and_their_shown_beginnings_are_found(store, config, capsys):
     places = {key: path for key, path, _ in key_map(config)}
     one, two = list(places)[:2]
     told = asked_json(capsys, "names", "pets", one, two[:8].upper(), "--store", store.uri)
@@ -114,7 +114,7 @@ def test_keys_and_their_beginnings_as_the_terminal_shows_them_are_found(store, c
     assert places[two] in asked(capsys, "names", "--keys", two, "--store", store.uri)
 
 
-def test_a_long_list_says_how_many_rows_are_not_shown_and_all_shows_them(store, capsys):
+def test_a_long_list_counts_hidden_rows_and_all_shows_them(store, capsys):
     num = 2 * NUM + 3
     told = asked(capsys, "names", "--store", store.uri)
     assert f"and {num - 20} more" in told
@@ -136,7 +136,7 @@ def test_the_csv_joins_the_predictions_in_one_line_of_pandas(store, config, tmp_
     assert asked(capsys, "names", "--out", str(target), "--store", store.uri)  # its own file is replaced
 
 
-def test_a_name_that_is_not_utf_8_or_would_move_the_cursor_is_shown_spelled_out_and_kept_in_the_csv(tmp_path, capsys):
+def test_odd_names_are_spelled_out_and_kept_in_the_csv(tmp_path, capsys):
     folder = write_folders(tmp_path / "set")
     write_image(folder / "cat" / "\x1b[2Jred\n.png", 900)
     bad = bytes(folder / "cat") + b"/\xff.png"
@@ -152,7 +152,7 @@ def test_a_name_that_is_not_utf_8_or_would_move_the_cursor_is_shown_spelled_out_
     assert {"cat/\x1b[2Jred\n.png", "cat/\udcff.png"} <= paths
 
 
-def test_a_source_that_changed_since_is_no_error_and_what_is_gone_or_new_is_counted(tmp_path, capsys):
+def test_a_changed_source_is_accepted_and_changes_are_counted(tmp_path, capsys):
     folder = write_folders(tmp_path / "set")
     store = made(tmp_path / "store", config_of(folder))
     (folder / "cat" / "Miller 1.png").unlink()
@@ -167,7 +167,7 @@ def test_a_source_that_changed_since_is_no_error_and_what_is_gone_or_new_is_coun
 
 
 @pytest.mark.parametrize("emptied", ["removed", "left empty"])
-def test_a_source_that_would_now_be_refused_still_gives_the_files_that_are_there(tmp_path, capsys, emptied):
+def test_a_source_refused_by_now_still_gives_its_files(tmp_path, capsys, emptied):
     folder = write_folders(tmp_path / "set")
     store = made(tmp_path / "store", config_of(folder, classes=("cat", "dog")))
     shutil.rmtree(folder / "dog")
@@ -191,7 +191,7 @@ def test_a_moved_source_is_asked_for_and_found_with_source(tmp_path, capsys):
     assert told["samples"][0]["file"].startswith(str(tmp_path / "moved"))
 
 
-def test_a_salt_that_no_run_has_on_record_is_asked_for_and_a_wrong_one_refused(tmp_path, capsys, config):
+def test_an_unrecorded_salt_is_required_and_a_wrong_one_refused(tmp_path, capsys, config):
     store = open_store(str(tmp_path))
     convert(config, store.at("datasets/pets/default"))
     assert "give it with --salt" in asked(capsys, "names", "--store", store.uri, code=2)
@@ -215,9 +215,7 @@ def wrapped(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("packed", [zipped, tarred, wrapped])
-def test_archives_and_wrapped_folders_give_the_path_inside_the_set_and_the_address_of_the_file(
-    tmp_path, capsys, packed
-):
+def test_archives_and_wrappers_give_inner_path_and_address(tmp_path, capsys, packed):
     source = packed(write_folders(tmp_path / "set"))
     config = config_of(source)
     store = made(tmp_path / "store", config)
@@ -227,7 +225,7 @@ def test_archives_and_wrapped_folders_give_the_path_inside_the_set_and_the_addre
     assert {s["file"] for s in told["samples"]} == {f"{inner}/{s['path']}" for s in told["samples"]}
 
 
-def test_a_table_in_a_subfolder_names_files_relative_to_itself_and_where_they_are(tmp_path, capsys):
+def test_a_table_in_a_subfolder_names_files_relative_to_itself(tmp_path, capsys):
     folder = write_folders(tmp_path / "set")
     (folder / "tables").mkdir()
     lines = [f"../{name}/Miller {i}.png,{name}" for name in ("cat", "dog") for i in range(NUM)]
@@ -241,7 +239,7 @@ def test_a_table_in_a_subfolder_names_files_relative_to_itself_and_where_they_ar
     assert told["without_file"] == 1
 
 
-def test_samples_of_arrays_and_phantoms_are_their_place_in_the_set(tmp_path, capsys):
+def test_samples_of_arrays_and_phantoms_are_their_place(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
     arrays = {f"{split}_images": images[4 * i : 4 * i + 4] for i, split in enumerate(("train", "val", "test"))}
     arrays |= {f"{split}_labels": np.array([[0], [1], [0], [1]]) for split in ("train", "val", "test")}
@@ -281,9 +279,7 @@ def test_a_word_that_is_a_dataset_and_may_be_a_key_is_refused(tmp_path, source, 
     assert asked_json(capsys, "names", "beef/default", "--store", store.uri)["without_file"] == 0
 
 
-def test_names_are_written_neither_into_the_store_nor_among_the_images_nor_over_another_file(
-    store, source, tmp_path, capsys
-):
+def test_names_are_not_written_into_store_images_or_other_files(store, source, tmp_path, capsys):
     (tmp_path / "link").symlink_to(store.uri)
     other = tmp_path / "labels.csv"
     other.write_text("file,label\n")
@@ -309,7 +305,7 @@ def test_nothing_that_the_verbs_find_enters_the_store(store, tmp_path, capsys):
     assert not any(b"Miller" in data for data in before.values())
 
 
-def test_predictions_name_the_files_that_were_misclassified_the_surest_first(tmp_path, source, config, capsys):
+def test_predictions_name_misclassified_files_surest_first(tmp_path, source, config, capsys):
     store = made(tmp_path / "store", config)
     dataset = open_dataset(store.at("datasets/pets/default"))
     index = dataset.index("test")
@@ -352,7 +348,7 @@ def test_quarantine_counts_the_reasons_and_names_the_files(store, capsys):
     assert f"1 of {2 * NUM + 1} images" in without
 
 
-def test_all_images_of_a_refused_conversion_that_cannot_be_decoded_are_named(tmp_path, capsys):
+def test_undecodable_images_of_a_refused_conversion_are_named(tmp_path, capsys):
     folder = write_folders(tmp_path / "set")
     for i in range(8):
         (folder / "dog" / f"Miller {i}.png").write_bytes(b"torn")
@@ -384,7 +380,7 @@ def write_leaking(folder: Path) -> DataConfig:
     return config_of(folder, layout="table", split_column="split")
 
 
-def test_a_conversion_refused_for_duplicates_lists_all_of_them_by_file_with_a_page(tmp_path, capsys):
+def test_a_conversion_refused_for_duplicates_lists_all_files(tmp_path, capsys):
     config = write_leaking(tmp_path / "set")
     with pytest.raises(ValueError, match="`medmamba shards duplicates") as caught:
         made(tmp_path / "store", config)
@@ -409,7 +405,7 @@ def test_a_conversion_refused_for_duplicates_lists_all_of_them_by_file_with_a_pa
     assert drawn.count("data:image/png;base64,") == 8
 
 
-def test_counts_of_duplicates_agree_between_terminal_json_and_page(tmp_path, capsys):
+def test_duplicate_counts_agree_in_terminal_json_and_page(tmp_path, capsys):
     config = write_leaking(tmp_path / "set")
     store = made(
         tmp_path / "store",
@@ -430,7 +426,7 @@ def test_counts_of_duplicates_agree_between_terminal_json_and_page(tmp_path, cap
     assert all(isinstance(label, int) for f in told["findings"] for c in f["copies"] for label in c["labels"])
 
 
-def test_labels_of_a_report_of_an_earlier_release_are_shown_as_names(store, tmp_path, capsys):
+def test_labels_of_an_earlier_releases_report_are_names(store, tmp_path, capsys):
     shutil.copytree(store.uri, tmp_path / "old")
     key = f"datasets/pets/default/{REPORT}"
     old, copy = json.loads(store.get(key)), open_store(str(tmp_path / "old"))
@@ -449,7 +445,7 @@ def test_labels_of_a_report_of_an_earlier_release_are_shown_as_names(store, tmp_
     }
 
 
-def test_a_dataset_that_is_unfinished_for_another_reason_has_no_duplicates_to_list(tmp_path, capsys):
+def test_a_dataset_unfinished_otherwise_lists_no_duplicates(tmp_path, capsys):
     store = open_store(str(tmp_path))
     store.put("datasets/pets/default/config.json", b'{"dataset": "pets"}')
     assert "was not rejected because of duplicates" in asked(capsys, "duplicates", "--store", store.uri, code=2)

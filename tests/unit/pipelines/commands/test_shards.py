@@ -24,7 +24,8 @@ def store(tmp_path_factory):
 def test_show_writes_a_contact_sheet_and_tells_the_counts(store, tmp_path, capsys):
     target = tmp_path / "sheet.png"
     assert main(["shards", "show", "phantoms", "--per-class", "4", "--out", str(target), "--store", store]) == 0
-    assert Image.open(target).width > 4 * 96
+    with Image.open(target) as sheet:
+        assert sheet.width > 4 * 96
     told = capsys.readouterr().out
     assert "smooth ellipse" in told
     assert f"wrote 12 images of {store}/datasets/phantoms/default to {target}" in told

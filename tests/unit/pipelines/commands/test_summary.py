@@ -15,7 +15,7 @@ def printed(store, capsys, step: str = "evaluate", **more) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_the_interval_of_the_auc_and_a_yardstick_that_is_absent_are_told(tmp_path, capsys):
+def test_the_auc_interval_and_an_absent_baseline_are_reported(tmp_path, capsys):
     store = open_store(str(tmp_path))
     told = printed(store, capsys, intervals={"auc": [0.8123, 0.9456]}, absent_baselines={"size": "[no] class b"})
     assert "95 % interval of the network's AUC, by group: 0.812 to 0.946" in told

@@ -37,7 +37,7 @@ def lines(capsys) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-def test_a_message_stays_one_line_in_a_log_however_long_and_whatever_its_brackets(capsys):
+def test_a_logged_message_stays_one_line_with_its_brackets(capsys):
     shown = Terminal()
     told = f"step train of run [bold]x[/bold] was begun with {'another ' * 40}configuration"
     shown.say(told)
@@ -45,7 +45,7 @@ def test_a_message_stays_one_line_in_a_log_however_long_and_whatever_its_bracket
     assert lines(capsys) == [told, told]
 
 
-def test_messages_go_to_standard_error_and_tables_to_standard_output(capsys):
+def test_messages_go_to_stderr_and_tables_to_stdout(capsys):
     Terminal().step("train", "starts")
     table("Steps", ("step", "state"), [("train", "[to do]")])
     seen = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_messages_go_to_standard_error_and_tables_to_standard_output(capsys):
     assert "[to do]" in seen.out
 
 
-def test_plain_progress_shows_epoch_speed_loss_percent_and_time_left(capsys, clock):
+def test_plain_progress_shows_epoch_speed_loss_and_time_left(capsys, clock):
     Terminal().progress("train", STEP)
     assert lines(capsys) == ["train: epoch 2/4  812 images/s  loss 0.412  (37 %, 0:41 left)"]
 
@@ -106,7 +106,7 @@ def test_an_epochs_metrics_are_told_each_time_on_one_line(capsys, clock):
 
 
 @pytest.mark.parametrize("name", ["train", "trial 12/12"])
-def test_an_epoch_on_a_gpu_has_a_second_line_that_says_how_well_it_was_used(name, capsys):
+def test_a_gpu_epoch_has_a_second_line_on_utilization(name, capsys):
     busy = {"step_ms": 1041.25, "data_wait_share": 0.99, "gpu_memory_gib": 139.04, "gpu_reserved_gib": 140.0}
     shown = Terminal()
     shown.progress(name, EPOCH | busy | {"images_per_s": 12345.6})
@@ -160,7 +160,7 @@ EVIL = "a\x1b[2J\x1b]0;title\x07b\x9bc\u202ed\rtail\x08"
 SEEN = r"a\x1b[2J\x1b]0;title\x07b\x9bc\u202ed\x0dtail\x08"
 
 
-def test_what_a_terminal_would_obey_is_written_out_wherever_text_is_printed(capsys):
+def test_control_characters_are_escaped_wherever_text_is_printed(capsys):
     terminal = Terminal()
     terminal.say(EVIL)
     terminal.progress(EVIL, {"done": 1, "total": 1, "unit": EVIL})
@@ -205,7 +205,7 @@ def terminal_of_80(monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "trial 12/12"])
 @pytest.mark.parametrize(("wait", "speed"), [(0.0, "12346 images/s"), (0.99, "12346 img/s  wait 99%")])
-def test_at_80_columns_a_bar_is_one_line_with_everything_and_a_labelled_time(name, wait, speed, capsys, terminal_of_80):
+def test_at_80_columns_a_bar_is_one_line_with_a_labeled_time(name, wait, speed, capsys, terminal_of_80):
     shown = Terminal()
     values = {"epoch": 100, "epochs": 100, "step": 5, "steps": 10, "images_per_s": 12345.6, "loss": 12.345}
     shown.progress(name, {**values, "wait_share": wait, "left_s": 36000.0})
@@ -216,7 +216,7 @@ def test_at_80_columns_a_bar_is_one_line_with_everything_and_a_labelled_time(nam
     assert all(f"epoch 100/100  {speed}  loss 12.345 10:00:00 left" in line for line in seen)
 
 
-def test_what_shows_no_progress_has_its_seconds_on_a_terminal_and_says_how_long_it_took(capsys, terminal_of_80, clock):
+def test_work_without_progress_shows_seconds_and_its_duration(capsys, terminal_of_80, clock):
     shown = Terminal()
     shown.begin("starting Ray on this machine")
     clock[0] += 9
@@ -227,7 +227,7 @@ def test_what_shows_no_progress_has_its_seconds_on_a_terminal_and_says_how_long_
     assert seen[-1] == "starting Ray on this machine: took 0:09"
 
 
-def test_in_a_log_a_start_is_said_at_once_and_again_with_the_first_progress(capsys, clock):
+def test_in_a_log_a_start_is_said_at_once_and_with_progress(capsys, clock):
     shown = Terminal()
     shown.begin("starting 2 training workers")
     assert lines(capsys) == ["starting 2 training workers"]
@@ -236,7 +236,7 @@ def test_in_a_log_a_start_is_said_at_once_and_again_with_the_first_progress(caps
     assert lines(capsys)[0] == "starting 2 training workers: took 0:31"
 
 
-def test_a_start_that_is_followed_by_a_failure_never_took_anything(capsys, clock):
+def test_a_start_followed_by_a_failure_shows_no_duration(capsys, clock):
     shown = Terminal()
     shown.begin("starting 1 training worker")
     shown.step("train", "failed")
@@ -261,7 +261,7 @@ def test_an_outage_is_said_once_however_many_processes_notice_it(capsys):
     assert len(lines(capsys)) == 1
 
 
-def test_what_was_kept_is_said_although_another_process_found_the_service_back_before(capsys):
+def test_what_was_kept_is_said_even_if_others_saw_the_service(capsys):
     shown = Terminal()
     away = Notice("MLflow at http://m", since=1000.0, patience_s=900.0)
     shown.outage(away)

@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_all_that_a_process_prints_is_in_the_file_and_its_own_lines_are_on_the_terminal():
+def test_all_output_is_in_the_file_and_own_lines_on_the_terminal():
     done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True)
     assert done.stdout == "result\n", done.stderr
     (file,) = log_folder().iterdir()

@@ -89,7 +89,7 @@ def test_a_record_says_where_its_facts_come_from(store):
     assert done.record.facts == kept["facts"]
 
 
-def test_finished_steps_are_not_run_again_and_nothing_is_connected_to(store):
+def test_finished_steps_do_not_run_again_or_connect(store):
     work = Counted()
     steps = [Step("only", work, Settings())]
     bring(steps, store)
@@ -113,7 +113,7 @@ def test_an_interrupted_step_is_resumed_in_its_own_folder(store, error):
     assert states(steps, store) == {"before": "done", "only": "done"}
 
 
-def test_what_breaks_of_a_signal_is_an_interruption_and_no_failure(store):
+def test_what_a_signal_breaks_is_an_interruption_not_a_failure(store):
     def broken(*_, **__):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -128,7 +128,7 @@ def test_what_breaks_of_a_signal_is_an_interruption_and_no_failure(store):
         bring([Step("only", Counted(error=RuntimeError("x")), Settings())], store)
 
 
-def test_the_reason_that_is_kept_of_a_full_disk_is_that_of_the_terminal(store):
+def test_a_full_disks_recorded_reason_is_that_of_the_terminal(store):
     error = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(WorkflowError) as failed:
         bring([Step("only", Counted(error=error), Settings())], store)
@@ -143,7 +143,7 @@ def test_planning_runs_and_writes_nothing(store):
     assert list(store.list()) == []
 
 
-def test_drift_names_each_changed_field_with_old_and_new_and_what_to_do(store):
+def test_drift_names_each_field_with_old_new_and_remedy(store):
     bring([Step("only", Counted(), Settings(size=1, inner=Inner(rate=0.1)))], store)
     changed = [Step("only", Counted(), Settings(size=2, inner=Inner(rate=0.5)))]
     with pytest.raises(DriftError) as error:
@@ -155,7 +155,7 @@ def test_drift_names_each_changed_field_with_old_and_new_and_what_to_do(store):
     assert "old values" in told
 
 
-def test_drift_of_a_later_step_is_told_before_an_earlier_one_runs(store):
+def test_later_drift_is_reported_before_an_earlier_step_runs(store):
     later = [Step("b", Counted(error=KeyboardInterrupt()), Settings())]
     with pytest.raises(KeyboardInterrupt):
         bring(later, store)
@@ -175,7 +175,7 @@ def test_an_input_of_another_content_is_drift(store):
         bring(steps("new"), store)
 
 
-def test_an_input_that_joins_or_leaves_is_drift_before_anything_runs(store):
+def test_an_input_that_joins_or_leaves_is_drift_at_once(store):
     alone = [Step("b", Counted(), Settings())]
     joined = [Step("a", Counted("made"), Settings()), Step("b", Counted(), Settings(), {"x": "a"})]
     bring(alone, store)
@@ -193,7 +193,7 @@ def test_the_placement_is_no_part_of_a_steps_identity(store):
     assert "placement" not in json.loads(store.get(f"runs/{RUN}/only/config.json"))
 
 
-def test_branches_that_do_not_need_a_failed_step_go_on_and_failures_are_told_together(store):
+def test_independent_branches_go_on_and_failures_come_together(store):
     other, needs = Counted(), Counted()
     steps = [
         Step("bad", Counted(error=ValueError("a is 3, must be 2; set 2")), Settings()),
@@ -213,7 +213,7 @@ def test_branches_that_do_not_need_a_failed_step_go_on_and_failures_are_told_tog
     assert states(steps, store) == expected
 
 
-def test_an_unexpected_error_shows_its_traceback_and_a_persons_mistake_does_not(store, capsys):
+def test_only_unexpected_errors_show_a_traceback(store, capsys):
     steps = [
         Step("mistake", Counted(error=ValueError("yours")), Settings()),
         Step("defect", Counted(error=ZeroDivisionError("ours")), Settings()),
@@ -246,7 +246,7 @@ def test_a_damaged_record_is_named_with_a_remedy(store, name, content):
         plan_steps(steps, store, RUN)
 
 
-def test_numpy_facts_are_kept_as_plain_numbers_and_others_refused(store):
+def test_numpy_facts_become_plain_numbers_and_others_refused(store):
     def numbers(config, placement, out, context) -> dict:
         return {"digest": "d", "auc": np.float32(0.5), "n": np.int64(3)}
 
@@ -260,7 +260,7 @@ def test_numpy_facts_are_kept_as_plain_numbers_and_others_refused(store):
         bring([Step("other", objects, Settings())], store)
 
 
-def test_steps_of_one_name_and_unknown_inputs_are_our_own_mistakes():
+def test_duplicate_steps_and_unknown_inputs_are_our_mistakes():
     with pytest.raises(AssertionError, match="two steps"):
         in_order([Step("a", Counted(), Settings()), Step("a", Counted(), Settings())])
     with pytest.raises(AssertionError, match="needs b"):
@@ -294,7 +294,7 @@ def test_a_step_that_takes_ctrl_c_for_itself_gives_it_back(store):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_failure_is_on_record_with_its_reason_until_the_step_runs_again(store):
+def test_a_failure_is_recorded_until_the_step_runs_again(store):
     reason = "a is 3, must be 2; set 2"
     with pytest.raises(WorkflowError):
         bring([Step("only", Counted(error=ValueError(reason)), Settings())], store)

@@ -35,7 +35,7 @@ def test_the_recipe_reaches_the_models_whose_help_is_checked():
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_every_field_has_a_help_text_and_nothing_can_be_changed_or_added(kind):
+def test_every_field_has_help_and_is_immutable(kind):
     assert [name for name, info in kind.model_fields.items() if not (info.description or "").strip()] == []
     assert kind.model_config["frozen"]
     assert kind.model_config["extra"] == "forbid"

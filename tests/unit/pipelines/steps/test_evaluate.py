@@ -22,7 +22,7 @@ def data(tmp_path_factory):
     return open_dataset(store)
 
 
-def test_a_rare_class_is_among_the_samples_the_yardsticks_are_fitted_on():
+def test_a_rare_class_is_among_the_baselines_training_samples():
     classes = np.array([0] * 900 + [1] * 99 + [2])
     chosen = stratified(classes, 100)
     assert np.bincount(classes[chosen]).tolist() == [90, 9, 1]
@@ -38,7 +38,7 @@ def test_yardsticks_are_fitted_on_few_images_of_every_class(data):
         assert found[name].keys() == {"auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1"}
 
 
-def test_chance_is_what_naming_the_largest_class_each_time_reaches(data):
+def test_chance_is_always_naming_the_largest_class(data):
     labels = data.index("test").labels
     guess = np.zeros(labels.shape)
     guess[:, data.index("train").labels.sum(0).argmax()] = 1
@@ -46,7 +46,7 @@ def test_chance_is_what_naming_the_largest_class_each_time_reaches(data):
     assert found["chance"] == pytest.approx(evaluate(guess, labels, "multiclass"))
 
 
-def test_the_terminal_says_what_is_done_while_baselines_are_read_and_fitted(data, capsys):
+def test_the_terminal_says_when_baselines_are_read_and_fitted(data, capsys):
     terminal = Terminal()
     _baselines(EvaluateConfig(baseline_side=16), data, show=terminal)
     terminal.close()
@@ -65,14 +65,14 @@ def test_where_there_are_no_baselines_the_reason_is_given(data, task):
     assert set(absent) == {"all"}
 
 
-def test_a_yardstick_that_cannot_be_fitted_is_absent_with_its_reason(data):
+def test_a_baseline_that_cannot_be_fitted_has_a_reason(data):
     manifest = data.manifest.model_copy(update={"classes": (*data.manifest.classes, "one that no image shows")})
     found, absent = _baselines(EvaluateConfig(baseline_side=16), dataclasses.replace(data, manifest=manifest))
     assert set(found) == {"chance"}
     assert "the yardstick needs every class" in absent["pixels"]
 
 
-def test_the_interval_of_the_auc_is_by_group_seeded_and_holds_the_auc(data):
+def test_the_auc_interval_is_by_group_seeded_and_holds_the_auc(data):
     index = data.index("test")
     scores = index.labels * 0.6 + np.random.default_rng(0).random(index.labels.shape)
     (low, high) = _intervals(scores, data)["auc"]

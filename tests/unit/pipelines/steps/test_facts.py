@@ -94,7 +94,7 @@ def test_the_lines_of_a_step_count_in_the_singular_too(step, facts, kind, lines)
     assert [found.line(), *found.lines(made.finished)] == lines
 
 
-def test_facts_that_no_release_records_are_refused_with_the_field_and_a_remedy():
+def test_facts_no_release_records_are_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"step train is not what a step writes \(epochs = 'many': .*restore it, or"):
         read_facts("train", record("train", epochs="many"))
 
@@ -103,7 +103,7 @@ def test_a_step_of_another_project_has_a_digest_and_no_line():
     assert read_facts("clean", record("train")).line() == ""
 
 
-def test_a_step_that_returns_other_facts_than_it_declares_is_our_mistake(tmp_path):
+def test_a_step_returning_undeclared_facts_is_our_mistake(tmp_path):
     class Counted(Facts):
         num: int
 

@@ -25,7 +25,7 @@ def verdict(candidate: Version, champion: Version | None = None, **config) -> tu
     return found["verdict"], found["reason"]
 
 
-def test_a_model_that_is_worse_than_its_baseline_is_a_no_with_the_figures():
+def test_a_model_worse_than_its_baseline_is_rejected():
     told = verdict(version(baseline_pixels_auc=0.897, baseline_chance_auc=0.5))
     assert told == (
         "no",
@@ -58,13 +58,13 @@ def test_a_network_below_chance_is_a_no():
     assert "0.7000 (chance (largest class)" in told[1]
 
 
-def test_a_baseline_is_asked_also_where_the_champion_is_worse_still():
+def test_a_baseline_counts_even_if_the_champion_is_worse():
     worse = version(1, auc=0.5)
     assert verdict(version(2, baseline_pixels_auc=0.95), worse)[0] == "no"
     assert verdict(version(2, baseline_pixels_auc=0.85), worse)[0] == "yes"
 
 
-def test_force_and_the_switch_promote_all_the_same_and_force_says_why():
+def test_force_and_the_switch_promote_and_force_says_why():
     one = version(baseline_pixels_auc=0.95)
     assert verdict(one, beats_baseline=False) == (
         "yes", "test auc 0.8770 of version 1, and there is no champion yet",
@@ -98,7 +98,7 @@ def test_nothing_is_said_where_every_baseline_was_compared():
     assert told == ("yes", "test auc 0.8770 of version 1, and there is no champion yet")
 
 
-def test_a_promotion_recorded_before_there_was_the_rule_stays_done(tmp_path):
+def test_a_promotion_from_before_the_rule_stays_done(tmp_path):
     """Its config has no such field, and its version no such tags."""
     store, gate = open_store(str(tmp_path)), GateConfig()
     step = Step("promote", promote.run, gate)
@@ -114,7 +114,7 @@ def test_a_promotion_recorded_before_there_was_the_rule_stays_done(tmp_path):
     assert [state.state for state in plan_steps([step], store, "r")] == ["done"]
 
 
-def test_an_interrupted_promotion_from_before_the_rule_carries_out_what_it_decided(tmp_path):
+def test_an_interrupted_promotion_from_before_the_rule_completes(tmp_path):
     out, candidate = open_store(str(tmp_path)), version(2, baseline_pixels_auc=0.99)
     decision = {"verdict": "yes", "reason": "", "previous": 1, "version": 2, "forced": False}
     decision |= {"alias": "champion", "metric": "auc"}

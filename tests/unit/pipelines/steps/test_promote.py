@@ -44,7 +44,7 @@ def champion_of(tracking, model):
     return version and version.number
 
 
-def test_the_first_version_becomes_champion_with_its_origin_in_tags(store, tracking, champion):
+def test_the_first_version_becomes_champion_with_origin_tags(store, tracking, champion):
     facts, verdict = champion
     assert (facts["model"], facts["version"]) == ("medmamba-phantoms", 1)
     assert verdict["verdict"] == "yes"
@@ -60,7 +60,7 @@ def test_the_first_version_becomes_champion_with_its_origin_in_tags(store, track
     assert tracking.client.get_run(version.run_id).info.status == "FINISHED"
 
 
-def test_the_model_loads_elsewhere_without_pickle_and_gives_the_same_probabilities(store, tracking, champion, tmp_path):
+def test_the_model_loads_without_pickle_to_equal_probabilities(store, tracking, champion, tmp_path):
     images = registered.images()
     np.savez(tmp_path / "given.npz", **registered.given())
     env = {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
@@ -98,7 +98,7 @@ def test_files_are_predicted_by_the_champion(store, tracking, champion, tmp_path
     assert rows[0]["class"] == registered.CLASSES[int(expected[0].argmax())]
 
 
-def test_a_model_of_grey_images_sees_a_colour_copy_of_one_the_same(store, tracking, model, tmp_path):
+def test_a_gray_model_sees_a_color_copy_the_same(store, tracking, model, tmp_path):
     around = registered.context(store, tracking, f"{model}-a")
     facts = registered.register_run(around, registered.facts(store, around.run, auc=0.9, channels=1), model)
     registered.promote_run(around, facts)
@@ -131,7 +131,7 @@ def test_without_a_champion_prediction_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("auc", "verdict"), [(0.95, "yes"), (0.9, "yes"), (0.8999999, "no")], ids=["better", "equal", "a hair worse"]
 )
-def test_a_version_that_is_not_worse_than_the_champion_takes_its_place(store, tracking, model, auc, verdict):
+def test_a_version_not_worse_than_the_champion_replaces_it(store, tracking, model, auc, verdict):
     registered.released(store, tracking, f"{model}-a", auc=0.9, model=model)
     _, found = registered.released(store, tracking, f"{model}-b", auc=auc, model=model)
     assert found["verdict"] == verdict
@@ -142,7 +142,7 @@ def test_a_version_that_is_not_worse_than_the_champion_takes_its_place(store, tr
         assert "0.9000 (version 1)" in found["reason"]
 
 
-def test_a_champion_tested_on_other_images_cannot_be_compared_but_force_is_recorded(store, tracking, model):
+def test_a_champion_of_other_images_is_incomparable(store, tracking, model):
     registered.released(store, tracking, f"{model}-a", auc=0.6, model=model, manifest="n" * 64)
     _, found = registered.released(store, tracking, f"{model}-b", auc=0.9, model=model)
     assert found["verdict"] == "no"
@@ -157,7 +157,7 @@ def test_a_champion_tested_on_other_images_cannot_be_compared_but_force_is_recor
     assert version.tags["medmamba.promoted_over"] == "1"
 
 
-def test_a_metric_below_its_minimum_is_a_no_even_without_a_champion(store, tracking, model):
+def test_a_metric_below_its_minimum_is_rejected_even_as_first(store, tracking, model):
     _, found = registered.released(store, tracking, f"{model}-a", auc=0.7, model=model, minimum=0.8)
     assert found["verdict"] == "no"
     assert "minimum of 0.8" in found["reason"]
@@ -192,7 +192,7 @@ def test_weights_changed_after_the_training_are_not_registered(store, tracking, 
     )
 
 
-def test_a_promotion_interrupted_after_the_alias_moved_keeps_what_it_decided(store, tracking, model):
+def test_a_promotion_interrupted_after_moving_keeps_its_verdict(store, tracking, model):
     registered.released(store, tracking, f"{model}-a", auc=0.8, model=model)
     facts, first = registered.released(store, tracking, f"{model}-b", auc=0.9, model=model)
     again = registered.promote_run(registered.context(store, tracking, f"{model}-b"), facts)
@@ -200,7 +200,7 @@ def test_a_promotion_interrupted_after_the_alias_moved_keeps_what_it_decided(sto
     assert again["previous"] == 1
 
 
-def test_an_interrupted_promotion_decides_again_where_somebody_else_was_promoted(store, tracking, model):
+def test_an_interrupted_promotion_decides_again_after_another(store, tracking, model):
     registered.released(store, tracking, f"{model}-a", auc=0.8, model=model)
     facts, _ = registered.released(store, tracking, f"{model}-b", auc=0.9, model=model)
     registered.released(store, tracking, f"{model}-c", auc=0.95, model=model)
@@ -217,7 +217,7 @@ def test_a_version_that_is_gone_is_told(store, tracking, model):
         registered.promote_run(around, {**facts, "version": 7})
 
 
-def test_prediction_asks_which_model_where_several_have_a_champion(store, tracking, champion, model, tmp_path):
+def test_prediction_asks_which_of_several_champions_to_use(store, tracking, champion, model, tmp_path):
     registered.released(store, tracking, f"{model}-a", auc=0.8, model=model)
     (tmp_path / "a.png").write_bytes(registered.coded(registered.images()[0]))
     with pytest.raises(ValueError, match=r"medmamba-phantoms.*--model"):

@@ -30,7 +30,7 @@ def out(tmp_path):
     return open_store(str(tmp_path / "store")).at("runs/r/train")
 
 
-def test_the_best_model_is_copied_with_what_a_prediction_needs_and_the_checkpoint_stays(tmp_path, out):
+def test_the_best_model_is_copied_and_the_checkpoint_stays(tmp_path, out):
     best = {"weights.safetensors": tmp_path / "weights", "model.json": tmp_path / "model"}
     best["weights.safetensors"].write_bytes(b"weights")
     best["model.json"].write_text('{"card": {"classes": ["a", "b"]}}')
@@ -47,7 +47,7 @@ def test_the_best_model_is_copied_with_what_a_prediction_needs_and_the_checkpoin
     ("epoch", "best_epoch", "patience", "has_ended"),
     [(5, 1, 0, True), (4, 4, 0, False), (4, 2, 2, True), (4, 3, 2, False)],
 )
-def test_a_training_whose_last_checkpoint_is_damaged_has_not_ended(epoch, best_epoch, patience, has_ended):
+def test_a_training_with_a_damaged_last_checkpoint_has_not_ended(epoch, best_epoch, patience, has_ended):
     described = describe(TrainState(epoch=epoch, best_epoch=best_epoch), seed=0, placement=ALONE, manifest="m")
     train = TrainConfig(epochs=5, patience=patience)
     if has_ended:
@@ -70,7 +70,7 @@ def test_an_epoch_trained_again_after_a_kill_is_not_logged_twice(tmp_path):
     assert [point.step for point in history["step_loss"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_training_that_is_far_below_the_bench_is_tagged_and_shown_once(tmp_path):
+def test_a_training_far_below_the_bench_is_tagged_and_shown_once(tmp_path):
     store, board, sent = open_store(str(tmp_path)), Board(), []
     tracking = open_tracking(store)
     run_id = tracking.step_run(store.at("runs/r/train"), run="r", step="train")
@@ -97,7 +97,7 @@ def test_the_network_has_an_output_for_each_class_of_the_data(model):
         five.with_classes(3)
 
 
-def test_a_batch_that_the_training_split_does_not_fill_is_refused_before_a_worker_starts(tmp_path):
+def test_a_batch_larger_than_the_training_split_is_refused_early(tmp_path):
     store = open_store(str(tmp_path))
     config = DataConfig(phantoms=PhantomConfig(num_patients=30, images_per_patient=1, side=32))
     shard = {"data": "datasets/p/default"}

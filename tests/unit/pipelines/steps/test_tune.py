@@ -42,7 +42,7 @@ def test_a_trial_is_judged_by_its_best_epoch_and_not_by_its_last():
     assert winner(overfitted, steady) == winner(steady, overfitted) == overfitted.id
 
 
-def test_equal_auc_is_decided_by_the_loss_of_the_epoch_that_reached_it():
+def test_equal_auc_is_decided_by_that_epochs_loss():
     sure = record("sure", [(0.9, 0.2), (0.8, 0.9), (0.8, 0.9)])
     unsure = record("unsure", [(0.9, 0.4), (0.9, 0.3), (0.8, 0.1)])
     assert winner(unsure, sure) == sure.id
@@ -66,12 +66,12 @@ def test_a_sweep_without_a_finished_trial_names_each_reason_once():
         _winner(failed)
 
 
-def test_only_a_trial_that_ended_before_its_last_epoch_counts_as_stopped_early():
+def test_only_a_trial_ended_before_its_last_epoch_stopped_early():
     rows = [_row(record("full", [(0.5, 1.0)] * EPOCHS), CONFIG), _row(record("short", [(0.5, 1.0)]), CONFIG)]
     assert [(row["epochs"], row["stopped_early"]) for row in rows] == [(EPOCHS, False), (1, True)]
 
 
-def test_a_trial_that_diverged_is_a_result_and_one_that_failed_otherwise_is_told(tmp_path):
+def test_a_diverged_trial_is_a_result_and_failures_are_reported(tmp_path):
     ledger = Ledger(open_store(str(tmp_path)))
     for number, state in enumerate(("ended", "diverged"), 1):
         ledger.begin(number, dict)
@@ -87,7 +87,7 @@ def test_a_trial_that_diverged_is_a_result_and_one_that_failed_otherwise_is_told
     assert told.value.__cause__ is cause
 
 
-def test_rates_are_drawn_evenly_over_orders_of_magnitude_and_drop_path_evenly():
+def test_rates_are_drawn_log_evenly_and_drop_path_evenly():
     config = TuneStepConfig(
         start=CONFIG.start, tune=TuneConfig(space=SearchSpace(lr=(1e-5, 1e-1), drop_path=(0.0, 0.4)))
     )
@@ -105,7 +105,7 @@ def test_the_overrides_of_the_winner_are_what_the_training_takes():
     assert (changed.train.optim.lr, changed.train.batch_size) == (0.004, 16)
 
 
-def test_the_run_of_a_trial_that_was_stopped_before_it_had_sent_its_epochs_gets_them_from_the_record(tmp_path):
+def test_a_stopped_trials_run_gets_its_epochs_from_the_record(tmp_path):
     tracking = open_tracking(open_store(str(tmp_path)))
     parent = tracking.client.create_run(tracking.experiment_id).info.run_id
     kept = record("stopped", [(0.5, 1.0), (0.6, 0.9), (0.7, 0.8)], state="stopped")

@@ -66,7 +66,7 @@ def tuned(number: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_wherever_a_sweep_is_interrupted_asha_stops_whom_it_would_have_stopped(tmp_path, seed):
+def test_asha_stops_the_same_trials_wherever_interrupted(tmp_path, seed):
     undisturbed = sweep(open_store(str(tmp_path / "undisturbed")), seed)
     assert {decision for _, epoch, decision in undisturbed if epoch < EPOCHS} == {"CONTINUE", "STOP"}
     for after in range(1, len(undisturbed), 5):

@@ -62,7 +62,7 @@ def test_what_is_left_to_do_is_what_was_not_over(out):
     assert [record.number for record in ledger.over()] == [1, 2]
 
 
-def test_a_trial_that_begins_again_keeps_its_id_and_its_overrides(out):
+def test_a_trial_started_again_keeps_its_id_and_overrides(out):
     ledger, _ = read(out)
     before = ledger.records()[3]
     begun = ledger.begin(4, lambda: pytest.fail("it has its overrides"))
@@ -70,7 +70,7 @@ def test_a_trial_that_begins_again_keeps_its_id_and_its_overrides(out):
     assert (begun.state, begun.reason) == ("running", "")
 
 
-def test_epochs_come_back_in_the_order_in_which_all_trials_reported_them(out):
+def test_epochs_return_in_the_order_they_were_reported(out):
     ledger, _ = read(out)
     order = [(record.number, epoch) for record, epoch in ledger.events()]
     assert order == [(1, 1), (2, 1), (3, 1), (4, 1), (3, 2), (1, 2)]
@@ -142,7 +142,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_record_is_ignored_aloud_and_its_trial_begins_again(out, damage, tmp_path, monkeypatch):
+def test_a_damaged_record_is_ignored_and_its_trial_restarts(out, damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out.put("trials/3.json", damage(json.loads(out.get("trials/3.json"))))
     ledger, told = read(out)
@@ -163,7 +163,7 @@ def test_of_two_records_with_one_id_the_second_is_ignored(out):
     assert "another trial has its id" in told[0]
 
 
-def test_a_suggestion_follows_from_the_seed_the_number_and_the_trials_that_are_over(out):
+def test_a_suggestion_follows_from_seed_number_and_ended_trials(out):
     ledger, _ = read(out)
     space = dict(SPACE)
     drawn = [suggest(space, seed=1, number=number, over=ledger.over()) for number in (5, 6, 5)]
@@ -171,7 +171,7 @@ def test_a_suggestion_follows_from_the_seed_the_number_and_the_trials_that_are_o
     assert suggest(space, seed=2, number=5, over=ledger.over()) != drawn[0]
 
 
-def test_suggestions_follow_the_good_trials_once_there_are_enough(tmp_path):
+def test_suggestions_follow_good_trials_once_there_are_enough(tmp_path):
     ledger = Ledger(open_store(str(tmp_path)))
     space = {"lr": FloatDistribution(1e-4, 1e-1, log=True)}
     for number in range(1, 51):
@@ -182,7 +182,7 @@ def test_suggestions_follow_the_good_trials_once_there_are_enough(tmp_path):
     assert sum(found[40:]) / 10 > sum(found[:10]) / 10 + 0.2 / 3
 
 
-def test_what_an_earlier_version_pickled_is_deleted_unread_and_what_is_lost_is_said(tmp_path):
+def test_an_earlier_versions_pickle_is_deleted_unread(tmp_path):
     out, told = open_store(str(tmp_path / "store")), []
     evil = pickle.dumps(Evil(tmp_path / "ran"))
     trial = "ray/trial_3befb4eb_1_train_optim_lr=0.0020_2026-12-01_00-04-52"

@@ -85,7 +85,7 @@ def dead_process() -> Holder:
     return replace(this_process(), pid=2**22 + 1)
 
 
-def test_every_yes_of_promotions_at_once_is_over_the_champion_it_was_compared_with(store, tracking, model, version_of):
+def test_every_concurrent_promotion_beats_its_compared_champion(store, tracking, model, version_of):
     aucs = [0.9, 0.6, 0.8, 0.7]
     facts = [version_of(model, f"{model}-{i}", auc) for i, auc in enumerate(aucs)]
     found = at_once(*(lambda each=each: promote(store, tracking, each) for each in facts))
@@ -103,7 +103,7 @@ def test_every_yes_of_promotions_at_once_is_over_the_champion_it_was_compared_wi
         assert auc_of[no["version"]] < auc_of[no["previous"]]
 
 
-def test_two_registrations_of_one_run_at_once_make_one_version_and_one_run(store, tracking, model):
+def test_concurrent_registrations_of_a_run_make_one_version(store, tracking, model):
     before = registered.facts(store, model, auc=0.9)
     around = registered.context(store, tracking, model)
     first, second = at_once(*[lambda: registered.register_run(around, before, model)] * 2)
@@ -113,7 +113,7 @@ def test_two_registrations_of_one_run_at_once_make_one_version_and_one_run(store
     assert [run.info.status for run in runs] == ["FINISHED"]
 
 
-def test_a_registration_paused_before_its_request_leaves_no_second_version(store, tracking, model, monkeypatch):
+def test_a_registration_paused_early_leaves_no_second_version(store, tracking, model, monkeypatch):
     from pipelines.steps import register
 
     around, before, real = registered.context(store, tracking, model), registered.facts(store, model, auc=0.9), []
@@ -149,7 +149,7 @@ def test_a_version_is_found_again_only_if_its_digest_is_the_same(store, tracking
     assert by_number(tracking, model, second["version"]).tags["medmamba.digest"] == digest.hexdigest()
 
 
-def test_a_version_whose_files_are_gone_or_changed_is_made_whole_under_its_number(store, tracking, model):
+def test_a_version_with_lost_or_changed_files_is_restored(store, tracking, model):
     around = registered.context(store, tracking, model)
     before = registered.facts(store, model, auc=0.9)
     first = registered.register_run(around, before, model)
@@ -183,7 +183,7 @@ def test_a_version_that_mlflow_does_not_call_ready_is_not_taken(store, tracking,
     assert registered.promote_run(around, second)["verdict"] == "yes"
 
 
-def test_a_number_that_mlflow_gave_to_another_run_is_not_promoted(store, tracking, model, version_of):
+def test_a_number_mlflow_gave_to_another_run_is_not_promoted(store, tracking, model, version_of):
     ours = version_of(model, f"{model}-a", 0.9)
     tracking.client.delete_registered_model(model)
     theirs = version_of(model, f"{model}-b", 0.5)
@@ -193,7 +193,7 @@ def test_a_number_that_mlflow_gave_to_another_run_is_not_promoted(store, trackin
     assert champion_of(tracking, model) is None
 
 
-def test_an_alias_that_was_written_late_is_put_back_by_the_next_promotion(store, tracking, model, version_of):
+def test_a_late_alias_is_put_back_by_the_next_promotion(store, tracking, model, version_of):
     late, better, worst = (version_of(model, f"{model}-{i}", auc) for i, auc in enumerate((0.7, 0.9, 0.5)))
     _left_begun(store, tracking, late, number=1, holder=ELSEWHERE)
     assert promote(store, tracking, better)["verdict"] == "yes"
@@ -212,7 +212,7 @@ def test_an_alias_that_a_person_moved_back_is_left_there(store, tracking, model,
     assert champion_of(tracking, model) == first["version"]
 
 
-def test_a_move_of_a_killed_process_is_waited_for_and_then_forgotten(store, tracking, model, version_of):
+def test_a_killed_processs_move_is_waited_for_then_forgotten(store, tracking, model, version_of):
     killed, next_one = version_of(model, f"{model}-a", 0.7), version_of(model, f"{model}-b", 0.9)
     _left_begun(store, tracking, killed, number=1, holder=dead_process())
     version = by_number(tracking, model, killed["version"])
@@ -226,9 +226,7 @@ def test_a_move_of_a_killed_process_is_waited_for_and_then_forgotten(store, trac
     assert promote(store, tracking, killed)["verdict"] == "no"
 
 
-def test_a_process_that_was_paused_before_its_request_puts_the_alias_back_and_decides_again(
-    store, tracking, model, version_of, monkeypatch
-):
+def test_a_process_paused_before_its_request_decides_again(store, tracking, model, version_of, monkeypatch):
     """The pause is the worst one: after the last look at the lease, before the request."""
     import pipelines.tracking.promotions as promotions
 
@@ -307,7 +305,7 @@ def test_a_model_belongs_to_the_store_that_registered_it_first(store, tracking, 
     assert champion_of(tracking, model) is None
 
 
-def test_a_model_of_an_earlier_release_is_bound_by_its_first_promotion(store, tracking, model, version_of, tmp_path):
+def test_an_earlier_releases_model_is_bound_by_its_promotion(store, tracking, model, version_of, tmp_path):
     facts = version_of(model, f"{model}-a", 0.9)
     for tag in (STORE_TAG, STORE_ID_TAG):
         tracking.client.delete_registered_model_tag(model, tag)
@@ -324,7 +322,7 @@ def test_a_store_is_the_same_under_another_address(store, tracking, model, tmp_p
     assert bind_model(tracking, model, open_store(str(moved))) == created
 
 
-def test_what_a_killed_registration_had_left_running_is_ended_by_the_next_holder(store, tracking, model, version_of):
+def test_a_killed_registrations_run_is_ended_by_the_next_holder(store, tracking, model, version_of):
     facts = version_of(model, f"{model}-a", 0.9)
     left = tracking.client.create_run(tracking.experiment_id).info.run_id
     claim = Claim("token", dead_process(), "2026-01-01T00:00:00+00:00", 45.0, about={"mlflow_run": left})
@@ -333,7 +331,7 @@ def test_what_a_killed_registration_had_left_running_is_ended_by_the_next_holder
     assert tracking.client.get_run(left).info.status == "KILLED"
 
 
-def test_what_a_killed_driver_had_left_running_is_ended_by_the_next_one_of_its_run(store, tracking, model):
+def test_a_killed_drivers_run_is_ended_by_the_next_driver(store, tracking, model):
     sweep = tracking.step_run(store.at("runs", model, "tune"), run=model, step="tune")
     trial = tracking.trial_run(sweep, "t1")
     other = tracking.step_run(store.at("runs", f"{model}-b", "train"), run=f"{model}-b", step="train")
@@ -357,7 +355,7 @@ def test_what_was_asked_for_by_a_killed_process_is_waited_for(tmp_path):
     assert list(out.list()) == []
 
 
-def test_a_recorded_yes_says_when_it_was_decided_and_where_the_alias_is_now(store, tracking, model, version_of):
+def test_a_recorded_approval_says_when_and_where_the_alias_is(store, tracking, model, version_of):
     from pipelines.flow import Record
 
     first, second = version_of(model, f"{model}-a", 0.8), version_of(model, f"{model}-b", 0.9)
@@ -374,7 +372,7 @@ def test_a_recorded_yes_says_when_it_was_decided_and_where_the_alias_is_now(stor
     assert "no version has the alias champion now" in describe_promotion(record, store, "r")
 
 
-def test_a_driver_whose_run_was_taken_over_is_interrupted_and_told_by_whom(tmp_path):
+def test_a_driver_whose_run_was_taken_over_is_told_by_whom(tmp_path):
     # A short lease, so that the loss is noticed soon.
     script = """
 import sys, time
@@ -399,7 +397,7 @@ except LostLeaseError as error:
     assert said.startswith("run 'r' was taken over by process 7 on another-host while this process was paused")
 
 
-def test_a_second_driver_of_a_run_is_told_who_works_on_it_since_when_and_what_to_do(tmp_path):
+def test_a_second_driver_learns_who_works_since_when_and_remedy(tmp_path):
     store, said = open_store(str(tmp_path)), []
     with (
         driver_lease(store, "night", wait_s=0, say=said.append) as check,

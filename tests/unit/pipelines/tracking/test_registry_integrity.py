@@ -130,7 +130,7 @@ def test_the_command_says_so_in_one_line_and_fails(release, package, image, caps
     assert "Traceback" not in told.err
 
 
-def test_what_python_and_mlflow_leave_beside_a_model_that_is_loaded_in_place_changes_nothing(release, package, image):
+def test_caches_next_to_a_model_loaded_in_place_change_nothing(release, package, image):
     store, tracking, _ = release
     (package / "code" / "medmamba" / "__pycache__").mkdir(exist_ok=True)
     (package / "code" / "medmamba" / "__pycache__" / "checkpoint.cpython-311.pyc").write_bytes(b"x")
@@ -180,7 +180,7 @@ def test_the_tag_is_that_of_the_files_in_the_store(release):
 
 
 @pytest.mark.parametrize("attack", [other_weights, a_flipped_bit, swapped_classes], ids=lambda attack: attack.__name__)
-def test_the_packaged_model_itself_refuses_replaced_weights_and_card(release, package, tmp_path, attack):
+def test_the_packaged_model_refuses_replaced_weights_and_card(release, package, tmp_path, attack):
     import mlflow.pyfunc
 
     assert mlflow.pyfunc.load_model(str(package), model_config={"device": "cpu"})
@@ -189,7 +189,7 @@ def test_the_packaged_model_itself_refuses_replaced_weights_and_card(release, pa
         mlflow.pyfunc.load_model(str(package))
 
 
-def test_the_packaged_model_refuses_to_be_loaded_without_its_digest(package):
+def test_the_packaged_model_refuses_to_load_without_its_digest(package):
     import mlflow.pyfunc
 
     text = (package / "MLmodel").read_text()
@@ -199,7 +199,7 @@ def test_the_packaged_model_refuses_to_be_loaded_without_its_digest(package):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, MODEL])
-def test_an_evaluation_refuses_weights_that_are_not_those_of_the_training(release, name):
+def test_evaluation_refuses_weights_unlike_the_trainings(release, name):
     from pipelines.placement import Placement
     from pipelines.worker.job import EvaluateJob
 
@@ -236,7 +236,7 @@ def test_the_version_carries_its_baselines_for_the_gate(release):
     assert by_alias(tracking, "baselines", "champion") is None
 
 
-def test_packaging_the_same_checkpoint_again_gives_the_same_bytes_and_names_no_folder_of_this_machine(tmp_path):
+def test_packaging_again_gives_equal_bytes_without_local_paths(tmp_path):
     """An upload that is repeated after an interruption must have the digest that the version's tag names."""
     config = MedMambaConfig(dims=(8, 16), depths=(1, 1), num_classes=2)
     card = {"classes": ["a", "b"], "task": "multiclass", "image_size": 32, "channels": 1, "dataset": "d"}

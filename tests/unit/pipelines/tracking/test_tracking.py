@@ -62,7 +62,7 @@ def test_a_run_whose_id_was_not_written_down_is_found_by_its_tag(tracking, out):
     assert num_runs(tracking, out) == 1
 
 
-def test_an_id_that_this_mlflow_does_not_have_is_an_error_that_names_the_other(store, tracking, out, tmp_path):
+def test_an_id_unknown_to_this_mlflow_names_the_other_server(store, tracking, out, tmp_path):
     tracking.step_run(out, run="a", step="train")
     elsewhere = open_tracking(store, f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(TrackingError, match=r"mlflow\.db.*does not have"):
@@ -94,7 +94,7 @@ def test_trials_are_nested_found_again_and_closed(tracking, out):
     assert (status(tracking, first), status(tracking, second)) == ("FINISHED", "KILLED")
 
 
-def test_a_trial_that_logs_after_the_sweep_was_interrupted_does_not_run_again(tracking, out):
+def test_a_late_log_of_a_trial_does_not_reopen_its_run(tracking, out):
     parent = tracking.step_run(out, run="a", step="tune")
     begun = tracking.trial_run(parent, "t1", {}, name="trial 1/2")
     tracking.close_trials(parent)
@@ -109,7 +109,7 @@ def test_a_trial_that_logs_after_the_sweep_was_interrupted_does_not_run_again(tr
     assert status(tracking, tracking.find_trial(parent, "t3", {}, name="trial 3/3")) == "KILLED"
 
 
-def test_an_epoch_is_logged_over_epochs_and_its_losses_over_steps(tracking, out):
+def test_epochs_are_logged_by_epoch_and_losses_by_step(tracking, out):
     run_id = tracking.step_run(out, run="a", step="train")
     for epoch in (1, 2):
         metrics = {"epoch": epoch, "step": epoch * 3, "val_auc": epoch / 10}
@@ -120,7 +120,7 @@ def test_an_epoch_is_logged_over_epochs_and_its_losses_over_steps(tracking, out)
     assert curve["step_loss"] == [(1, 1.0), (2, 1.1), (3, 1.2), (4, 2.0), (5, 2.1), (6, 2.2)]
 
 
-def test_more_losses_and_parameters_than_one_call_takes_all_arrive(tracking, out):
+def test_more_losses_and_parameters_than_a_call_takes_arrive(tracking, out):
     run_id = tracking.step_run(out, run="a", step="train", params={f"p{i}": "x" * 7000 for i in range(150)})
     tracking.log_epoch(run_id, {"epoch": 1, "step": 1500}, [1.0] * 1500)
     assert len(tracking.client.get_run(run_id).data.params) == 150
@@ -150,7 +150,7 @@ def test_a_shared_store_demands_a_server():
         open_tracking(open_store("s3://bucket/prefix"), "sqlite:////tmp/x.db")
 
 
-def test_a_server_that_does_not_answer_is_named_within_15_seconds(store):
+def test_an_unresponsive_server_is_named_within_15_seconds(store):
     with socket.socket() as silent:  # accepts, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -165,7 +165,7 @@ def test_a_server_that_does_not_answer_is_named_within_15_seconds(store):
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_stops_answering_later_is_named_within_15_seconds(out):
+def test_a_server_that_goes_silent_is_named_within_15_seconds(out):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -197,7 +197,7 @@ def test_nested_parameters_become_dotted():
     assert dotted({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
 
 
-def test_a_step_begun_anew_with_another_configuration_is_another_run(tracking, store):
+def test_a_step_started_with_another_configuration_is_a_new_run(tracking, store):
     """Also where its folder was deleted: parameters of an MLflow run cannot change."""
     out = store.at("runs", "anew", "train")
     ids = []
@@ -230,7 +230,7 @@ def test_a_run_that_failed_says_why_until_it_is_tried_again(tracking, out):
     assert (again, status(tracking, run_id)) == (run_id, "FINISHED")
 
 
-def test_what_a_killed_driver_left_running_is_closed_with_its_trials_and_no_other_run(tracking, store):
+def test_a_killed_drivers_run_and_trials_are_closed_no_others(tracking, store):
     run, other = store.at("runs", "killed"), store.at("runs", "killed-2")
     left = tracking.step_run(run.at("tune"), run="killed", step="tune")
     trial = tracking.trial_run(left, "2ad399ca", name="trial 3/4")

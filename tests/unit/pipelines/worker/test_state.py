@@ -56,7 +56,7 @@ def refuse(name: str) -> None:
     raise AssertionError(name)
 
 
-def test_losses_that_are_not_finite_are_written_as_json_and_read_as_numbers():
+def test_nonfinite_losses_are_json_and_read_as_numbers():
     data = described_bytes(describe(NOT_FINITE, seed=5, placement=PLACEMENT, manifest="5" * 64))
     json.loads(data, parse_constant=refuse)
     assert repr(state_of(read_described(data))) == repr(NOT_FINITE)
@@ -71,7 +71,7 @@ def test_the_nan_of_earlier_code_is_read():
     assert repr(state_of(read_described(data))) == repr(NOT_FINITE)
 
 
-def test_a_train_json_of_a_later_version_is_refused_with_a_remedy(described):
+def test_a_later_versions_train_json_is_refused_with_a_remedy(described):
     later = {name: value for name, value in described.items() if name != "digest"} | {"format": 2}
     with pytest.raises(NewerFormatError, match=r"step 32 has format 2, .* up to 1: .*resume with that version"):
         read_described(described_bytes(later))
@@ -110,7 +110,7 @@ def test_an_edited_train_json_is_refused_with_the_remedy(described, field, value
         ("best_step", "../x"), ("best_digests", {"../x": "0" * 64}), ("losses", ["x"]),
     ],
 )  # fmt: skip
-def test_a_train_json_that_cannot_be_is_refused_before_any_file_it_names_is_opened(described, field, value):
+def test_an_impossible_train_json_is_refused_before_its_files(described, field, value):
     with pytest.raises(ResumeError, match=rf"train\.json cannot be used \({field}"):
         read_described(edited(described, **{field: value}))
 

@@ -25,7 +25,7 @@ def made(number: int, images: np.ndarray) -> MicroBatch:
     return MicroBatch(images, labels, index, index, index >= 0, 0, len(images) * (number + 1))
 
 
-def test_on_a_cpu_a_batch_is_used_where_it_is_and_none_is_asked_for_ahead():
+def test_on_a_cpu_a_batch_is_used_in_place_without_prefetch():
     asked = []
 
     def stream():
@@ -43,7 +43,7 @@ def test_on_a_cpu_a_batch_is_used_where_it_is_and_none_is_asked_for_ahead():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["page-locked ring", "pinned by torch", "pageable"])
-def test_on_a_gpu_each_batch_arrives_whole_while_steps_are_slow_and_its_memory_is_used_again(kind):
+def test_on_a_gpu_each_batch_arrives_whole_and_memory_is_reused(kind):
     device = torch.device("cuda")
     shape, slots = (16, 64, 64, 3), 6
     size = int(np.prod(shape))

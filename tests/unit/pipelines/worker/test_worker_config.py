@@ -27,7 +27,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_image_size_is_refused_exactly_where_a_training_step_would_fail(name, micro_batch):
+def test_an_image_size_is_refused_just_where_a_step_would_fail(name, micro_batch):
     network = build_model(NETWORKS[name], scan="reference").train()
     for size in (32, 35, 36, 63, 64, 67, 68, 127, 128):
         try:
@@ -47,7 +47,7 @@ def test_an_image_size_is_refused_exactly_where_a_training_step_would_fail(name,
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("side", [1, 2, 3])
-def test_the_size_that_is_recommended_is_the_smallest_that_will_do(name, side):
+def test_the_recommended_size_is_the_smallest_that_works(name, side):
     least = NETWORKS[name].least_image_size(side)
     assert NETWORKS[name].last_side(least) == side
     assert NETWORKS[name].last_side(least - 1) < side
@@ -75,9 +75,7 @@ def test_the_size_that_is_recommended_is_the_smallest_that_will_do(name, side):
     ids=["MedMamba", "convnet", "five stages"],
 )
 @pytest.mark.parametrize("verb", [["run", "release"], ["run", "direct"], ["shard"], ["tune"], ["train"]], ids=" ".join)
-def test_images_too_small_for_the_micro_batch_are_told_before_they_are_converted(
-    verb, argv, told, capsys, monkeypatch, tmp_path
-):
+def test_images_too_small_for_the_micro_batch_are_reported_early(verb, argv, told, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main([*verb, "--recipe", "quickstart", *argv]) == 2
     assert told in capsys.readouterr().err

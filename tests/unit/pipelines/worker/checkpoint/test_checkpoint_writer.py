@@ -70,7 +70,7 @@ def weight_of(store, name: str) -> float:
     return float(load(store.get(f"checkpoints/{name}/weights.safetensors"))["w"])
 
 
-def test_the_training_does_not_wait_and_what_is_stored_is_of_the_step_that_was_saved(store):
+def test_training_does_not_wait_and_the_saved_step_is_stored(store):
     of = engine()
     store.opened.clear()
     with writer(store, of) as written:
@@ -90,7 +90,7 @@ def test_losses_are_those_of_the_tensor_that_was_handed_over(store):
     assert Checkpoints(store).newest_state()["losses"] == [0.5, 0.25, 0.125]
 
 
-def test_of_those_that_wait_the_newest_is_stored_and_the_best_one_that_it_names(store):
+def test_of_waiting_checkpoints_the_newest_and_its_best_survive(store):
     of = engine()
     store.opened.clear()
     with writer(store, of) as written:
@@ -112,7 +112,7 @@ def test_other_ranks_take_part_and_write_nothing(store):
     assert list(store.list()) == []
 
 
-def test_a_store_that_is_away_for_a_while_gets_everything_afterwards(store):
+def test_a_store_away_for_a_while_gets_everything_later(store):
     lines: list[str] = []
     store.failures = 2
     with writer(store, engine(), lines) as written:
@@ -123,7 +123,7 @@ def test_a_store_that_is_away_for_a_while_gets_everything_afterwards(store):
     assert len(lines) == 2
 
 
-def test_a_store_that_stays_away_ends_the_training_with_its_error(store):
+def test_a_store_that_stays_away_ends_the_training(store):
     store.failures = 1000
     written = writer(store, engine(), patience_s=0.01)
     with pytest.raises(StoreError, match="the store is away"), written:

@@ -51,7 +51,7 @@ def test_a_training_that_has_written_nothing_begins(checkpoints, tmp_path):
     assert checkpoints.newest_state() is None
 
 
-def test_the_newest_checkpoint_is_found_with_its_files_and_the_best_model(checkpoints, tmp_path, out):
+def test_the_newest_checkpoint_has_its_files_and_best_model(checkpoints, tmp_path, out):
     written(checkpoints, tmp_path, 1)
     written(checkpoints, tmp_path, 2, best=1)
     found = Checkpoints(out).newest(tmp_path / "fetched")
@@ -61,7 +61,7 @@ def test_the_newest_checkpoint_is_found_with_its_files_and_the_best_model(checkp
     assert Checkpoints(out).newest_state() == found.described
 
 
-def test_the_newest_two_the_best_ones_they_name_and_one_from_before_each_best_are_kept(checkpoints, tmp_path):
+def test_kept_are_the_newest_two_their_best_and_one_before_each(checkpoints, tmp_path):
     for step, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5), (7, 5)]:
         written(checkpoints, tmp_path, step, best=best)
     assert [int(name[-2:]) for name in checkpoints.names()] == [2, 4, 5, 6, 7]
@@ -111,7 +111,7 @@ def test_a_folder_in_place_of_a_file_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("file", [*FILES, "train.json"])
-def test_a_folder_in_place_of_a_file_is_replaced_when_its_step_is_written_again(file, tmp_path):
+def test_a_folder_in_a_files_place_is_replaced_on_rewriting(file, tmp_path):
     out = open_store(str(tmp_path / "store"))
     for step in (1, 2):
         written(Checkpoints(out), tmp_path, step)
@@ -121,7 +121,7 @@ def test_a_folder_in_place_of_a_file_is_replaced_when_its_step_is_written_again(
     assert Checkpoints(out).newest(tmp_path / "fetched").name == "step-0000000002"
 
 
-def test_a_file_in_place_of_a_checkpoint_is_replaced_when_its_step_is_written_again(tmp_path):
+def test_a_file_in_a_checkpoints_place_is_replaced_on_rewriting(tmp_path):
     out = open_store(str(tmp_path / "store"))
     written(Checkpoints(out), tmp_path, 1)
     out.path(f"{FOLDER}/step-0000000002").write_text("not a folder")
@@ -151,7 +151,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damage(tmp_path):
     assert "train.json is that of step 2" in lines[0]
 
 
-def test_a_damaged_best_model_leaves_the_checkpoint_from_before_it(checkpoints, tmp_path, out):
+def test_a_damaged_best_model_leaves_the_checkpoint_before_it(checkpoints, tmp_path, out):
     for step, best in [(1, 1), (2, 2), (3, 2), (4, 2)]:
         written(checkpoints, tmp_path, step, best=best)
     out.put(f"{FOLDER}/step-0000000002/weights.safetensors", b"other")
@@ -169,7 +169,7 @@ def test_where_all_are_damaged_it_is_said_what_to_delete(checkpoints, tmp_path, 
         Checkpoints(out).newest(tmp_path / "fetched")
 
 
-def test_the_same_step_after_its_validation_never_stops_being_there(checkpoints, tmp_path, out):
+def test_a_step_rewritten_after_validation_never_disappears(checkpoints, tmp_path, out):
     files = {name: tmp_path / name for name in FILES}
     for name, path in files.items():
         path.write_bytes(name.encode())
@@ -221,7 +221,7 @@ def test_a_hostile_train_json_opens_nothing(checkpoints, tmp_path, out, changes)
         Checkpoints(out).newest(tmp_path / "fetched")
 
 
-def test_a_checkpoint_of_a_later_version_is_refused_and_not_trained_over(checkpoints, tmp_path, out):
+def test_a_later_versions_checkpoint_is_refused_and_kept(checkpoints, tmp_path, out):
     written(checkpoints, tmp_path, 1)
     written(checkpoints, tmp_path, 2)
     described = {**checkpoints.newest_state(), "format": 2}
@@ -263,7 +263,7 @@ def driver(tmp_path):
     process.communicate("end\n", timeout=30)
 
 
-def test_the_workers_of_a_paused_driver_whose_run_was_taken_over_write_nothing(driver, tmp_path, out):
+def test_workers_of_a_paused_replaced_driver_write_nothing(driver, tmp_path, out):
     process, check = driver
     workers = Checkpoints(out, check=check)
     written(workers, tmp_path, 1)
@@ -293,7 +293,7 @@ def test_a_train_json_without_a_field_is_damaged(checkpoints, tmp_path, out):
     assert "does not have digest, ranks" in lines[0]
 
 
-def test_a_checkpoint_of_another_training_or_of_other_data_is_refused(checkpoints, tmp_path, out):
+def test_another_trainings_or_datas_checkpoint_is_refused(checkpoints, tmp_path, out):
     files = {name: tmp_path / name for name in FILES}
     for name, path in files.items():
         path.write_bytes(name.encode())

@@ -69,7 +69,7 @@ def test_the_running_statistics_are_those_computed_by_hand(seeds, steps):
     assert loss == pytest.approx(sum(seeds) / len(seeds))
 
 
-def test_a_step_that_was_skipped_leaves_the_running_statistics_as_they_were():
+def test_a_skipped_step_leaves_the_running_statistics():
     model = network().train()
     statistics = BatchStatistics(model, CPU)
     statistics.collect(model(micro_batch(1)).sum())
@@ -89,7 +89,7 @@ def test_one_micro_batch_a_step_is_what_torch_does():
     same(trained([1], steps=3)[0], [b for n in (model[1], model[3]) for b in (n.running_mean, n.running_var)])
 
 
-def test_after_a_checkpoint_the_running_statistics_go_on_from_its_own():
+def test_running_statistics_resume_from_the_checkpoints():
     model = network().train()
     statistics = BatchStatistics(model, CPU)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_after_a_checkpoint_the_running_statistics_go_on_from_its_own():
     torch.testing.assert_close(model[1].running_mean, expected([1])[0] + 0.9 * 5.0)
 
 
-def test_frozen_norms_are_left_alone_and_the_others_are_followed_as_before():
+def test_frozen_norms_are_left_alone_and_others_followed():
     model = network()
     model[1].momentum = 1.0
     with torch.no_grad():  # of each the mean over seven micro-batches differs in the last bit
@@ -130,7 +130,7 @@ def rank_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_statistics_of_one_that_saw_everything(tmp_path):
+def test_two_ranks_have_the_statistics_of_a_single_one(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
     for rank in (0, 1):
         found, loss = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

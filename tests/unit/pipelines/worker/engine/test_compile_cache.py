@@ -52,7 +52,7 @@ def test_a_training_is_compiled_where_it_is_long_or_asked_for(config, setting, d
     assert (found.compile, reason) == (decided, "")
 
 
-def test_a_long_training_without_a_compiler_is_not_compiled_and_says_so(data, tmp_path, monkeypatch):
+def test_a_long_training_without_compiler_is_eager_and_says_so(data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     found, reason = decide_compile(AUTO, LONG, data)

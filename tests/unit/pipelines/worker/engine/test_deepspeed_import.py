@@ -27,7 +27,7 @@ def test_mlflow_can_be_imported_before_and_after():
     assert loaded(IMPORT, "import mlflow", "mlflow.MlflowClient") == ["True", "True"]
 
 
-def test_an_engine_loads_no_compiler_for_passes_that_are_not_used():
+def test_an_engine_loads_no_compiler_for_unused_passes():
     """DeepSpeed asks its module for support by name; on a GPU the answer would be yes."""
     found = loaded(
         IMPORT,
@@ -65,7 +65,7 @@ print(sorted({{"torch._dynamo", "sympy"}} & set(sys.modules)))
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_a_training_that_is_not_compiled_loads_no_compiler_and_does_not_wait_for_the_device(flat):
+def test_an_eager_training_loads_no_compiler_and_never_syncs(flat):
     code = STEP.format(flat=flat)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

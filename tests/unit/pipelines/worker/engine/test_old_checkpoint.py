@@ -35,7 +35,7 @@ def placement(workers=1, zero_stage=0) -> Placement:
     )
 
 
-def test_without_a_snapshot_there_is_no_checkpoint_whatever_an_upload_left(out):
+def test_without_a_snapshot_there_is_no_checkpoint(out):
     assert find_old_checkpoint(out) is None
     out.put(f"ray/{FIRST}/train.json", b"")
     assert find_old_checkpoint(out) is None
@@ -43,7 +43,7 @@ def test_without_a_snapshot_there_is_no_checkpoint_whatever_an_upload_left(out):
     assert find_old_checkpoint(out) is None
 
 
-def test_a_checkpoint_that_was_being_uploaded_at_the_kill_is_not_looked_at(out):
+def test_a_checkpoint_uploading_at_the_kill_is_ignored(out):
     out.put(f"ray/{FIRST}/train.json", b'{"epoch": 1}')
     out.put(f"ray/{SECOND}/train.json", b"")
     out.put(SNAPSHOT, snapshot(FIRST))
@@ -78,7 +78,7 @@ def test_a_damaged_or_missing_file_is_named(out, there, tmp_path):
 @pytest.mark.parametrize(
     "now", [placement(workers=2), placement(zero_stage=1), placement(2, 2)], ids=["ranks", "stage", "both"]
 )
-def test_another_number_of_ranks_or_zero_stage_is_refused_with_what_to_type(now):
+def test_other_rank_counts_or_zero_stages_are_refused(now):
     described = {"epoch": 3, "ranks": 1, "zero_stage": 0}
     check_placement(described, placement())
     with pytest.raises(ResumeError, match=r"--placement\.workers 1 --placement\.zero-stage 0.*--run NAME") as error:

@@ -38,7 +38,7 @@ def stepped(gradients: list[float]) -> tuple[nn.Linear, torch.optim.Optimizer, S
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30], ids=["nan", "inf", "a norm beyond float32"])
-def test_a_skipped_step_changes_no_bit_of_weights_moments_and_count(wrong):
+def test_a_skipped_step_changes_no_bit_of_weights_and_moments(wrong):
     model, optimizer, guard = stepped([1.0, wrong, 2.0, wrong])
     plain, plain_optimizer, _ = stepped([1.0, 2.0])
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
@@ -69,13 +69,13 @@ def losses(pattern: str) -> list[float]:
     return [NAN if each == "x" else 0.5 for each in pattern]
 
 
-def test_five_in_a_row_end_the_training_and_name_the_samples_of_the_last():
+def test_five_in_a_row_end_the_training_with_the_last_samples():
     with pytest.raises(TrainingError, match=r"^5 steps in a row, up to step 6, had .* at most 4 in a row") as error:
         after(".xxxxx.")
     assert ". Step 6 took the samples k10 k11; the last good checkpoint is step-0000000002. Lower" in str(error.value)
 
 
-def test_the_samples_are_those_of_the_step_where_a_training_resumed_amid_an_epoch():
+def test_a_steps_samples_are_right_after_a_resume_amid_an_epoch():
     state = TrainState(epoch=3, step=33, consumed=6)  # the epoch's first step was 31
     with pytest.raises(TrainingError, match=r"up to step 38, .* Step 38 took the samples k14 k15;"):
         after("xxxxx", state)
@@ -105,7 +105,7 @@ def test_each_skipped_step_is_said_once():
     assert "2 so far; 5 in a row, or more than 10% of an epoch, end the training" in said[1]
 
 
-def test_a_loss_that_became_infinite_although_its_step_was_made_is_an_error():
+def test_a_loss_infinite_despite_an_applied_step_is_an_error():
     epoch, _ = after("..")
     with pytest.raises(TrainingError, match="the training loss became infinite"):
         epoch.made([0.5, float("inf")])

@@ -97,7 +97,7 @@ def test_an_end_of_the_run_counts_before_a_restart(first):
     assert control.wants(1, Idle()).stop == first
 
 
-def test_a_validation_asks_about_the_step_before_it_without_making_steps():
+def test_a_validation_checks_the_step_before_it():
     control = Control(0, OwnFlags(), checkpoint_steps=4)
     assert asked(control, range(1, 4)) == []
     with control.busy("validating"):
@@ -108,7 +108,7 @@ def test_a_validation_asks_about_the_step_before_it_without_making_steps():
     assert asked(Control(0, OwnFlags(), checkpoint_steps=4), range(4, 9)) == [7]
 
 
-def test_a_rank_that_cannot_continue_stops_all_before_anybody_else_does():
+def test_a_rank_that_cannot_continue_stops_all_others_first():
     control = Control(0, OwnFlags())
     control._obey(Orders(INTERRUPTED))
     assert control.give_up()
@@ -120,7 +120,7 @@ def test_every_reason_to_stop_has_a_flag_of_its_own():
     assert len({CHECKPOINT, *BITS.values()}) == 1 + len(STOPS)
 
 
-def test_waiting_for_data_and_validation_show_in_what_a_rank_is_at():
+def test_waiting_for_data_and_validation_show_as_activity():
     control = Control(0, OwnFlags())
     seen = [(control._doing, control._slow) for _ in control.fetched([1])]
     control.wants(1, Idle())
@@ -155,7 +155,7 @@ def lose_the_others(board: Board) -> None:
         raise RuntimeError("the other rank is gone")
 
 
-def test_a_rank_that_ends_with_an_error_tells_how_far_it_had_come():
+def test_a_rank_ending_with_an_error_tells_how_far_it_came():
     board = Board()
     board.monitor.begin_group([Member(0, "node", os.getpid())])
     with pytest.raises(RuntimeError):

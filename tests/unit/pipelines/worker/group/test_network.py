@@ -39,13 +39,13 @@ def test_every_address_of_this_machine_is_found_on_its_interface():
 
 
 @pytest.mark.parametrize("address", ["203.0.113.7", "2001:db8::1", "127.0.0.2"])
-def test_an_address_that_no_interface_carries_leaves_the_choice_as_it_was(address):
+def test_an_address_on_no_interface_changes_nothing(address):
     assert interface_of(address) == ""
     bind_collectives(address)
     assert chosen() == {}
 
 
-def test_on_loopback_nccl_is_bound_too_and_what_the_user_has_set_stays(monkeypatch):
+def test_on_loopback_nccl_is_bound_and_user_settings_stay(monkeypatch):
     (loopback,) = LOOPBACKS
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
     bind_collectives("127.0.0.1")
@@ -60,7 +60,7 @@ def test_between_machines_nccl_finds_its_own_way():
 
 
 @pytest.mark.parametrize(("address", "host"), [("127.0.0.1", "127.0.0.1"), ("203.0.113.7", "0.0.0.0")])
-def test_ranks_on_one_machine_meet_where_no_other_machine_can_listen_in(address, host):
+def test_ranks_of_one_machine_meet_where_no_other_can_listen(address, host):
     with listen_on(address) as listening:
         assert listening.getsockname()[0] == host
         assert listening.getsockname()[1] > 0

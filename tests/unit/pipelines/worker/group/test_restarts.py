@@ -56,7 +56,7 @@ def dead() -> WorkerHealthCheckFailedError:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_can_help_is_begun_again_and_what_would_come_again_is_not(error, kind):
+def test_passing_failures_are_retried_and_repeating_ones_not(error, kind):
     assert kind_of(error) == kind
 
 

@@ -43,7 +43,7 @@ def test_each_method_that_is_changed_is_one_of_rays(changed):
     assert missing == [], f"Ray has no such method any more: {missing}"
 
 
-def test_the_callbacks_that_start_a_needless_process_are_left_out():
+def test_callbacks_that_start_needless_processes_are_left_out():
     def callbacks(kind: type[WatchedTrainer]) -> set[type]:
         trainer = kind(
             lambda config: None, backend_config=GroupConfig("gloo"), scaling_config=ScalingConfig(num_workers=1)

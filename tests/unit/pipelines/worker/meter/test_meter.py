@@ -58,7 +58,7 @@ def train(meter: Meter, clock: Clock, steps: int, *, wait_s: float = 0.1, step_s
     meter.end_training()
 
 
-def test_an_epoch_has_its_speed_its_step_and_the_share_of_waiting(clock):
+def test_an_epoch_has_its_speed_step_and_waiting_share(clock):
     meter = Meter(8, clock=clock)
     train(meter, clock, 10)
     with meter.validating():
@@ -86,7 +86,7 @@ def test_the_last_steps_are_not_slowed_by_those_before_them(clock):
     assert meter.left_s(10) == pytest.approx(5.0)
 
 
-def test_on_a_gpu_the_last_steps_are_taken_between_looks_at_the_loss_only(clock):
+def test_on_a_gpu_speed_is_measured_between_looks_at_the_loss(clock):
     meter = Meter(8, gpu=Card(), clock=clock)
     meter.begin_epoch()
     for number in range(1, 2 * LAST_STEPS + 6):
@@ -106,7 +106,7 @@ def test_before_the_first_look_the_hosts_clock_has_to_do(clock):
     assert meter.images_per_s_last == pytest.approx(16.0)
 
 
-def test_a_checkpoint_is_counted_with_the_epoch_after_it_and_slows_no_training(clock):
+def test_a_checkpoint_counts_in_the_next_epoch_and_slows_nothing(clock):
     meter = Meter(8, clock=clock)
     train(meter, clock, 10)
     assert "checkpoint_s" not in meter.epoch()
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_counted_with_the_epoch_after_it_and_slows_no_training(c
     assert (figures["checkpoint_s"], figures["images_per_s"]) == (pytest.approx(7.0), pytest.approx(16.0))
 
 
-def test_the_sustained_speed_is_of_all_epochs_but_the_first_with_boundaries_without_validation_and_checkpoints(clock):
+def test_sustained_speed_leaves_out_the_first_epoch_and_pauses(clock):
     meter = Meter(8, clock=clock)
     train(meter, clock, 10, step_s=9.9)
     for _ in range(4):
@@ -156,7 +156,7 @@ def test_a_resumed_training_adds_to_what_was_used_before(clock, tmp_path):
     assert resumed.usage.steady_s == 0.0, "each process's first epoch starts workers and compiles"
 
 
-def test_a_gpu_adds_memory_utilization_energy_and_its_share_of_the_peak(clock):
+def test_a_gpu_adds_memory_utilization_energy_and_peak_share(clock):
     card = Card()
     meter = Meter(8, gpu=card, peak_images_per_s=64.0, clock=clock)
     train(meter, clock, 10)
@@ -187,7 +187,7 @@ def test_a_rank_whose_gpu_says_nothing_does_not_lower_the_mean():
     assert _over_ranks([{"gpu_utilization": 0.8}, {}]) == {"gpu_utilization": 0.8}
 
 
-def test_usage_is_kept_with_the_checkpoint_and_an_old_checkpoint_has_none(tmp_path):
+def test_usage_is_kept_with_a_checkpoint_and_old_ones_have_none(tmp_path):
     usage = Usage(images=5, wall_s=2.5, gpu_s={"a": 1.5}, energy_j=3)
     assert read_usage(tmp_path / USAGE) == Usage()
     (tmp_path / USAGE).write_bytes(usage_bytes(usage))
@@ -229,7 +229,7 @@ def test_an_epoch_whose_steps_were_all_made_before_has_no_speed(clock):
     assert "mfu" in meter.epoch()
 
 
-def test_a_checkpoint_within_a_validation_counts_once_and_the_epoch_is_left_to_whoever_resumes(clock):
+def test_a_checkpoint_amid_validation_counts_once(clock):
     meter = Meter(8, clock=clock)
     train(meter, clock, 10)
     with meter.validating():

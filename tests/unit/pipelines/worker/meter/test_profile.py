@@ -18,7 +18,7 @@ from pipelines.worker.meter.speed import Meter
 @pytest.mark.parametrize(
     ("steps", "first", "active"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (6, 2, 5), (8, 4, 5), (25, 21, 5), (40, 21, 5)]
 )
-def test_five_steps_are_profiled_after_twenty_or_earlier_in_a_short_epoch(steps, first, active):
+def test_five_steps_are_profiled_after_twenty_or_earlier(steps, first, active):
     kept, names = [], []
 
     def keep(summary, trace):

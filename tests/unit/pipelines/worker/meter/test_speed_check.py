@@ -53,14 +53,14 @@ def test_half_of_the_bench_is_enough_and_every_worker_counts():
     assert "benches at 4,000 on 2 such GPUs" in SpeedCheck(REFERENCE, two, 32)(FAST)
 
 
-def test_a_short_first_epoch_is_not_judged_because_it_starts_up_and_compiles():
+def test_a_short_first_epoch_is_not_judged_for_its_start_up():
     for before in (0, 3):  # of a process that resumes it is the first too
         check = SpeedCheck(REFERENCE, ALONE, 32)
         assert check({**SLOW, "step": 39 * (before + 1), "epoch": before + 1}) == ""
         assert check({**SLOW, "step": 39 * (before + 2), "epoch": before + 2}).startswith("slow: ")
 
 
-def test_a_fast_training_is_not_judged_again_and_without_a_reference_none_is():
+def test_a_fast_or_unreferenced_training_is_not_judged():
     check = SpeedCheck(REFERENCE, ALONE, 32)
     assert (check(FAST), check({**SLOW, "epoch": 2})) == ("", "")
     assert SpeedCheck(None, ALONE, 32)(SLOW) == ""
@@ -81,14 +81,14 @@ def test_a_fast_training_is_not_judged_again_and_without_a_reference_none_is():
         ("nano", 224, 128, None),
     ],
 )
-def test_the_table_is_scaled_by_pixels_and_never_by_the_images_of_a_step(network, side, micro_batch, expected):
+def test_the_table_scales_by_pixels_not_by_images_per_step(network, side, micro_batch, expected):
     found = find_reference(H200, network, side=side, precision="bfloat16", micro_batch=micro_batch)
     assert (found and found.images_per_s) == (expected and pytest.approx(expected))
     assert find_reference("NVIDIA L4", network, side=side, precision="bfloat16", micro_batch=micro_batch) is None
     assert find_reference(H200, network, side=side, precision="float32", micro_batch=micro_batch) is None
 
 
-def test_what_this_machine_has_measured_counts_before_the_table_unless_the_table_is_nearer():
+def test_measured_speed_counts_before_a_table_less_near():
     mine = [BenchSpeed(H200, "T", 224, "bfloat16", 128, speed) for speed in (2800.0, 2900.0)]
     far = [BenchSpeed(H200, "T", 192, "bfloat16", 128, 5000.0)]
     for remembered, expected in [(mine, 2900.0), (far, 3131)]:
@@ -119,7 +119,7 @@ def test_a_home_that_cannot_be_written_to_only_forgets(tmp_path, monkeypatch):
     assert read_remembered() == []
 
 
-def test_the_check_of_a_training_is_silent_on_a_cpu_and_for_another_network(tmp_path, monkeypatch):
+def test_the_speed_check_is_silent_on_cpu_and_other_networks(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     train = TrainConfig(batch_size=128, micro_batch=128, image_size=224, precision="bfloat16")
     config = TrainStepConfig(model=MedMambaConfig(variant="T"), train=train)

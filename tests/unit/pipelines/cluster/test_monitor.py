@@ -142,4 +142,4 @@ def test_a_restart_that_was_asked_for_is_over_with_the_next_group(monitor):
     monitor.begin_group([Member(0, "10.0.0.1", 300)])
     assert monitor.beat(0, Beat(300, 1, 1)) == ("",)
     monitor.ask(TIME_UP)
-    assert monitor.beat(0, Beat(300, 1, 1)) == (0, TIME_UP)
+    assert monitor.beat(0, Beat(300, 1, 1)) == (TIME_UP,)

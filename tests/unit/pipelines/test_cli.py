@@ -551,7 +551,7 @@ def test_a_record_that_cannot_be_is_named(capsys, key, changes):
     step = open_store("store").at("runs", "r", "promote")
     step.put(key, json.dumps({**json.loads(step.get(key)), **changes}).encode())
     line = told(capsys, "promote", "--run", "r", "--store", "store", "--dry-run", code=1)
-    assert f"{key} is not what a step writes" in line
+    assert f"{key} is not a valid step file" in line
     assert "delete the step's folder" in line
 
 

@@ -70,7 +70,7 @@ def test_one_damaged_record_does_not_hide_the_other_steps(store, tmp_path):
     other.put("runs/whole/promote/record.json", json.dumps(record).encode())
     told = {row["step"]: row["told"] for row in read_status(other)}
     assert told["evaluate"] == "test AUC 0.9000 over 120 images"
-    assert "the record of step promote is not what a step writes (reason" in told["promote"]
+    assert "the record of step promote is not valid (reason" in told["promote"]
 
 
 def test_a_step_without_a_record_and_a_reason_was_interrupted(store, tmp_path):

@@ -242,7 +242,7 @@ def test_a_damaged_record_is_named_with_a_remedy(store, name, content):
     steps = [Step("only", Counted(), Settings())]
     bring(steps, store)
     store.put(f"runs/{RUN}/only/{name}", content)
-    with pytest.raises(ValueError, match=rf"only/{name} is not what a step writes .*restore it, or delete"):
+    with pytest.raises(ValueError, match=rf"only/{name} is not a valid step file .*restore it, or delete"):
         plan_steps(steps, store, RUN)
 
 

@@ -95,7 +95,7 @@ def test_the_lines_of_a_step_count_in_the_singular_too(step, facts, kind, lines)
 
 
 def test_facts_no_release_records_are_refused_with_a_remedy():
-    with pytest.raises(ValueError, match=r"step train is not what a step writes \(epochs = 'many': .*restore it, or"):
+    with pytest.raises(ValueError, match=r"step train is not valid \(epochs = 'many': .*restore it, or"):
         read_facts("train", record("train", epochs="many"))
 
 

@@ -117,7 +117,7 @@ def test_a_gray_model_sees_a_color_copy_the_same(store, tracking, model, tmp_pat
 
 def test_a_file_that_is_no_image_is_named(store, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    for name, says in (("broken.png", "no image"), ("missing.png", "cannot be read")):
+    for name, says in (("broken.png", "cannot be decoded as an image"), ("missing.png", "cannot be read")):
         with pytest.raises(ValueError, match=rf"{name}.*{says}"):
             classify([tmp_path / name], store=store)
 

@@ -9,7 +9,7 @@ from data_shards.store import Store
 from pipelines.commands.class_table import completed, print_classes
 from pipelines.console.terminal import console, table
 from pipelines.flow import Facts, Record, StepState
-from pipelines.steps.evaluate import BASELINES
+from pipelines.steps.baselines import BASELINES
 from pipelines.steps.facts import EvaluateFacts, ShardFacts, read_facts
 from pipelines.wording import counted
 

@@ -18,15 +18,12 @@ import numpy.typing as npt
 from data_shards.manifest import Dataset
 from data_shards.store import Store
 
-PREDICTIONS = "predictions.parquet"
-"""Of the test split."""
-VALIDATION = "predictions-val.parquet"
 _ABOUT = b"medmamba.predictions"
 _COLUMNS = ("key", "group", "label", "scores", "logits")
 
 
 @dataclass(frozen=True)
-class Predictions:
+class StoredPredictions:
     """What one model predicts for the samples of one split, with what is known of each sample."""
 
     key: npt.NDArray[Any]
@@ -53,7 +50,7 @@ class Predictions:
         return len(self.key)
 
 
-def predictions_of(
+def stored_predictions(
     data: Dataset,
     split: str,
     logits: npt.NDArray[np.float32],
@@ -61,11 +58,11 @@ def predictions_of(
     *,
     model: str,
     metadata: Mapping[str, npt.NDArray[Any]] | None = None,
-) -> Predictions:
+) -> StoredPredictions:
     """Predictions for a split of a dataset, whose rows have the order of its index."""
     index = data.index(split)
     sizes = {name: getattr(index, name) for name in ("height", "width", "channels")}
-    return Predictions(
+    return StoredPredictions(
         key=index.key,
         group=index.group,
         labels=index.labels,
@@ -80,7 +77,7 @@ def predictions_of(
     )
 
 
-def to_parquet(predictions: Predictions) -> bytes:
+def to_parquet(predictions: StoredPredictions) -> bytes:
     """A row per sample: key, group, label (list of class indices), scores and logits (lists), metadata columns.
 
     Task, classes, split and the digests of manifest and model are in the schema's metadata.
@@ -104,7 +101,7 @@ def to_parquet(predictions: Predictions) -> bytes:
     return buffer.getvalue()
 
 
-def from_parquet(data: bytes, *, otherwise: Mapping[str, Any] | None = None) -> Predictions:
+def from_parquet(data: bytes, *, otherwise: Mapping[str, Any] | None = None) -> StoredPredictions:
     """The predictions of a file. `otherwise` has task, classes, split, manifest and model for files of earlier
     releases, which do not name them.
 
@@ -121,7 +118,7 @@ def from_parquet(data: bytes, *, otherwise: Mapping[str, Any] | None = None) -> 
         logits = None
         if "logits" in table.column_names:
             logits = np.array(table["logits"].to_pylist(), np.float32).reshape(scores.shape)
-        return Predictions(
+        return StoredPredictions(
             key=np.array(table["key"].to_pylist()),
             group=np.array(table["group"].to_pylist()),
             labels=labels,
@@ -142,7 +139,7 @@ def from_parquet(data: bytes, *, otherwise: Mapping[str, Any] | None = None) -> 
 
 def read_predictions(
     store: Store, key: str, *, digest: str = "", otherwise: Mapping[str, Any] | None = None
-) -> Predictions:
+) -> StoredPredictions:
     """The predictions stored under `key`.
 
     Raises ValueError where they are damaged or have another digest than `digest`, which an evaluation recorded.

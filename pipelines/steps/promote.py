@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from data_shards.store import Store, StoreKeyError
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
 from pipelines.placement import Placement
+from pipelines.steps.baselines import BASELINES
 from pipelines.steps.context import StepContext
-from pipelines.steps.evaluate import BASELINES
 from pipelines.tracking.leases import bind_model, model_lease
 from pipelines.tracking.promotions import Promotion, Promotions
 from pipelines.tracking.registry import AliasMovedError, Version, by_number, tag_version

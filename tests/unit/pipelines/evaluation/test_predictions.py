@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.store import open_store
-from pipelines.evaluation.predictions import Predictions, from_parquet, read_predictions, to_parquet
+from pipelines.evaluation.predictions import StoredPredictions, from_parquet, read_predictions, to_parquet
 
 ABOUT = {"task": "multilabel", "classes": ("a", "b", "c"), "split": "test", "manifest": "m" * 64, "model": "w" * 64}
 
@@ -17,7 +17,7 @@ ABOUT = {"task": "multilabel", "classes": ("a", "b", "c"), "split": "test", "man
 def made(num=7, **other):
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(num, 3)).astype(np.float32)
-    return Predictions(
+    return StoredPredictions(
         key=np.array([f"{i:020x}" for i in range(num)]),
         group=np.array([f"{i // 2:020x}" for i in range(num)]),
         labels=draw.integers(0, 2, (num, 3)).astype(np.uint8),

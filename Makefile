@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test coverage test-slow lint reference install clean
+.PHONY: quickstart test coverage test-slow lint reference install clean help
 
 quickstart: .venv/installed  ## run the complete chain on synthetic images, on this machine
 	$(BIN)/medmamba quickstart
@@ -36,3 +36,6 @@ install: .venv/installed  ## create .venv with everything
 
 clean:  ## delete .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

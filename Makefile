@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Ray take minutes and come first, the many short ones fill what is left at the end.
 FAST := $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test coverage test-slow lint reference install clean
+.PHONY: quickstart test coverage test-slow lint reference install clean help
 
 quickstart: .venv/installed  ## run the complete chain on synthetic images, on this machine
 	$(BIN)/medmamba quickstart
@@ -39,3 +39,6 @@ install: .venv/installed  ## create .venv with everything
 
 clean:  ## delete .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

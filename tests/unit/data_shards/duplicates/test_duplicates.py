@@ -347,7 +347,7 @@ def test_of_a_finding_of_an_earlier_release_nothing_is_claimed_that_it_did_not_c
     assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
     assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more images"]
     assert finding(50).rest(6) == "and 44 or more images: the release that made the report listed 50"
-    assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
+    assert finding(50, equal=50, more=4).rest(50) == "and 4 more images"
 
 
 def test_damaged_fingerprints_of_another_dataset_say_which_and_what_to_do(tmp_path):

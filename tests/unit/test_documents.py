@@ -188,6 +188,8 @@ def test_every_option_in_the_text_exists(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_in_the_text_exists(name):
     keys = {field.key for field in config_reference.fields()}
+    if name in ("CHANGELOG.md", "pipelines/README.md"):  # where renamed settings are listed
+        keys |= {key.partition("=")[0] for row in SETTINGS for key in (row.old, row.new)}
     parts = "|".join(sorted({key.partition(".")[0] for key in keys}))
     named = {span for span in spans(name) if re.fullmatch(rf"({parts})\.[a-z_]+(\.[a-z_]+)*", span)}
     known = keys | {key.rpartition(".")[0] for key in keys} | {row.old for row in SETTINGS}

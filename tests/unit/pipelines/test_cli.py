@@ -221,7 +221,7 @@ def test_the_placement_is_resolved_but_not_part_of_the_recipe(capsys, monkeypatc
     placement = found["placement"]
     assert (placement["workers"], placement["zero_stage"], placement["cpus_per_worker"]) == (2, 1, 2)
     assert (placement["scan"], found["placed_on"], found["notes"]) == ("auto", "this machine", [])
-    assert found["recipe"] == recipe("quickstart").model_dump(mode="json")
+    assert Recipe.model_validate(found["recipe"]) == recipe("quickstart")
 
 
 # Workers of a training on 1 to 8 GPUs: the most that divide the micro-batches of every batch that may be trained.
@@ -487,7 +487,7 @@ def test_a_run_resumes_by_name_with_its_recipe_and_workflow(capsys):
     finish("store", "mine", begun, workflow="direct", last="evaluate", failing=["train"])
     for verb in ("run", "evaluate", "promote"):
         found = resolved(capsys, verb, "--run", "mine", "--store", "store", "--dry-run")
-        assert found["recipe"] == begun.model_dump(mode="json")
+        assert Recipe.model_validate(found["recipe"]) == begun
         assert found["workflow"] == "direct"
         assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "failed")
 

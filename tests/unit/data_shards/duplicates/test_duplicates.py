@@ -346,8 +346,8 @@ def test_an_earlier_releases_finding_claims_nothing_it_lacked():
 
     assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
     assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more images"]
-    assert finding(50).rest(6) == "and 44 or more copies: the release that made the report listed 50"
-    assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
+    assert finding(50).rest(6) == "and 44 or more images: the release that made the report listed 50"
+    assert finding(50, equal=50, more=4).rest(50) == "and 4 more images"
 
 
 def test_damaged_fingerprints_elsewhere_are_named_with_a_remedy(tmp_path):

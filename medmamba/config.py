@@ -80,7 +80,7 @@ class MedMambaConfig(BaseModel):
         return PATCH * side << (len(self.resolved_dims) - 1)
 
     @property
-    def normalises_batches(self) -> bool:
+    def normalizes_batches(self) -> bool:
         """Whether BatchNorm is applied to the maps of every stage."""
         return self.branches != "scan"
 
@@ -111,7 +111,7 @@ class ConvNetConfig(BaseModel):
         return PATCH * (((side - 1) << (len(self.widths) - 1)) + 1)
 
     @property
-    def normalises_batches(self) -> bool:
+    def normalizes_batches(self) -> bool:
         """Whether BatchNorm is applied to the maps of every stage."""
         return True
 

@@ -1,4 +1,4 @@
-"""uint8 BHWC -> normalised BCHW: the one preprocessing of training, evaluation and prediction.
+"""uint8 BHWC -> normalized BCHW: the one preprocessing of training, evaluation and prediction.
 
 Shapes: B batch, H W space, C channels as stored (1 grey or 3 RGB); the network always sees 3.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# The paper normalises every channel of every dataset with mean 0.5 and standard deviation 0.5 (arXiv 2403.03849).
+# The paper normalizes every channel of every dataset with mean 0.5 and standard deviation 0.5 (arXiv 2403.03849).
 MEAN, STD = 0.5, 0.5
 
 
@@ -26,7 +26,7 @@ def to_float(images_BHWC: torch.Tensor) -> torch.Tensor:
     return images_BHWC.permute(0, 3, 1, 2).float() / 255
 
 
-def normalise(x_BCHW: torch.Tensor) -> torch.Tensor:
+def normalize(x_BCHW: torch.Tensor) -> torch.Tensor:
     """Pixels in [0, 1] moved to [-1, 1], where the published weights expect them.
 
     Returns (B, 3, H, W), channels-last in memory; grey is repeated on three channels.
@@ -36,8 +36,8 @@ def normalise(x_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def preprocess(images_BHWC: torch.Tensor) -> torch.Tensor:
-    """What the network eats: `normalise(to_float(images))`; training augments between the two."""
-    return normalise(to_float(images_BHWC))
+    """What the network eats: `normalize(to_float(images))`; training augments between the two."""
+    return normalize(to_float(images_BHWC))
 
 
 def resize_uint8(image_HWC: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

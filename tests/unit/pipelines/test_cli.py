@@ -370,7 +370,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
         (["train", *DRY, "--model.variant", "X"], r"invalid choice 'X' .*--model\.variant.*'nano'"),
         (["train", *DRY, "--model.kind", "resnet"], r"--model\.kind resnet: there are medmamba, convnet"),
         (["train", *DRY, "--model.dims", "24", "48"], r"model: dims \(24, 48\) and depths"),
-        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is no multiple of micro_batch 16"),
+        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is not a multiple of micro_batch 16"),
         (["train", *DRY, "--placement.workers", "-1"], r"placement\.workers = -1: .*greater than or equal to 0"),
         (["train", *DRY, "--placement.zero-stage", "4"], r"invalid choice '4' .*--placement\.zero-stage"),
         (["tune", *DRY, "--tune.space.lr", "1e-3"], r"tune\.space: lr \(0\.001,\): give the lowest and the highest"),

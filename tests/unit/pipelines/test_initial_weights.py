@@ -293,7 +293,7 @@ def test_weights_are_kept_once_and_a_damaged_copy_is_not_used(store):
     assert state.keys() == load_model(store.path("runs/old/train/model"))[0].state_dict().keys()
     assert card == found.card
     store.put(kept[0], store.get(kept[0]).replace(b"spiculated", b"Spiculated"))
-    with pytest.raises(ValueError, match="other weights than its name says"):
+    with pytest.raises(ValueError, match="do not match the digest in its name"):
         read_kept(kept_uri(config, store), found.digest)
     assert kept_uri(TrainStepConfig(), store) == ""
 

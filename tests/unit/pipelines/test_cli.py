@@ -699,7 +699,7 @@ def test_promote_starts_no_ray_and_says_of_a_recorded_yes_where_the_alias_is_now
     seen = capsys.readouterr()
     said = seen.err.splitlines()[-1]
     assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, over no", said)
-    assert "the alias champion is at version 2 now, and this command changed nothing" in said
+    assert "the alias champion is now at version 2, and this command changed nothing" in said
     assert "decided on 20" in seen.out
     assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0
     assert by_alias(tracking, "m", "champion").number == 1
@@ -780,9 +780,9 @@ def test_bench_measures_what_it_can_says_why_not_the_rest_and_fails_if_that_is_a
     few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "cuda"]
     assert main([*few, "numba", "--batches", "2", "2", "--out", "figures.json"]) == 0
     seen = capsys.readouterr().out
-    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it is for CUDA devices" in seen
+    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it requires a CUDA device" in seen
     why_not = {row["case"]["backend"]: row["why_not"] for row in json.loads(Path("figures.json").read_text())["rows"]}
-    assert why_not == {"cuda": "backend cuda: it is for CUDA devices", "numba": ""}
+    assert why_not == {"cuda": "backend cuda: it requires a CUDA device", "numba": ""}
     assert main([*few, "--batches", "2"]) == 1
     assert "Speed" not in capsys.readouterr().out
 

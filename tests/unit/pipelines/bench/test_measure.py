@@ -15,7 +15,7 @@ CASE = bench.Case("nano", 1, 64, "float32", "cuda", "cuda", compiled=False)
 def test_a_gpus_row_is_measured_in_another_process_and_brings_its_reason_back():
     row = bench.measure_alone(CASE)
     assert row.case == CASE
-    assert row.why_not == "backend cuda: torch sees no CUDA device"
+    assert row.why_not == "backend cuda: torch finds no CUDA device"
 
 
 def die(case, *, repeats):

@@ -96,9 +96,9 @@ def test_nothing_waits_while_the_server_is_away_and_everything_arrives_once_and_
     assert run[0].client.get_run(run[1]).data.tags["note"] == "kept too"
     away, back = [str(notice) for notice in heard if proxy.address in notice.who]
     assert away.startswith(f"MLflow at {proxy.address} has not answered since ")
-    assert away.endswith("work continues, and what it logs is kept and sent later, for at most 1 minute")
+    assert away.endswith("work continues; log entries are kept and sent later, for at most 1 minute")
     assert "answers again after" in back
-    assert back.endswith("what was logged of 3 epochs is being sent")
+    assert back.endswith("sending the log entries of 3 epochs")
 
 
 def test_a_call_of_which_the_answer_was_lost_is_repeated_and_leaves_one_point(run, mlflow_server, heard):
@@ -187,7 +187,7 @@ def test_a_server_that_is_gone_for_good_ends_it_in_time_with_a_remedy(run, mlflo
         began = time.monotonic()
         log(outbox, 1)
         with pytest.raises(
-            PatienceError, match=r"wait of 5 s \(--placement.patience-s\) is over: start it, then run the same"
+            PatienceError, match=r"longer than 5 s \(--placement.patience-s\): start it, then run the same"
         ):
             outbox.close()
         assert 3 < time.monotonic() - began < 15

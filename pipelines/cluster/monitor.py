@@ -34,10 +34,10 @@ class Member(NamedTuple):
 
 
 class Orders(NamedTuple):
-    """What a rank is asked for: the number of checkpoints asked for so far, and why it must stop, if it must."""
+    """What a rank is asked to do."""
 
-    checkpoints: int = 0
     stop: str = ""
+    """Why it must stop; empty: it continues."""
 
 
 class Limits(NamedTuple):
@@ -113,7 +113,7 @@ class Monitor:
         self._ranks = {each.rank: _Rank(Beat(each.pid, -1, 0, "starting"), later, later) for each in members}
         self._done.clear()
         self._reached.clear()
-        self._orders = Orders(0, self._orders.stop if self._orders.stop not in RESTARTING else "")
+        self._orders = Orders(self._orders.stop if self._orders.stop not in RESTARTING else "")
 
     def beat(self, rank: int, beat: Beat) -> Orders:
         """Takes a rank's sign of life; returns what it is asked for. One of an earlier group gets no orders."""
@@ -146,10 +146,6 @@ class Monitor:
         if self._orders.stop not in (INTERRUPTED, TIME_UP):
             self._orders = self._orders._replace(stop=stop)
         return bool(self._reached)
-
-    def ask_checkpoint(self) -> None:
-        """Asks the group for a checkpoint of the step that it is at."""
-        self._orders = self._orders._replace(checkpoints=self._orders.checkpoints + 1)
 
     def saved(self, step: int) -> None:
         """The checkpoint of `step` is whole."""

@@ -169,7 +169,7 @@ def train_loop(
                 report.epoch({**metrics, **figures}, step_losses)
         with control.busy("writing the last checkpoint"):
             writer.finish()
-        with control.busy("sending what was logged"):
+        with control.busy("sending log entries"):
             journal.close()
     return state
 

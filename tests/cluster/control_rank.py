@@ -27,7 +27,7 @@ def main() -> None:
         time.sleep(0.001 * rank)  # ranks are not equally fast
         dist.all_reduce(torch.ones(1))
         if step == 37 and rank == 2:
-            control._obey(Orders(0, PREEMPTED))
+            control._obey(Orders(PREEMPTED))
         began = time.perf_counter()
         wants = control.wants(step, Idle())
         asked_s += time.perf_counter() - began

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_shards.store import open_store
+from medmamba.checkpoint import model_digest, parse_model
+from medmamba.config import MODEL, WEIGHTS
 
 
 def read_kept(uri: str, digest: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Returns (state, card) of weights in the store. Raises ValueError if their digest does not match."""
-    from medmamba.checkpoint import MODEL, WEIGHTS, model_digest, parse_model
-
     folder = open_store(uri)
     weights, described = folder.get(WEIGHTS), folder.get(MODEL)
     if model_digest(weights, described) != digest:

@@ -181,7 +181,6 @@ class Control(UntilTheEnd):
         self._step, self._moves = -1, 0
         self._doing, self._slow = "starting", True
         self._flags, self._lock = 0, threading.Lock()
-        self._asked = 0  # checkpoints requested through the board
         self._due_since, self._steps_since = clock(), 0
         self._asked_since = 0  # calls of `wants` since the last checkpoint
         self._over = threading.Event()
@@ -296,9 +295,6 @@ class Control(UntilTheEnd):
         return Beat(os.getpid(), self._step, self._moves, self._doing, self._slow)
 
     def _obey(self, orders: Orders) -> None:
-        if orders.checkpoints > self._asked:
-            self._set(CHECKPOINT)
-        self._asked = orders.checkpoints
         if orders.stop:
             self._set(BITS[orders.stop])
 

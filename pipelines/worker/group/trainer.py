@@ -73,7 +73,7 @@ class _WorkerGroup(WorkerGroup):
         """Releases the group's resources if it fails to start; Ray itself never would."""
         try:
             super()._start()
-        except BaseException:
+        except BaseException:  # broad: also on Ctrl-C; raised again below
             if self._worker_group_state is not None:
                 self._worker_group_state.shutdown()
                 self._clear_state()

@@ -83,19 +83,17 @@ def test_only_rank_0_has_a_clock():
 
 def test_orders_from_outside_become_wants():
     control = Control(1, OwnFlags())
-    control._obey(Orders(1, ""))
-    assert control.wants(1, Idle()) == Wants(checkpoint=True)
-    control._obey(Orders(1, ""))
-    assert control.wants(2, Idle()) == NOTHING
-    control._obey(Orders(1, PREEMPTED))
-    assert control.wants(3, Idle()) == Wants(checkpoint=True, stop=PREEMPTED)
+    control._obey(Orders())
+    assert control.wants(1, Idle()) == NOTHING
+    control._obey(Orders(PREEMPTED))
+    assert control.wants(2, Idle()) == Wants(checkpoint=True, stop=PREEMPTED)
 
 
 @pytest.mark.parametrize("first", [INTERRUPTED, TIME_UP])
 def test_an_end_of_the_run_counts_before_a_restart(first):
     control = Control(0, OwnFlags())
     for stop in (RESIZED, PREEMPTED, first):
-        control._obey(Orders(0, stop))
+        control._obey(Orders(stop))
     assert control.wants(1, Idle()).stop == first
 
 
@@ -105,14 +103,14 @@ def test_a_validation_asks_about_the_step_before_it_without_making_steps():
     with control.busy("validating"):
         assert not any(control.wants(3, Idle()).checkpoint for _ in range(10))
         assert (control._doing, control._slow) == ("validating", True)
-        control._obey(Orders(0, INTERRUPTED))
+        control._obey(Orders(INTERRUPTED))
         assert control.wants(3, Idle()) == Wants(checkpoint=True, stop=INTERRUPTED)
     assert asked(Control(0, OwnFlags(), checkpoint_steps=4), range(4, 9)) == [7]
 
 
 def test_a_rank_that_cannot_continue_stops_all_before_anybody_else_does():
     control = Control(0, OwnFlags())
-    control._obey(Orders(0, INTERRUPTED))
+    control._obey(Orders(INTERRUPTED))
     assert control.give_up()
     assert control.wants(1, Idle()) == Wants(checkpoint=True, stop=FAILED)
     assert not UntilTheEnd().give_up()

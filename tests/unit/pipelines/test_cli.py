@@ -376,7 +376,7 @@ def test_a_first_format_checkpoint_resumes_on_its_worker_count(begun_on, capsys,
         (["train", *DRY, "--model.variant", "X"], r"invalid choice 'X' .*--model\.variant.*'nano'"),
         (["train", *DRY, "--model.kind", "resnet"], r"--model\.kind resnet: unknown value; available: medmamba"),
         (["train", *DRY, "--model.dims", "24", "48"], r"model: dims \(24, 48\) and depths"),
-        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is no multiple of micro_batch 16"),
+        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is not a multiple of micro_batch 16"),
         (["train", *DRY, "--placement.workers", "-1"], r"placement\.workers = -1: .*greater than or equal to 0"),
         (["train", *DRY, "--placement.zero-stage", "4"], r"invalid choice '4' .*--placement\.zero-stage"),
         (["tune", *DRY, "--tune.space.lr", "1e-3"], r"tune\.space: lr \(0\.001,\): give the lowest and the highest"),
@@ -711,7 +711,7 @@ def test_promote_starts_no_ray_and_reports_the_current_alias(capsys, tmp_path):
     seen = capsys.readouterr()
     said = seen.err.splitlines()[-1]
     assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, over no", said)
-    assert "the alias champion is at version 2 now, and this command changed nothing" in said
+    assert "the alias champion is now at version 2, and this command changed nothing" in said
     assert "decided on 20" in seen.out
     assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0
     assert by_alias(tracking, "m", "champion").number == 1
@@ -795,9 +795,9 @@ def test_bench_measures_what_it_can_and_fails_if_nothing(capsys):
     few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "cuda"]
     assert main([*few, "numba", "--batches", "2", "2", "--out", "figures.json"]) == 0
     seen = capsys.readouterr().out
-    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it is for CUDA devices" in seen
+    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it requires a CUDA device" in seen
     why_not = {row["case"]["backend"]: row["why_not"] for row in json.loads(Path("figures.json").read_text())["rows"]}
-    assert why_not == {"cuda": "backend cuda: it is for CUDA devices", "numba": ""}
+    assert why_not == {"cuda": "backend cuda: it requires a CUDA device", "numba": ""}
     assert main([*few, "--batches", "2"]) == 1
     assert "Speed" not in capsys.readouterr().out
 

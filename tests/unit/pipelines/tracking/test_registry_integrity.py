@@ -152,7 +152,7 @@ def earlier(release):
 def test_of_an_earlier_version_weights_and_card_are_checked(release, package, earlier, tmp_path, attack):
     attack(package, tmp_path / "owned")
     with (
-        pytest.raises(IntegrityError, match=r"cannot be used: .* is on record: one or both were replaced"),
+        pytest.raises(IntegrityError, match=r"cannot be loaded: .* is recorded: one or both were replaced"),
         loaded(release[1], earlier),
     ):
         pass

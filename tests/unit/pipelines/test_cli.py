@@ -283,8 +283,8 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
         ),
         (["--placement.cpus-per-worker", "9"], r"workers 1 x --placement\.cpus-per-worker 9 = 9 CPUs, .*has 8"),
         (["--placement.device", "cpu", "--placement.workers", "64"], r"workers 64: 0\.12 of the 8 CPUs"),
-        (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files: get them .* with --data\.source"),
-        (["--data.dataset", "own", "--data.layout", "folders"], r"'own' needs its files: .*--data\.source"),
+        (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files; download them .* and set --data\.source"),
+        (["--data.dataset", "own", "--data.layout", "folders"], r"'own' needs its files; set --data\.source"),
         (["--data.dataset", "breastmnist", "--data.source", "typo.npz"], r"typo\.npz was not found"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -355,7 +355,7 @@ def test_a_first_format_checkpoint_resumes_on_its_worker_count(begun_on, capsys,
     chosen = resolved(capsys, *asked, "--placement.compile", "off")["placement"]
     assert [chosen[name] for name in settings] == [2, "off", True]
     wrong = told(capsys, *asked, "--placement.zero-stage", "1", code=1)
-    assert f"Resume with --placement.workers {begun_on} --placement.zero-stage 2" in wrong
+    assert f"use --placement.workers {begun_on} --placement.zero-stage 2" in wrong
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_a_first_format_checkpoint_resumes_on_its_worker_count(begun_on, capsys,
         (["tune", *DRY, "--tune.space.lr", "1e-3", "1e-4"], r"tune\.space: lr .*swap them"),
         (["tune", *DRY, "--tune.space.lr", "0", "1e-4"], r"tune\.space: lr .*above 0"),
         (["tune", *DRY, "--tune.space.drop-path", "0", "1"], r"model\.drop_path = 1\.0: .*less than 1"),
-        (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is no multiple"),
+        (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is not a multiple"),
         (
             ["tune", *DRY, "--workflow", "direct"],
             "direct: unknown step 'tune' in this workflow; available: shard, train",
@@ -710,7 +710,7 @@ def test_promote_starts_no_ray_and_reports_the_current_alias(capsys, tmp_path):
     assert main(["promote", "--store", "store", "--run", "first"]) == 0
     seen = capsys.readouterr()
     said = seen.err.splitlines()[-1]
-    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, over no", said)
+    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, replacing no", said)
     assert "the alias champion is now at version 2, and this command changed nothing" in said
     assert "decided on 20" in seen.out
     assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0

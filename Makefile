@@ -3,17 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests share servers and trained models, so they stay in one process. In the order of the folders: those of
 # Ray take minutes and come first, the many short ones fill what is left at the end.
-FAST := $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test coverage test-slow lint reference install clean
 
 quickstart: .venv/installed  ## images in, a promoted model out, on this machine
 	$(BIN)/medmamba quickstart
 
-test: .venv/installed  ## the tests, about twelve minutes on two cores
-	$(FAST)
-coverage: .venv/installed  ## the same tests with their line coverage; takes an eighth longer
-	$(FAST) --cov --cov-report=term
+test: .venv/installed  ## the tests, in two processes
+	$(BIN)/pytest -m "not slow and not gpu" $(SHARED) --cov --cov-report=
+coverage: .venv/installed  ## the lines that the last `make test` did not reach
+	$(BIN)/coverage report --show-missing
 
 test-slow: .venv/installed  ## the long matrix
 	$(BIN)/pytest -m "slow and not gpu"

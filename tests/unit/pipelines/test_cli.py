@@ -710,7 +710,9 @@ def test_promote_starts_no_ray_and_reports_the_current_alias(capsys, tmp_path):
     assert main(["promote", "--store", "store", "--run", "first"]) == 0
     seen = capsys.readouterr()
     said = seen.err.splitlines()[-1]
-    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, replacing no", said)
+    assert re.match(
+        r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, replacing no", said
+    )
     assert "the alias champion is now at version 2, and this command changed nothing" in said
     assert "decided on 20" in seen.out
     assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0

@@ -136,7 +136,8 @@ def test_the_csv_joins_the_predictions_in_one_line_of_pandas(store, config, tmp_
     assert asked(capsys, "names", "--out", str(target), "--store", store.uri)  # its own file is replaced
 
 
-def test_odd_names_are_spelled_out_and_kept_in_the_csv(tmp_path, capsys):
+def test_odd_names_are_spelled_out_and_kept_in_the_csv(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # else a long name takes two lines where the path of the test is long
     folder = write_folders(tmp_path / "set")
     write_image(folder / "cat" / "\x1b[2Jred\n.png", 900)
     bad = bytes(folder / "cat") + b"/\xff.png"

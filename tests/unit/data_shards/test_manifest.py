@@ -50,7 +50,7 @@ def test_the_index_holds_the_samples_of_a_split_in_the_order_of_their_shards(sto
 def test_a_torn_manifest_is_refused(store, part):
     data = store.get(MANIFEST)
     store.put(MANIFEST, data[: int(len(data) * part)])
-    with pytest.raises(ManifestError, match=r"manifest\.json is not a manifest of format 1.* and another --run"):
+    with pytest.raises(ManifestError, match=r"manifest\.json is not a manifest of format 1.* under another --run"):
         open_dataset(store)
 
 

@@ -96,10 +96,9 @@ def pair(condition: tuple[int, float, int, int], seeds: range) -> dict[str, list
     for seed in seeds:
         models = draw_models(generator(condition, seed), images, groups, classes, (strength, strength), CORRELATION)
         for name, each in compare(*models).macro.items():
-            if each.low is not None:
-                rows.setdefault(f"all {name}", []).append(
-                    (each.low <= 0 <= each.high, each.high - each.low, each.p_above(0.0) < 0.05)
-                )
+            p = each.p_above(0.0)
+            if each.low is not None and p is not None:
+                rows.setdefault(f"all {name}", []).append((each.low <= 0 <= each.high, each.high - each.low, p < 0.05))
     return rows
 
 

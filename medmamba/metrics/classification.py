@@ -44,7 +44,7 @@ def evaluate(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> dict[st
 def by_class(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> list[dict[str, float]]:
     """Per class, one against the rest: auc, sensitivity, specificity, f1, and how many samples are positive."""
     scores_nC, labels_nC = checked(scores_nC, labels_nC, task)
-    guesses_nC = _guesses(scores_nC, task)
+    guesses_nC = predicted_labels(scores_nC, task)
     rows = []
     for score_n, truth_n, guess_n in zip(scores_nC.T, labels_nC.T, guesses_nC.T, strict=True):
         hits, positives, guessed = int((guess_n & truth_n).sum()), int(truth_n.sum()), int(guess_n.sum())
@@ -62,7 +62,7 @@ def by_class(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> list[di
 
 def accuracy(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> float:
     """Share of samples (multilabel: of labels) that are predicted right."""
-    truth_nC, guesses_nC = labels_nC.astype(bool), _guesses(scores_nC, task)
+    truth_nC, guesses_nC = labels_nC.astype(bool), predicted_labels(scores_nC, task)
     return float((guesses_nC == truth_nC).mean() if task == "multilabel" else (guesses_nC & truth_nC).any(1).mean())
 
 
@@ -92,6 +92,18 @@ def auc_of_ranks(rank_n: np.ndarray, truth_n: np.ndarray) -> float:
 
 def checked(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
     """The two as float64 and boolean arrays; raises ValueError as `evaluate` says."""
+    scores, labels = checked_arrays(scores_nC, labels_nC, task)
+    positives = labels.sum(0, dtype=np.int64)
+    if (bad := np.flatnonzero((positives == 0) | (positives == len(labels)))).size:
+        raise ValueError(
+            f"class {int(bad[0])} has {int(positives[bad[0]])} of {len(labels)} samples: every class needs samples "
+            "with and without it for AUC and sensitivity; draw the split again or merge classes"
+        )
+    return scores, labels
+
+
+def checked_arrays(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """As `checked`, but a class may be absent, or the class of every sample."""
     scores, labels = np.asarray(scores_nC, dtype=np.float64), np.asarray(labels_nC)
     if task not in ("multiclass", "ordinal", "multilabel"):
         raise ValueError(f"task {task!r}: must be multiclass, ordinal or multilabel")
@@ -106,19 +118,14 @@ def checked(scores_nC: np.ndarray, labels_nC: np.ndarray, task: str) -> tuple[np
         )
     if not np.isin(labels, (0, 1)).all() or (task != "multilabel" and (labels.sum(1) != 1).any()):
         raise ValueError(f"labels must be 0 or 1, with exactly one 1 per sample unless multilabel (task {task!r})")
-    positives = labels.sum(0, dtype=np.int64)
-    if (bad := np.flatnonzero((positives == 0) | (positives == len(labels)))).size:
-        raise ValueError(
-            f"class {int(bad[0])} has {int(positives[bad[0]])} of {len(labels)} samples: every class needs samples "
-            "with and without it for AUC and sensitivity; draw the split again or merge classes"
-        )
     return scores, labels.astype(bool)
 
 
-def _guesses(scores_nC: np.ndarray, task: str) -> np.ndarray:
+def predicted_labels(scores_nC: np.ndarray, task: str) -> np.ndarray:
+    """Boolean (n, C): the predicted class of each sample, the first of several largest; multilabel: labels from 0.5."""
     if task == "multilabel":
-        return scores_nC >= THRESHOLD
-    return np.arange(scores_nC.shape[1]) == scores_nC.argmax(1)[:, None]
+        return np.asarray(scores_nC >= THRESHOLD)
+    return np.asarray(np.arange(scores_nC.shape[1]) == scores_nC.argmax(1)[:, None])
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float:

@@ -2,7 +2,6 @@
 
 import io
 
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,6 +55,7 @@ def test_what_does_not_fit_is_refused(scores, labels, task, said):
 
 
 def test_the_colors_are_those_of_matplotlib():
+    matplotlib = pytest.importorskip("matplotlib")
     values = np.linspace(0, 1, 256)
     assert np.abs(viridis(values) - 255 * matplotlib.colormaps["viridis"](values)[:, :3]).max() < 6
 

@@ -28,6 +28,15 @@ METHODS = {
 CASES = [(name, method) for name in CONFIGS for method in METHODS if name == "medmamba" or "scan" not in method]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The networks are too small for more, which would only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def noise_with_blob(number: int, seed: int, *, corner: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Gray images, and whether each has a bright square: half of them, anywhere; or all of them, near one corner."""
     draw = np.random.default_rng(seed)

@@ -34,8 +34,8 @@ def scan(*operands: Tensor) -> Tensor:
     height, width = given.u_BHWD.shape[1:3]
     exact = torch.promote_types(given.u_BHWD.dtype, torch.float32)
     with torch.autocast(given.u_BHWD.device.type, enabled=False):
-        u_BKLD = _in_four_orders(given.u_BHWD.to(exact).unsqueeze(3).expand(-1, -1, -1, 4, -1))
-        dt_BKLR, B_BKLN, C_BKLN = (_in_four_orders(x.to(exact)) for x in (given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN))
+        u_BKLD = in_four_orders(given.u_BHWD.to(exact).unsqueeze(3).expand(-1, -1, -1, 4, -1))
+        dt_BKLR, B_BKLN, C_BKLN = (in_four_orders(x.to(exact)) for x in (given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN))
         lifted_BKLD = dt_BKLR @ given.dt_weight_KDR.to(exact).transpose(1, 2) + given.dt_bias_KD.to(exact)[:, None]
         delta_BKLD = F.softplus(lifted_BKLD)
         A_KDN = -given.A_log_KDN.to(exact).exp()
@@ -49,10 +49,10 @@ def scan(*operands: Tensor) -> Tensor:
             h_BKDN = decay_BKDN * h_BKDN + input_BKDN
             states.append(h_BKDN)
         y_BKLD = (torch.stack(states, 2) @ C_BKLN[..., None]).squeeze(-1) + given.D_KD.to(exact)[:, None] * u_BKLD
-        return _summed_in_pixel_order(y_BKLD, height, width).to(given.u_BHWD.dtype)
+        return summed_in_pixel_order(y_BKLD, height, width).to(given.u_BHWD.dtype)
 
 
-def _in_four_orders(x_BHWKF: Tensor) -> Tensor:
+def in_four_orders(x_BHWKF: Tensor) -> Tensor:
     """The sequence that each direction reads: (B, K, L, F)."""
     row, column, row_reversed, column_reversed = x_BHWKF.unbind(3)
     return torch.stack(
@@ -66,7 +66,7 @@ def _in_four_orders(x_BHWKF: Tensor) -> Tensor:
     )
 
 
-def _summed_in_pixel_order(y_BKLD: Tensor, height: int, width: int) -> Tensor:
+def summed_in_pixel_order(y_BKLD: Tensor, height: int, width: int) -> Tensor:
     """The sum of the four sequences in pixel order: (B, H, W, D)."""
     row, column, row_reversed, column_reversed = y_BKLD.unbind(1)
     by_row = row + row_reversed.flip(1)

@@ -26,7 +26,7 @@ def picture(channels: int = 3, height: int = 60, width: int = 44) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_corrupted_image_has_the_form_of_the_image_and_depends_on_the_arguments_alone(name, channels):
+def test_a_corruption_depends_on_its_arguments_alone(name, channels):
     image = picture(channels)
     kept = image.copy()
     found = corrupt(image, name, 4, "a sample's key")
@@ -43,7 +43,7 @@ def test_images_of_other_seeds_are_corrupted_in_other_ways(name):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_each_grade_is_farther_from_the_image_than_the_one_before(name):
+def test_each_grade_is_farther_from_the_image(name):
     image = picture()
     distances = [
         np.mean([np.abs(corrupt(image, name, grade, seed) - image.astype(float)).mean() for seed in range(6)])
@@ -117,7 +117,7 @@ def accuracy(model: torch.nn.Module, images_NHWC: np.ndarray, labels_N: np.ndarr
 
 
 @pytest.mark.slow
-def test_the_last_grade_of_each_corruption_lowers_the_accuracy_of_a_trained_network():
+def test_grade_5_of_each_corruption_lowers_the_accuracy():
     model = trained(*phantoms(range(300), 3), epochs=12)
     images, labels = phantoms(range(1000, 1150), 2)
     clean = accuracy(model, images, labels)

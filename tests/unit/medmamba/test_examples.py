@@ -9,7 +9,7 @@ from PIL import Image
 from medmamba.examples import overlay, pick, viridis
 
 
-def test_the_worst_the_best_and_the_most_uncertain_are_picked_once_each():
+def test_worst_best_and_uncertain_are_picked_once_each():
     scores = np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.99, 0.01], [0.45, 0.55], [0.01, 0.99]])
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
     picks = pick(scores, labels, "multiclass", count=2)
@@ -17,7 +17,7 @@ def test_the_worst_the_best_and_the_most_uncertain_are_picked_once_each():
     assert [part.tolist() for part in pick(scores, labels, "multiclass", count=1)] == [[3], [5], [1]]
 
 
-def test_in_an_ordinal_set_the_worst_is_the_farthest_from_its_grade():
+def test_in_an_ordinal_set_the_worst_is_the_farthest():
     scores = np.array([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.4, 0.0, 0.6, 0.0]])
     labels = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]])
     assert [part.tolist() for part in pick(scores, labels, "ordinal", count=1)] == [[1], [0], [2]]
@@ -61,7 +61,7 @@ def test_the_colors_are_those_of_matplotlib():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_an_image_shows_through_where_its_map_is_low_and_has_the_color_of_the_map_where_it_is_high(channels):
+def test_an_overlay_shows_the_image_where_the_map_is_low(channels):
     image = np.random.default_rng(0).integers(0, 255, (20, 30, channels), dtype=np.uint8)
     heat = np.zeros((20, 30), np.float32)
     heat[:, 20:] = 1

@@ -103,7 +103,7 @@ def test_a_map_is_another_one_once_the_weights_are_random(name, method):
     assert all(-1 <= each <= 1 for each in check.agreement)
 
 
-def test_a_map_that_does_not_depend_on_the_network_fails_its_check():
+def test_a_map_independent_of_the_network_fails_the_check():
     def edges(_model, image_1HWC, _target):
         down, right = np.gradient(image_1HWC[0, ..., 0].astype(float))
         return np.hypot(down, right)
@@ -116,7 +116,7 @@ def test_a_map_that_does_not_depend_on_the_network_fails_its_check():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_layers_become_random_from_the_head_on_and_the_model_itself_stays(name):
+def test_layers_become_random_from_the_head_on(name):
     model = fresh(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     changed_at_step = []
@@ -132,7 +132,7 @@ def test_layers_become_random_from_the_head_on_and_the_model_itself_stays(name):
 
 
 @pytest.mark.parametrize(("branch", "first"), [("conv", 0), ("scan", 1)])
-def test_in_the_last_block_the_map_is_its_channels_weighted_by_the_head(branch, first):
+def test_the_last_map_is_the_channels_weighted_by_the_head(branch, first):
     model = fresh("medmamba")
     block = model.layers[-1].blocks[-1]
     image = noise_with_blob(1, 2)[0]

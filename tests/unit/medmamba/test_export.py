@@ -95,7 +95,7 @@ def test_onnx_gives_the_probabilities_of_the_network(case, tmp_path):
     assert session.get_inputs()[0].type == "tensor(uint8)"
 
 
-def test_the_scan_is_a_loop_in_onnx_whatever_the_size_of_the_image(tmp_path):
+def test_the_scan_is_a_loop_in_onnx_for_any_image_size(tmp_path):
     onnx = pytest.importorskip("onnx", reason="needs the extra export")
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     written = to_onnx(network(SMALL), card_of("multiclass", 48, 3), tmp_path / "net.onnx")
@@ -105,7 +105,7 @@ def test_the_scan_is_a_loop_in_onnx_whatever_the_size_of_the_image(tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_torch_export_program_gives_the_probabilities_of_the_network(case, tmp_path):
+def test_a_torch_export_program_gives_equal_probabilities(case, tmp_path):
     config, *described = case
     model, card = network(config), card_of(*described)
     written = to_torch_export(model, card, tmp_path / "net.pt2")
@@ -152,7 +152,7 @@ def test_upstreams_code_finds_its_own_names_and_the_same_tensors(tmp_path):
     ],
     ids=["convnet", "one branch"],
 )
-def test_a_network_that_the_paper_does_not_know_is_not_written_for_its_code(config, said, tmp_path):
+def test_a_network_unknown_to_the_paper_has_no_upstream_file(config, said, tmp_path):
     with pytest.raises(ExportError, match=said):
         to_upstream(network(config), tmp_path / "net.pth")
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +173,7 @@ def test_a_model_in_training_mode_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("write", "name"), [(to_onnx, "net.onnx"), (to_torch_export, "net.pt2")])
-def test_the_smallest_network_of_the_paper_is_exported_at_its_size(write, name, tmp_path):
+def test_the_smallest_network_of_the_paper_is_exported(write, name, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     model = network(MedMambaConfig(variant="T", num_classes=4))
     written = write(model, card_of("multiclass", 224, 3), tmp_path / name)

@@ -38,7 +38,7 @@ def overconfident(kind: str, seed: int, n: int = 1500):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_the_temperature_lowers_the_likelihood_loss_of_other_samples_and_is_the_planted_one(kind):
+def test_the_planted_temperature_is_found_and_lowers_the_loss(kind):
     logits, labels, task = overconfident(kind, 0)
     temperature = fit_temperature(logits, labels, task)
     assert temperature == pytest.approx(OVERCONFIDENT, rel=0.2)
@@ -57,7 +57,7 @@ def test_the_temperature_lowers_the_likelihood_loss_of_other_samples_and_is_the_
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("temperature", [0.4, 1.7, 6.0])
-def test_a_temperature_leaves_predicted_classes_alone_and_the_auc_of_labels_and_of_two_classes(kind, temperature):
+def test_a_temperature_keeps_predictions_and_binary_auc(kind, temperature):
     logits, labels, task = overconfident(kind, 2)
     logits /= OVERCONFIDENT
     before = measure(checked_predictions(with_temperature(logits, 1.0, task), labels, task))
@@ -99,7 +99,7 @@ def test_the_curve_is_that_of_scikit_learn():
     assert all(each.observed.low <= each.observed.value <= each.observed.high for each in found.curve)
 
 
-def test_the_error_of_calibrated_predictions_is_near_0_and_that_of_overconfident_ones_is_not():
+def test_the_calibration_error_tells_overconfidence():
     plain, debiased, held = [], [], []
     for seed in range(40):
         found = calibration(draw(np.random.default_rng(seed), 500, 200, 3, 1.5))
@@ -132,7 +132,7 @@ def test_the_interval_of_the_error_holds_the_true_error():
     assert np.mean(held) >= 0.9
 
 
-def test_calibration_is_refused_without_bins_and_temperature_without_samples():
+def test_calibration_needs_bins_and_a_temperature_samples():
     with pytest.raises(ValueError, match="at least one"):
         calibration(draw(np.random.default_rng(0), 20, 20, 2, 1.0), bins=0)
     with pytest.raises(ValueError, match="no validation samples"):
@@ -140,7 +140,7 @@ def test_calibration_is_refused_without_bins_and_temperature_without_samples():
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_a_single_sample_or_group_has_a_calibration_that_is_finite(task):
+def test_one_sample_or_group_has_a_finite_calibration(task):
     for groups in (None, ["a"] * 4):
         labels = np.eye(2, dtype=int)[[0, 1, 0, 1]]
         predictions = checked_predictions(np.abs(labels - 0.2), labels, task, groups)

@@ -30,7 +30,7 @@ def test_sets_cover_within_2_points_of_what_was_asked_for(make, miss):
 
 @pytest.mark.parametrize("miss", [0.1, 0.2])
 @pytest.mark.parametrize("make", [sets, labelled], ids=["exclusive", "labels"])
-def test_sets_by_class_cover_every_class_where_sets_for_all_do_not(make, miss):
+def test_only_sets_by_class_cover_every_class(make, miss):
     validation, test = make(0, n=60_000), make(1, n=60_000)
     found = measure_sets(fit_sets(validation, miss=miss, by_class=True), test)
     for each in found.coverage_by_class:
@@ -40,7 +40,7 @@ def test_sets_by_class_cover_every_class_where_sets_for_all_do_not(make, miss):
         assert min(each.value for each in overall.coverage_by_class) < 1 - miss - 0.05
 
 
-def test_the_mean_coverage_over_small_validation_sets_is_at_least_what_was_asked_for():
+def test_small_validation_sets_keep_the_mean_coverage():
     test = sets(99)
     found = [measure_sets(fit_sets(sets(seed, n=27), miss=0.1), test).coverage.value for seed in range(150)]
     assert 0.9 - 0.01 <= np.mean(found) <= 0.9 + 1 / 28 + 0.01
@@ -57,7 +57,7 @@ def test_the_size_of_sets_is_counted():
     )
 
 
-def test_a_class_with_too_few_validation_samples_is_never_ruled_out():
+def test_a_class_with_too_few_samples_is_never_ruled_out():
     labels = np.eye(2, dtype=int)[[0] * 50 + [1] * 5]
     validation = checked_predictions(np.abs(labels - 0.1), labels, "multiclass")
     rule = fit_sets(validation, miss=0.1, by_class=True)
@@ -67,7 +67,7 @@ def test_a_class_with_too_few_validation_samples_is_never_ruled_out():
         fit_sets(validation, miss=1.0)
 
 
-def test_answering_less_lowers_the_risk_of_useful_confidence_and_not_of_a_constant_one():
+def test_only_useful_confidence_lowers_the_risk():
     test = sets(1)
     curve = risk_curve(test)
     wrong = test.scores_nC.argmax(1) != test.truth_nC.argmax(1)
@@ -87,7 +87,7 @@ def test_the_area_is_that_of_a_loop_over_samples_without_ties():
     assert risk_curve(test).area == pytest.approx(np.mean([wrong[: k + 1].mean() for k in range(200)]), abs=1e-12)
 
 
-def test_a_confidence_chosen_on_validation_keeps_the_risk_on_test():
+def test_a_confidence_chosen_on_validation_holds_on_test():
     at = choose_confidence(sets(0), 0.1)
     test = sets(1)
     answered = confidences(test) >= at
@@ -99,7 +99,7 @@ def test_a_confidence_chosen_on_validation_keeps_the_risk_on_test():
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_images_without_evidence_have_more_energy_than_the_limit_of_validation(task):
+def test_images_without_evidence_exceed_the_energy_limit(task):
     rng = np.random.default_rng(0)
     known = 6 * np.eye(4)[rng.integers(4, size=1000)] + rng.normal(size=(1000, 4)) - 2 * (task == "multilabel")
     foreign = rng.normal(size=(500, 4)) - 2 * (task == "multilabel")

@@ -15,7 +15,7 @@ def sets(seed: int, n: int = 800):
 
 
 @pytest.mark.parametrize("wanted", [0.8, 0.9, 0.95, 1.0])
-def test_a_threshold_reaches_the_wanted_share_on_validation_and_the_next_one_does_not(wanted):
+def test_a_threshold_just_reaches_the_wanted_share(wanted):
     validation = sets(0)
     score, truth = validation.scores_nC[:, 1], validation.truth_nC[:, 1]
     threshold = choose_threshold(validation, 1, sensitivity=wanted)
@@ -26,7 +26,7 @@ def test_a_threshold_reaches_the_wanted_share_on_validation_and_the_next_one_doe
     assert (score[~truth] < np.nextafter(threshold, 0)).mean() < wanted
 
 
-def test_the_figures_at_a_threshold_are_those_of_scikit_learn_and_near_the_wanted_ones_on_test():
+def test_figures_at_a_threshold_equal_scikit_learn():
     test, threshold = sets(1), choose_threshold(sets(0), 1, sensitivity=0.9)
     truth, called = test.truth_nC[:, 1], test.scores_nC[:, 1] >= threshold
     point = at_threshold(test, 1, threshold)
@@ -57,7 +57,7 @@ def test_wishes_that_cannot_be_met_are_refused():
         choose_threshold(healthy, 1, sensitivity=0.9)
 
 
-def test_the_decision_curve_is_counted_by_hand_and_between_its_limits():
+def test_the_decision_curve_equals_one_counted_by_hand():
     test = sets(2)
     truth, score = test.truth_nC[:, 1], test.scores_nC[:, 1]
     curve = decision_curve(test, 1, [0.1, 0.3, 0.6])
@@ -73,7 +73,7 @@ def test_the_decision_curve_is_counted_by_hand_and_between_its_limits():
     assert curve.high_t[1] - curve.model_t[1] == pytest.approx(stats.t.ppf(0.975, 799) * error, rel=0.03)
 
 
-def test_calibrated_predictions_are_worth_more_than_treating_all_or_none():
+def test_calibrated_predictions_beat_treating_all_or_none():
     curve = decision_curve(sets(3, n=4000), 1)
     assert len(curve.thresholds_t) == 99
     useful = slice(9, 60)

@@ -50,7 +50,7 @@ def test_the_figures_of_a_subgroup_are_those_of_its_samples():
         assert (got.value, got.low, got.high) == pytest.approx((each.value, each.low, each.high), abs=1e-9)
 
 
-def test_numbers_are_parted_into_tertiles_and_missing_values_are_a_group():
+def test_numbers_become_tertiles_and_missing_values_a_group():
     values = [*range(9), None, float("nan")]
     names = name_values(values)
     assert names == ["0 to 2"] * 3 + ["above 2 to 5"] * 3 + ["above 5 to 8"] * 3 + ["missing"] * 2

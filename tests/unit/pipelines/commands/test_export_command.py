@@ -34,7 +34,7 @@ def test_a_checkpoint_for_the_papers_code_has_the_runs_name(store, tmp_path, cap
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
 
-def test_onnx_of_a_run_is_told_as_json_and_agrees_with_the_network(store, tmp_path, capsys):
+def test_onnx_of_a_run_agrees_and_is_reported_as_json(store, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
     assert main(["export", "--run", "mine", "--store", "store", "--out", "files/a.onnx", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

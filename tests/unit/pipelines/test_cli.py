@@ -349,7 +349,7 @@ def test_a_checkpoint_of_the_first_format_resumes_on_as_many_workers_as_wrote_it
     chosen = resolved(capsys, *asked, "--placement.compile", "off")["placement"]
     assert [chosen[name] for name in settings] == [2, "off", True]
     wrong = told(capsys, *asked, "--placement.zero-stage", "1", code=1)
-    assert f"Resume with --placement.workers {begun_on} --placement.zero-stage 2" in wrong
+    assert f"use --placement.workers {begun_on} --placement.zero-stage 2" in wrong
 
 
 @pytest.mark.parametrize(
@@ -698,7 +698,7 @@ def test_promote_starts_no_ray_and_says_of_a_recorded_yes_where_the_alias_is_now
     assert main(["promote", "--store", "store", "--run", "first"]) == 0
     seen = capsys.readouterr()
     said = seen.err.splitlines()[-1]
-    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, over no", said)
+    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, replacing no", said)
     assert "the alias champion is now at version 2, and this command changed nothing" in said
     assert "decided on 20" in seen.out
     assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0

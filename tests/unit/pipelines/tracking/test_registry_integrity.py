@@ -209,7 +209,7 @@ def test_an_evaluation_refuses_weights_that_are_not_those_of_the_training(releas
     model = (store.at(train["model"]), train["digest"])
     dataset = (store.at("datasets"), "0" * 64)  # not looked at: the model is refused first
     job = EvaluateJob(name="evaluate", placement=placement, dataset=dataset, model=model, micro_batch=8)
-    with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is on record"):
+    with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is recorded"):
         evaluate_rank(job, 0)
 
 

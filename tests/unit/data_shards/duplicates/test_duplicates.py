@@ -428,5 +428,5 @@ def test_a_patient_in_official_train_and_test_is_refused(tmp_path):
         for i in range(8)
     ]
     rows += [("x.png", 900, "a", "train", "p"), ("y.png", 900, "a", "train", "q"), ("z.png", 901, "a", "test", "q")]
-    with pytest.raises(LeakError, match="group 'q' stands in"):
+    with pytest.raises(LeakError, match="group 'q' is in the splits"):
         convert(config_of(write_set(tmp_path / "set", rows)), open_store(str(tmp_path / "out")))

@@ -114,7 +114,7 @@ CORRUPTIONS = tuple(_CORRUPTIONS)
 
 
 def _as_uint8(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
 
 
 def _picture(image_HWC: np.ndarray) -> Image.Image:

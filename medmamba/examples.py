@@ -45,7 +45,7 @@ def pick(scores_NC: np.ndarray, labels_NC: np.ndarray, task: str, *, count: int 
     def take(order_N: np.ndarray) -> np.ndarray:
         found = order_N[~taken[order_N]][:count]
         taken[found] = True
-        return found
+        return np.asarray(found)
 
     worst = take(np.argsort(-loss_N, kind="stable"))
     uncertain = take(np.argsort(-entropy_N, kind="stable"))
@@ -80,19 +80,19 @@ def _loss(scores_NC: np.ndarray, labels_NC: np.ndarray, task: str) -> np.ndarray
     tiny = np.finfo(np.float64).tiny
     scores, labels = scores_NC.astype(np.float64), labels_NC.astype(np.float64)
     if task == "multiclass":
-        return -np.log(np.maximum((scores * labels).sum(1), tiny))
+        return np.asarray(-np.log(np.maximum((scores * labels).sum(1), tiny)))
     if task == "ordinal":
         grades_C = np.arange(scores.shape[1])
-        return (scores * np.abs(grades_C - labels.argmax(1)[:, None])).sum(1)
+        return np.asarray((scores * np.abs(grades_C - labels.argmax(1)[:, None])).sum(1))
     if task == "multilabel":
-        return -np.log(np.maximum(np.where(labels > 0, scores, 1 - scores), tiny)).mean(1)
+        return np.asarray(-np.log(np.maximum(np.where(labels > 0, scores, 1 - scores), tiny)).mean(1))
     raise ValueError(f"task {task!r}: must be multiclass, ordinal or multilabel")
 
 
 def _entropy(scores_NC: np.ndarray, task: str) -> np.ndarray:
     scores = scores_NC.astype(np.float64)
     found = _surprise(scores)
-    return (found + _surprise(1 - scores) if task == "multilabel" else found).sum(1)
+    return np.asarray((found + _surprise(1 - scores) if task == "multilabel" else found).sum(1))
 
 
 def _surprise(probabilities: np.ndarray) -> np.ndarray:

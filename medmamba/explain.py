@@ -63,7 +63,7 @@ def grad_cam(
     size = image_1HWC.shape[1:3]
     # The convolution's output is (1,C,h,w), the scan's (1,L,C).
     active_CL, slope_CL = (x.detach()[0].flatten(1) if x.ndim == 4 else x.detach()[0].T for x in (kept[0], slope))
-    map_hw = F.relu(slope_CL.mean(1) @ active_CL).unflatten(0, _positions(model, block, size))
+    map_hw = F.relu(slope_CL.mean(1) @ active_CL).reshape(_positions(model, block, size))
     enlarged = F.interpolate(map_hw[None, None], size=tuple(size), mode="bilinear", align_corners=False)
     return _to_unit(enlarged[0, 0].cpu().numpy())
 
@@ -244,7 +244,7 @@ def _log_odds(model: nn.Module, images_BHWC: np.ndarray, target_class: int, task
     if task != "multilabel" and logits_BC.shape[1] > 1:
         others = [each for each in range(logits_BC.shape[1]) if each != target_class]
         target_B = target_B - logits_BC[:, others].logsumexp(1)
-    return target_B.cpu().numpy()
+    return np.asarray(target_B.cpu())
 
 
 def _starts(length: int, side: int) -> list[int]:

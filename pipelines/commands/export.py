@@ -42,7 +42,8 @@ def export(asked: ExportArguments) -> int:
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder: name a file in it")
     from medmamba import export as exporter
-    from medmamba.checkpoint import MODEL, WEIGHTS, load_model
+    from medmamba.checkpoint import load_model
+    from medmamba.config import MODEL, WEIGHTS
 
     with scratch("export") as folder:
         stored = store.at(*trained.facts["model"].split("/"))

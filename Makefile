@@ -3,18 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests share servers and trained models, so they stay in one process. In the order of the folders: those of
 # Ray take minutes and come first, the many short ones fill what is left at the end.
-FAST := $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test coverage test-slow lint reference install clean
+.PHONY: quickstart test coverage test-slow lint reference install clean help
 
 quickstart: .venv/installed  ## run the complete chain on synthetic images, on this machine
 	$(BIN)/medmamba quickstart
 
-test: .venv/installed  ## run the tests, about twelve minutes on two cores
-	$(FAST)
+test: .venv/installed  ## run the tests in two processes
+	$(BIN)/pytest -m "not slow and not gpu" $(SHARED) --cov --cov-report=
 
-coverage: .venv/installed  ## run the same tests with line coverage, an eighth slower
-	$(FAST) --cov --cov-report=term
+coverage: .venv/installed  ## list the lines that the last `make test` did not reach
+	$(BIN)/coverage report --show-missing
 
 test-slow: .venv/installed  ## run the long tests
 	$(BIN)/pytest -m "slow and not gpu"
@@ -39,3 +39,6 @@ install: .venv/installed  ## create .venv with everything
 
 clean:  ## delete .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

@@ -248,7 +248,9 @@ def read_classes(store: Store) -> tuple[str, ...]:
 
 
 # Under another --run, because a run skips a shard step that is already recorded.
-MAKE_AGAIN = "and rebuild the dataset: `medmamba shard` with the same settings and another --run keeps complete shards"
+MAKE_AGAIN = (
+    "and rebuild the dataset: `medmamba shard` with the same settings under another --run keeps complete shards"
+)
 _REMAKE = f"it was edited or damaged; delete it {MAKE_AGAIN}"
 
 

@@ -1,11 +1,11 @@
-"""ModelConfig: what decides a model's tensors; the variants T, S, B of the paper and nano for CPUs and tests."""
+"""ModelConfig, which determines a model's tensors: the paper's variants T, S and B, and nano for CPUs and tests."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# (dims, depths) of the four stages. T, S, B are the released code's; the paper's table counts S and B deeper.
+# (dims, depths) of the four stages. T, S and B follow the released code; the paper's table has deeper S and B.
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "T": ((96, 192, 384, 768), (2, 2, 4, 2)),
     "S": ((96, 192, 384, 768), (2, 2, 8, 2)),
@@ -14,15 +14,15 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 WEIGHTS, MODEL = "weights.safetensors", "model.json"  # the files of a model (medmamba.checkpoint)
-PATCH = 4  # pixels of an image's side that become one position of the first stage
-# Far beyond what any machine trains. A model.json may come from anybody, and decides how much memory is taken.
+PATCH = 4  # side of the patch that becomes one position of the first stage, in pixels
+# Limits far beyond any trainable model: a model.json may be untrusted, and determines how much memory is allocated.
 MOST_STAGES, MOST_CLASSES = 8, 1 << 16
 Width = Annotated[int, Field(ge=1, le=8192)]
 Depth = Annotated[int, Field(ge=1, le=256)]
 
 
 class MedMambaConfig(BaseModel):
-    """MedMamba (arXiv 2403.03849): convolution and selective scan side by side in every block."""
+    """MedMamba (arXiv 2403.03849): convolution and selective scan in parallel in every block."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -31,15 +31,16 @@ class MedMambaConfig(BaseModel):
     variant: Literal["T", "S", "B", "nano"] = "nano"
     """Size: T, S and B are the paper's (14, 19 and 40 million parameters), nano (0.5 million) is for CPUs."""
     num_classes: int = Field(default=0, ge=0, le=MOST_CLASSES)
-    """Number of scores per image; 0 takes the number of classes of the dataset."""
+    """Number of scores per image; 0: the number of classes of the dataset."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """Chance that the last block's scan branch is left out for an image in training; grows linearly from 0."""
+    """Probability of skipping the scan branch of the last block for a training image; grows linearly from 0 at the
+    first block."""
     branches: Literal["both", "conv", "scan"] = "both"
-    """Which half of every block works; the other half passes its channels on unchanged (for ablations)."""
+    """The active branches of every block; an inactive one passes its channels through unchanged (for ablations)."""
     dims: tuple[Width, ...] = Field(default=(), max_length=MOST_STAGES)
-    """Channels of each stage instead of the variant's: even, each twice the one before."""
+    """Channels of each stage, overriding the variant's: even, and each twice the one before."""
     depths: tuple[Depth, ...] = Field(default=(), max_length=MOST_STAGES)
-    """Number of blocks of each stage instead of the variant's."""
+    """Number of blocks of each stage, overriding the variant's."""
     d_state: int = Field(default=16, ge=1, le=1024)
     """Number of states N of the selective scan per channel."""
 
@@ -47,9 +48,9 @@ class MedMambaConfig(BaseModel):
     def _stages_fit(self) -> "MedMambaConfig":
         dims, depths = self.resolved_dims, self.resolved_depths
         if len(dims) != len(depths):
-            raise ValueError(f"dims {dims} and depths {depths}: one of each per stage is needed; give both or neither")
+            raise ValueError(f"dims {dims} and depths {depths} must have the same length; set both or neither")
         if dims[0] % 2:
-            raise ValueError(f"dims {dims}: a block splits its channels in two halves; make the first number even")
+            raise ValueError(f"dims {dims}: a block splits its channels into halves; make the first number even")
         if any(wide != 2 * narrow for narrow, wide in pairwise(dims)):
             raise ValueError(f"dims {dims}: patch merging doubles the channels; make each twice the one before")
         return self
@@ -66,52 +67,52 @@ class MedMambaConfig(BaseModel):
 
     @property
     def scan_sizes(self) -> tuple[tuple[int, int, int], ...]:
-        """(channels, rank of dt, states) of the scans of each stage; none where no branch scans."""
+        """(channels, rank of dt, states) of the scans of each stage; empty without scan branches."""
         if self.branches == "conv":
             return ()
         return tuple((dim, -(-dim // 2 // 16), self.d_state) for dim in self.resolved_dims)
 
     def last_side(self, image_size: int) -> int:
-        """Side of the last stage's maps: every stage after the first halves it and drops an odd rest; may be 0."""
+        """Side of the last stage's maps: every stage after the first halves it, rounding down; may be 0."""
         return image_size // PATCH >> (len(self.resolved_dims) - 1)
 
     def least_image_size(self, side: int) -> int:
-        """The smallest image whose maps in the last stage have at least that side."""
+        """The smallest image size whose maps in the last stage have at least this side."""
         return PATCH * side << (len(self.resolved_dims) - 1)
 
     @property
-    def normalises_batches(self) -> bool:
+    def normalizes_batches(self) -> bool:
         """Whether BatchNorm is applied to the maps of every stage."""
         return self.branches != "scan"
 
 
 class ConvNetConfig(BaseModel):
-    """A small residual convolutional network: the baseline that MedMamba is compared with."""
+    """A small residual convolutional network: the baseline for MedMamba."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["convnet"] = "convnet"
     """Which network this is."""
     num_classes: int = Field(default=0, ge=0, le=MOST_CLASSES)
-    """Number of scores per image; 0 takes the number of classes of the dataset."""
+    """Number of scores per image; 0: the number of classes of the dataset."""
     widths: tuple[Width, ...] = Field(default=(16, 32, 64, 128), min_length=1, max_length=MOST_STAGES)
     """Channels of each stage; every stage after the first halves height and width."""
     blocks: int = Field(default=1, ge=1, le=256)
     """Number of residual blocks per stage."""
 
     def last_side(self, image_size: int) -> int:
-        """Side of the last stage's maps: every stage after the first halves it and rounds up."""
+        """Side of the last stage's maps: every stage after the first halves it, rounding up."""
         side = image_size // PATCH
         for _ in self.widths[1:]:
             side = -(-side // 2)
         return side
 
     def least_image_size(self, side: int) -> int:
-        """The smallest image whose maps in the last stage have at least that side."""
+        """The smallest image size whose maps in the last stage have at least this side."""
         return PATCH * (((side - 1) << (len(self.widths) - 1)) + 1)
 
     @property
-    def normalises_batches(self) -> bool:
+    def normalizes_batches(self) -> bool:
         """Whether BatchNorm is applied to the maps of every stage."""
         return True
 

@@ -1,4 +1,4 @@
-"""A small residual convolutional network: the yardstick that a MedMamba must beat at the same cost.
+"""A small residual convolutional network: the baseline that MedMamba must beat at the same cost.
 
 images -> 4x4 stem -> stages of pre-activation residual blocks (He et al., arXiv 1603.05027) -> mean -> head
 """
@@ -17,7 +17,7 @@ class ConvNet(nn.Module):
 
     scan_backend = "none"
 
-    def __init__(self, config: ConvNetConfig):
+    def __init__(self, config: ConvNetConfig) -> None:
         super().__init__()
         self.config = config
         self.stem = nn.Conv2d(3, config.widths[0], PATCH, stride=PATCH)
@@ -30,18 +30,19 @@ class ConvNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(narrow)
         self.head = nn.Linear(narrow, config.num_classes)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Scores before softmax or sigmoid."""
         x_BCHW = self.stem(images_B3HW.contiguous(memory_format=torch.channels_last))
-        return self.head(F.relu(self.norm(self.blocks(x_BCHW))).mean((2, 3)))
+        scores_BC: Tensor = self.head(F.relu(self.norm(self.blocks(x_BCHW))).mean((2, 3)))
+        return scores_BC
 
 
 class ResidualBlock(nn.Module):
-    """x + two convolutions of x; a 1x1 convolution on the short way where shape changes."""
+    """x + two convolutions of x; a 1x1 convolution on the shortcut if the shape changes."""
 
-    def __init__(self, narrow: int, width: int, *, stride: int):
+    def __init__(self, narrow: int, width: int, *, stride: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.BatchNorm2d(narrow), nn.BatchNorm2d(width)
         self.conv1 = nn.Conv2d(narrow, width, 3, stride=stride, padding=1, bias=False)
@@ -52,11 +53,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,C',H/stride,W/stride)."""
         active = F.relu(self.norm1(x_BCHW))
-        residual = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(active))))
         return residual + (x_BCHW if self.short is None else self.short(active))
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

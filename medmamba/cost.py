@@ -1,4 +1,4 @@
-"""What MedMamba computes for one image, counted from its configuration: scan updates and multiply-accumulates."""
+"""The cost of MedMamba for one image, computed from its configuration: scan updates and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from medmamba.model import NUM_DIRECTIONS
 
 
 def scan_updates(config: MedMambaConfig, side: int) -> int:
-    """Steps of the selective scan for one image: one per position, direction, channel and state."""
+    """State updates of the selective scan for one image: one per position, direction, channel and state."""
     total = 0
     for length, channels, depth in _stages(config, side):
         total += depth * NUM_DIRECTIONS * length * channels * config.d_state
@@ -17,7 +17,7 @@ def scan_updates(config: MedMambaConfig, side: int) -> int:
 
 
 def macs(config: MedMambaConfig, side: int) -> int:
-    """Multiply-accumulates of one image in convolutions, products and the scan (two an update: state, read-out)."""
+    """Multiply-accumulates of one image: convolutions, matrix products and the scan (two per update)."""
     stages = _stages(config, side)
     total = stages[0][0] * stages[0][1] * 3 * 4 * 4 + stages[-1][1] * config.num_classes
     for length, channels, depth in stages:

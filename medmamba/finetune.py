@@ -1,4 +1,4 @@
-"""Training that starts from weights: what a fresh model takes from them, which head it gets, and what stays frozen."""
+"""Fine-tuning: copying initial weights into a model, choosing its head, and freezing parameters."""
 
 from __future__ import annotations
 
@@ -13,49 +13,50 @@ from torch import Tensor, nn
 
 from medmamba.checkpoint import load_state
 from medmamba.config import VARIANTS, ConvNetConfig, MedMambaConfig
+from medmamba.model import build_model
 
-HEAD = ("head.weight", "head.bias")  # of every network here: one row per class
+HEAD = ("head.weight", "head.bias")  # in every network here, with one row per class
 NEW_HEAD = "new head"
 
 
 @dataclass(frozen=True)
 class Head:
-    """What becomes of the head: `rows` are the rows of the old one in the order of the new classes; None: a new one."""
+    """The choice of the head: `rows` are the old head's rows in the order of the new classes; None: a new head."""
 
     rows: tuple[int, ...] | None
     reason: str
-    """In one line, for the user."""
+    """One line for the user."""
 
     @property
     def is_new(self) -> bool:
-        """Whether the head starts at random."""
+        """Whether the head starts with random weights."""
         return self.rows is None
 
 
 def choose_head(card: Mapping[str, Any], classes: Sequence[str], task: str) -> Head:
-    """The head for data of these classes and this task; `card` is that of the weights, empty where they have none.
+    """Chooses the head for data with these classes and this task; `card` belongs to the weights and may be empty.
 
-    It is kept where the class names are the same, in whatever order. Otherwise all of it is new: rows of some classes
-    beside random ones would start with scores of different size. Weights without class names (an upstream checkpoint)
-    may count the same number of other classes, so their head is never kept.
+    The head is kept if the class names are the same in any order. Otherwise it is entirely new, because kept rows next
+    to random ones would start with scores of a different scale. Weights without class names (upstream checkpoints) may
+    have the same number of other classes, so their head is never kept.
     """
     old = list(card.get("classes", ()))
     if not old:
-        return Head(None, f"{NEW_HEAD} for {_count(classes)}: the weights do not say which classes theirs was for")
+        return Head(None, f"{NEW_HEAD} for {_count(classes)}: the weights do not name their classes")
     if set(old) != set(classes):
-        return Head(None, f"{NEW_HEAD} for {_count(classes)}: the weights know others ({_names(old)})")
+        return Head(None, f"{NEW_HEAD} for {_count(classes)}: the weights have other classes ({_names(old)})")
     if (card.get("task") == "multilabel") != (task == "multilabel"):
-        return Head(None, f"{NEW_HEAD}: the weights were trained for the task {card.get('task')}, the data are {task}")
+        return Head(None, f"{NEW_HEAD}: the weights were trained for the task {card.get('task')}, the data is {task}")
     rows = tuple(old.index(name) for name in classes)
     if rows == tuple(range(len(rows))):
         return Head(rows, f"head kept: the same {_count(classes)}")
-    return Head(rows, f"head kept, its rows reordered: the same {_count(classes)} in another order")
+    return Head(rows, f"head kept and reordered: the same {_count(classes)} in another order")
 
 
 def start_from(model: nn.Module, state: Mapping[str, Tensor], head: Head, *, where: str) -> None:
-    """Copies the weights and BatchNorm's buffers of `state` into `model`; a new head stays as it was initialized.
+    """Copies the weights and buffers of `state` into `model`; a new head keeps its initialization.
 
-    `where` names the weights in errors. CheckpointError: they are of another network.
+    `where` names the weights in errors. Raises CheckpointError if they belong to another network.
     """
     taken = dict(state)
     for name in HEAD:
@@ -65,44 +66,44 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], head: Head, *, whe
 
 
 def network_difference(weights: MedMambaConfig | ConvNetConfig, wanted: MedMambaConfig | ConvNetConfig) -> str:
-    """How the network of the weights differs from the wanted one, and the options that give it; empty if it does not.
+    """How the network of the weights differs from the wanted one, and the options that match it; empty if it does not.
 
-    What leaves no trace in the tensors (drop-path), and the number of classes, may differ.
+    Settings that do not affect the tensors (drop_path) and the number of classes may differ.
     """
     old, new = _shape(weights), _shape(wanted)
     differing = [name for name in old if old[name] != new.get(name)]
     if not differing:
         return ""
-    told = ", ".join(f"{name} {_plain(old[name])} and not {_plain(new.get(name, 'none'))}" for name in differing)
-    return f"{told}; use {' '.join(_options(weights, wanted))}, or other weights"
+    changes = ", ".join(f"{name} {_plain(old[name])} and not {_plain(new.get(name, 'none'))}" for name in differing)
+    return f"{changes}; use {' '.join(_options(weights, wanted))}, or other weights"
 
 
 def check_frozen(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """The parameters of these `names` that match one of the patterns (shell wildcards; `*` also matches dots).
+    """The parameter `names` that match one of the patterns (shell wildcards; `*` also matches dots).
 
-    ValueError: a pattern matches none, or nothing is left to train.
+    Raises ValueError if a pattern matches none, or if all parameters would be frozen.
     """
     frozen: set[str] = set()
     for pattern in patterns:
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(
-                f"train.freeze {pattern!r} matches no parameter of the network: a pattern must match the names of some "
-                f"(* stands for any characters); did you mean {', '.join(_close(names, pattern))}?"
+                f"train.freeze {pattern!r} does not match the name of any parameter (* matches any characters); did "
+                f"you mean {', '.join(_close(names, pattern))}?"
             )
         frozen.update(found)
     if frozen and len(frozen) == len(set(names)):
         raise ValueError(
-            f"train.freeze {' '.join(patterns)} freezes all {len(frozen)} parameters: nothing would be trained; leave "
-            f"out at least the head ({HEAD[0].partition('.')[0]}.*)"
+            f"train.freeze {' '.join(patterns)} freezes all {len(frozen)} parameters and leaves nothing to train; keep "
+            f"at least the head trainable ({HEAD[0].partition('.')[0]}.*)"
         )
     return frozen
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Takes the parameters that match out of the training. A BatchNorm whose own are all frozen becomes a FrozenNorm.
+    """Freezes the parameters that match. A BatchNorm whose parameters are all frozen becomes a FrozenNorm.
 
-    ValueError as `check_frozen`.
+    Raises ValueError like `check_frozen`.
     """
     frozen = check_frozen([name for name, _ in model.named_parameters()], patterns)
     for name, parameter in model.named_parameters():
@@ -114,11 +115,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """A BatchNorm that always uses its running statistics and never changes them, also while the model trains."""
+    """A BatchNorm that always uses its running statistics and never updates them, even in training mode."""
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> FrozenNorm:
-        """One with the tensors of `norm`, which keep their names in the model."""
+        """A copy of `norm`; its tensors keep their names in the model."""
         held = cls(norm.num_features, eps=norm.eps, momentum=norm.momentum, device=norm.weight.device)
         held.load_state_dict(norm.state_dict())
         return held.requires_grad_(False).eval()
@@ -129,15 +130,13 @@ class FrozenNorm(nn.BatchNorm2d):
 
 
 def parameter_names(config: MedMambaConfig | ConvNetConfig) -> list[str]:
-    """The names of the parameters of a network; no memory is taken for it."""
-    from medmamba.model import build_model
-
+    """The names of a network's parameters, without allocating memory for it."""
     with torch.device("meta"):
         return [name for name, _ in build_model(config, scan="reference", device="meta").named_parameters()]
 
 
 def _shape(config: MedMambaConfig | ConvNetConfig) -> dict[str, Any]:
-    """Option -> value, of what decides the tensors."""
+    """Option -> value, for the options that determine the tensors."""
     if isinstance(config, ConvNetConfig):
         return {"kind": config.kind, "widths": config.widths, "blocks": config.blocks}
     sizes = {"dims": config.resolved_dims, "depths": config.resolved_depths}
@@ -156,7 +155,7 @@ def _options(config: MedMambaConfig | ConvNetConfig, wanted: MedMambaConfig | Co
 
 
 def _close(names: Sequence[str], pattern: str) -> list[str]:
-    """Patterns that do match, and resemble the one that does not."""
+    """Matching patterns that resemble the given one."""
     parts = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)}
     bare = pattern.rstrip(".*")
     near = difflib.get_close_matches(bare, sorted({*parts, *names}), n=3, cutoff=0.5)

@@ -14,14 +14,16 @@ import torch.nn.functional as F  # noqa: N812
 
 
 def class_weights(counts: Sequence[int]) -> np.ndarray:
-    """Weight per class, inverse to its number of samples, with mean 1 over all samples.
+    """Weight per class (C,), inverse to its number of samples, with mean 1 over all samples.
 
-    So a weighted loss keeps its size and the learning rate its meaning. Raises ValueError for a class without samples.
+    The mean of 1 keeps the scale of the loss and therefore of the learning rate. Raises ValueError for a class without
+    samples.
     """
     counts_C = np.asarray(counts, dtype=np.float64)
     if counts_C.size == 0 or (counts_C <= 0).any():
-        raise ValueError(f"class counts {list(counts)}: every class needs a sample to be weighted; check the split")
-    return counts_C.sum() / (counts_C.size * counts_C)
+        raise ValueError(f"class counts {list(counts)}: every class needs at least one sample; check the split")
+    weights_C: np.ndarray = counts_C.sum() / (counts_C.size * counts_C)
+    return weights_C
 
 
 def classification_loss(
@@ -32,12 +34,12 @@ def classification_loss(
     weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Mean loss over the batch, float32 whatever the logits' type.
+    """Mean loss over the batch, a float32 scalar for any type of logits.
 
-    Cross-entropy for multiclass and ordinal, the mean over classes of binary cross-entropies for multilabel.
-    `weights` (C) multiply a sample's loss by the weight of its class (multilabel: each label's by its own).
-    The mean is over B, not over the weights: the value then depends on this micro-batch alone, and the mean over
-    equal micro-batches is the mean over the global batch. Raises ValueError for an unknown task.
+    Cross-entropy for multiclass and ordinal, mean binary cross-entropy over classes for multilabel. `weights` (C,)
+    multiply a sample's loss by the weight of its class (multilabel: each label's loss by the label's weight). The mean
+    is over B, not over the weights, so the mean over equal micro-batches is the mean over the global batch. Raises
+    ValueError for an unknown task.
     """
     logits, targets = logits_BC.float(), labels_BC.to(logits_BC.device, torch.float32)
     if weights is not None:

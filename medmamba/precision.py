@@ -1,7 +1,7 @@
-"""How float32 is computed on a GPU: exactly, or through TF32, which keeps 10 of the 23 bits of a fraction.
+"""Float32 arithmetic on a GPU: exact, or TF32, which keeps 10 of the fraction's 23 bits.
 
-torch computes convolutions through TF32 unless told otherwise. On an H200 six training steps then differed by 4e-4 from
-run to run, and probabilities by 1.2e-3 from those of a CPU. The settings are the process's and do nothing on a CPU.
+By default torch computes convolutions in TF32. On an H200 six training steps then differed by 4e-4 between runs, and
+probabilities by 1.2e-3 from those of a CPU. The settings apply to the process and have no effect on a CPU.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-"""float32: exact and reproducible. tf32: float32 in memory, products of convolutions and matrices through TF32.
-bfloat16: those under torch's autocast, all else as torch has it."""
+"""float32: exact and reproducible. tf32: float32 in memory, convolutions and matrix products in TF32. bfloat16: those
+under torch's autocast, everything else with torch's defaults."""
 
 
 def set_precision(precision: Precision) -> None:
-    """Sets for this process what `precision` asks of float32 products; a bfloat16 training keeps torch's defaults."""
-    import torch  # not with the module: a recipe names a Precision, and most commands do without torch
+    """Applies `precision` to the float32 products of this process; "bfloat16" keeps torch's defaults."""
+    import torch  # lazy: recipes import this module, and most commands do not need torch
 
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    # Without it cuDNN may take algorithms whose sums vary from run to run.
+    # By default cuDNN may choose algorithms whose sums vary between runs.
     torch.backends.cudnn.deterministic = precision == "float32"
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 without TF32 inside the block, for predictions in a process whose own settings must stay as they are."""
+    """Disables TF32 inside the block and restores the process's settings, for predictions in a process of others."""
     import torch
 
     settings = [*_tf32_settings(), (torch.backends.cudnn, "deterministic", True)]
@@ -42,9 +42,9 @@ def exact_float32() -> Iterator[None]:
 
 
 def _tf32_settings() -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, its value without TF32), in torch's older interface unless the process uses the newer one.
+    """(owner, attribute, value without TF32), in torch's older interface unless the process uses the newer one.
 
-    torch raises where one interface is read after the other was written.
+    torch raises if one interface is read after the other was written.
     """
     import torch
 

@@ -16,6 +16,7 @@ from pipelines.commands.bench import BENCH
 from pipelines.commands.bytecode import keep_bytecode
 from pipelines.commands.completion import SHELLS, print_completion
 from pipelines.commands.datasets import DATASETS
+from pipelines.commands.export import EXPORT
 from pipelines.commands.predict import PREDICT
 from pipelines.commands.promote import PROMOTE
 from pipelines.commands.run import QUICKSTART, RUN
@@ -48,6 +49,7 @@ VERBS: dict[str, Command] = {
         REGISTER,
         PROMOTE,
         PREDICT,
+        EXPORT,
         STATUS,
         DATASETS,
         SHARDS,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from data_shards.manifest import Manifest, open_dataset
 from data_shards.store import Store, StoreError, open_store
-from medmamba.config import ConvNetConfig, MedMambaConfig
+from medmamba.config import MODEL, WEIGHTS, ConvNetConfig, MedMambaConfig
 from pipelines.flow import DriftError
 from pipelines.flow.record import read_identity
 from pipelines.flow.runner import step_folder
@@ -194,7 +194,6 @@ def kept_uri(config: TrainStepConfig, store: Store) -> str:
 
 
 def _registered(source: str, store: Store) -> InitialWeights:
-    from medmamba.checkpoint import MODEL, WEIGHTS
     from pipelines.tracking import open_tracking
     from pipelines.tracking.registry import DIGEST_TAG, IntegrityError, by_alias, by_number, fetched, versions
 
@@ -227,7 +226,6 @@ def _registered(source: str, store: Store) -> InitialWeights:
 
 
 def _from_folder(folder: Store) -> InitialWeights:
-    from medmamba.checkpoint import MODEL, WEIGHTS
 
     if folder.head(WEIGHTS) is None:
         raise InitialWeightsError(f"train.init: {folder.uri} has a {MODEL} but no {WEIGHTS}; {KINDS}")
@@ -252,7 +250,7 @@ def _from_file(folder: Store, name: str) -> InitialWeights:
 
 
 def _of_files(uri: str, weights: bytes, described: bytes) -> InitialWeights:
-    from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest, parse_model
+    from medmamba.checkpoint import CheckpointError, model_digest, parse_model
 
     try:
         _, config, card = parse_model(weights, described, where=uri)
@@ -264,7 +262,7 @@ def _of_files(uri: str, weights: bytes, described: bytes) -> InitialWeights:
 
 def _kept(store: Store, digest: str) -> InitialWeights:
     """Weights that the store keeps; workers compare the files with the digest when they read them."""
-    from medmamba.checkpoint import MODEL, parse_description
+    from medmamba.checkpoint import parse_description
 
     folder = store.at(FOLDER, digest)
     config, card = parse_description(folder.get(MODEL), where=folder.uri)

@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings(*WARNINGS), append=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _same_import_path() -> Iterator[None]:
+    """MLflow puts a loaded model's copy of the packages first, where processes of the next tests would find it."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real images and parity vectors; they are not part of the repository."""

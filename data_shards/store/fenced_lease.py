@@ -15,14 +15,13 @@ from typing import Any
 
 from data_shards.store.claims import Claim, Claims
 from data_shards.store.holder import Holder, this_process
-from data_shards.store.lease import LeaseError
+from data_shards.store.lease import RENEW_S, LeaseError, renewed_by_thread
 from data_shards.store.store import Store, StoreError, StoreKeyError
 
 TTL_S = 45.0  # with WATCH_S and clocks that tick in seconds, a dead holder is replaced within a minute
 WATCH_S = 5.0  # an expired lease is watched for so long, because its holder may renew it after an outage
 SETTLE_S = 2.0  # time until a write is visible, for stores without conditional writes
 GRAIN_S = 2.0  # stores count in whole seconds, for the object's time and for the current time
-_RENEW_S = 4.0  # for all requests of one renewal
 _log = logging.getLogger(__name__)
 
 
@@ -141,23 +140,16 @@ class FencedLease:
         self.number = 0
         return False
 
-    @contextlib.contextmanager
-    def renewed(self) -> Iterator[None]:
-        """Renews the lease from another thread while the block lasts."""
-        keeper = threading.Thread(target=self._keep, name=f"lease {self._claims.prefix}", daemon=True)
-        keeper.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            keeper.join()
+    def renewed(self) -> contextlib.AbstractContextManager[None]:
+        """Context that renews the lease from another thread."""
+        return renewed_by_thread(self._keep, self._ended, f"lease {self._claims.prefix}")
 
     def give_back(self) -> None:
         """Ends the lease if this process has claimed it; if the store cannot be reached, the lease expires."""
         if not self.number:
             return
         with contextlib.suppress(StoreError), self._lock:
-            claims = self._claims.within(_RENEW_S)
+            claims = self._claims.within(RENEW_S)
             found = claims.read(self.number)
             if not self._lost and found is not None and found.token == self._claim.token:
                 # The object remains, because a reused number could be mistaken for an older holder's.
@@ -189,7 +181,7 @@ class FencedLease:
             wait_s = self._claim.ttl_s / 5
             try:
                 with self._lock:
-                    claims = self._claims.within(_RENEW_S)
+                    claims = self._claims.within(RENEW_S)
                     if claims.last() == self.number:
                         self._write(claims)
                         is_reported = False

@@ -8,12 +8,12 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_shards.store.store import Store, StoreError, StoreKeyError
 
-_RENEW_S = 4.0  # for all requests of one renewal
+RENEW_S = 4.0  # for all requests of one renewal
 _log = logging.getLogger(__name__)
 
 
@@ -64,20 +64,13 @@ class Lease:
                 )
             time.sleep(min(1.0, self._ttl_s / 10))
 
-    @contextlib.contextmanager
-    def renewed(self) -> Iterator[None]:
-        """Renews the lease from another thread while the block lasts."""
-        keeper = threading.Thread(target=self._keep, name=f"lease {self._key}", daemon=True)
-        keeper.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            keeper.join()
+    def renewed(self) -> contextlib.AbstractContextManager[None]:
+        """Context that renews the lease from another thread."""
+        return renewed_by_thread(self._keep, self._ended, f"lease {self._key}")
 
     def give_back(self) -> None:
         """Ends the lease; if the store cannot be reached, the lease expires."""
-        store = self._store.with_patience(_RENEW_S)
+        store = self._store.with_patience(RENEW_S)
         with contextlib.suppress(StoreError):
             if not self._lost and self._is_ours(store):
                 store.delete(self._key)
@@ -103,13 +96,25 @@ class Lease:
         """Renews until the lease has ended or another process has taken it."""
         while not self._ended.wait(self._ttl_s / 3):
             try:
-                store = self._store.with_patience(_RENEW_S)
+                store = self._store.with_patience(RENEW_S)
                 if not self._is_ours(store):
                     self._lost = "another driver has taken it"
                     return
                 self._write(store)
             except StoreError as error:  # `check` sees how long it has not been renewed
                 _log.info("the lease %s could not be renewed: %s", self._key, error)
+
+
+@contextlib.contextmanager
+def renewed_by_thread(keep: Callable[[], None], ended: threading.Event, name: str) -> Iterator[None]:
+    """Runs `keep` in a thread called `name` during the block, then sets `ended` and waits for `keep` to return."""
+    keeper = threading.Thread(target=keep, name=name, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
 
 
 @contextlib.contextmanager

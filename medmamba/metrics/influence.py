@@ -81,6 +81,11 @@ def influences(predictions: Predictions, figures: Figures) -> Influences:
     return Influences(classes, macro)
 
 
+def mean_influence(value_n: np.ndarray, of_n: np.ndarray, group_n: np.ndarray, num_groups: int) -> Influence:
+    """The influences on the mean of `value_n` over the samples where `of_n` is true, which must be some."""
+    return Influence(*_scaled(*_deviations(value_n, of_n), group_n, num_groups), int(of_n.sum()))
+
+
 def _of_class(predictions: Predictions, figures: Figures, number: int, ranking: Ranking) -> dict[str, Influence]:
     truth, guess = predictions.truth_nC[:, number], predictions.guesses_nC[:, number]
     values = figures.classes[number]
@@ -163,24 +168,22 @@ def _by_group(predictions: Predictions, parts: list[tuple[np.ndarray, np.ndarray
     Of a mean over m groups that is 1 over (1 - the group's share of the samples), times the square root of (m - 1) / m
     (the jackknife of clusters, "CV3": Bell and McCaffrey 2002): for single samples the usual m / (m - 1) of a variance.
     """
-    moves_G = np.zeros(predictions.num_groups)
-    fewest = predictions.num_groups
-    for move_n, of_n in parts:
-        counts_G = _counts(predictions, of_n)
-        groups = int(np.count_nonzero(counts_G))
-        fewest = min(fewest, groups)
-        if groups < 2:
-            moves_G = np.full_like(moves_G, np.inf)
-            continue
-        summed_G = np.bincount(predictions.group_n, weights=move_n, minlength=predictions.num_groups)
-        moves_G += summed_G * np.sqrt((groups - 1) / groups) / (1 - counts_G / counts_G.sum())
-    return Influence(moves_G, fewest, int(parts[0][1].sum()))
+    group_n, num_groups = predictions.group_n, predictions.num_groups
+    pairs = [_scaled(move_n, of_n, group_n, num_groups) for move_n, of_n in parts]
+    with np.errstate(invalid="ignore"):
+        moves_G = np.sum([moves for moves, _ in pairs], axis=0)
+    return Influence(moves_G, min(groups for _, groups in pairs), int(parts[0][1].sum()))
 
 
-def _counts(predictions: Predictions, of_n: np.ndarray) -> np.ndarray:
-    """How many of the samples `of_n` each group has, (G)."""
-    return np.bincount(predictions.group_n[of_n], minlength=predictions.num_groups)
+def _scaled(move_n: np.ndarray, of_n: np.ndarray, group_n: np.ndarray, num_groups: int) -> tuple[np.ndarray, int]:
+    """One part of `_by_group`, and in how many groups its samples are; infinite where that is one."""
+    counts_G = np.bincount(group_n[of_n], minlength=num_groups)
+    groups = int(np.count_nonzero(counts_G))
+    if groups < 2:
+        return np.full(num_groups, np.inf), groups
+    summed_G = np.bincount(group_n, weights=move_n, minlength=num_groups)
+    return summed_G * np.sqrt((groups - 1) / groups) / (1 - counts_G / counts_G.sum()), groups
 
 
 def _groups_of(predictions: Predictions, of_n: np.ndarray) -> int:
-    return int(np.count_nonzero(_counts(predictions, of_n)))
+    return len(np.unique(predictions.group_n[of_n]))

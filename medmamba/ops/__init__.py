@@ -1,1 +1,1 @@
-"""Operators: each is a contract with a plain PyTorch definition and faster backends that equal it."""
+"""Operators: each has a contract, a plain PyTorch reference and faster backends that match it."""

@@ -1,4 +1,4 @@
-"""Machine code built on first use, kept in the user's cache under the digest of all that decides it."""
+"""Caches machine code that is built on first use, by the digest of everything that determines it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ log = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
-    """Code that cannot be built or loaded here."""
+    """Code could not be built or loaded on this machine."""
 
 
 def cache_folder() -> Path:
-    """The folder of this user on this machine for what can be made again."""
+    """This project's folder in the user's cache on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmamba"
 
 
 def kept(source: Path, suffix: str, decides: tuple[Any, ...], compiled: Callable[[bytes], bytes]) -> Path:
-    """Where the machine code of `source` lies; built by `compiled(code)` where it does not lie there yet.
+    """The path of the machine code of `source`, built by `compiled(code)` if it is not cached yet.
 
-    The key is the code and the repr of `decides`. Several processes may build the same at once: each writes a file
-    of its own beside and moves it into place. Raises BuildError.
+    The key is the code and the repr of `decides`. Several processes may build the same code at once: each writes a
+    temporary file and renames it. Raises BuildError.
     """
     code = source.read_bytes()
     key = hashlib.sha256(repr((code, *decides)).encode()).hexdigest()[:32]
@@ -35,12 +35,12 @@ def kept(source: Path, suffix: str, decides: tuple[Any, ...], compiled: Callable
         log.info("compiling %s", source.name)
         began = time.monotonic()
         image = compiled(code)
-        beside = path.with_name(f".{key}.{os.getpid()}")
+        temporary = path.with_name(f".{key}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(image)
-            os.replace(beside, path)
+            temporary.write_bytes(image)
+            os.replace(temporary, path)
         except OSError as error:
-            raise BuildError(f"{path} cannot be written ({error}): name another folder in XDG_CACHE_HOME") from None
-        log.info("compiled %s in %.1f s; kept in %s", source.name, time.monotonic() - began, path.parent)
+            raise BuildError(f"{path} cannot be written ({error}): set XDG_CACHE_HOME to another folder") from None
+        log.info("compiled %s in %.1f s; cached in %s", source.name, time.monotonic() - began, path.parent)
     return path

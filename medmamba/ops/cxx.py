@@ -1,6 +1,6 @@
-"""C++ compiled on first use by the machine's own compiler for its own CPU, and called through ctypes.
+"""Compiles C++ on first use with the machine's compiler for its CPU; the code is called through ctypes.
 
-The sources include nothing of torch and Python: they compile in seconds, and fit every version of both.
+The sources include no headers of torch or Python, so they compile in seconds and work with every version of both.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from medmamba.ops.build_cache import BuildError, kept
 
 _NATIVE = "-march=native"
-# What is left out of -ffast-math: a NaN stays a NaN, and sums keep their order.
+# A subset of -ffast-math that preserves NaN and the order of sums.
 _OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _LINKED = ("-shared", "-fPIC")
 
 
 def build(source: Path, settings: Mapping[str, int]) -> ctypes.CDLL:
-    """The library of a C++ source with each setting as a macro. BuildError: why not."""
+    """The library of a C++ source, with each setting as a macro. Raises BuildError."""
     return _build(source, tuple(sorted(settings.items())))
 
 
 def unusable() -> str | None:
-    """Why nothing can be built here, as far as can be said without building; None: it can."""
+    """Why nothing can be built here, without trying to build; None if it probably can."""
     try:
         _compiler()
     except BuildError as error:
@@ -45,7 +45,7 @@ def _build(source: Path, settings: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(
-            f"{library} does not load ({error}): delete it, or name a folder that allows code in XDG_CACHE_HOME"
+            f"{library} cannot be loaded ({error}): delete it, or set XDG_CACHE_HOME to a folder that allows execution"
         ) from None
 
 
@@ -61,11 +61,15 @@ def _compiler() -> list[str]:
     for command in [named] if named else (["c++"], ["g++"], ["clang++"]):
         if shutil.which(command[0]):
             return command
-    raise BuildError(f"CXX={named[0]} is not there" if named else "no C++ compiler: install g++ or clang, or set CXX")
+    raise BuildError(
+        f"CXX={named[0]} not found; set it to a C++ compiler"
+        if named
+        else "no C++ compiler found: install g++ or clang, or set CXX"
+    )
 
 
 def _target() -> str:
-    """The compiler's version and this CPU's instructions: a cache on a shared disk serves machines of several kinds."""
+    """The compiler's version and this CPU's features; machines of different kinds may share a cache."""
     return _run([*_compiler(), _NATIVE, "-dM", "-E", "-x", "c++", os.devnull])
 
 

@@ -1,7 +1,7 @@
-"""CUDA C++ compiled on first use by NVRTC, which comes with every CUDA build of torch: no nvcc, no compiler is needed.
+"""Compiles CUDA C++ on first use with NVRTC, which is part of every CUDA build of torch, so no nvcc is needed.
 
-The key in the cache holds source, settings, chip and compiler. Both libraries are called through ctypes: their C
-interfaces are stable, and torch's wrappers around them are not public.
+The cache key contains source, settings, chip and compiler version. NVRTC and the driver are called through ctypes:
+their C interfaces are stable, and torch's wrappers around them are not public.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SHARED_WITHOUT_ASKING = 48 << 10
 
 
 class Kernels:
-    """The kernels of one built source. `kernels(name, grid, threads, shared_bytes, arguments)` launches one."""
+    """The kernels of a built source. `kernels(name, grid, threads, shared_bytes, arguments)` launches one."""
 
     def __init__(self, image: bytes) -> None:
-        self._image = image  # the driver reads it lazily
+        self._image = image  # keep a reference: the driver reads it lazily
         library = ctypes.c_void_p()
         load = _driver().cuLibraryLoadData
         _checked(load(ctypes.byref(library), image, None, None, 0, None, None, 0), "cuLibraryLoadData")
@@ -37,7 +37,7 @@ class Kernels:
     def __call__(
         self, name: str, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]
     ) -> None:
-        """Launches on torch's current device and stream. Arguments: tensors, None (a null pointer), ctypes values."""
+        """Launches on torch's current device and stream. Arguments: tensors, None (null pointer) or ctypes values."""
         kernel = self._kernels.get(name) or self._find(name)
         device = torch.cuda.current_device()
         _enter(device)
@@ -65,18 +65,18 @@ class Kernels:
 
 
 def build(source: Path, settings: Mapping[str, int], device: torch.device) -> Kernels:
-    """The kernels of a CUDA source with each setting as a macro, for the chip of `device`. BuildError: why not."""
+    """The kernels of a CUDA source for the chip of `device`, with each setting as a macro. Raises BuildError."""
     major, minor = torch.cuda.get_device_capability(device)
     return _build(source, tuple(sorted(settings.items())), f"sm_{major}{minor}")
 
 
 @functools.cache
 def unusable() -> str | None:
-    """Why nothing can be built here; None: it can."""
+    """Why nothing can be built here; None if it can."""
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return "torch finds no CUDA device"
     if torch.version.hip:
-        return "it is for NVIDIA's GPUs"
+        return "it requires an NVIDIA GPU"
     try:
         _driver().cuLibraryLoadData  # noqa: B018  (drivers before CUDA 12 lack it)
         _nvrtc()
@@ -100,9 +100,9 @@ def _compiled(name: str, code: bytes, options: Sequence[str]) -> bytes:
     size = ctypes.c_size_t()
     if failed:
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        told = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetProgramLog(program, told)
-        raise BuildError(f"{name} does not compile with {' '.join(options)}:\n{told.value.decode(errors='replace')}")
+        text = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, text)
+        raise BuildError(f"{name} does not compile with {' '.join(options)}:\n{text.value.decode(errors='replace')}")
     _checked_nvrtc(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
     image = ctypes.create_string_buffer(size.value)
     _checked_nvrtc(nvrtc.nvrtcGetCUBIN(program, image))
@@ -112,7 +112,7 @@ def _compiled(name: str, code: bytes, options: Sequence[str]) -> bytes:
 
 @functools.cache
 def _nvrtc() -> Any:
-    """NVRTC of torch's own CUDA version: its builtins have to match it."""
+    """NVRTC of torch's CUDA version, because its builtins must match."""
     major = (torch.version.cuda or "").partition(".")[0]
     places = [Path(entry) / "nvidia" for entry in sys.path if (Path(entry) / "nvidia").is_dir()]
     found = [path for place in places for path in place.glob(f"*/lib/libnvrtc.so.{major}*")]
@@ -125,7 +125,7 @@ def _nvrtc() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise BuildError(f"libnvrtc.so.{major} is not found: pip install nvidia-cuda-nvrtc, of CUDA {torch.version.cuda}")
+    raise BuildError(f"libnvrtc.so.{major} not found: install nvidia-cuda-nvrtc for CUDA {torch.version.cuda} with pip")
 
 
 @functools.cache
@@ -134,7 +134,7 @@ def _driver() -> Any:
 
 
 def _enter(device: int) -> None:
-    """Makes torch's context of the device current: in a fresh thread (autograd's) no runtime call has done so yet."""
+    """Makes torch's context of the device current; a new thread, such as autograd's, has none yet."""
     current = ctypes.c_void_p()
     _checked(_driver().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
     if not current.value:

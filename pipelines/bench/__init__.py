@@ -1,1 +1,1 @@
-"""The verb bench: how fast networks and data are here, compared with what else a user would take."""
+"""The verb bench: the speed of networks and data loading on this machine, compared with alternatives."""

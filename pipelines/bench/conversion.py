@@ -1,8 +1,8 @@
-"""What `medmamba bench data` compares at conversion: files into shards, by this project and by what else a user takes.
+"""The conversion half of `medmamba bench data`: writing files into shards, with this project and with alternatives.
 
-Each is run in a process of its own (`main`) on the same images. What it wrote is then read again: every image must be
-there once, with the coded bytes of its file. Only this project looks for duplicates and undecodable images, splits by
-group, and can be killed; its time includes that.
+Each writer runs in its own process (`main`) on the same images. The output is read back: every image must be there
+exactly once, with the encoded bytes of its file. Only this project checks for duplicates and undecodable images, splits
+by group, and survives a kill; its time includes that.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from data_shards.convert import convert
 from data_shards.decode import stored_bytes
 from data_shards.shard import read_samples
 from data_shards.store import open_store
-from pipelines.bench.work import Work, processor_s, read_work, tell
+from pipelines.bench.work import Work, processor_s, read_work, send
 
 
 def ours(work: Work, out: Path) -> None:
-    """This project's conversion, with the firewall, in local processes."""
+    """This project's conversion with duplicate checks, in local processes."""
     source = f"{work.folder}/images"
     config = DataConfig(
         dataset="bench", layout="table", source=source, split_column="split", duplicates={"datasets": "off"}
@@ -45,7 +45,7 @@ def _of_ours(out: Path) -> Iterator[bytes]:
 
 
 def _peer(name: str, *arguments: Any) -> Any:
-    """A function of peers/writers.py: what it needs may be missing, and so may peers/, which `submit` does not ship."""
+    """Calls a function of peers/writers.py. Its imports may be missing, and so may peers/, which `submit` skips."""
     return getattr(importlib.import_module("pipelines.bench.peers.writers"), name)(*arguments)
 
 
@@ -60,7 +60,7 @@ WRITERS: dict[str, tuple[Callable[[Work, Path], None], Callable[[Path], Iterator
 
 
 def measure(name: str, work: Work) -> dict[str, Any]:
-    """The figures of a writer: images/s, its processor time and bytes written; or `why_not`."""
+    """The figures of a writer: images_per_s, processor_s_per_1000 and bytes_written; or `why_not`."""
     write, read = WRITERS[name]
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         return _measured(write, read, work, Path(folder), kept_as_is=name != "medmamba")
@@ -79,7 +79,7 @@ def _measured(
         write(work, out)
     except ImportError as error:
         return {"why_not": f"cannot be imported: {error}"}
-    except Exception as error:
+    except Exception as error:  # broad: a writer of another project may raise anything; the others are still measured
         return {"why_not": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     seconds, used = time.perf_counter() - began, processor_s() - before
     if wrong := check(read(out), work, kept_as_is=kept_as_is):
@@ -93,9 +93,9 @@ def _measured(
 
 
 def check(images: Iterator[bytes], work: Work, *, kept_as_is: bool) -> str:
-    """What is wrong with what was written; empty where the bytes of each file are there just once.
+    """What is wrong with the output; empty if it contains the bytes of each file exactly once.
 
-    This project cuts metadata out of a file (`kept_as_is` False), and is held to what is left then.
+    This project strips metadata from a file (`kept_as_is` False); its output is compared with the stripped bytes.
     """
     digest = hashlib.sha256
     expected = Counter(
@@ -103,10 +103,10 @@ def check(images: Iterator[bytes], work: Work, *, kept_as_is: bool) -> str:
     )
     found = Counter(digest(data).digest() for data in images)
     missing, extra = (expected - found).total(), (found - expected).total()
-    return f"{missing} images are missing and {extra} are none of the files" if missing or extra else ""
+    return f"{missing} images are missing and {extra} do not match any file" if missing or extra else ""
 
 
 def main() -> None:
-    """Measures one writer on the work in a folder; its figures are a line of JSON."""
+    """Measures the writer argv[1] on the work in the folder argv[2]; prints its figures as a line of JSON."""
     work = read_work(sys.argv[2])
-    tell({"why_not": "", **measure(sys.argv[1], work)})
+    send({"why_not": "", **measure(sys.argv[1], work)})

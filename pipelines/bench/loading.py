@@ -1,8 +1,8 @@
-"""What `medmamba bench data` compares at loading: this project's loader and what else a user would take.
+"""The loading half of `medmamba bench data`: this project's loader and alternatives.
 
-Each is run in a process of its own (`main`) on the same images and, in its first epoch, the same random parts of them.
-That epoch starts the workers and is checked: every image delivered exactly once, and as the picture that PIL makes of
-it. A loader that fails has no speed, but a reason.
+Each loader runs in its own process (`main`) on the same images and, in its first epoch, the same random crops. That
+epoch starts the workers and is checked: every image must arrive exactly once and match PIL's decoding. A loader that
+fails gets a reason instead of a speed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from data_shards.loader import BatchPlan, Loader
 from data_shards.loader.pixels import Crop
-from pipelines.bench.work import SEED, Delivered, Work, check, processor_s, read_work, tell
+from pipelines.bench.work import SEED, Delivered, Work, check, processor_s, read_work, send
 
 
 def ours(work: Work) -> Callable[[int], Delivered]:
-    """This project's loader, from shards, nothing kept in memory."""
+    """This project's loader, from shards, without a cache in memory."""
     loader = Loader(work.dataset, workers=work.workers, processes=True, cache_bytes=0)
     number_at = np.empty(work.num, np.int64)
     number_at[work.positions] = np.arange(work.num)
@@ -36,8 +36,11 @@ def ours(work: Work) -> Callable[[int], Delivered]:
 
 
 def _peer(name: str, work: Work) -> Callable[[int], Delivered]:
-    """A loader of another project: what it needs may be missing, and so may peers/, which `submit` does not ship."""
-    return getattr(importlib.import_module("pipelines.bench.peers.loaders"), name)(work)
+    """A loader of another project. Its dependencies may be missing, and so may peers/, which `submit` skips."""
+    make: Callable[[Work], Callable[[int], Delivered]] = getattr(
+        importlib.import_module("pipelines.bench.peers.loaders"), name
+    )
+    return make(work)
 
 
 LOADERS: dict[str, Callable[[Work], Callable[[int], Delivered]]] = {
@@ -51,15 +54,15 @@ LOADERS: dict[str, Callable[[Work], Callable[[int], Delivered]]] = {
 
 
 class TimedLoader:
-    """A loader that has started its workers and delivered a first, right epoch; or `why_not`."""
+    """A loader that has started its workers and delivered a correct first epoch; otherwise `why_not` is set."""
 
-    def __init__(self, name: str, work: Work):
+    def __init__(self, name: str, work: Work) -> None:
         self.why_not = ""
         try:
             self._epoch = LOADERS[name](work)
         except ImportError as error:
             self.why_not = f"cannot be imported: {error}"
-        except RuntimeError as error:  # torchvision beside a torch it was not built for
+        except RuntimeError as error:  # raised by a torchvision that was built for another torch
             self.why_not = f"cannot be imported: {' '.join(str(error).split())}"
         else:
             if wrong := check(self._epoch(0), work):
@@ -67,7 +70,7 @@ class TimedLoader:
         self._next = 1
 
     def time_epoch(self) -> dict[str, float]:
-        """Reads one more epoch: its images, seconds, and seconds of processor time of all its processes."""
+        """Reads the next epoch; returns images, seconds and processor_s of all processes."""
         began, before = time.perf_counter(), processor_s()
         delivered = sum(len(numbers) for numbers, _ in self._epoch(self._next))
         self._next += 1
@@ -76,13 +79,14 @@ class TimedLoader:
 
 
 def main() -> None:
-    """The loader argv[1] on the work in the folder argv[2]: a line of JSON when it is ready, and one for each epoch.
+    """Measures the loader argv[1] on the work in the folder argv[2].
 
-    An epoch is read for each line of standard input, so that loaders that are compared can take turns.
+    Prints a line of JSON when it is ready, then reads an epoch and prints a line for each line of standard input, so
+    that the compared loaders can take turns.
     """
     work = read_work(sys.argv[2])
     loader = TimedLoader(sys.argv[1], work)
-    tell({"why_not": loader.why_not})
+    send({"why_not": loader.why_not})
     if not loader.why_not:
         for _ in sys.stdin:
-            tell(loader.time_epoch())
+            send(loader.time_epoch())

@@ -1,7 +1,7 @@
-"""How fast a network trains and predicts on this machine, and what it costs: what `medmamba bench` measures.
+"""Measures how fast a network trains and predicts on this machine, for `medmamba bench`.
 
-A speed is told only of a scan backend that equals the definition (ss2d_scan/reference.py in float64) in the same
-process, in values and in every gradient. A row that cannot be measured says why instead.
+A scan backend only gets a speed if its values and gradients match the reference (ss2d_scan/reference.py in float64) in
+the same process. A row that cannot be measured gives the reason.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import NUM_DIRECTIONS, build_model
 from medmamba.ops.ss2d_scan import backends, resolve_backend, scan
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the operator against float64, relative to the largest value
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # error against float64, relative to the largest value
 COMPARED = {
     "resnet50": "ResNet-50",
     "convnext_tiny": "ConvNeXt-T",
@@ -35,17 +36,20 @@ COMPARED = {
     "vit_small_patch16_224": "ViT-S",
 }
 NUM_CLASSES = 6
-_WARM_UP_S = 0.5  # before a GPU is timed: an idle one runs at a fraction of its clock
+_WARM_UP_S = 0.5  # an idle GPU runs at a fraction of its clock
 
 
-class NotMeasured(Exception):  # noqa: N818 - it says what happened to a row, not what we did wrong
+class NotMeasured(Exception):  # noqa: N818 - the reason of a row, not an error
     """Why a row has no figures."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row to measure. `network`: T, S, B, nano or one of COMPARED. `combo`: compiled with Inductor's combo_kernels,
-    small kernels that do not wait for each other as one: fewer launches, which pays for one image (ops/NOTES.md)."""
+    """One row to measure.
+
+    `network`: T, S, B, nano or one of COMPARED. `combo`: compile with Inductor's combo_kernels, which merges
+    independent small kernels: fewer launches, faster for single images (ops/NOTES.md).
+    """
 
     network: str
     batch: int
@@ -59,8 +63,10 @@ class Case:
 
 @dataclass
 class Row:
-    """A case and what was measured: images/s, megapixels/s (which compare sides), milliseconds, GiB; of one training
-    step the kernel launches and the scan's share of its time; or why not."""
+    """The figures of a case, or `why_not`.
+
+    Megapixels/s make sides comparable; `launches` and `scan_share` (0 to 1) are of one training step.
+    """
 
     case: Case
     train_images_per_s: float | None = None
@@ -76,29 +82,31 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON; what was not measured is null."""
+        """As JSON values; figures that were not measured are None."""
         return asdict(self)
 
 
 def measure(case: Case, *, repeats: int = 10) -> Row:
-    """Everything about one case. Whatever torch or the network refuses is told by the row, so that the others are still
-    measured. On a GPU a process should measure one case only: see `measure_alone`."""
+    """Measures a case. Errors of torch or the network go into the row, so that other cases are still measured.
+
+    On a GPU a process should measure only one case: see `measure_alone`.
+    """
     row = Row(case)
     try:
         if case.network not in COMPARED:
             row.errors = checked(case.backend, case.device, case.precision)
         step = _measure_training(case, row, repeats)
         _measure_inference(case, row, repeats)
-        # Last: where the profiler has run, graphs of many small kernels are slower from then on (ops/NOTES.md).
+        # Last, because the profiler permanently slows CUDA graphs of many small kernels (ops/NOTES.md).
         row.launches = _launches(case, step)
         row.scan_share = _scan_share(case, step)
     except NotMeasured as reason:
         row.why_not = str(reason)
     except torch.cuda.OutOfMemoryError:
         row.why_not = "out of memory"
-    except (ValueError, RuntimeError) as error:  # too small a map, no compiler for Inductor, no memory on a CPU
-        told = next((line for line in str(error).splitlines() if line.strip()), "without a message")
-        row.why_not = f"{type(error).__name__}: {told.strip()}"
+    except (ValueError, RuntimeError) as error:  # e.g. image too small, no compiler for Inductor, no memory on a CPU
+        first = next((line for line in str(error).splitlines() if line.strip()), "without a message")
+        row.why_not = f"{type(error).__name__}: {first.strip()}"
     gc.collect()
     if case.device == "cuda":
         torch._dynamo.reset()
@@ -107,21 +115,23 @@ def measure(case: Case, *, repeats: int = 10) -> Row:
 
 
 def measure_alone(case: Case, *, repeats: int = 10) -> Row:
-    """`measure` in a process of its own on a GPU, where what ran before would slow it; if it dies, the row says so."""
+    """`measure`, on a GPU in a separate process because earlier cases would slow it down. A crash goes into the row."""
     if case.device != "cuda":
         return measure(case, repeats=repeats)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure, case, repeats=repeats).result()
         except BrokenProcessPool:
-            return Row(case, why_not="its process died (killed, or a crash in the driver or a kernel)")
+            return Row(case, why_not="its process died (killed, or crashed in the driver or a kernel)")
 
 
 @functools.cache
 def checked(backend: str, device: str, precision: str) -> dict[str, float]:
-    """Errors of the operator against float64, by tensor; NotMeasured where one is above TOLERANCE or the backend
-    cannot run here."""
-    reason = backends(device).get(backend, f"there is no backend {backend}; there are {', '.join(backends(device))}")
+    """Relative errors of the operator against float64, by tensor name.
+
+    Raises NotMeasured if one exceeds TOLERANCE or the backend cannot run here.
+    """
+    reason = backends(device).get(backend, f"unknown; available: {', '.join(backends(device))}")
     if reason:
         raise NotMeasured(f"backend {backend}: {reason}")
     try:
@@ -134,7 +144,7 @@ def checked(backend: str, device: str, precision: str) -> dict[str, float]:
     errors = {name: _error(found[name], expected[name]) for name in expected}
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[precision]}
     if wrong:
-        raise NotMeasured(f"backend {backend} is not the definition in {precision}: {wrong}")
+        raise NotMeasured(f"backend {backend} differs from the reference in {precision}: {wrong}")
     return errors
 
 
@@ -146,8 +156,8 @@ def _operands(device: str, dtype: torch.dtype) -> list[Tensor]:
         return torch.randn(*size, generator=generator)
 
     dt, b, c = normal(batch, height, width, NUM_DIRECTIONS, rank + 2 * states).split((rank, states, states), -1)
-    # Laid out as the network does (model.py): the cuda backend has other kernels for rows that are not aligned, and
-    # those that are timed are to be checked.
+    # The same layout as in model.py: the cuda backend has other kernels for unaligned rows, and the kernels that are
+    # timed must be the ones that are checked.
     rows = F.pad(torch.cat((b, c, dt), -1), (0, -(rank + 2 * states) % 8)).to(dtype).to(device)
     b, c, dt, _ = rows.split((states, states, rank, -(rank + 2 * states) % 8), -1)
     u = normal(batch, height, width, channels).to(dtype).to(device)
@@ -161,7 +171,7 @@ def _outputs(tensors: list[Tensor], backend: str) -> dict[str, Tensor]:
     leaves = [x.detach().requires_grad_() for x in tensors]
     y = scan(*leaves, backend=backend)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].device)
-    # The weights themselves must be the same numbers in both, so they are rounded to the coarser of the two.
+    # Both precisions must use the same weights, so they are rounded to the coarser one.
     coarse = weight.to(torch.bfloat16).to(y.dtype)
     grads = torch.autograd.grad(y, leaves, coarse)
     names = ("u", "dt", "B", "C", "dt_weight", "dt_bias", "A_log", "D")
@@ -178,20 +188,20 @@ def _network(case: Case) -> nn.Module:
         return build_model(config, scan=case.backend, device=case.device)
     try:
         from pipelines.bench.peers.networks import create_network
-    except ModuleNotFoundError:  # a job that `submit` shipped comes without peers
+    except ModuleNotFoundError:  # `submit` does not ship peers/
         raise NotMeasured("the networks of other projects are not shipped to a cluster") from None
     try:
         model = create_network(case.network, case.side, NUM_CLASSES)
     except ValueError as error:
         raise NotMeasured(str(error)) from None
-    # MedMamba turns its maps channels-last itself; these follow their weights.
+    # MedMamba converts its maps to channels-last itself; these networks follow their weights.
     return model.to(case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _autocast(case: Case) -> contextlib.AbstractContextManager:
+def _autocast(case: Case) -> contextlib.AbstractContextManager[object]:
     if case.precision == "float32":
         return contextlib.nullcontext()
-    # Entered and left within a step: its cache of cast weights ends with it, so a captured graph casts them anew.
+    # Its cache of cast weights ends with each step, so a captured graph includes the casts.
     return torch.autocast(case.device, torch.bfloat16)
 
 
@@ -207,7 +217,7 @@ def _compiled(model: nn.Module, case: Case) -> Callable[[Tensor], Tensor]:
 
 
 def _measure_training(case: Case, row: Row, repeats: int) -> Callable[[], None]:
-    """Fills the row's figures of training; returns one training step."""
+    """Fills in the row's training figures; returns a function that runs one training step."""
     torch.manual_seed(0)
     if case.device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -255,7 +265,7 @@ def _measure_inference(case: Case, row: Row, repeats: int) -> None:
 
 
 def _graphed(case: Case, run: Callable[[], None]) -> tuple[Callable[[], None], bool]:
-    """The work as one CUDA graph, where there is CUDA and it can be captured: no launch then waits for Python."""
+    """`run` as one CUDA graph if possible, so that launches do not wait for Python; and whether it is one."""
     if case.device != "cuda":
         return run, False
     side = torch.cuda.Stream()
@@ -268,18 +278,16 @@ def _graphed(case: Case, run: Callable[[], None]) -> tuple[Callable[[], None], b
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # some library on the way cannot be captured: measured as it runs without
+    except RuntimeError:  # some libraries cannot be captured; measure without a graph
         torch.cuda.synchronize()
         return run, False
     return graph.replay, True
 
 
 def _launches(case: Case, step: Callable[[], None]) -> int | None:
-    """Kernels, copies and fills that one step puts on the device."""
+    """Number of kernels, copies and fills that one step launches on the device; None on a CPU."""
     if case.device != "cuda":
         return None
-    from torch.profiler import ProfilerActivity, profile
-
     step()
     with profile(activities=[ProfilerActivity.CUDA]) as traced:
         step()
@@ -288,10 +296,10 @@ def _launches(case: Case, step: Callable[[], None]) -> int | None:
 
 
 def _scan_share(case: Case, step: Callable[[], None]) -> float | None:
-    """Part of a step's time (on a GPU: of its kernels' time) that scans take, forward and backward; None: no such
-    operator is seen (reference.py is none, and a compiled step hides them)."""
-    from torch.profiler import ProfilerActivity, profile
+    """Share of a step's time (on a GPU: of its kernels' time) in forward and backward scans.
 
+    None if no scan operator is visible: the reference is not one, and a compiled step hides them.
+    """
     step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if case.device == "cuda" else [])]
     with profile(activities=activities) as traced:
@@ -303,7 +311,7 @@ def _scan_share(case: Case, step: Callable[[], None]) -> float | None:
     if case.device == "cuda":
         kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         step_us = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation)
-        # Kernels of the forward pass belong to autograd's wrapper of the operator; totals would count them twice.
+        # Self time, because forward kernels also count for autograd's wrapper and totals would count them twice.
         scan_us = sum(event.self_device_time_total for event in events if "ss2d_scan" in event.key)
     else:
         scan_us = sum(event.cpu_time_total for event in events if event.key.startswith("medmamba::ss2d_scan"))
@@ -311,7 +319,7 @@ def _scan_share(case: Case, step: Callable[[], None]) -> float | None:
 
 
 def _seconds(case: Case, run: Callable[[], None], repeats: int) -> float:
-    """The median of `repeats` runs after two that do not count; on a GPU after as many as lift its idle clock."""
+    """Median seconds of `repeats` runs, after two warm-up runs and on a GPU at least _WARM_UP_S."""
     began = time.perf_counter()
     for done in itertools.count(1):
         run()

@@ -1,4 +1,4 @@
-"""A loader or writer that is measured in a process of its own, with the memory that it takes."""
+"""Runs a measured loader or writer in its own process and watches its memory."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ import threading
 import time
 from typing import Any
 
-from pipelines.bench.work import summarise, told_in
+import psutil
 
-# Modules whose `main` is run. They are imported, not run as a module: what Ray's workers get must not be of a module
-# that is called __main__.
+from pipelines.bench.work import received, summarize
+
+# Modules whose `main` is run. They are imported instead of run with -m, because functions sent to Ray's workers must
+# not belong to __main__.
 LOADING, CONVERSION, FEED = "pipelines.bench.loading", "pipelines.bench.conversion", "pipelines.bench.feed"
-_LOOK_EVERY_S = 1.0  # reading the memory of many processes takes time from those that are measured
+_LOOK_EVERY_S = 1.0  # reading the memory of many processes slows the measured ones
 _ENDS_IN_S = 20
 
 
 class TimedProcess:
-    """A loader or writer in a process of its own, and the memory that it and its children took at most."""
+    """A loader or writer in its own process, and the peak memory of the process and its children."""
 
-    def __init__(self, name: str, folder: str, *, module: str = LOADING):
+    def __init__(self, name: str, folder: str, *, module: str = LOADING) -> None:
         self.name, self.why_not, self.peak_bytes = name, "", 0
         self.first: dict[str, Any] = {}
         self.epochs: list[dict[str, float]] = []
-        self._complained = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `end`)
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `end`)
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {module} import main; main()", name, folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complained,
+            stderr=self._stderr,
             text=True,
         )
         self._watching = True
@@ -40,18 +42,18 @@ class TimedProcess:
         self._watch.start()
 
     def wait(self) -> None:
-        """Until its workers have started and its first epoch (or what it wrote) was found right, or not."""
-        self.first = self._told()
+        """Waits until its workers have started and its first epoch (or its output) was checked."""
+        self.first = self._receive()
         self.why_not = self.why_not or self.first["why_not"]
 
     def epoch(self) -> None:
-        """One more epoch is timed, unless it has failed."""
+        """Times the next epoch, unless it has failed."""
         if not self.why_not:
             assert self._process.stdin is not None
             print("next", file=self._process.stdin, flush=True)
-            told = self._told()
+            values = self._receive()
             if not self.why_not:
-                self.epochs.append(told)
+                self.epochs.append(values)
 
     def end(self) -> None:
         """Ends the process."""
@@ -67,23 +69,23 @@ class TimedProcess:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-        self._complained.close()
+        self._stderr.close()
 
     def figures(self) -> dict[str, Any]:
-        """Its row, or why it has none."""
+        """Its figures, or `why_not`."""
         if self.why_not:
             return {"why_not": self.why_not}
-        return {**summarise(self.epochs), "peak_gib": self.peak_bytes / 2**30}
+        return {**summarize(self.epochs), "peak_gib": self.peak_bytes / 2**30}
 
-    def _told(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if (told := told_in(line)) is not None:
-                return told
-        self._complained.seek(0)
-        said = self._complained.read().strip().splitlines() or ["nothing was said"]
-        last = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), said[-1])
-        self.why_not = f"ended with {self._process.wait()}: {last}"
+            if (values := received(line)) is not None:
+                return values
+        self._stderr.seek(0)
+        lines = self._stderr.read().strip().splitlines() or ["no message"]
+        last = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+        self.why_not = f"exited with code {self._process.wait()}: {last}"
         return {"why_not": self.why_not}
 
     def _look(self) -> None:
@@ -93,9 +95,7 @@ class TimedProcess:
 
 
 def _memory_bytes(pid: int) -> int:
-    """Memory of a process and all that it started; what they share is counted once (PSS)."""
-    import psutil
-
+    """Memory of a process and its descendants; shared memory counts once (PSS)."""
     total = 0
     try:
         tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -106,5 +106,5 @@ def _memory_bytes(pid: int) -> int:
             memory = process.memory_full_info()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        total += getattr(memory, "pss", memory.rss)
+        total += int(getattr(memory, "pss", memory.rss))
     return total

@@ -37,6 +37,7 @@ class Orders(NamedTuple):
     """Requests to a rank: the reason to stop at a checkpoint, if any."""
 
     stop: str = ""
+    """Why it must stop; empty: it continues."""
 
 
 class Limits(NamedTuple):

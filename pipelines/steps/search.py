@@ -36,7 +36,7 @@ class SearchSpace(BaseModel):
                     f"{name} {bounds}: give the lowest and the highest value, or nothing to keep the recipe's value"
                 )
             if bounds and bounds[0] >= bounds[1]:
-                raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; correct them")
+                raise ValueError(f"{name} {bounds}: the lowest value must be below the highest; swap them")
             if bounds and bounds[0] <= 0 and name != "drop_path":
                 raise ValueError(f"{name} {bounds}: values drawn log-uniformly must be above 0; raise the lowest")
         return self

@@ -1,1 +1,1 @@
-"""A sweep: its trials as JSON in the store, what is tried next, and the seams to Ray Tune, which keeps nothing."""
+"""Sweeps: trials as JSON in the store, suggestions for the next trial, and the adapters for Ray Tune."""

@@ -1,4 +1,4 @@
-"""Sweeps that an earlier version interrupted: their state in the store is Ray Tune's pickles, which are never read."""
+"""Handles sweeps interrupted under an earlier version, whose state in the store is pickles that are never read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FOLDER = "ray"
 
 
 def drop_pickled(out: Store, ledger: Ledger, say: Callable[[str], None]) -> None:
-    """Deletes what an earlier version left of a sweep, and says what is lost with it, unless the ledger has it."""
+    """Deletes the state that an earlier version left, and reports what is lost unless the ledger has records."""
     keys = list(out.list(f"{FOLDER}/"))
     if keys and not ledger.records():
         epochs = _epochs(out, keys)
         say(
-            f"the sweep was interrupted under an earlier version, which kept its state as pickles. They could run "
-            f"code, so they are deleted unread and the sweep begins again: {counted(len(epochs), 'trial')} with "
+            f"an earlier version interrupted this sweep and left its state as pickles. Pickles can execute code, so "
+            f"they are deleted unread and the sweep starts again; {counted(len(epochs), 'trial')} with "
             f"{counted(sum(epochs.values()), 'epoch')} are lost"
         )
     for key in keys:
@@ -27,7 +27,7 @@ def drop_pickled(out: Store, ledger: Ledger, say: Callable[[str], None]) -> None
 
 
 def _epochs(out: Store, keys: list[str]) -> dict[str, int]:
-    """Folder of a trial -> the epochs in its newest checkpoint."""
+    """Trial folder -> epochs in its newest checkpoint."""
     found = {key.split("/")[1]: 0 for key in keys if key.startswith(f"{FOLDER}/trial_")}
     for key in keys:
         parts = key.split("/")

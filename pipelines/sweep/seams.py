@@ -1,6 +1,6 @@
-"""What Ray Tune is handed: a search, ASHA and a callback that keep nothing but the sweep's ledger.
+"""Adapters for Ray Tune: a searcher, ASHA and a callback whose only persistent state is the sweep's ledger.
 
-Tune saves its searcher and its callbacks as pickles, into a folder that nobody reads; of these it gets nothing.
+Tune pickles its searcher and its callbacks; these pickle to nothing.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ METRIC, EPOCH, REPORTED = "val_auc", "epoch", "reported"
 
 
 class _Unkept:
-    """Tune copies what it is handed, and pickles it."""
+    """Survives Tune's deep copies as the same object, and pickles to an empty one."""
 
-    def __deepcopy__(self, memo: dict) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return object, ()
 
 
 class Search(_Unkept, Searcher):
-    """Gives Tune the trials that are to do, and tells the ledger which have ended by themselves."""
+    """Gives Tune the trials to run, and records in the ledger which have ended on their own."""
 
     def __init__(self, ledger: Ledger, numbers: Sequence[int], choose: Callable[[int], dict[str, Any]]) -> None:
-        """`numbers` of the trials, in their order; `choose` returns the overrides of a new one."""
+        """`numbers` are the trials to run, in order; `choose` returns the overrides of a new trial."""
         super().__init__(metric=METRIC, mode="max")
         self.ledger, self._numbers, self._choose = ledger, list(numbers), choose
-        self._number_of: dict[str, int] = {}  # by Tune's id, which is another one after an interruption
+        self._number_of: dict[str, int] = {}  # by Tune's id, which changes when the sweep resumes
 
     def suggest(self, trial_id: str) -> Any:
         if not self._numbers:
@@ -58,15 +58,15 @@ class Search(_Unkept, Searcher):
         }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        if not error:  # of an error the callback learns more
+        if not error:  # Keeper.on_trial_error records errors with their reason
             self.ledger.end(self._number_of[trial_id], "ended")
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Saves nothing."""
+        """See Searcher. The ledger holds the state, so there is nothing to save."""
 
 
 class Asha(ASHAScheduler):
-    """Ray's ASHA, with rungs that survive an interruption: its trials are known by their numbers."""
+    """Ray's ASHA with rungs that can be rebuilt after an interruption, because it identifies trials by number."""
 
     def __init__(self, epochs: int, grace_epochs: int, reduction_factor: int) -> None:
         super().__init__(
@@ -79,7 +79,7 @@ class Asha(ASHAScheduler):
         )
 
     def refill(self, ledger: Ledger) -> None:
-        """Reports again what earlier drivers have seen, in the order in which they saw it."""
+        """Rebuilds the rungs: reports the ledger's epochs again in their original order."""
         for record, epoch in ledger.events():
             seen = SimpleNamespace(config={"number": record.number})
             result = {**record.epochs[epoch - 1].metrics, EPOCH: epoch}
@@ -103,22 +103,22 @@ class Asha(ASHAScheduler):
 
 
 class Keeper(_Unkept, tune.Callback):
-    """Writes what Tune sees to the ledger, and begins the trials' runs in MLflow, which the driver has imported."""
+    """Records Tune's events in the ledger, and creates the trials' MLflow runs, since the driver imports MLflow."""
 
     def __init__(self, ledger: Ledger, tracking: Tracking, parent: str, *, trials: int, epochs: int) -> None:
         self.ledger, self._tracking, self._parent = ledger, tracking, parent
         self._trials, self._epochs = trials, epochs
         self.errors: dict[int, BaseException] = {}
-        """By number, why trials failed in this process."""
+        """Errors of trials that failed in this process, by number."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         config, name = trial.config, trial_name(trial.config["number"], self._trials)
-        with contextlib.suppress(TrackingError):  # then the trial makes it, which waits for MLflow
+        with contextlib.suppress(TrackingError):  # the trial then creates the run itself and waits for MLflow
             self._tracking.impatient.trial_run(self._parent, config["id"], config["overrides"], name=name)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
         state: State = "running"
-        if result.get("done"):  # ASHA has decided: it ends trials at their last epoch too
+        if result.get("done"):  # ASHA sets it both when it stops a trial and at the last epoch
             state = "ended" if result[EPOCH] >= self._epochs else "stopped"
         self.ledger.add_epoch(trial.config["number"], result[REPORTED], state)
 
@@ -138,12 +138,12 @@ def run_trials(
     trials: int,
     at_once: int,
 ) -> None:
-    """Runs so many trials of `search`, `at_once` at the same time; what they come to is in the ledger.
+    """Runs `trials` trials of `search`, `at_once` at a time; the results are in the ledger.
 
-    Tune's own files go to a folder of this machine that is removed afterwards. Trials hand Tune no checkpoint, so those
-    on other machines need not see it. Raises what the ledger could not be written for.
+    Tune's own files go to a temporary folder on this machine. Trials pass no checkpoints to Tune, so workers on other
+    machines need no access to it. Raises the error of a failed ledger write.
     """
-    with scratch("tune") as folder, contextlib.redirect_stdout(io.StringIO()):  # Tune draws tables; ours is for results
+    with scratch("tune") as folder, contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables to stdout
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -157,7 +157,7 @@ def run_trials(
         )
         try:
             tuner.fit()
-        except tune.TuneError:  # of what is raised in a callback it holds the text alone
+        except tune.TuneError:  # it keeps only the text of an exception raised in a callback
             if keeper.ledger.broken is not None:
                 raise keeper.ledger.broken from None
             raise
@@ -168,8 +168,9 @@ def _numbered(trial: Any) -> Any:
 
 
 def _error_of(trial: Any) -> BaseException:
-    """What ended a trial. Tune has written it to a file of its session on this machine a moment ago."""
+    """The exception that ended a trial, from the file that Tune has just written on this machine."""
     path = trial.pickled_error_file
     if path is None:
-        return RuntimeError(Path(trial.error_file).read_text() if trial.error_file else "no reason is known")
-    return cloudpickle.loads(Path(path).read_bytes())
+        return RuntimeError(Path(trial.error_file).read_text() if trial.error_file else "the reason is unknown")
+    error: BaseException = cloudpickle.loads(Path(path).read_bytes())
+    return error

@@ -1,7 +1,7 @@
-"""What a sweep tries next: a function of its seed, the trial's number and the trials that are over.
+"""Suggests a trial's hyperparameters as a function of the sweep's seed, the trial's number and the completed trials.
 
-Optuna's sampler keeps the state of its random numbers in memory. Here each trial has numbers of its own and the study
-is built from the records, so a sweep that was interrupted suggests what it would have suggested.
+Optuna's sampler keeps its random state in memory. Here each trial has its own seed and the study is rebuilt from the
+records, so an interrupted sweep makes the same suggestions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pipelines.sweep.ledger import TrialRecord
 
 
 def suggest(space: Mapping[str, Any], *, seed: int, number: int, over: Iterable[TrialRecord]) -> dict[str, Any]:
-    """Dotted key of the recipe -> value. `space` maps the keys to Optuna's distributions; `over` are the trials that
-    Optuna knows, by their numbers."""
+    """Returns {dotted recipe key: value} for trial `number`.
+
+    `space` maps keys to Optuna distributions; `over` are the completed trials, by number.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -33,17 +35,17 @@ def suggest(space: Mapping[str, Any], *, seed: int, number: int, over: Iterable[
 
 
 def lies_in(distribution: Any, value: Any) -> bool:
-    """Whether a sweep may try this value."""
+    """Whether the value is within an Optuna distribution."""
     if hasattr(distribution, "choices"):
         return value in distribution.choices
     return distribution.low <= value <= distribution.high
 
 
 def misfit(record: TrialRecord, space: Mapping[str, Any], *, trials: int, epochs: int) -> str:
-    """Why a record cannot be one of a sweep over this space, with so many trials of so many epochs; empty if it can."""
+    """Why a record cannot belong to a sweep with this space and these limits; empty if it can."""
     if record.number > trials or len(record.epochs) > epochs:
-        return f"a sweep of {trials} trials of {epochs} epochs has none like it"
+        return f"the sweep has only {trials} trials of {epochs} epochs"
     if record.overrides.keys() != space.keys():
-        return "its overrides are not the fields that are searched"
+        return "its overrides are not the searched fields"
     outside = [key for key, value in record.overrides.items() if not lies_in(space[key], value)]
     return f"its {outside[0]} is outside tune.space" if outside else ""

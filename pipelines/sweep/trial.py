@@ -1,4 +1,4 @@
-"""What a trial of a sweep does, in its own process: a world of one under the same engine as every training."""
+"""Runs one trial of a sweep in its own process, with the same engine as every training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialJob(TrainJob):
-    """What all trials of a sweep have in common: `config` is the recipe's, `out` is the sweep's."""
+    """The job shared by all trials of a sweep: `config` is the recipe's, `out` is the sweep's folder."""
 
     tracking: Tracking
     parent: str
-    """The sweep's run in MLflow."""
+    """The sweep's MLflow run."""
     trials: int
 
     def chosen(self, number: int, trial_id: str, overrides: dict[str, Any]) -> TrialJob:
-        """That of one trial."""
+        """The job of one trial."""
         return replace(
             self,
             name=trial_name(number, self.trials),
@@ -38,15 +38,15 @@ class TrialJob(TrainJob):
 
 
 def trial(chosen: dict[str, Any], sweep: TrialJob) -> None:
-    """What Ray Tune runs for each trial. `chosen` is what `Search.suggest` returned.
+    """The function that Ray Tune runs for each trial; `chosen` is the result of `Search.suggest`.
 
-    It resumes from its own newest checkpoint. Epochs that the driver's ledger has are not reported again.
+    The trial resumes from its newest checkpoint. Epochs already in the driver's ledger are not reported again.
     """
     from pipelines.worker.launch import world_of_one
 
-    gc.collect()  # the actor may have run a trial before, whose engine refers to itself
+    gc.collect()  # frees the engine of an earlier trial in this actor, which has reference cycles
     job = sweep.chosen(chosen["number"], chosen["id"], chosen["overrides"])
-    # The driver has made the run. Its id is asked for with the first epoch: importing MLflow takes seconds.
+    # The run is looked up with the first epoch, because importing MLflow takes seconds.
     outbox = Outbox(
         job.tracking,
         lambda: job.tracking.find_trial(job.parent, chosen["id"], chosen["overrides"], name=job.name),
@@ -54,12 +54,11 @@ def trial(chosen: dict[str, Any], sweep: TrialJob) -> None:
     )
 
     def send(metrics: dict[str, float]) -> None:
-        outbox.settle()  # where ASHA ends the trial, its process may be gone a moment later
+        outbox.settle()  # if ASHA stops the trial, its process may end right after the report
         _report(metrics, recorded=chosen["recorded"])
 
     def begin() -> None:
-        """A driver that was killed may not have heard of the last epochs: ASHA decides about them before another one is
-        made."""
+        """Reports epochs that a killed driver may have missed, so that ASHA decides on them before the next epoch."""
         if begun := Checkpoints(job.out).newest_state():
             outbox.resume(begun["history"], begun.get("unsent", ()))
             for epoch, metrics in enumerate(begun["history"], 1):
@@ -70,7 +69,7 @@ def trial(chosen: dict[str, Any], sweep: TrialJob) -> None:
 
 
 def _control(placement: Placement) -> Control:
-    """What tells a trial when to write a checkpoint. Nobody asks it for anything else, so it needs no board."""
+    """The control that schedules a trial's checkpoints. It takes no requests, so it has no board."""
     from pipelines.worker.group.control import Control, OwnFlags
 
     every_s = placement.checkpoint_minutes * 60
@@ -78,7 +77,7 @@ def _control(placement: Placement) -> Control:
 
 
 def _report(metrics: dict[str, float], *, recorded: int) -> None:
-    """Hands Tune an epoch, unless it is among those `recorded`. Where ASHA ends the trial this does not return."""
+    """Reports an epoch to Tune unless it is already `recorded`. Does not return if ASHA stops the trial."""
     import ray.tune
 
     if metrics["epoch"] > recorded:

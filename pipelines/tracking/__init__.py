@@ -1,4 +1,4 @@
-"""Everything that MLflow is told: runs, registered models, the moves of their aliases, and who may make them."""
+"""MLflow: runs, registered models, promotions of their aliases, and the leases that protect them."""
 
 from pipelines.tracking.connect import check_tracking, open_tracking
 from pipelines.tracking.errors import AwayError, PatienceError, TrackingError, public_address

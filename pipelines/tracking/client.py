@@ -1,4 +1,4 @@
-"""A connection to one experiment of one MLflow, and how long it waits for an MLflow that is away."""
+"""A connection to one MLflow experiment, with a limit on how long to wait for an unavailable MLflow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data_shards.store.outage import Outage, outage_of, span
 from pipelines.faults import RESUME
 from pipelines.tracking.errors import AwayError, PatienceError, TrackingError, public_address, tracking_errors
 
-# MLflow's own defaults need 248 s to give up on a server that does not answer. Two tries of 6 s stay below 15 s; what
-# a person has set in the environment counts first.
+# With MLflow's defaults it takes 248 s to give up on a server that does not answer; two tries of 6 s stay below 15 s.
+# Values that the user has set in the environment win.
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "6",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -31,14 +31,14 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Client:
-    """One experiment of one MLflow. Picklable; usable in the driver and in every worker.
+    """One MLflow experiment. Picklable; usable in the driver and in every worker.
 
-    What is logged (metrics, parameters, tags, the end of a run) waits for an MLflow that is away, for up to
-    `patience_s`, and says so (`data_shards.store.outage`); so does the begin of a run once this process has begun one.
-    Everything else raises AwayError within 15 s.
+    Logging (metrics, parameters, tags, the end of a run) waits up to `patience_s` for an unavailable MLflow and
+    reports the outage (`data_shards.store.outage`). So does starting a run, once this process has started one. All
+    other calls raise AwayError within 15 s.
     """
 
-    uri: str = field(repr=False)  # it may hold a password
+    uri: str = field(repr=False)  # may contain a password
     experiment_id: str
     patience_s: float = 0.0
 
@@ -49,30 +49,30 @@ class Client:
 
     @property
     def address(self) -> str:
-        """The uri without a password, for records and people."""
+        """The URI without user and password, for records and messages."""
         return public_address(self.uri)
 
     def errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """Turns what MLflow raises inside the block into a TrackingError."""
+        """Context that converts MLflow's exceptions into TrackingError."""
         return tracking_errors(self.uri, doing)
 
     def patiently(self, do: Callable[[], Made], *, kept: Callable[[], str] = lambda: "") -> Made:
-        """What `do` returns; called again after growing pauses while MLflow is away.
+        """Returns `do()`, retried with growing pauses while MLflow is unavailable.
 
-        An attempt of which the answer was lost may have been carried out, so `do` must be something to be done twice.
-        `kept` says, once MLflow is back, what was kept meanwhile and is sent now.
+        `do` must be idempotent, because an attempt whose answer was lost may have succeeded. `kept` is called once
+        MLflow is back and returns what was queued meanwhile, for the message.
 
         Raises:
-            AwayError: `patience_s` is 0 and MLflow is away.
-            PatienceError: it was away for longer than `patience_s`.
-            TrackingError: it refuses.
+            AwayError: `patience_s` is 0 and MLflow is unavailable.
+            PatienceError: MLflow was unavailable for longer than `patience_s`.
+            TrackingError: MLflow rejected the call.
         """
         if not self.patience_s:
             return do()
         outage, pause_s = self._outage, FIRST_PAUSE_S
         while True:
             try:
-                found = do()
+                result = do()
             except AwayError as error:
                 away_s = outage.failed(self.patience_s)
                 if away_s + pause_s > self.patience_s:
@@ -86,29 +86,29 @@ class Client:
                 raise
             else:
                 outage.answered(kept())
-                return found
+                return result
 
     @property
     def is_away(self) -> bool:
-        """Whether this process waits for an MLflow that does not answer."""
+        """Whether this process is waiting for an unavailable MLflow."""
         return self._outage.away_s > 0
 
     @property
     def _outage(self) -> Outage:
-        return outage_of(f"MLflow at {self.address}", "work continues, and what it logs is kept and sent later")
+        return outage_of(f"MLflow at {self.address}", "work continues; log entries are kept and sent later")
 
     def _gone(self, away_s: float) -> str:
         began = time.strftime("%H:%M:%S", time.localtime(time.time() - away_s))
         return (
-            f"MLflow at {self.address} has not answered since {began}, and the wait of {span(self.patience_s)} "
-            f"(--placement.patience-s) is over: start it, then {RESUME}"
+            f"MLflow at {self.address} has not answered since {began}, longer than {span(self.patience_s)} "
+            f"(--placement.patience-s): start it, then {RESUME}"
         )
 
 
 @functools.lru_cache(maxsize=8)
 def mlflow_client(pid: int, uri: str) -> Any:
     """The MlflowClient of this process for `uri`."""
-    # MLflow reads the settings from the environment at each request; its migrations log at INFO.
+    # MLflow reads these variables at each request.
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

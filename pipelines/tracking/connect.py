@@ -1,8 +1,9 @@
-"""Which MLflow belongs to a store, whether it answers, and its experiment."""
+"""Finds the MLflow server of a store, checks that it answers, and opens its experiment."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import os
 import socket
@@ -22,28 +23,30 @@ EXPERIMENT = "medmamba"
 
 
 def check_tracking(store: Store, uri: str | None = None) -> str:
-    """The address that `open_tracking` will connect to; TrackingError, within 5 s, where it cannot serve this store or
-    nothing answers. MLflow is not imported."""
+    """Returns the address that `open_tracking` will connect to, without importing MLflow.
+
+    Raises TrackingError within 5 s if it cannot serve this store or does not answer.
+    """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(store)
     if not store.is_local and urlsplit(uri).scheme in ONE_HOST_SCHEMES:
         raise TrackingError(
-            f"MLflow at {uri} serves one host, but the store {store.uri} serves many: start `mlflow server` and set "
-            "MLFLOW_TRACKING_URI to its address"
+            f"MLflow at {uri} is only reachable from one host, but the store {store.uri} is shared: start "
+            "`mlflow server` and set MLFLOW_TRACKING_URI to its address"
         )
     _probe(uri)
     return uri
 
 
 def open_tracking(store: Store, uri: str | None = None) -> Tracking:
-    """Connects to `uri`, MLFLOW_TRACKING_URI or, for a local store, to a SQLite file in it; makes the experiment.
+    """Connects to `uri`, MLFLOW_TRACKING_URI or, for a local store, a SQLite file in it; creates the experiment.
 
-    To be called by the driver before any worker logs: several processes that open a fresh SQLite file at once break
-    each other's migrations. Artifacts lie under the store; only where a server meets a store in a local folder, which
-    it cannot read, they lie where the server keeps its own. Raises TrackingError within 15 s.
+    The driver must call it before any worker logs, because processes that open a new SQLite file at the same time
+    break each other's migrations. Artifacts are stored in the store, except for a server with a local store, which the
+    server cannot read: then the server stores them. Raises TrackingError within 15 s.
     """
     uri = check_tracking(store, uri)
     on_server = urlsplit(uri).scheme not in ONE_HOST_SCHEMES
-    # A server may serve several stores; runs of equal names in two of them must not meet.
+    # A server may serve several stores, and runs with the same name in two of them must stay apart.
     name = EXPERIMENT if not on_server else f"{EXPERIMENT} {_host(store)}{store.uri}"
     artifacts = None if on_server and store.is_local else f"{_as_uri(store)}/mlflow-artifacts"
     with contextlib.nullcontext() if on_server else _alone(store), tracking_errors(uri, "cannot open the experiment"):
@@ -51,14 +54,14 @@ def open_tracking(store: Store, uri: str | None = None) -> Tracking:
 
 
 def _probe(uri: str) -> None:
-    """Raises TrackingError within 5 s where nothing answers; importing MLflow alone takes seconds more."""
+    """Raises TrackingError if the server does not answer within 5 s; importing MLflow would take longer."""
     if urlsplit(uri).scheme not in ("http", "https"):
         return
     parts = urlsplit(public_address(uri))
     try:
         urllib.request.urlopen(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/health")), timeout=5).close()
     except urllib.error.HTTPError:
-        return  # it answers; whether it is an MLflow that lets us in shows at the first call
+        return  # the server answers; the first call shows whether it is MLflow and grants access
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise TrackingError(unreachable(uri, str(reason))) from error
@@ -77,8 +80,8 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
             found = client.get_experiment_by_name(name)
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"experiment {name!r} has been deleted: bring it back with `mlflow experiments restore -x "
-            f"{found.experiment_id}`, or remove it for good with `mlflow gc`"
+            f"experiment {name!r} was deleted: restore it with `mlflow experiments restore -x "
+            f"{found.experiment_id}`, or remove it permanently with `mlflow gc`"
         )
     return found.experiment_id
 
@@ -87,17 +90,15 @@ def _sqlite_uri(store: Store) -> str:
     path = store.path("mlflow.db")
     if path is None:
         raise TrackingError(
-            f"the store {store.uri} is shared, and runs cannot be kept in a file beside it: start `mlflow server` and "
-            "set MLFLOW_TRACKING_URI to its address"
+            f"the store {store.uri} is shared, so runs cannot be kept in a file: start `mlflow server` and set "
+            "MLFLOW_TRACKING_URI to its address"
         )
     return f"sqlite:///{path}"
 
 
 @contextlib.contextmanager
 def _alone(store: Store) -> Iterator[None]:
-    """One process at a time on this host: two that migrate a fresh SQLite file at once break it."""
-    import fcntl
-
+    """One process at a time on this host, because two that migrate a new SQLite file at the same time break it."""
     path = store.path(".mlflow.lock")
     assert path is not None
     try:
@@ -105,7 +106,7 @@ def _alone(store: Store) -> Iterator[None]:
         lock = path.open("w")
     except OSError as error:
         raise TrackingError(
-            f"{store.uri} is not a folder that MLflow's file can be written to ({error.strerror}): use another store"
+            f"MLflow's file cannot be written to {store.uri} ({error.strerror}): use another store"
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -113,7 +114,7 @@ def _alone(store: Store) -> Iterator[None]:
 
 
 def _host(store: Store) -> str:
-    """The same folder name on two machines is two stores."""
+    """Prefix that distinguishes local stores with the same path on different machines."""
     return f"{socket.gethostname()}:" if store.is_local else ""
 
 

@@ -1,4 +1,4 @@
-"""Who may work on a run and on a registered model: one process at a time, in the one store they belong to."""
+"""Leases on runs and on registered models: one process at a time may change them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, fenced_lease
@@ -17,59 +17,59 @@ from pipelines.flow import Show
 from pipelines.tracking.errors import TrackingError
 from pipelines.tracking.runs import Tracking
 
-RUN_WAIT_S = 120.0  # longer than a driver that died elsewhere keeps its lease
-MODEL_WAIT_S = 600.0  # twenty that register large models one after the other
+RUN_WAIT_S = 120.0  # longer than the lease of a dead driver on another machine lasts
+MODEL_WAIT_S = 600.0  # enough for twenty processes that register large models in turn
 STORE_FILE = "store.json"
 STORE_TAG, STORE_ID_TAG = "medmamba.store", "medmamba.store_id"
 
 
 class Driver(Protocol):
-    """What is needed of whoever works on a run."""
+    """The process that works on a run."""
 
     @property
     def store(self) -> Store:
-        """Where the run is."""
+        """The store with the run."""
 
     @property
     def tracking(self) -> Tracking:
-        """The MLflow of its store."""
+        """The store's MLflow."""
 
     @property
     def show(self) -> Show:
-        """Who is told."""
+        """Receives messages for the user."""
 
 
 class OtherStoreError(ValueError):
-    """A registered model belongs to another store: says which, why that matters and what to do."""
+    """A registered model belongs to another store. The message gives both stores and the remedy."""
 
 
 @contextlib.contextmanager
 def driver_lease(store: Store, run: str, *, wait_s: float, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Holds the run: no other driver works on it while the block lasts (see `fenced_lease`).
+    """Holds the lease of a run, so that no other driver works on it inside the block (see `fenced_lease`).
 
-    Yields what raises LostLeaseError once another driver has taken over, because this one was paused or cut off from
-    the store. The block is interrupted then, as by Ctrl-C, and this raises LostLeaseError.
+    Yields a function that raises LostLeaseError once another driver has taken over, because this one was paused or cut
+    off from the store. In that case the block is also interrupted as by Ctrl-C, and LostLeaseError is raised.
     """
     with fenced_lease(
         store,
         run_lease_key(run),
         what=f"run {run!r}",
         remedy="wait until it has finished (--wait-s SECONDS waits longer) or end that process, then run the same "
-        "command again; `medmamba status` shows how far it is; another run needs another name (--run NAME)",
+        "command again; `medmamba status` shows its progress; use --run NAME for a separate run",
         wait_s=wait_s,
         say=say,
         on_lost=_interrupt_main,
     ) as held:
         try:
             yield held.check
-        except (KeyboardInterrupt, SystemExit):  # Ray Train takes a Ctrl-C for the end of the process
+        except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into SystemExit
             if held.is_lost:
                 held.check()
             raise
 
 
 def run_lease_key(run: str) -> str:
-    """Where the lease of a run is in the store."""
+    """The key of a run's lease in the store."""
     return f"leases/runs/{run}"
 
 
@@ -81,9 +81,9 @@ def _interrupt_main() -> None:
 
 @contextlib.contextmanager
 def model_lease(context: Driver, model: str) -> Iterator[FencedLease]:
-    """Holds the registered model `model`: no other process registers or promotes a version of it meanwhile.
+    """Holds the lease of a registered model, so that no other process registers or promotes a version in the block.
 
-    What a holder that died had left RUNNING in MLflow is ended.
+    Ends the MLflow run that a dead holder left RUNNING.
     """
     with fenced_lease(
         context.store,
@@ -99,18 +99,19 @@ def model_lease(context: Driver, model: str) -> Iterator[FencedLease]:
 
 
 def model_lease_key(model: str) -> str:
-    """Where the lease of a registered model is in the store."""
+    """The key of a registered model's lease in the store."""
     return f"leases/models/{model}"
 
 
 def bind_model(tracking: Tracking, model: str, store: Store, *, create: bool = False) -> int | None:
-    """When the registered model was created (ms since 1970), which tells it from a later one of its name.
+    """Binds a registered model to `store` with tags, because leases in different stores do not exclude each other.
 
-    It is bound to `store` by a tag, because two stores on one MLflow share no lease. A new model gets the tag as it is
-    created; one of an earlier release gets it here. None where there is no such model and `create` is False.
+    Returns the model's creation time (ms since 1970), which distinguishes it from a later model of the same name; None
+    if the model does not exist and `create` is False.
 
     Raises:
-        OtherStoreError: the model belongs to another store.
+        OtherStoreError: The model belongs to another store.
+        TrackingError: MLflow does not keep the tags.
     """
     identity = _store_id(store)
     tags = {STORE_TAG: f"{socket.gethostname()}:{store.uri}" if store.is_local else store.uri, STORE_ID_TAG: identity}
@@ -125,32 +126,33 @@ def bind_model(tracking: Tracking, model: str, store: Store, *, create: bool = F
                 for key, value in tags.items():
                     tracking.client.set_registered_model_tag(model, key, value)
         elif found.tags[STORE_ID_TAG] == identity:
-            return found.creation_timestamp
+            return int(found.creation_timestamp)
         else:
-            theirs = found.tags.get(STORE_TAG, "another one")
+            theirs = found.tags.get(STORE_TAG, "(unknown)")
             raise OtherStoreError(
-                f"registered model {model!r} in MLflow at {tracking.address} belongs to the store {theirs}, and "
-                f"this is {store.uri}: two stores share no lease, so promotions at the same time would overwrite each "
-                f"other; use that store, or another model (--registry.model NAME). If that store is not used any more, "
-                f"delete the tags {STORE_TAG} and {STORE_ID_TAG} of the model in MLflow"
+                f"registered model {model!r} in MLflow at {tracking.address} belongs to the store {theirs}, but this "
+                f"store is {store.uri}: leases do not work across stores, so simultaneous promotions would overwrite "
+                f"each other; use that store, or another model (--registry.model NAME). If that store is no longer "
+                f"used, delete the tags {STORE_TAG} and {STORE_ID_TAG} of the model in MLflow"
             )
-    raise TrackingError(f"MLflow at {tracking.address} does not keep the tags of {model!r}: run again")
+    raise TrackingError(f"MLflow at {tracking.address} does not keep the tags of {model!r}: run the same command again")
 
 
 def _store_id(store: Store) -> str:
-    """What a store is recognised by, under whatever address it is reached; a copied folder has its original's."""
+    """The store's id, independent of the address it is reached by. A copied folder has the id of the original."""
     content = {"id": secrets.token_hex(16)}
     store.put(STORE_FILE, json.dumps(content).encode() + b"\n", if_absent=True)
     try:
         return str(json.loads(store.get(STORE_FILE))["id"])
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{store.uri}/{STORE_FILE} is damaged ({error}): restore it, or delete it, and the tags {STORE_TAG} and "
-            f"{STORE_ID_TAG} of the registered models of this store in MLflow"
+            f"{store.uri}/{STORE_FILE} is damaged ({error}): restore it, or delete it together with the tags "
+            f"{STORE_TAG} and {STORE_ID_TAG} of this store's registered models in MLflow"
         ) from None
 
 
-def _registered(tracking: Tracking, model: str):
+def _registered(tracking: Tracking, model: str) -> Any:
+    """The registered model, or None if there is none."""
     from mlflow.exceptions import MlflowException
 
     with tracking.errors(f"cannot read the registered model {model}"):
@@ -169,5 +171,5 @@ def _create(tracking: Tracking, model: str, tags: dict[str, str]) -> None:
         try:
             tracking.client.create_registered_model(model, tags=tags)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another store at this moment: looked at next
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another store was faster; the caller looks again
                 raise

@@ -1,4 +1,4 @@
-"""What is logged to a run of MLflow by its id: metrics, parameters, tags, and its end."""
+"""Logs metrics, parameters, tags and the end of an MLflow run by its id."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from pipelines.tracking.client import Client
 
-PARAM_CHARACTERS = 6000  # the most that MLflow keeps of one parameter
-BATCH_METRICS = 1000  # points in one call, MLflow's limit
-BATCH_ENTRIES = 100  # parameters or tags in one call
+PARAM_CHARACTERS = 6000  # MLflow's limit for a parameter value
+BATCH_METRICS = 1000  # MLflow's limit of points per call
+BATCH_ENTRIES = 100  # MLflow's limit of parameters or tags per call
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class RunLog(Client):
     def log_metrics(
         self, run_id: str, metrics: Mapping[str, float], *, step: int = 0, at_ms: int | None = None
     ) -> None:
-        """Adds one point to each metric's curve; one call, whatever their number.
+        """Adds one point to the curve of each metric, in one call.
 
-        A point that is sent again with the same `at_ms` (milliseconds since 1970; default: now) is one point.
+        Sending a point again with the same `at_ms` (milliseconds since 1970; default: now) does not duplicate it.
         """
         self._log_points(run_id, [(name, float(value), step) for name, value in metrics.items()], at_ms or _now_ms())
 
@@ -37,10 +37,10 @@ class RunLog(Client):
         at_ms: int | None = None,
         after_step: int = 0,
     ) -> None:
-        """One epoch of a training: the loss of each of its optimiser steps over steps, then `metrics` over epochs.
+        """Logs an epoch: the loss of each optimizer step over steps, then `metrics` over epochs.
 
-        `metrics` holds "epoch" (1 for the first) and "step" (optimiser steps made so far). Losses up to `after_step`
-        are left out, and those that are not finite: such a step was skipped. For `at_ms` see `log_metrics`.
+        `metrics` includes "epoch" (from 1) and "step" (optimizer steps made so far). Omits losses up to `after_step`
+        and non-finite ones, which belong to skipped steps. For `at_ms` see `log_metrics`.
         """
         at_ms, first = at_ms or _now_ms(), int(metrics["step"]) - len(step_losses) + 1
         losses = [("step_loss", float(loss), step) for step, loss in enumerate(step_losses, first)]
@@ -51,7 +51,7 @@ class RunLog(Client):
         self.log_metrics(run_id, values, step=int(metrics["epoch"]), at_ms=at_ms)
 
     def read_steps(self, run_id: str, name: str) -> list[int]:
-        """The steps at which the run has points of a metric."""
+        """The steps at which the run has points of the metric `name`."""
 
         def read() -> list[int]:
             with self.errors("cannot read metrics"):
@@ -60,7 +60,7 @@ class RunLog(Client):
         return self.patiently(read)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Logs nested mappings as dotted keys. Saying the same again is no error, saying another value is."""
+        """Logs nested mappings as dotted keys. Raises TrackingError if a parameter already has another value."""
         flat = [(key, str(value)[:PARAM_CHARACTERS]) for key, value in dotted(params).items()]
 
         def log() -> None:
@@ -95,7 +95,7 @@ class RunLog(Client):
         self.patiently(end)
 
     def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int]], at_ms: int) -> None:
-        """Points (name, value, step) of one moment, in one call."""
+        """Logs points (name, value, step) with the same timestamp in one call."""
 
         def log() -> None:
             from mlflow.entities import Metric
@@ -109,7 +109,7 @@ class RunLog(Client):
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level: {"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flattens nested mappings: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""What a training logs to MLflow, kept in order and sent by a thread of its own: the training never waits for MLflow.
+"""Queues what a training logs to MLflow and sends it from a separate thread, so that training never waits for MLflow.
 
-Whatever was killed in between, a run gets each point once. What is not sent yet goes into every checkpoint (`unsent`).
-A training that resumes hands it back with the history of its epochs (`resume`); of both the thread sends what MLflow
-does not have. Importing MLflow takes seconds, and is left to the thread too.
+A run gets each point exactly once, even across kills: unsent entries are stored in every checkpoint (`unsent`), and a
+resumed training passes them back with the history of its epochs (`resume`). The thread then sends what MLflow lacks.
+It also imports MLflow, which takes seconds.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from pipelines.tracking.runs import Tracking
 from pipelines.wording import counted
 from pipelines.worker.journal import Journal
 
-GRACE_S = 5.0  # what the rest may take where the training has failed
-SETTLE_S = 20.0  # importing MLflow on a busy machine, and the first attempt that shows that it is away
+GRACE_S = 5.0  # how long a failed training waits for the remaining entries
+SETTLE_S = 20.0  # enough to import MLflow on a busy machine and to notice that it is unavailable
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing to log: an epoch with its `metrics`, or `tags`. Its fields are plain JSON."""
+    """One entry to log: an epoch with its `metrics`, or `tags`. Its fields are plain JSON."""
 
     at_ms: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     step_losses: Sequence[float] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     is_history: bool = False
-    """Whether a checkpoint holds it anyway, in its history."""
+    """Whether a checkpoint already has it in its history."""
 
 
 class Outbox(Journal):
-    """The entries of one run of MLflow.
+    """The queue of entries for one MLflow run.
+
+    A permanent error of the sending thread is raised by the next call of a method here.
 
     Args:
-        tracking: Where to, and with how much patience.
-        run_id: The run, or what finds or makes it; the thread calls that with the first entry.
-        begin: Hears what `close` waits for.
-
-    Whatever a call of MLflow's ended with that another attempt cannot help is raised by the next call here.
+        tracking: The MLflow to log to, and its patience.
+        run_id: The run's id, or a function that finds or creates it; the thread calls it at the first entry.
+        begin: Called with a description of what `close` waits for.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Outbox(Journal):
         if kind is None:
             self.close()
             return
-        with contextlib.suppress(Exception):  # what ended the training is what must be reported
+        with contextlib.suppress(Exception):  # broad: the error that ended the training must be reported
             self.close(within_s=GRACE_S)
 
     def epoch(self, metrics: Mapping[str, float], step_losses: Sequence[float]) -> None:
@@ -75,11 +75,7 @@ class Outbox(Journal):
         self._put(Entry(_now_ms(), tags=dict(tags)))
 
     def resume(self, history: Iterable[Mapping[str, float]], unsent: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Before the first epoch of a training that resumes: logs what is missing of the epochs before.
-
-        `history` holds the metrics of every finished epoch, `unsent` what `unsent` returned for the checkpoint. Only
-        the first call counts: a trial calls it before the loop does.
-        """
+        """See Journal. Only the first call has an effect, because a trial calls it before the loop does."""
         if self._is_resumed:
             return
         self._is_resumed = True
@@ -91,23 +87,23 @@ class Outbox(Journal):
             self._put(entry)
 
     def unsent(self) -> list[dict[str, Any]]:
-        """What is not known to be in MLflow, as JSON, for a checkpoint."""
+        """See Journal."""
         with self._changed:
             return [asdict(entry) for entry in self._entries if not entry.is_history]
 
     def check(self) -> None:
-        """Raises what MLflow refused, and PatienceError once it was away for too long."""
+        """Raises TrackingError if MLflow rejected an entry, PatienceError if it was unavailable for too long."""
         if self._error is not None:
             raise self._error
 
     def settle(self, within_s: float = SETTLE_S) -> None:
-        """Waits until everything is sent, unless MLflow is away: for a process that may end soon without a word."""
+        """Waits until everything is sent, unless MLflow is unavailable. For a process that may be killed soon."""
         until = time.monotonic() + within_s
         while self._entries and not self._tracking.is_away and self._error is None and time.monotonic() < until:
             time.sleep(0.02)
 
     def close(self, *, within_s: float | None = None) -> None:
-        """Waits until everything is sent, for as long as the tracking is patient, or for `within_s`."""
+        """Waits until everything is sent, limited by the tracking's patience or by `within_s`."""
         with self._changed:
             self._is_ending, left = True, len(self._entries)
             self._changed.notify_all()
@@ -115,7 +111,7 @@ class Outbox(Journal):
             if within_s is None and left:
                 self._thread.join(1.0)
                 if self._thread.is_alive():
-                    self._begin("sending to MLflow what was logged")
+                    self._begin("sending log entries to MLflow")
             self._thread.join(within_s)
         self.check()
 
@@ -126,7 +122,7 @@ class Outbox(Journal):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
                 self._thread.start()
-        self.check()  # the entry is kept for the next checkpoint all the same
+        self.check()  # last, so that the entry is kept for the next checkpoint
 
     def _send_all(self) -> None:
         try:
@@ -136,11 +132,11 @@ class Outbox(Journal):
                 run.send(entry)
                 with self._changed:
                     self._entries.popleft()
-        except BaseException as error:
+        except BaseException as error:  # broad: the training thread raises it from its next call
             self._error = error
 
     def _first(self) -> Entry | None:
-        """The oldest entry, waited for; None where none will come any more."""
+        """Waits for the oldest entry and returns it; None once the outbox is closed and empty."""
         with self._changed:
             while not self._entries and not self._is_ending:
                 self._changed.wait()
@@ -155,18 +151,18 @@ class Outbox(Journal):
         epochs = sum(bool(entry.metrics) for entry in list(self._entries))
         if not epochs:
             return ""
-        return f"what was logged of {counted(epochs, 'epoch')} is being sent"
+        return f"sending the log entries of {counted(epochs, 'epoch')}"
 
 
 class _Run:
-    """A run of MLflow, and up to where it has what a training logs: its points come in order, from one writer."""
+    """An MLflow run and the last epoch and step that it has; points arrive in order from one writer."""
 
     def __init__(self, tracking: Tracking, run_id: str, kept: Callable[[], str]) -> None:
         self._tracking, self._id, self._kept = tracking, run_id, kept
         self._epoch, self._step = self._last("train_loss"), self._last("step_loss")
 
     def send(self, entry: Entry) -> None:
-        """Logs what the run lacks of an entry."""
+        """Logs the part of an entry that the run lacks."""
         self._tracking.patiently(lambda: self._log(entry), kept=self._kept)
         if entry.step_losses:
             self._step = max(self._step, int(entry.metrics["step"]))
@@ -177,7 +173,7 @@ class _Run:
         once = self._tracking.impatient
         if entry.tags:
             once.set_tags(self._id, entry.tags)
-        # One that was logged before its checkpoint was lost is trained again, to the same numbers.
+        # If a checkpoint was lost after logging, the epoch is trained again with the same numbers.
         if entry.metrics and int(entry.metrics["epoch"]) > self._epoch:
             once.log_epoch(self._id, entry.metrics, entry.step_losses, at_ms=entry.at_ms, after_step=self._step)
 

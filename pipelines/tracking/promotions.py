@@ -1,21 +1,21 @@
-"""The promotions of a model in the order in which they were made, kept in the store: what the alias must point to.
+"""The log of a model's promotions in the store, which determines where the alias must point.
 
-MLflow cannot move an alias only if it is still where it was. So each move is noted before it is made, under the number
-of the lease that it is made under, and marked as moved after the alias was read again with the lease still held.
+MLflow has no compare-and-set for aliases. Each move is therefore logged before it is made, under the number of the
+lease that protects it, and marked as moved once the alias was read back with the lease still held.
 
-What this guarantees, for processes that hold the model's lease:
-- An alias is moved from the champion that the decision was made against, because nobody else moves it meanwhile.
-- A process that is paused, or cut off from the store, for so long that another takes its lease finds out before it
-  moves the alias, and decides again.
+Guarantees for processes that hold the model's lease:
+- The alias moves from exactly the champion that the decision was made against, because nobody else moves it.
+- A process that loses its lease (paused, or cut off from the store) notices before it moves the alias, and decides
+  again.
 
-What no lease can prevent: a process that is paused between its last look at the lease and the sending of its request,
-or a request that MLflow carries out late, overwrites the alias that a successor has moved. Then:
-- the process itself, once it continues, finds that it has lost the lease, takes it again, puts the alias back to where
-  the last promotion had moved it, and decides again against that champion;
-- if it is killed before, the next process that holds the model's lease puts it back;
-- until then, which is milliseconds in the first case, `predict` uses the version that was written late.
-A move whose process was killed may still be under way in MLflow: its successor waits IN_FLIGHT_S for it.
-An alias that a person moves in MLflow is left where it is, and is the champion that the next version is compared with.
+A lease cannot prevent that a process is paused between its last check and its request, or that MLflow executes a
+request late, and so overwrites a successor's move. In that case:
+- When the process continues, it notices the lost lease, takes it again, moves the alias back to the last promotion,
+  and decides again against that champion.
+- If it is killed first, the next holder of the model's lease moves the alias back.
+- Until then (milliseconds in the first case) `predict` uses the version that was written late.
+A move whose process was killed may still be in progress in MLflow; its successor waits IN_FLIGHT_S for it.
+An alias that a user moves in MLflow stays there, and the next version is compared with that champion.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from pipelines.tracking.leases import Driver, model_lease_key
 from pipelines.tracking.registry import Version, by_alias, by_number, move_alias
 from pipelines.tracking.runs import IN_FLIGHT_S, RECENT_S
 
-MOVE_S = 20.0  # the lease must last for longer than MLflow's client tries to move an alias
+MOVE_S = 20.0  # longer than MLflow's client retries moving an alias
 State = Literal["begun", "moved", "void"]
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """One move of the alias: begun, then moved, or void where its process died before it was made."""
+    """One move of the alias. Its state is begun, then moved, or void if its process died before the move."""
 
     number: int
     decision: dict[str, Any]
@@ -50,25 +50,26 @@ class Promotion:
     @property
     def version(self) -> int:
         """The version that the alias is moved to."""
-        return self.decision["version"]
+        return int(self.decision["version"])
 
 
 class Promotions:
-    """The promotions of one alias of one registered model (`created`: when), under the model's lease `held`."""
+    """The promotions of one alias of a registered model, under its lease `held`; `created` is from `bind_model`."""
 
-    def __init__(self, context: Driver, held: FencedLease, *, model: str, alias: str, created: int):
+    def __init__(self, context: Driver, held: FencedLease, *, model: str, alias: str, created: int) -> None:
         self._store, self._tracking, self._show = context.store, context.tracking, context.show
         self._held, self._model, self._alias = held, model, alias
         self._prefix = f"promotions/{model}/{created}/{alias}"
 
     def move(self, candidate: Version, decision: dict[str, Any], record: str, *, begun: list[Promotion]) -> None:
-        """Points the alias to `candidate`, as `decision` of the step `record` says.
+        """Moves the alias to `candidate`, according to `decision` of the step `record`.
 
-        `begun` holds the promotion while it is under way: what is left in it when this raises may have been made.
+        `begun` contains the promotion while it is in progress; if this raises, a promotion left in it may have been
+        made.
 
         Raises:
-            LostLeaseError: another process has the lease, perhaps since before the alias was moved.
-            AliasMovedError: somebody who holds no lease moved the alias at the same moment.
+            LostLeaseError: Another process has the lease, possibly since before the move.
+            AliasMovedError: Someone without the lease moved the alias at the same time.
         """
         begun.append(self._write(Promotion(self._held.number, decision, record, this_process())))
         self._held.check(for_s=MOVE_S)
@@ -77,26 +78,26 @@ class Promotions:
         self._write(replace(begun.pop(), state="moved"))
 
     def carried_out(self, version: int, record: str) -> dict[str, Any] | None:
-        """The decision of the step `record` that moved the alias to `version`, None where there is none."""
+        """The decision of the step `record` that moved the alias to `version`; None if there is none."""
         found = [each for each in self._all() if each.version == version and each.record == record]
         return found[-1].decision if found else None
 
     def champion(self, *, begun: list[Promotion]) -> Version | None:
-        """The version that the alias points to, once what earlier processes left has been settled.
+        """The version that the alias points to, after settling moves that earlier processes left unfinished.
 
-        `begun` is what this process itself had begun under an earlier lease: nothing of it is under way any more.
+        `begun` are this process's own moves under an earlier lease, which are no longer in progress.
         """
         made = self._all()
         now = self._settled(made, {promotion.number for promotion in begun})
         last = max((each for each in made if each.state == "moved"), key=lambda each: each.number, default=None)
-        # A move begun before the last one, and never seen to be made, may have overwritten it.
+        # An earlier move that was never confirmed may have been executed late and overwritten the last one.
         late = [each for each in made if last and each.state == "begun" and each.number < last.number]
         if last is not None and not _is_at(now, last) and any(_is_at(now, each) for each in late):
             now = self._put_back(last, now)
         while begun:
             self._write(replace(begun.pop(), state="void"))
         for promotion in late:
-            if promotion.holder.is_dead:  # from now on only a person moves the alias there
+            if promotion.holder.is_dead:  # it can no longer move the alias
                 self._write(replace(promotion, state="void"))
         return now
 
@@ -107,13 +108,13 @@ class Promotions:
         self._held.check(for_s=MOVE_S)
         move_alias(self._tracking, back, self._alias)
         self._show.say(
-            f"the alias {self._alias} of {self._model} had been moved to version {now.number} by a process that was "
-            f"paused or killed meanwhile; it is at version {back.number} again, which was promoted after that"
+            f"a process that was paused or killed had moved the alias {self._alias} of {self._model} to version "
+            f"{now.number}; it is back at version {back.number}, which was promoted later"
         )
         return back
 
     def _settled(self, made: list[Promotion], own: set[int]) -> Version | None:
-        """Where the alias points to, after waiting for a move that may be under way; marks what became of it."""
+        """Waits for a move that may be in progress and records its outcome; returns where the alias points."""
         newest = made[-1] if made and made[-1].state == "begun" and made[-1].number not in own else None
         now = by_alias(self._tracking, self._model, self._alias)
         if newest is None:
@@ -123,7 +124,7 @@ class Promotions:
         while not _is_at(now, newest) and time.monotonic() < until:
             time.sleep(0.5)
             now = by_alias(self._tracking, self._model, self._alias)
-        if newest.holder.is_dead:  # else it may still be paused, and move the alias later
+        if newest.holder.is_dead:  # a paused holder could still move the alias later
             made[-1] = self._write(replace(newest, state="moved" if _is_at(now, newest) else "void"))
         return now
 
@@ -139,19 +140,19 @@ class Promotions:
 
 
 def abandoned_moves(store: Store) -> dict[str, str]:
-    """Which moves of an alias were begun and are not under way any more: the step's folder -> what was begun by whom.
+    """Moves that were begun but never confirmed and whose lease is over: the step's folder -> a sentence about it.
 
-    The lease that each was made under is over. Nobody has seen whether the alias was moved: the next promotion looks.
+    The next promotion checks whether the alias was moved.
     """
     found = {}
     for key in store.list("promotions/"):
-        with contextlib.suppress(ValueError, StoreKeyError):  # not a promotion's; or damaged, as the next one says
+        with contextlib.suppress(ValueError, StoreKeyError):  # not a promotion, or damaged: the next promotion raises
             _, *model, _, alias, _ = key.split("/")
             each = _read(store, key)
             if each.state == "begun" and not is_held(store, model_lease_key("/".join(model)), each.number):
                 found["/".join(each.record.split("/")[-3:])] = (
-                    f"{each.holder} ended while it moved the alias {alias} of {'/'.join(model)} to version "
-                    f"{each.version}; the next promotion finds out whether it is there"
+                    f"{each.holder} ended while moving the alias {alias} of {'/'.join(model)} to version "
+                    f"{each.version}; the next promotion checks whether it was moved"
                 )
     return found
 
@@ -162,8 +163,8 @@ def _read(store: Store, key: str) -> Promotion:
         return Promotion(**{**found, "holder": Holder(**found["holder"])})
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{store.uri}/{key} is not what a promotion writes ({error}): it was edited or damaged; restore it, or "
-            "delete it if the alias in MLflow is right"
+            f"{store.uri}/{key} was edited or damaged ({error}): restore it, or delete it if the alias in MLflow is "
+            "correct"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Models in MLflow's registry: package a checkpoint, make a version once, move an alias, load what it points to."""
+"""Models in MLflow's registry: package a checkpoint, create a version, move an alias, load a version."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import data_shards
+import medmamba
+from medmamba.config import MODEL, WEIGHTS
 from pipelines.scratch import scratch
 from pipelines.tracking.errors import TrackingError
 from pipelines.tracking.runs import Tracking
 
-PACKAGED_AT = "2000-01-01 00:00:00.000000"  # when a version was made is on record in MLflow
-ARTIFACT = "model"  # how the folder of a packaged model begins, below its run's artifacts
+PACKAGED_AT = "2000-01-01 00:00:00.000000"  # constant, for reproducible packages; MLflow records the real time
+ARTIFACT = "model"  # prefix of a packaged model's folder in its run's artifacts
 DIGEST_TAG = "medmamba.digest"  # of weights.safetensors and model.json (`medmamba.checkpoint.model_digest`)
 PACKAGE_TAG = "medmamba.package"  # of all files of the packaged model (`package_digest`)
-# What MLflow and Python add beside a packaged model where it is loaded in place; none of it is ever read here.
+# MLflow and Python add these to a packaged model that is loaded in place; they are never read here.
 _ADDED = ("__pycache__", "registered_model_meta")
-# What predicting needs, and no more: the serving environment has neither Ray nor DeepSpeed.
+# Only what prediction needs: the serving environment has neither Ray nor DeepSpeed.
 NEEDED = ("mlflow", "torch", "numpy", "numba", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg")
 
 
 class IntegrityError(ValueError):
-    """The files of a registered version are not those that were registered."""
+    """The files of a registered version differ from those that were registered."""
 
 
 class AliasMovedError(TrackingError):
-    """The alias does not point to where it was just moved: somebody else has moved it at the same moment."""
+    """Someone else moved the alias at the same time."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a registered model, with the tags that say what it is."""
+    """One version of a registered model and its tags."""
 
     model: str
     number: int
@@ -45,33 +48,31 @@ class Version:
     run_id: str
     status: str = "READY"
     source: str = ""
-    """Where its files are, as MLflow has it."""
+    """The location of its files according to MLflow."""
 
     @property
     def folder(self) -> str:
-        """The folder of its files below the artifacts of its run."""
+        """The folder of its files in its run's artifacts."""
         return self.source.rstrip("/").rpartition("/")[2] or ARTIFACT
 
     @property
     def uri(self) -> str:
-        """What mlflow.pyfunc.load_model takes."""
+        """The URI for mlflow.pyfunc.load_model."""
         return f"models:/{self.model}/{self.number}"
 
 
 def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
-    """Writes the MLflow model of a checkpoint (weights.safetensors, model.json) to the new folder `folder`.
+    """Packages a checkpoint (weights.safetensors, model.json) as an MLflow model in the new folder `folder`.
 
-    Models from code: no pickle. The code that reads the checkpoint lies inside, so that the model loads where this
-    project is not installed. Signature: `image` (encoded bytes) -> one probability per class. The same checkpoint gives
-    the same bytes with the same code, so that a model which is uploaded twice keeps its digest.
+    Uses MLflow's models from code, so it contains no pickle. The code that reads the checkpoint is included, so the
+    model loads without this project installed. Signature: `image` (encoded bytes) -> one probability per class. The
+    same checkpoint and code give the same bytes, so that a model uploaded twice keeps its digest.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
 
-    import data_shards
-    import medmamba
-    from medmamba.checkpoint import MODEL, WEIGHTS, model_digest
+    from medmamba.checkpoint import model_digest
 
     digest = model_digest((checkpoint / WEIGHTS).read_bytes(), (checkpoint / MODEL).read_bytes())
     signature = ModelSignature(
@@ -79,7 +80,7 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
         outputs=Schema([ColSpec(DataType.double, name) for name in classes]),
     )
     with warnings.catch_warnings():
-        # It would have an input example as well; the signature says it all, and an example would be run here.
+        # MLflow asks for an input example and would run the model on it; the signature is sufficient.
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.save_model(
             path=str(folder),
@@ -87,11 +88,11 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
             artifacts={"weights": str(checkpoint / WEIGHTS), "card": str(checkpoint / MODEL)},
             code_paths=[package.__path__[0] for package in (medmamba, data_shards)],
             signature=signature,
-            # The device may be overridden when loading; the digest is what the model holds its two files to.
+            # The device may be overridden when loading; the model checks its two files against the digest.
             model_config={"device": "cpu", "digest": digest},
             pip_requirements=requirements(),
         )
-    # The time, a random id and the folder it was made in would make every packaging of one model another package.
+    # The time, a random id and the path of the folder would make every package of the same model different.
     described = Model.load(str(folder))
     for artifact in described.flavors["python_function"]["artifacts"].values():
         artifact["uri"] = artifact["path"]
@@ -100,7 +101,7 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
 
 
 def package_digest(folder: Path) -> str:
-    """sha256 (hex) over path and content of every file of a packaged model, in the order of their paths."""
+    """sha256 (hex) over path and content of every file of a packaged model, sorted by path."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     digest = hashlib.sha256()
     for name in sorted(name for name in files if not set(name.split("/")) & set(_ADDED)):
@@ -110,7 +111,7 @@ def package_digest(folder: Path) -> str:
 
 
 def requirements() -> list[str]:
-    """The installed versions of what predicting needs; a local build's suffix (+cpu) is left out: no index has it."""
+    """The installed versions of the packages for prediction, without local suffixes (+cpu), which no index has."""
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED]
 
 
@@ -120,7 +121,7 @@ def find_versions(tracking: Tracking, model: str, tags: Mapping[str, str]) -> li
 
 
 def versions(tracking: Tracking, model: str) -> list[Version]:
-    """All versions of `model`, oldest first; none where there is no such model."""
+    """All versions of `model`, oldest first; empty if the model does not exist."""
     found: list[Version] = []
     token = None
     while True:
@@ -133,9 +134,9 @@ def versions(tracking: Tracking, model: str) -> list[Version]:
 
 
 def upload(tracking: Tracking, packaged: Path, run_id: str) -> str:
-    """Copies a packaged model to the artifacts of its run, the same files again; the folder there.
+    """Copies a packaged model to its run's artifacts; returns the folder there. Safe to repeat.
 
-    A folder for each package: MLflow deletes nothing, and files of a package that other code made would stay.
+    Each package has its own folder, because MLflow would keep the files of an older package.
     """
     folder = f"{ARTIFACT}-{package_digest(packaged)[:12]}"
     with tracking.errors("cannot upload the model"), _patience():
@@ -144,10 +145,10 @@ def upload(tracking: Tracking, packaged: Path, run_id: str) -> str:
 
 
 def create_version(tracking: Tracking, model: str, run_id: str, folder: str, tags: Mapping[str, str]) -> Version:
-    """Makes a version of the packaged model in a folder of the artifacts of its run; the tags come with it.
+    """Creates a version, with its tags, from the packaged model in `folder` of the run's artifacts.
 
-    One of them should hold the digest of the packaged files (`PACKAGE_TAG`): whoever can write to the artifacts cannot
-    write there.
+    One tag should hold the digest of the packaged files (`PACKAGE_TAG`), because write access to the artifacts does not
+    include the tags.
     """
     with tracking.errors(f"cannot register a version of {model}"):
         source = f"{tracking.client.get_run(run_id).info.artifact_uri}/{folder}"
@@ -155,7 +156,7 @@ def create_version(tracking: Tracking, model: str, run_id: str, folder: str, tag
 
 
 def delete_unused(tracking: Tracking, version: Version) -> bool:
-    """Deletes a version that no alias points to; whether it did."""
+    """Deletes a version unless an alias points to it; returns whether it was deleted."""
     with tracking.errors(f"cannot delete version {version.number} of {version.model}"):
         if tracking.client.get_model_version(version.model, str(version.number)).aliases:
             return False
@@ -164,18 +165,16 @@ def delete_unused(tracking: Tracking, version: Version) -> bool:
 
 
 def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> str:
-    """Why `version` cannot be taken for the model packaged in `packaged`; empty where it can.
+    """Why `version` does not contain the model packaged in `packaged`; empty if it does.
 
-    Its registration may have failed; files may be missing, replaced or added. It may have been packaged by other code:
-    it is held to the digest of its own tag, and its weights and card to those in `packaged`.
+    Its registration may have failed, or files may be missing, replaced or added. Because other code may have packaged
+    it, its files are compared with its own digest tag, and only weights and card with those in `packaged`.
     """
-    from medmamba.checkpoint import MODEL, WEIGHTS
-
     if version.status != "READY":
-        return f"MLflow calls it {version.status}"
+        return f"its status in MLflow is {version.status}"
     if version.run_id != run_id:
         return f"it belongs to another run ({version.run_id})"
-    with scratch("registered") as folder, tracking.errors(f"cannot look at the files of {version.uri}"), _patience():
+    with scratch("registered") as folder, tracking.errors(f"cannot read the files of {version.uri}"), _patience():
         if not tracking.client.list_artifacts(run_id, version.folder):
             return "its files are missing"
         local = Path(tracking.client.download_artifacts(run_id, version.folder, str(folder)))
@@ -184,14 +183,14 @@ def lacks(tracking: Tracking, version: Version, packaged: Path, run_id: str) -> 
             if not found.is_file():
                 return f"its file {name} is missing"
             if found.read_bytes() != expected.read_bytes():
-                return f"its file {name} is another one"
+                return f"its file {name} differs"
         if PACKAGE_TAG in version.tags and package_digest(local) != version.tags[PACKAGE_TAG]:
-            return "some of its files are missing, or others were added"
+            return "some of its files are missing, changed or added"
     return ""
 
 
 def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
-    """Version `number` of `model`, or None where it does not exist."""
+    """Version `number` of `model`, or None if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     with tracking.errors(f"cannot read version {number} of {model}"):
@@ -204,28 +203,28 @@ def by_number(tracking: Tracking, model: str, number: int) -> Version | None:
 
 
 def by_alias(tracking: Tracking, model: str, alias: str) -> Version | None:
-    """The version that `alias` points to, or None where the model or the alias does not exist."""
+    """The version that `alias` points to, or None if the model or the alias does not exist."""
     from mlflow.exceptions import MlflowException
 
     with tracking.errors(f"cannot read the alias {alias} of {model}"):
         try:
             return _version(tracking.client.get_model_version_by_alias(model, alias))
         except MlflowException as error:
-            # MLflow 3.17 says INVALID_PARAMETER_VALUE for a missing alias of an existing model.
+            # MLflow 3.17 reports INVALID_PARAMETER_VALUE for a missing alias of an existing model.
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
 
 
 def move_alias(tracking: Tracking, version: Version, alias: str) -> None:
-    """Points `alias` to `version`. MLflow has no compare-and-set: raises AliasMovedError where another won."""
+    """Moves `alias` to `version` and reads it back. Raises AliasMovedError if it points elsewhere."""
     with tracking.errors(f"cannot move the alias {alias}"):
         tracking.client.set_registered_model_alias(version.model, alias, str(version.number))
     now = by_alias(tracking, version.model, alias)
     if now is None or now.number != version.number:
         raise AliasMovedError(
             f"the alias {alias} of {version.model} points to version {now.number if now else 'none'}, not to "
-            f"{version.number}: somebody else promoted at this moment; run the step again"
+            f"{version.number}: someone else moved it at the same time; run the step again"
         )
 
 
@@ -237,7 +236,7 @@ def tag_version(tracking: Tracking, version: Version, tags: Mapping[str, str]) -
 
 
 def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
-    """Names of the registered models that have a version of this alias."""
+    """Names of the registered models that have this alias."""
     found: list[str] = []
     token = None
     while True:
@@ -251,12 +250,12 @@ def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
 
 @contextlib.contextmanager
 def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iterator[Any]:
-    """The version as a `pyfunc.Classifier`, for the length of a block (its files are in a temporary folder).
+    """Loads the version as a `pyfunc.Classifier`; its files are in a temporary folder that lasts as long as the block.
 
-    The files are compared with the digests in the version's tags first, and the code among them is not run: weights
-    and model.json are read by the code that is installed here. Raises IntegrityError where anything was replaced.
+    The files are checked against the digests in the version's tags, and the packaged code is not executed: the
+    installed code reads weights and model.json. Raises IntegrityError if anything was replaced.
     """
-    from medmamba.checkpoint import WEIGHTS, CheckpointError
+    from medmamba.checkpoint import CheckpointError
     from pipelines.pyfunc import Classifier
 
     with fetched(tracking, version) as folder:
@@ -266,16 +265,16 @@ def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iter
             artifacts = {"weights": str(folder / WEIGHTS)}
             classifier.load_context(SimpleNamespace(artifacts=artifacts, model_config=settings))
         except CheckpointError as error:
-            raise IntegrityError(f"{version.uri} cannot be used: {error}") from error
+            raise IntegrityError(f"{version.uri} cannot be loaded: {error}") from error
         yield classifier
 
 
 @contextlib.contextmanager
 def fetched(tracking: Tracking, version: Version) -> Iterator[Path]:
-    """A temporary folder with weights.safetensors and model.json of the version, for the length of a block.
+    """Downloads weights.safetensors and model.json of the version into a temporary folder for the block.
 
-    All its files have the digest of PACKAGE_TAG; that the two have that of DIGEST_TAG is for the reader to check.
-    Raises IntegrityError where anything was replaced, or the version has no digest.
+    All files are checked against PACKAGE_TAG; the caller has to check the two files against DIGEST_TAG. Raises
+    IntegrityError if anything was replaced or the version has no digest.
     """
     import mlflow.artifacts
 
@@ -287,18 +286,18 @@ def fetched(tracking: Tracking, version: Version) -> Iterator[Path]:
 
 
 def _checked_weights(version: Version, folder: Path) -> Path:
-    """Where the two files of a downloaded version are, once all its files have the digest that its tags name."""
+    """Checks a downloaded version against its tags; returns the folder of the two files."""
     if DIGEST_TAG not in version.tags:
         raise IntegrityError(
             f"{version.uri} has no tag {DIGEST_TAG}, so its weights cannot be checked: it was not registered by "
-            "`medmamba register`; name another alias or model"
+            "`medmamba register`; use another alias or model"
         )
-    expected = version.tags.get(PACKAGE_TAG)  # versions from before there was one are held to the other tag alone
+    expected = version.tags.get(PACKAGE_TAG)  # older versions only have the other tag
     if expected is not None and (found := package_digest(folder)) != expected:
         raise IntegrityError(
             f"the files of {version.uri} have the digest {found[:12]}, but {expected[:12]} was registered (tag "
-            f"{PACKAGE_TAG}): some of them were replaced, added, removed or damaged in the artifact store, and none is "
-            "used; restore them, or delete the version and register its run again"
+            f"{PACKAGE_TAG}): files were replaced, added, removed or damaged in the artifact store; restore them, or "
+            "delete the version and register its run again"
         )
     return folder / "artifacts"
 
@@ -311,7 +310,7 @@ def _version(entry: Any) -> Version:
 
 @contextlib.contextmanager
 def _patience(seconds: int = 120) -> Iterator[None]:
-    """A server that is there may take long over a large file: it answers when the object store has all of it."""
+    """Raises MLflow's request timeout: for a large file, the server only answers once the object store has it."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
     os.environ[name] = str(max(seconds, int(before or 0)))

@@ -1,7 +1,7 @@
-"""The runs of steps and trials in MLflow: begun once, found again, and none is left RUNNING.
+"""MLflow runs of steps and trials: each is created once, found again on resume, and never left RUNNING.
 
-The driver makes the runs and keeps their ids in the steps' folders before the work begins; workers receive the
-picklable `Tracking` and log by run id. Nothing here touches MLflow's process-wide "active run".
+The driver creates the runs and stores their ids in the steps' folders before the work starts; workers receive the
+picklable `Tracking` and log by run id. MLflow's process-wide "active run" is never used.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from pipelines.tracking.errors import TrackingError
 from pipelines.tracking.log import RunLog
 
 RUN_FILE = "mlflow.json"
-REASON = "medmamba.failure"  # tag of a run that failed: why
+REASON = "medmamba.failure"  # tag with the reason why a run failed
 TAG_CHARACTERS = 500
-IN_FLIGHT_S = 8.0  # a request that its sender did not live to see answered is carried out within this time,
-RECENT_S = 60.0  # if what it belongs to was begun less than this ago
-# Addresses at which this process has begun a run: from then on a server that is away is waited for.
+IN_FLIGHT_S = 8.0  # MLflow executes the request of a dead sender within this time
+RECENT_S = 60.0  # and only requests younger than this may still be in progress
+# Addresses where this process has started a run; from then on it waits for an unavailable server.
 _reached: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Tracking(RunLog):
-    """Begins, finds and ends the runs of steps and trials, and logs to them."""
+    """Starts, finds and ends the runs of steps and trials, and logs to them."""
 
     @property
     def impatient(self) -> Tracking:
-        """The same, without waiting for an MLflow that is away."""
+        """A copy that does not wait for an unavailable MLflow."""
         return replace(self, patience_s=0.0)
 
     def step_run(
@@ -53,11 +53,11 @@ class Tracking(RunLog):
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> str:
-        """The run id of a step, in state RUNNING: the same id again when the step is resumed.
+        """Starts or resumes the run of a step; returns its id, which is the same when the step is resumed.
 
-        The id is kept in `out`/mlflow.json before any work; where the driver died before writing it, the run is
-        found by its tags: the folder, and the configuration in it (a folder that was deleted may come back with
-        another). Raises TrackingError where the kept id is not known at this address.
+        The id is stored in `out`/mlflow.json before any work. If the driver died before writing it, the run is found by
+        its tags: the folder and its configuration (a deleted folder may be recreated with another one). Raises
+        TrackingError if the stored id does not exist at this address.
         """
         kept = self._kept_run(out)
         same = {"medmamba.record": out.uri, "medmamba.identity": _identity(out)}
@@ -82,12 +82,12 @@ class Tracking(RunLog):
     def trial_run(
         self, parent_id: str, trial_id: str, params: Mapping[str, Any] | None = None, *, name: str = ""
     ) -> str:
-        """The run id of a trial, nested under the sweep's run; found again by its tags after a restore.
+        """The run id of a trial, nested under the sweep's run; an existing run is found by its tags.
 
-        `name` is what users read, by default made from the id.
+        `name` is shown to users; by default it is made from the id.
         """
         identity = {**_parent(parent_id), "medmamba.trial": trial_id}
-        # Looked for before each attempt: one of which the answer was lost may have made it.
+        # Search before each attempt, because an attempt whose answer was lost may have created the run.
         run_id = self.patiently(lambda: self._begin(self._find(identity), name or f"trial {trial_id}", identity))
         self.log_params(run_id, params or {})
         return run_id
@@ -96,19 +96,19 @@ class Tracking(RunLog):
     def running(
         self, out: Store, *, run: str, step: str, check: Callable[[], None] = lambda: None, **details: Any
     ) -> Iterator[str]:
-        """`step_run` for the length of a block: FINISHED after it, FAILED or KILLED where it raises.
+        """Runs `step_run` around a block: the run becomes FINISHED after it, or FAILED or KILLED if it raises.
 
-        `check` raises LostLeaseError where another driver has taken the run over: its state is that driver's then.
+        `check` raises LostLeaseError if another driver has taken over the run; its state is then left to that driver.
         """
         begin = functools.partial(self.step_run, out, run=run, step=step, **details)
         run_id = self.patiently(begin) if self.uri in _reached else begin()
         _reached.add(self.uri)
         try:
             yield run_id
-        except BaseException as error:
+        except BaseException as error:  # broad: every way to end must close the run; it is raised again
             if is_lost(check):
                 raise
-            # What broke the step is what must be told, and at once, not that MLflow could not be told of it.
+            # Errors of MLflow must neither hide nor delay the step's own error.
             quick = self.impatient
             with contextlib.suppress(TrackingError):
                 has_failed = isinstance(error, Exception) and not is_interrupted()
@@ -121,7 +121,7 @@ class Tracking(RunLog):
         self.finish(run_id)
 
     def close_run(self, run_id: str) -> None:
-        """Ends a run as KILLED if it is still RUNNING; one that MLflow does not know is no error."""
+        """Ends a run as KILLED if it is still RUNNING; does nothing if MLflow does not know it."""
         from mlflow.exceptions import MlflowException
 
         with self.errors("cannot end a run"):
@@ -133,8 +133,10 @@ class Tracking(RunLog):
                     raise
 
     def find_trial(self, parent_id: str, trial_id: str, params: Mapping[str, Any], *, name: str) -> str:
-        """`trial_run` for the trial's own process, which may outlive its sweep for a moment: nothing of a sweep that
-        has ended is RUNNING again."""
+        """`trial_run` for the trial's own process, which may outlive its sweep.
+
+        If the sweep has already ended, the trial's run is not left RUNNING.
+        """
         found = self._find({**_parent(parent_id), "medmamba.trial": trial_id})
         if found:
             return found
@@ -146,10 +148,10 @@ class Tracking(RunLog):
         return run_id
 
     def reopen_trials(self, parent_id: str) -> None:
-        """Says RUNNING of the trials that an interruption ended, before the sweep resumes them."""
+        """Sets the trials that an interruption ended back to RUNNING, before the sweep resumes them."""
 
         def reopen() -> None:
-            with self.errors("cannot begin the trials again"):
+            with self.errors("cannot restart the trials"):
                 where = f"{_where(_parent(parent_id))} and attributes.status = 'KILLED'"
                 for each in self.client.search_runs([self.experiment_id], where, max_results=1000):
                     self.client.update_run(each.info.run_id, status="RUNNING")
@@ -157,7 +159,7 @@ class Tracking(RunLog):
         self.patiently(reopen)
 
     def close_trials(self, parent_id: str, status: str = "KILLED") -> int:
-        """Ends the trials of a sweep that are still RUNNING (their process died); returns how many."""
+        """Ends the trials of a sweep that are still RUNNING because their process died; returns how many."""
         with self.errors("cannot end the trials"):
             where = f"{_where(_parent(parent_id))} and attributes.status = 'RUNNING'"
             trials = self.client.search_runs([self.experiment_id], where, max_results=1000)
@@ -166,9 +168,9 @@ class Tracking(RunLog):
         return len(trials)
 
     def close_killed(self, run: Store) -> int:
-        """Ends as KILLED what a killed driver left RUNNING of the run in this folder; returns how many.
+        """Ends as KILLED the runs in this folder that a killed driver left RUNNING; returns how many.
 
-        Nobody else may be working on the run.
+        The caller must hold the run's lease.
         """
         with self.errors("cannot end the runs of a killed command"):
             where = "attributes.status = 'RUNNING'"
@@ -180,7 +182,7 @@ class Tracking(RunLog):
         return len(mine)
 
     def drop_trials(self, parent_id: str, kept: Collection[str]) -> None:
-        """Deletes the trials of a sweep that are not in `kept`: a killed driver forgot them, others replaced them."""
+        """Deletes the trials of a sweep that are not in `kept`: a killed driver lost them and others replaced them."""
 
         def drop() -> None:
             with self.errors("cannot remove trials"):
@@ -193,12 +195,13 @@ class Tracking(RunLog):
         self.patiently(drop)
 
     def _begin(self, found: str | None, name: str, tags: Mapping[str, str]) -> str:
-        with self.errors("cannot begin a run"):
+        with self.errors("cannot start a run"):
             if found is None:
-                return self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
+                created = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+                return str(created.info.run_id)
             self.client.update_run(found, status="RUNNING")
             if REASON in self.client.get_run(found).data.tags:
-                self.client.delete_tag(found, REASON)  # of an earlier try
+                self.client.delete_tag(found, REASON)  # from an earlier attempt
             return found
 
     def _find(self, tags: Mapping[str, str]) -> str | None:
@@ -219,30 +222,30 @@ class Tracking(RunLog):
             known = False
         if not known:
             raise TrackingError(
-                f"{out.uri}/{RUN_FILE} is not what a step writes: it was edited or damaged; delete that file to find "
-                "the run again by its tags"
+                f"{out.uri}/{RUN_FILE} was edited or damaged; delete that file to find the run by its tags"
             )
         with self.errors("cannot read a run"):
             try:
                 found = self.client.get_run(kept["run_id"])
                 if found.data.tags.get("medmamba.identity", "") not in ("", _identity(out)):
-                    return None  # of a configuration that was refused; the step has another one now
+                    return None  # it belongs to a rejected configuration of this step
                 if found.info.lifecycle_stage == "active":
-                    return kept["run_id"]
+                    return str(kept["run_id"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         raise TrackingError(
             f"{out.uri}/{RUN_FILE} names run {kept['run_id']} of {kept['tracking_uri']}, which {self.address} does not "
-            "have: set MLFLOW_TRACKING_URI to the former, or delete that file to begin a new run"
+            "have: set MLFLOW_TRACKING_URI to the former, or delete that file to start a new run"
         )
 
 
 def make_once(out: Store, asked: str, *, find: Callable[[], Made | None], make: Callable[[], Made]) -> Made:
-    """What `find` finds, else what `make` makes: once, also where an earlier process was killed while it asked for it.
+    """Returns the result of `find`, or of `make` if that is None; makes it only once even across kills.
 
-    MLflow may carry out a request after its sender has died. So the object `asked` in `out` marks that it is under way,
-    and whoever finds such a mark gives it IN_FLIGHT_S to appear. One process at a time may call this for an `out`.
+    MLflow may execute a request after its sender has died. The object `asked` in `out` therefore marks a request in
+    progress, and a process that finds the mark waits IN_FLIGHT_S for the result to appear. Only one process at a time
+    may call this for an `out`.
     """
     found = find()
     if found is None and not out.put(asked, b"", if_absent=True):
@@ -257,7 +260,7 @@ def make_once(out: Store, asked: str, *, find: Callable[[], Made | None], make: 
 
 
 def _identity(out: Store) -> str:
-    """Digest of the configuration that the step in `out` was begun with; empty where none is written."""
+    """Digest of the configuration that the step in `out` was started with; empty if none is written."""
     try:
         return hashlib.sha256(out.get(CONFIG)).hexdigest()
     except StoreKeyError:

@@ -1,1 +1,1 @@
-"""What runs on each training worker: the loop, the engine (DeepSpeed), the state. The loop knows no Ray."""
+"""Code that runs on each training worker: loop, DeepSpeed engine and state. The loop does not depend on Ray."""

@@ -1,4 +1,4 @@
-"""What a training is: the model, and how its weights are found. Nothing about where it runs."""
+"""The configuration of a training: the network and how it is trained, independent of where it runs."""
 
 from __future__ import annotations
 
@@ -14,65 +14,64 @@ from pipelines.wording import counted
 
 
 class TrainConfig(BaseModel):
-    """How the weights are found (`recipe.train`)."""
+    """How the network is trained (`recipe.train`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(10, ge=1)
     """Passes over the training split."""
     batch_size: int = Field(32, ge=1)
-    """Images per optimizer step over all workers."""
+    """Images per optimizer step, summed over all workers."""
     micro_batch: int = Field(32, ge=1)
-    """Images per forward pass. BatchNorm takes its statistics over exactly these, so it is part of the recipe;
+    """Images per forward pass. BatchNorm computes its statistics over one micro-batch, so this is part of the recipe;
     batch_size must be a multiple of micro_batch x workers."""
     image_size: int = Field(64, ge=32, le=4096)
-    """Side in pixels to which the loader brings every image."""
+    """Side length in pixels to which the loader resizes every image."""
     precision: Precision = "float32"
-    """float32: exact and reproducible. tf32: faster on a GPU, products keep 10 bits of the fraction. bfloat16: matrix
-    products and convolutions through torch autocast; weights stay float32. Evaluation is always in float32."""
+    """float32: exact and reproducible. tf32: faster on a GPU; products keep 10 bits of the fraction. bfloat16: matrix
+    products and convolutions run under torch autocast, weights stay float32. Evaluation always uses float32."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the order of samples, drop-path and augmentation."""
     init: str = ""
-    """Weights to start from: a folder with weights.safetensors and model.json (also one of the store, as in
-    runs/RUN/train/model), a checkpoint of the paper's code (.pth), models:/NAME@ALIAS or models:/NAME/VERSION. Where
-    the classes differ, the head is new. Empty: random weights."""
+    """Weights to start from: a folder with weights.safetensors and model.json (local or in the store, such as
+    runs/RUN/train/model), a checkpoint of the paper's code (.pth), models:/NAME@ALIAS or models:/NAME/VERSION. If the
+    classes differ, the head is reinitialized. Empty: random weights."""
     freeze: tuple[str, ...] = ()
-    """Parameters that keep the values of init, by patterns on their names (patch_embed.* 'layers.0.*')."""
+    """Parameters to keep at their init values, as patterns on their names (patch_embed.* 'layers.0.*')."""
     class_weights: bool = False
-    """Weigh each class in the loss by the inverse of its frequency in the training split."""
+    """Weight each class in the loss by the inverse of its frequency in the training split."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
-    """shuffled: each image once an epoch. balanced: each class equally often, images of rare classes several times;
-    an epoch keeps its length. Not together with class_weights, which would count rare classes twice."""
+    """shuffled: each image once per epoch. balanced: each class equally often, so images of rare classes repeat; the
+    epoch length is unchanged. Cannot be combined with class_weights, which would correct for rarity twice."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the target probability spread over all classes."""
+    """Fraction of the target probability spread over all classes."""
     patience: int = Field(0, ge=0)
-    """Stop after this many epochs without a better validation AUC. 0: never."""
+    """Stop after this many epochs without a better validation AUC. 0: never stop early."""
     optim: OptimConfig = OptimConfig()
     """The optimizer and its schedule."""
     augment: AugmentConfig = AugmentConfig()
-    """Random changes to training images, drawn on the device."""
+    """Random changes to training images, applied on the device."""
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
         if self.batch_size % self.micro_batch:
             raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}; "
-                f"change one of them so that it is"
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}; change one of them"
             )
         if self.freeze and not self.init:
             raise ValueError(
-                f"freeze {' '.join(self.freeze)} without init would freeze random weights: name the weights to start "
-                "from (train.init), or freeze nothing"
+                f"freeze {' '.join(self.freeze)} without init would freeze random weights; set train.init to the "
+                "weights to start from, or clear train.freeze"
             )
         if self.sampling == "balanced" and self.class_weights:
             raise ValueError(
-                "sampling 'balanced' shows rare classes more often and class_weights counts them for more: "
-                "use one of the two"
+                "sampling 'balanced' and class_weights both compensate for rare classes and cannot be combined; "
+                "use one of them"
             )
         return self
 
     def accumulation(self, workers: int) -> int:
-        """Forward passes per step on each of `workers`; raises ValueError where they do not divide."""
+        """Forward passes per step on each of `workers`. Raises ValueError if batch_size does not divide evenly."""
         if self.batch_size % (self.micro_batch * workers):
             raise ValueError(
                 f"train.batch_size {self.batch_size} is not a multiple of train.micro_batch {self.micro_batch} x "
@@ -81,20 +80,20 @@ class TrainConfig(BaseModel):
         return self.batch_size // (self.micro_batch * workers)
 
     def sizes(self, least: int, most: int) -> list[int]:
-        """The numbers of workers from `least` to `most` among which a step's micro-batches can be shared evenly."""
+        """Worker counts from `least` to `most` that divide a step's micro-batches evenly."""
         micro_batches = self.accumulation(1)
         return [workers for workers in range(least, most + 1) if micro_batches % workers == 0]
 
 
 class TrainStepConfig(BaseModel):
-    """Identity of a training: `model.*` and `train.*` of a recipe. A sweep's winner overrides these keys."""
+    """What identifies a training: `model.*` and `train.*` of a recipe. A sweep's winner overrides these keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: ModelConfig = MedMambaConfig()
     """The network."""
     train: TrainConfig = TrainConfig()
-    """How its weights are found."""
+    """How it is trained."""
 
     @model_validator(mode="after")
     def _maps_are_large_enough(self) -> TrainStepConfig:
@@ -102,11 +101,11 @@ class TrainStepConfig(BaseModel):
         side = self.model.last_side(size)
         if side < 1:
             raise ValueError(
-                f"train.image_size {size}: every stage of the network halves the image, and nothing is left for the "
-                f"last one; use at least {self.model.least_image_size(1)}, or a network of fewer stages"
+                f"train.image_size {size} is too small: every stage of the network halves the image; use at least "
+                f"{self.model.least_image_size(1)}, or a network with fewer stages"
             )
-        # torch refuses this in the middle of a training: one value has no variance.
-        if micro_batch * side * side == 1 and self.model.normalises_batches:
+        # A single value has no variance; torch would only raise in the middle of the training.
+        if micro_batch * side * side == 1 and self.model.normalizes_batches:
             raise ValueError(
                 f"train.image_size {size} with train.micro_batch {micro_batch}: BatchNorm needs more than one value "
                 f"per channel, and the last stage's maps are 1 x 1; use train.image_size "
@@ -115,10 +114,10 @@ class TrainStepConfig(BaseModel):
         return self
 
     def with_classes(self, num_classes: int) -> TrainStepConfig:
-        """The config whose model has an output for each class of the data; ValueError where it asks for another."""
+        """This config with `num_classes` model outputs. Raises ValueError if model.num_classes is set to another."""
         if self.model.num_classes not in (0, num_classes):
             raise ValueError(
-                f"model.num_classes {self.model.num_classes}: the data set has {num_classes} classes, and the network "
-                f"needs one output for each; leave it at 0, or give {num_classes}"
+                f"model.num_classes is {self.model.num_classes}, but the dataset has {num_classes} classes; leave it "
+                f"at 0 or set it to {num_classes}"
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"num_classes": num_classes})})

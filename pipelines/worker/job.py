@@ -1,4 +1,4 @@
-"""What a worker of Ray is handed, and how it runs that: a training, a trial of a sweep or an evaluation."""
+"""The jobs that Ray workers run (a training, a trial of a sweep, an evaluation), and how a training job runs."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 
 def _hold_always() -> None:
-    """Nobody can take the run over."""
+    """The default check: no other driver can take over the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker needs. It travels between processes as a pickle."""
+    """What every worker needs. Jobs are pickled to be sent between processes."""
 
     name: str
-    """What its posts on the board are about: "train", "evaluate", "trial 3/8"."""
+    """Subject of its posts to the board: "train", "evaluate", "trial 3/8"."""
     placement: Placement
     dataset: tuple[Store, str]
-    """The folder of the dataset, and the digest that its manifest must have."""
+    """The dataset's folder, and the digest that its manifest must have."""
     board: Any = None
-    """Where it posts its progress (`cluster.board`); None: nowhere."""
+    """The board to post progress to (`cluster.board`); None: do not post."""
 
     def post(self, **values: Any) -> None:
-        """Posts to the board; never fails."""
+        """Posts to the board; never raises."""
         post(self.board, self.name, values)
 
     @contextmanager
     def posting_outages(self) -> Iterator[None]:
-        """While the block lasts, what this process finds out about services that are away is posted too."""
+        """Inside the block, this process also posts outages of services that it notices."""
         with hear_outages(self.board, self.name):
             yield
 
@@ -53,11 +53,11 @@ class TrainJob(Job):
 
     config: TrainStepConfig
     out: Store
-    """Where its checkpoints are kept."""
+    """The folder that its checkpoints are written to."""
     init: str = ""
-    """The folder of the weights that `config.train.init` is the digest of; empty: random weights."""
+    """Folder of the initial weights, whose digest is `config.train.init`; empty: random weights."""
     check: Callable[[], None] = _hold_always
-    """Raises LostLeaseError once another driver has taken the run over: this one must not write to it any more."""
+    """Raises LostLeaseError once another driver has taken over the run; nothing may be written to it then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class EvaluateJob(Job):
     """An evaluation on the test split."""
 
     model: tuple[Store, str]
-    """The folder of the model, and the digest that its files must have."""
+    """The model's folder, and the digest that its files must have."""
     micro_batch: int
 
 
@@ -79,11 +79,19 @@ def run_job(
     judge: Callable[[], Callable[[dict[str, float]], str]] | None = None,
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> TrainState:
-    """Runs this rank's part of a training to its end, from its newest checkpoint on; returns the final state.
+    """Runs this rank's part of a training, from its newest checkpoint to the end; returns the final state.
 
-    `begin` is called first. Every rank hands the metrics of each epoch to `send`. `judge` makes, on rank 0, what
-    returns a warning about them; `keep_profile` gets what rank 0 has profiled. Raises Stopped where `control` ends the
-    training early.
+    Args:
+        job: The training.
+        journal: Records the epochs; only rank 0 uses it.
+        control: Requests checkpoints and stops.
+        send: Called on every rank with the metrics of each epoch.
+        begin: Called first, inside the journal and the control.
+        judge: Makes, on rank 0, a function that returns a warning about an epoch's metrics, or "".
+        keep_profile: Called on rank 0 with the summary and the trace of a few profiled steps.
+
+    Raises:
+        Stopped: `control` ended the training early.
     """
     from pipelines.worker.launch import RayReporter, train_on_dataset
 
@@ -92,7 +100,7 @@ def run_job(
             return RayReporter(send, rank, board=job.board, name=job.name)
         return RayReporter(send, rank, board=job.board, name=job.name, judge=judge())
 
-    # While the journal waits for MLflow at the end, nobody expects progress of the rank any more.
+    # `control` ends before `journal`, which may wait for MLflow at the end without showing progress.
     with job.posting_outages(), journal, control:
         begin()
         return train_on_dataset(

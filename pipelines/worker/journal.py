@@ -1,5 +1,7 @@
-"""What a training keeps of its progress for a record outside: an epoch at a time, and in each checkpoint what is not
-known to have arrived there. The loop knows no MLflow; pipelines.tracking.outbox does."""
+"""The interface through which the loop records epochs elsewhere. pipelines.tracking.outbox implements it for MLflow.
+
+Entries that are not known to have arrived are stored in each checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +10,29 @@ from typing import Any, Self
 
 
 class Journal:
-    """A record that nobody reads. Rank 0 alone keeps one. A context manager: the block is the training."""
+    """A journal that records nothing. A context manager around the training; only rank 0 uses one."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Closes it; after an error, without waiting for long."""
+        """Closes the journal; after an error, without waiting long."""
 
     def resume(self, history: Iterable[Mapping[str, float]], unsent: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Before the first epoch of a training that resumes: completes the record of the epochs before.
+        """Called before a training resumes: records the earlier epochs that are missing.
 
-        `history` holds the metrics of every finished epoch, `unsent` what `unsent` returned for the checkpoint.
+        `history` holds the metrics of every finished epoch, `unsent` the entries stored in the checkpoint.
         """
 
     def epoch(self, metrics: Mapping[str, float], step_losses: Sequence[float]) -> None:
-        """Records an epoch: its metrics, among them "epoch" and "step", and the loss of each of its steps."""
+        """Records an epoch: its metrics, including "epoch" and "step", and the loss of each of its steps."""
 
     def unsent(self) -> list[dict[str, Any]]:
-        """What is not known to be recorded, as JSON, for a checkpoint."""
+        """Entries that may not be recorded yet, as JSON values for a checkpoint."""
         return []
 
     def close(self) -> None:
-        """After the last epoch: waits until everything has arrived."""
+        """Called after the last epoch: waits until everything is recorded."""
 
     def check(self) -> None:
-        """Between two steps: raises what the record has failed with for good."""
+        """Called between steps: raises the error that recording has failed with permanently, if any."""

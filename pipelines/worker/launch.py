@@ -1,4 +1,4 @@
-"""The two ways a training starts: as a Ray Train worker among others, or alone inside a Tune trial's process."""
+"""Starts a training on one rank: as one of several Ray Train workers, or alone in a Tune trial's process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from data_shards.manifest import open_dataset
 from data_shards.store import Store
@@ -32,7 +35,7 @@ PROGRESS_EVERY_S = 0.5
 
 
 class RayReporter:
-    """Hands the loop's reports to the driver's terminal and to whoever decides about a trial."""
+    """Forwards the loop's reports to the driver's terminal and to Ray Train or Tune."""
 
     def __init__(
         self,
@@ -42,30 +45,29 @@ class RayReporter:
         name: str = "",
         judge: Callable[[dict[str, float]], str] = lambda metrics: "",
     ) -> None:
-        """`judge` returns a warning about an epoch's metrics, or nothing; it is shown to the user."""
+        """`send` receives each epoch's metrics; `judge` returns a warning about them for the user, or ""."""
         self._send, self._rank, self._board, self._name = send, rank, board, name
         self._judge, self._last = judge, 0.0
 
     def progress(self, **values: Any) -> None:
-        """At most twice a second, rank 0 alone: posts to the board the driver's terminal reads."""
+        """Posts progress to the board, from rank 0 at most twice a second."""
         now = time.monotonic()
         if self._board is not None and self._rank == 0 and now - self._last >= PROGRESS_EVERY_S:
             self._last = now
-            # Only now is the device waited for: a loss read after every step would stall a GPU.
             post(self._board, self._name, values)
 
     def begin(self, what: str) -> None:
-        """Rank 0 alone: posts what takes a while before the next step."""
+        """Posts from rank 0 that something slow has started."""
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {"begin": what})
 
     def warn(self, text: str) -> None:
-        """Rank 0 alone: posts a line for the user."""
+        """Posts a warning for the user from rank 0."""
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {"warning": text})
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
-        """Every rank hands on the metrics; rank 0 posts them."""
+        """Sends the metrics on every rank, and posts them from rank 0."""
         self._send(metrics)
         if self._board is not None and self._rank == 0:
             post(self._board, self._name, {**metrics, "finished_epoch": metrics["epoch"]})
@@ -85,15 +87,24 @@ def train_on_dataset(
     keep_profile: Callable[[dict[str, Any], Path], None] | None = None,
     control: UntilTheEnd | None = None,
 ) -> TrainState:
-    """Builds the model and the engine on this rank and runs the loop; returns the final state.
+    """Builds the model and the engine on this rank, runs the loop and returns the final state.
 
-    It resumes from the newest of `checkpoints`. `dataset` is the folder of a dataset in a store, or its uri, and the
-    digest its manifest must have; `journal` is kept by rank 0; `init` is the folder of the weights that
-    `config.train.init` is the digest of. With `keep_profile` rank 0 profiles a few steps and hands it the summary and
-    the trace (see profile.StepProfiler).
+    Args:
+        config: What to train.
+        placement: Where and how it runs.
+        dataset: The dataset's folder in a store (or its URI) and the digest that its manifest must have.
+        reporter: Makes the loop's reporter for a rank.
+        checkpoints: The training resumes from the newest of these.
+        journal: Records the epochs; only rank 0 uses it.
+        init: Folder of the initial weights, whose digest is `config.train.init`; empty: random weights.
+        keep_profile: If given, rank 0 profiles a few steps and passes on the summary and the trace (StepProfiler).
+        control: Requests checkpoints and stops; None: train to the end.
+
+    Raises:
+        RuntimeError: The ranks found different checkpoints.
+        ResumeError: The checkpoint cannot be continued exactly.
+        TrainingError: The training diverged.
     """
-    import torch
-
     data = open_dataset(dataset[0], digest=dataset[1])
     torch.manual_seed(config.train.seed)
     config = config.with_classes(len(data.manifest.classes))
@@ -123,18 +134,19 @@ def train_on_dataset(
 
 
 def _check_agreement(engine: Engine, resume: Resume | None) -> None:
-    """Raises RuntimeError where the ranks would resume at different steps: one was written while they looked."""
+    """Raises RuntimeError if the ranks would resume at different steps."""
     steps = engine.gather(resume.state.step if resume else 0)
     if len(set(steps)) > 1:
-        raise RuntimeError(f"the ranks found checkpoints of steps {steps}: they must resume from the same one")
+        raise RuntimeError(
+            f"the ranks found checkpoints of steps {steps}, but must resume from the same one: a checkpoint was "
+            "written while they started; run the same command again"
+        )
 
 
 def world_of_one(backend: str) -> None:
-    """Makes this process a group of its own in torch.distributed, for a trial. It listens to this machine only."""
-    import torch.distributed as dist
-
+    """Initializes torch.distributed with this process as the only rank, for a trial; opens no socket to the outside."""
     bind_collectives(LOOPBACK)
-    # DeepSpeed reads these. Nobody meets at the address: the store is in the memory of this process.
+    # DeepSpeed requires these variables. The address is not used: the store is in this process's memory.
     os.environ.update({"MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     if not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom. It knows no Ray: `report` and `resume` come from whoever launched it."""
+"""The training loop, written to be read from top to bottom. It does not depend on Ray."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from pipelines.worker.transfer import Latest, batch_memory, prefetched, to_devic
 
 
 class Reporter(Protocol):
-    """What the loop tells the outside."""
+    """Receives the loop's progress."""
 
     def progress(self, **values: Any) -> None:
-        """After each step: where the epoch stands. `loss` is that of one of the last steps; 0 before the first."""
+        """Called after each step with the epoch's progress. `loss` is of a recent step; 0 before the first arrives."""
 
     def begin(self, what: str) -> None:
-        """Something starts that takes a while and shows no progress of its own."""
+        """Called before something slow that reports no progress of its own."""
 
     def warn(self, text: str) -> None:
-        """Something that the user should know."""
+        """Called with a warning for the user."""
 
     def epoch(self, metrics: dict[str, float], step_losses: list[float]) -> None:
-        """Once an epoch, on every rank: its metrics, and the loss of each of its steps."""
+        """Called once per epoch on every rank with its metrics and the loss of each of its steps."""
 
 
 def train_loop(
@@ -67,10 +67,22 @@ def train_loop(
 ) -> TrainState:
     """Trains `engine.model` on the train split of `data` and returns the final state (the same on every rank).
 
-    `profiler` looks into a few steps of this rank, and changes nothing. `control` decides when to write checkpoints
-    beside those of each epoch, and may end the training early. `journal` records the epochs.
-    Raises TrainingError for numbers that are not finite again and again, ResumeError for a checkpoint that cannot be
-    continued exactly.
+    Args:
+        config: What to train.
+        placement: Where and how it runs.
+        data: The dataset, with the splits train and val.
+        engine: This rank's engine, built for `config` and `placement`.
+        report: Receives progress, warnings and metrics.
+        checkpoints: Where checkpoints are written.
+        resume: The point to resume from; None: train from the beginning.
+        profiler: Profiles a few steps of this rank without changing the result.
+        control: Requests checkpoints between epochs and may stop the training early.
+        journal: Records the epochs.
+
+    Raises:
+        TrainingError: Too many steps had non-finite gradients, or a loss is not finite.
+        ResumeError: The checkpoint cannot be continued exactly.
+        Stopped: `control` ended the training early.
     """
     train, manifest = config.train, data.manifest
     accumulation = train.accumulation(engine.ranks)
@@ -108,14 +120,14 @@ def train_loop(
             steps = len(losses) + len(epoch) // accumulation
             rate = learning_rate(
                 train.optim, step=max(state.step - 1, 0), steps_per_epoch=steps, epochs=train.epochs
-            )  # of the last step, in case that none of this epoch is left
+            )  # of the last step, in case no step of this epoch is left
             keys = data.index("train").key[epoch.order]
             watched = watch_steps(engine.guard, state, keys, train.batch_size, checkpoints.names, report.warn)
             engine.model.train()
             arriving = prefetched(meter.fetched(epoch, steps - len(losses)), engine.device)
             for position, (batch, images, labels) in enumerate(control.fetched(arriving)):
                 nth = position % accumulation
-                # Which micro-batch of the global batch this is, not the rank, decides what drop-path draws.
+                # Drop-path's draws depend on the micro-batch's place in the global batch, not on the rank.
                 _seed(train.seed, state.step, nth * engine.ranks + engine.rank)
                 rate = learning_rate(train.optim, step=state.step, steps_per_epoch=steps, epochs=train.epochs)
                 engine.set_learning_rate(rate)
@@ -130,7 +142,7 @@ def train_loop(
                     compiled.remember()
                 watched.step(state.step)
                 latest.put(losses[-1])
-                meter.step(looked=True)  # the loader lets the host be only a few steps ahead of the device
+                meter.step(looked=True)  # prefetched() keeps the host only a few steps ahead of the device
                 left = (train.epochs - state.epoch) * steps - len(losses)
                 report.progress(
                     epoch=state.epoch + 1, epochs=train.epochs, step=len(losses), steps=steps, loss=latest.value,
@@ -151,13 +163,13 @@ def train_loop(
                 **{f"val_{name}": value for name, value in found.items()},
             }  # fmt: skip
             state.add(metrics)
-            figures = meter.epoch(engine.gather)  # not in the history, which an interrupted training must repeat
+            figures = meter.epoch(engine.gather)  # not in the history, which must be reproducible after a resume
             with meter.writing(), control.busy("writing a checkpoint"):
                 saver.end_epoch({**metrics, **figures}, step_losses)
                 report.epoch({**metrics, **figures}, step_losses)
         with control.busy("writing the last checkpoint"):
             writer.finish()
-        with control.busy("sending what was logged"):
+        with control.busy("sending log entries"):
             journal.close()
     return state
 
@@ -171,9 +183,10 @@ def validate(
     weights: torch.Tensor | None,
     forward: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
-    """Loss and metrics of `split`, the same on every rank; every sample counts once, padding not at all.
+    """Loss and metrics of `split`, the same on every rank. Every sample counts exactly once, without padding.
 
-    `forward` is the engine's `infer`.
+    `forward` maps images (B, 3, H, W) to logits (B, num_classes), usually the engine's `infer`.
+    Raises TrainingError if the loss is not finite.
     """
     engine.model.eval()
     part = infer(
@@ -182,15 +195,15 @@ def validate(
     )  # fmt: skip
     labels, logits = (torch.from_numpy(x) for x in join(engine.gather(part), len(data.index(split)), split))
     task = data.manifest.task
-    # The unsmoothed loss: label smoothing would set a floor that hides how good the probabilities are.
+    # Without label smoothing, which would put a floor under the loss.
     loss = classification_loss(logits, labels, task, weights=None if weights is None else weights.cpu())
     if not math.isfinite(float(loss)):
         raise TrainingError(f"the {split} loss is {float(loss)}: the weights overflowed; lower train.optim.lr")
     return {"loss": float(loss), **evaluate(scores(logits, task).numpy(), labels.numpy(), task)}
 
 
-def model_card(config: TrainStepConfig, data: Dataset) -> dict:
-    """What whoever uses the weights has to know beside them."""
+def model_card(config: TrainStepConfig, data: Dataset) -> dict[str, Any]:
+    """What users of the weights need to know in addition to the network's configuration."""
     return {
         "dataset": data.manifest.dataset,
         "manifest": data.digest,
@@ -209,11 +222,10 @@ def _class_weights(config: TrainStepConfig, data: Dataset, device: torch.device)
 
 
 def _skipped(losses: list[float], made: list[float]) -> dict[str, float]:
-    """How many steps of an epoch were skipped, by its name; nothing where none was."""
+    """The metric `skipped_steps` of an epoch; empty if none was skipped."""
     return {"skipped_steps": len(losses) - len(made)} if len(made) < len(losses) else {}
 
 
 def _seed(seed: int, step: int, micro_batch: int) -> None:
-    """Seeds what drop-path draws from."""
-    # Far apart for neighbours: torch's generators mix the bits of their seed.
+    """Seeds torch's generators, which drop-path uses."""
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + micro_batch)

@@ -1,4 +1,4 @@
-"""What a training does between two steps besides training: it writes checkpoints, and stops where it must."""
+"""Work between two training steps: writing checkpoints, and stopping when asked to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.worker.state import TrainState
 
 
 class Saver:
-    """Saves one training. Every rank has one, and calls it at the same points: writing collects the ranks' parts."""
+    """Saves one training. Every rank must call it at the same points, because writing gathers all ranks' parts."""
 
     def __init__(
         self,
@@ -32,10 +32,14 @@ class Saver:
         self._saved_step = -1
 
     def look(self, losses: Sequence[torch.Tensor]) -> None:
-        """After a step, or within the validation after it: writes the checkpoint that is wanted, unless there is one.
+        """Called after each step and during validation: writes a checkpoint if one is due and not yet written.
 
-        `losses` are those of the epoch's steps. Raises Stopped, after a checkpoint of the step, where the training must
-        stop; what kept a checkpoint from being stored; what the journal has failed with for good.
+        Args:
+            losses: Scalar loss of each step of the epoch so far.
+
+        Raises:
+            Stopped: The training must stop; a checkpoint of this step has been written.
+            Exception: The error that an earlier checkpoint write or the journal failed with permanently.
         """
         self._writer.check()
         self._check_journal(losses)
@@ -45,32 +49,34 @@ class Saver:
         if wanted.stop:
             with self._control.busy("writing a checkpoint"):
                 self._writer.finish()
-                self._engine.gather(None)  # a rank that ends first would end the others
-            self._journal.check()  # what this rank asked all of them to stop for
+                self._engine.gather(None)  # a rank that exits early would take the others down
+            self._journal.check()  # the error that made this rank ask all of them to stop
             raise Stopped(wanted.stop, self._state.step)
 
     def looking(
         self, forward: Callable[[torch.Tensor], torch.Tensor], losses: Sequence[torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`forward` for a validation: a stop ends it at its next batch, for a validation may take longer than whoever
-        asks for the stop waits."""
+        """Wraps `forward` for validation so that a stop takes effect at the next batch.
+
+        A complete validation can take longer than the sender of the stop waits.
+        """
 
         def call(images: torch.Tensor) -> torch.Tensor:
-            found = forward(images)
+            logits = forward(images)
             self.look(losses)
-            return found
+            return logits
 
         return call
 
     def end_epoch(self, metrics: Mapping[str, float], step_losses: Sequence[float]) -> None:
-        """Records an epoch that has ended, and writes its checkpoint."""
+        """Records a finished epoch and writes its checkpoint."""
         try:
             self._journal.epoch(metrics, step_losses)
-        except Exception:
+        except Exception:  # broad: whatever failed on this rank, all ranks must stop together
             if not self._control.give_up():
                 raise
         self._state.unsent = self._journal.unsent()
-        self._writer.save(self._state, self._meter.usage)  # between two epochs there are no losses to resume with
+        self._writer.save(self._state, self._meter.usage)  # without losses: none belong to an unfinished epoch
 
     def _save(self, losses: Sequence[torch.Tensor]) -> None:
         if self._saved_step == self._state.step:
@@ -81,11 +87,14 @@ class Saver:
             self._writer.save(self._state, self._meter.usage_now(self._engine.ranks), torch.stack(list(losses)))
 
     def _check_journal(self, losses: Sequence[torch.Tensor]) -> None:
-        """Where the journal has failed for good all ranks stop together, if anything tells them; else this one alone,
-        after a checkpoint where it can write one."""
+        """Stops the training if the journal has failed permanently.
+
+        All ranks stop together if `control` can reach them. Otherwise only this rank stops, after a checkpoint if it
+        can write one alone.
+        """
         try:
             self._journal.check()
-        except Exception:
+        except Exception:  # broad: whatever failed on this rank, all ranks must stop together
             if self._control.give_up():
                 return
             if self._engine.ranks == 1 or self._engine.placement.zero_stage == 0:

@@ -1,4 +1,4 @@
-"""Where a training stands, and train.json, which says so in a checkpoint."""
+"""The progress of a training, and train.json, which stores it in a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from data_shards.store import checked_key
 from pipelines.placement import Placement
 
 FORMAT = 1
-"""Of the train.json that this version writes. In every format `format` and `digest` mean the same."""
+"""Format of the train.json that this version writes. `format` and `digest` mean the same in every format."""
 _NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no such numbers
-_WITH_FLOATS = ("losses", "unsent", "best", "history")  # a step that was skipped has the loss NaN
-_Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
+_WITH_FLOATS = ("losses", "unsent", "best", "history")  # the loss of a skipped step is NaN
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class ResumeError(ValueError):
@@ -28,35 +28,35 @@ class ResumeError(ValueError):
 
 
 class NewerFormatError(ResumeError):
-    """A checkpoint of a later version. It is not damaged, so an older one must not take its place."""
+    """A checkpoint of a later version. It is not damaged, so an older one must not replace it."""
 
 
 def rank(metrics: Mapping[str, float], prefix: str = "val_") -> tuple[float, float]:
-    """What epochs, and trials by their best one, are compared by: a higher AUC; with equal AUC a lower loss."""
+    """Sort key for epochs, and for trials by their best epoch: higher AUC first, then lower loss."""
     return metrics[f"{prefix}auc"], -metrics[f"{prefix}loss"]
 
 
 @dataclass
 class TrainState:
-    """Where a training stands; everything else follows from it, the recipe and the weights."""
+    """The progress of a training; everything else follows from it, the recipe and the weights."""
 
     epoch: int = 0
     """Epochs finished."""
     consumed: int = 0
-    """Samples of the current epoch that were already used."""
+    """Samples of the current epoch already used."""
     step: int = 0
-    """Optimiser steps made."""
+    """Optimizer steps made."""
     losses: list[float] = field(default_factory=list)
     """Loss of each step of the current epoch."""
     best_epoch: int = 0
     best_step: int = 0
-    """Steps made when the best epoch had ended: its checkpoint is named after them."""
+    """Steps made at the end of the best epoch; its checkpoint is named after this number."""
     best: dict[str, float] = field(default_factory=dict)
     """Validation metrics of the best epoch so far."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
     unsent: list[dict[str, Any]] = field(default_factory=list)
-    """What the training's journal has not recorded yet."""
+    """Journal entries not yet recorded."""
 
     def is_stale(self, patience: int) -> bool:
         """Whether `patience` epochs have passed without a better one; 0: never."""
@@ -67,25 +67,25 @@ class TrainState:
         return not self.best or rank(metrics) > rank(self.best)
 
     def add(self, metrics: dict[str, float]) -> None:
-        """Takes the metrics of the epoch that has just ended."""
+        """Adds the metrics of the epoch that has just ended."""
         if self.is_better(metrics):
             self.best, self.best_epoch, self.best_step = metrics, self.epoch, self.step
         self.history.append(metrics)
 
 
 class _Described(BaseModel):
-    """The fields of a train.json that is read; the names of files become paths."""
+    """The fields of a train.json to read. File names are checked because they become paths."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     format: Annotated[int, Field(ge=1)] = FORMAT
-    epoch: _Whole = 0
-    consumed: _Whole = 0
-    step: _Whole = 0
+    epoch: _Count = 0
+    consumed: _Count = 0
+    step: _Count = 0
     losses: list[float] = []
     unsent: list[dict[str, Any]] = []
-    best_epoch: _Whole = 0
-    best_step: _Whole = 0
+    best_epoch: _Count = 0
+    best_step: _Count = 0
     best: dict[str, float] = {}
     history: list[dict[str, float]] = []
     ranks: Annotated[int, Field(ge=1)] = 1
@@ -98,18 +98,18 @@ class _Described(BaseModel):
     digests: dict[Annotated[str, AfterValidator(checked_key)], Sha256] = {}
     best_digests: dict[Literal["weights.safetensors", "model.json"], Sha256] = {}
     digest: Sha256 = ""
-    """Of all the rest. Checkpoints from before there was one have none."""
+    """Digest of all other fields; absent in early checkpoints."""
 
 
 def training_digest(config: BaseModel) -> str:
-    """What a training is known by: sha256 of its configuration (model and train of a recipe)."""
+    """Identifies a training: sha256 of its configuration (model and train of a recipe)."""
     return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def describe(
     state: TrainState, *, seed: int, placement: Placement, manifest: str, training: str = ""
 ) -> dict[str, Any]:
-    """The fields of train.json, except digests. `placement` is for people: a resume may have another one."""
+    """The fields of train.json except the digests. `placement` is informative: a resume may use another one."""
     return {
         "format": FORMAT,
         **asdict(state),
@@ -123,20 +123,21 @@ def describe(
 
 
 def described_bytes(described: Mapping[str, Any]) -> bytes:
-    """train.json: the fields and their digest. Numbers that are not finite are written by name, as strings."""
+    """The bytes of train.json: the fields and their digest. Non-finite numbers are written as strings."""
     named = {name: _by_name(value) for name, value in described.items()}
     written = {**named, "digest": _digest_of(named)}
     return json.dumps(written, indent=2, sort_keys=True, allow_nan=False).encode()
 
 
-# Of every train.json in this project's present layout of checkpoints.
+# Required in every train.json of the current checkpoint layout.
 FIELDS = frozenset(_Described.model_fields) - {"flat", "format", "unsent"}
 
 
 def read_described(data: bytes, *, remedy: str = "") -> dict[str, Any]:
-    """The fields of a train.json; raises ResumeError, which ends with the remedy, where it was edited or damaged.
+    """Parses and checks a train.json.
 
-    NewerFormatError where a later version wrote it.
+    Raises ResumeError, which ends with `remedy`, if it was edited or damaged, and NewerFormatError if a later version
+    wrote it.
     """
     remedy = remedy and f"; {remedy}"
     try:
@@ -149,26 +150,24 @@ def read_described(data: bytes, *, remedy: str = "") -> dict[str, Any]:
     except ValidationError as error:
         raise ResumeError(f"train.json cannot be used ({explained(error)}){remedy}") from error
     except (ValueError, RecursionError) as error:
-        raise ResumeError(f"train.json is torn ({error}){remedy}") from error
+        raise ResumeError(f"train.json is damaged ({error}){remedy}") from error
     if "digest" in written and written["digest"] != _digest_of(written):
-        raise ResumeError(
-            f"train.json was edited or damaged after it was written: its digest is that of other values{remedy}"
-        )
+        raise ResumeError(f"train.json was edited or damaged after it was written: its digest does not match{remedy}")
     return described
 
 
 def _check_format(written: Any) -> None:
-    """Raises NewerFormatError for an intact train.json of a later version; a damaged one has another digest."""
+    """Raises NewerFormatError for an intact train.json of a later version; if damaged, its digest does not match."""
     found = written.get("format") if isinstance(written, dict) else None
     if isinstance(found, int) and found > FORMAT and written.get("digest") == _digest_of(written):
         raise NewerFormatError(
-            f"the checkpoint of step {written.get('step')} has format {found}, and this version reads formats up to "
-            f"{FORMAT}: a later version wrote it; resume with that version, or use another --run NAME"
+            f"the checkpoint of step {written.get('step')} has format {found}, but this version only reads formats up "
+            f"to {FORMAT}; resume with the version that wrote it, or use another --run NAME"
         )
 
 
 def _by_name(value: Any) -> Any:
-    """The same JSON value, with the names of numbers that JSON does not have."""
+    """Replaces non-finite numbers in a JSON value by their names."""
     if isinstance(value, Mapping):
         return {key: _by_name(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -179,7 +178,7 @@ def _by_name(value: Any) -> Any:
 
 
 def _with_numbers(written: Any) -> Any:
-    """The fields of a train.json, with the numbers that it has by name."""
+    """Replaces the names of non-finite numbers in train.json's fields by numbers."""
     if not isinstance(written, dict):
         return written
     return {name: _numbers(value) if name in _WITH_FLOATS else value for name, value in written.items()}
@@ -194,7 +193,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _digest_of(described: Mapping[str, Any]) -> str:
-    """sha256 of all fields but the digest itself."""
+    """sha256 of all fields except the digest itself."""
     rest = {name: value for name, value in described.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -205,11 +204,11 @@ def state_of(described: Mapping[str, Any]) -> TrainState:
 
 
 def check_same_data(described: Mapping[str, Any], manifest: str) -> None:
-    """Raises ResumeError where a checkpoint was trained on other data."""
+    """Raises ResumeError if the checkpoint was trained on other data."""
     if described["manifest"] != manifest:
         raise ResumeError(
-            f"the checkpoint was trained on manifest {described['manifest'][:12]}, this run has {manifest[:12]}; "
-            f"give the new data a run of its own (--run NAME)"
+            f"the checkpoint was trained on manifest {described['manifest'][:12]}, but this run has {manifest[:12]}; "
+            f"use another --run NAME for the new data"
         )
 
 

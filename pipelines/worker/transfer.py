@@ -1,4 +1,4 @@
-"""Batches from the loader's memory to the device of the training, one ahead of the step that uses them."""
+"""Copies batches from the loader's memory to the training device, one ahead of the step that uses them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from data_shards.loader import GpuMemory, MicroBatch
 from data_shards.loader.pixel_file import memory_bytes
 
-# Steps that the host may be ahead of the GPU: enough to keep it busy, few enough that their images take little memory.
+# How far the host may run ahead: enough to keep the GPU busy, few enough to limit the memory for images.
 _STEPS_AHEAD = 4
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of this process
-# Locked memory cannot be used for anything else; a ring that would take more is copied from batch by batch.
+# Page-locked memory cannot be used for anything else; a larger ring stays unlocked.
 _LOCKED_SHARE = 1 / 16
 
 Arrived = tuple[MicroBatch, torch.Tensor, torch.Tensor]
 
 
 def batch_memory(device: torch.device) -> GpuMemory | None:
-    """What the loader makes its batches in: page-locked memory for a GPU, which copies from it beside other work."""
+    """Memory for the loader's batches: page-locked for a GPU, so that copies overlap with other work; else None."""
     if device.type != "cuda":
         return None
     return GpuMemory(
@@ -33,7 +33,7 @@ def batch_memory(device: torch.device) -> GpuMemory | None:
 
 
 def page_locked(memory: np.ndarray, device: torch.device) -> Callable[[], None] | None:
-    """Page-locks existing memory; returns what undoes that, or None where the system does not allow it."""
+    """Page-locks existing memory; returns a function that unlocks it, or None if the memory could not be locked."""
     if memory.nbytes > memory_bytes() * _LOCKED_SHARE:
         return None
     runtime, address = torch.cuda.cudart(), memory.ctypes.data
@@ -42,8 +42,8 @@ def page_locked(memory: np.ndarray, device: torch.device) -> Callable[[], None] 
             return None
 
     def unlock() -> None:
-        assert memory.ctypes.data == address  # holds the memory until here
-        with contextlib.suppress(RuntimeError):  # a device that has failed copies nothing more
+        assert memory.ctypes.data == address  # keeps a reference, so the memory lives until here
+        with contextlib.suppress(RuntimeError):  # a failed device does not copy any more
             torch.cuda.synchronize(device)
             runtime.cudaHostUnregister(address)
 
@@ -51,10 +51,10 @@ def page_locked(memory: np.ndarray, device: torch.device) -> Callable[[], None] 
 
 
 def prefetched(stream: Iterable[MicroBatch], device: torch.device) -> Iterator[Arrived]:
-    """Each batch with its images (B, H, W, C) and labels (B, num_classes), both uint8, on the device.
+    """Yields each batch with its images (B, H, W, C) and labels (B, num_classes), both uint8, on the device.
 
-    For a GPU they are copied on a stream of their own while the step before is computed. The tensors are valid for what
-    is started on the current stream, whenever they are let go.
+    For a GPU, copies run on a separate stream during the previous step. The tensors are safe to use on the current
+    stream, and may be released at any time.
     """
     if device.type != "cuda":
         for batch in stream:
@@ -62,7 +62,7 @@ def prefetched(stream: Iterable[MicroBatch], device: torch.device) -> Iterator[A
         return
     copies = _copy_stream(device)
     on_way: deque[tuple[Arrived, torch.cuda.Event]] = deque()
-    sources: deque[tuple[MicroBatch, torch.cuda.Event]] = deque()  # held until they have been read
+    sources: deque[tuple[MicroBatch, torch.cuda.Event]] = deque()  # kept alive until their copies are done
     steps: deque[torch.cuda.Event] = deque()
     try:
         for batch in stream:
@@ -81,20 +81,20 @@ def prefetched(stream: Iterable[MicroBatch], device: torch.device) -> Iterator[A
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: torch keeps freed memory apart for each stream."""
+    """One stream for all epochs, because torch caches freed memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def _sent(batch: MicroBatch, copies: torch.cuda.Stream, device: torch.device) -> tuple[Arrived, torch.cuda.Event]:
     with torch.cuda.stream(copies):
         images = torch.from_numpy(batch.images).to(device, non_blocking=True)
-        # From memory that is not locked the host would wait for the copies before this one.
+        # to_device() pins the labels: from unpinned memory the host would wait for the earlier copies.
         labels = to_device(batch.labels, device)
         return (batch, images, labels), copies.record_event()
 
 
 def _arrived(arrived: Arrived, copied: torch.cuda.Event) -> Arrived:
-    """Lets what is started from now on use the tensors, and their memory be used again only after that."""
+    """Makes the current stream wait for the copy, and keeps the tensors' memory until that stream is done with it."""
     current = torch.cuda.current_stream(arrived[1].device)
     current.wait_event(copied)
     for tensor in arrived[1:]:
@@ -103,20 +103,20 @@ def _arrived(arrived: Arrived, copied: torch.cuda.Event) -> Arrived:
 
 
 def _wait_for_steps(steps: deque[torch.cuda.Event], device: torch.device) -> None:
-    """Notes where the step that was just started ends, and waits until the GPU is near."""
+    """Marks the end of the step just launched, and waits until the GPU is at most _STEPS_AHEAD steps behind."""
     steps.append(torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)))
     if len(steps) > _STEPS_AHEAD:
         steps.popleft().synchronize()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A small array as a tensor there, without waiting for what the device is doing."""
+    """Copies a small array to the device without waiting for the device."""
     tensor = torch.from_numpy(array)
     return tensor if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Latest:
-    """The newest value of a scalar on the device that has arrived here; looking at it never waits for the device."""
+    """The newest value of a device scalar that has reached the host; reading it never waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._here = torch.zeros((), pin_memory=device.type == "cuda")
@@ -125,7 +125,7 @@ class Latest:
         self._value = 0.0
 
     def put(self, scalar: torch.Tensor) -> None:
-        """Sends for a value, unless one is on its way."""
+        """Starts copying a value, unless a copy is already in progress."""
         if not self._on_device:
             self._value = float(scalar)
         elif self._arrived():
@@ -140,7 +140,7 @@ class Latest:
         return self._value
 
     def _arrived(self) -> bool:
-        """Whether nothing is on its way any more."""
+        """Whether no copy is in progress."""
         if self._arrival is not None and self._arrival.query():
             self._value, self._arrival = float(self._here), None
         return self._arrival is None

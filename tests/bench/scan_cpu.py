@@ -30,8 +30,8 @@ TOLERANCE = 1e-5
 def in_blocks(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_log_KDN, D_KD) -> Tensor:
     """reference.scan, a block of positions after the other: only the states between blocks are kept for backward."""
     height, width = u_BHWD.shape[1:3]
-    u_BKLD = reference._in_four_orders(u_BHWD.unsqueeze(3).expand(-1, -1, -1, 4, -1))
-    rows = [reference._in_four_orders(x) for x in (dt_BHWKR, B_BHWKN, C_BHWKN)]
+    u_BKLD = reference.in_four_orders(u_BHWD.unsqueeze(3).expand(-1, -1, -1, 4, -1))
+    rows = [reference.in_four_orders(x) for x in (dt_BHWKR, B_BHWKN, C_BHWKN)]
     A_KDN = -A_log_KDN.exp()
     h_BKDN = u_BHWD.new_zeros(len(u_BHWD), *A_KDN.shape)
     blocks = []
@@ -41,7 +41,7 @@ def in_blocks(u_BHWD, dt_BHWKR, B_BHWKN, C_BHWKN, dt_weight_KDR, dt_bias_KD, A_l
         )
         blocks.append(y_BKTD)
     y_BKLD = torch.cat(blocks, 2) + D_KD[:, None] * u_BKLD
-    return reference._summed_in_pixel_order(y_BKLD, height, width)
+    return reference.summed_in_pixel_order(y_BKLD, height, width)
 
 
 def _block(h_BKDN, u_BKTD, dt_BKTR, B_BKTN, C_BKTN, dt_weight_KDR, dt_bias_KD, A_KDN) -> tuple[Tensor, Tensor]:

@@ -96,9 +96,9 @@ def test_training_does_not_wait_and_points_arrive_once_in_order(run, mlflow_serv
     assert run[0].client.get_run(run[1]).data.tags["note"] == "kept too"
     away, back = [str(notice) for notice in heard if proxy.address in notice.who]
     assert away.startswith(f"MLflow at {proxy.address} has not answered since ")
-    assert away.endswith("work continues, and what it logs is kept and sent later, for at most 1 minute")
+    assert away.endswith("work continues; log entries are kept and sent later, for at most 1 minute")
     assert "answers again after" in back
-    assert back.endswith("what was logged of 3 epochs is being sent")
+    assert back.endswith("sending the log entries of 3 epochs")
 
 
 def test_a_call_whose_answer_was_lost_leaves_one_point(run, mlflow_server, heard):
@@ -185,7 +185,7 @@ def test_a_server_gone_for_good_ends_it_with_a_remedy(run, mlflow_server, heard)
         began = time.monotonic()
         log(outbox, 1)
         with pytest.raises(
-            PatienceError, match=r"wait of 5 s \(--placement.patience-s\) is over: start it, then run the same"
+            PatienceError, match=r"longer than 5 s \(--placement.patience-s\): start it, then run the same"
         ):
             outbox.close()
         assert 3 < time.monotonic() - began < 15

@@ -68,11 +68,11 @@ def test_a_poisoned_step_is_counted_and_statistics_stay_finite(alone):
 
 def test_five_poisoned_steps_end_the_training_with_their_samples(dataset, tmp_path):
     found = poisoned(dataset, tmp_path, 0, "whole", 2, "2,3,4,5,6")
-    assert found["error"].startswith("5 steps in a row, up to step 6, had gradients that are not finite")
+    assert found["error"].startswith("5 steps in a row, up to step 6, had non-finite gradients")
     data = open_dataset(dataset)
     epoch = Loader(data).epoch(BatchPlan("train", 16, 32, train=True, micro_batch=4))
     keys = data.index("train").key[epoch.order[5 * 16 : 6 * 16]]
-    assert f"Step 6 took the samples {' '.join(keys)}; there is no checkpoint yet. " in found["error"]
+    assert f"Step 6 used the samples {' '.join(keys)}; no checkpoint has been written yet. " in found["error"]
     assert "Lower train.optim.lr" in found["error"]
 
 

@@ -71,7 +71,7 @@ def test_a_training_shrinks_grows_back_and_leaves_a_drained_node(tmp_path):
     found = seen("elastic", tmp_path)
     assert found["sizes"] == [2, 1, 2, 1], found
     assert found["ended"]["result"]["reason"] == "interrupted"
-    for reason in ("the number of workers changes", "a node will be taken away"):
+    for reason in ("the number of workers changes", "a node will be preempted"):
         line = next(line for line in found["lines"] if reason in line)
         assert "lost 0 s (0 steps)" in line
     print(found["took_s"])

@@ -28,7 +28,7 @@ def test_a_training_loses_a_node_and_leaves_a_drained_one(s3, mlflow_server, tmp
     assert found["code"] == 1
     assert lines[-1] == "medmamba: interrupted; run the same command to resume"
     assert any("restart 1 of 3 before the next checkpoint" in line for line in lines)
-    for reason in ("the number of workers changes", "a node will be taken away"):
+    for reason in ("the number of workers changes", "a node will be preempted"):
         line = next(line for line in lines if reason in line)
         assert "lost 0 s (0 steps)" in line, line
     written = next(line for line in lines if "interrupted: a checkpoint of step" in line)

@@ -36,7 +36,7 @@ def test_a_release_starts_from_a_registered_model(tmp_path):
     done = medmamba(*tuned, cwd=tmp_path)
     facts = json.loads(done.stdout)
     assert f"starting from models:/{MODEL}/1" in done.stderr
-    assert "new head for 3 classes: the weights know others (no lesion, ellipse, spiculated)" in done.stderr
+    assert "new head for 3 classes: the weights have other classes (no lesion, ellipse, spiculated)" in done.stderr
     assert "frozen: 32 of 115 parameters" in done.stderr
 
     origin = facts["train"]["init"]
@@ -57,7 +57,7 @@ def test_a_training_starts_from_upstream_of_other_classes(tmp_path):
     export_upstream(build_model(MedMambaConfig(variant="nano", num_classes=9)), tmp_path / "nano.pth")
     arguments = ["train", *TINY, "--run", "tuned", "--store", "store", "--json", "--train.init"]
     done = medmamba(*arguments, "nano.pth", cwd=tmp_path)
-    assert "new head for 3 classes: the weights do not say which classes theirs was for" in done.stderr
+    assert "new head for 3 classes: the weights do not name their classes" in done.stderr
     facts = json.loads(done.stdout)["train"]
     assert facts["init"]["uri"] == str(tmp_path / "nano.pth")
     # Asked again when the file is gone, and as the copy in the store, it is the same training.

@@ -88,7 +88,7 @@ def test_a_sweep_resumes_trials_that_failed_for_passing_reasons(tmp_path):
     shards = store / "datasets/phantoms/default/shards"
     shards.rename(shards.with_name("away"))
     failed = medmamba("tune", *arguments, "--workflow", "release", cwd=tmp_path, code=1)
-    assert "begins again: 0 trials with 0 epochs are lost" in failed.stderr
+    assert "starts again; 0 trials with 0 epochs are lost" in failed.stderr
     assert not stray.exists()
     assert "2 of 2 trials failed for reasons other than divergence" in failed.stderr
     assert "run the same command to try them again" in failed.stderr

@@ -147,7 +147,7 @@ def test_absent_mlflow_ends_a_training_and_a_resume_sends_more(mlflow, tmp_path)
     began = time.monotonic()
     assert training.end() == 1
     assert time.monotonic() - began < 90
-    assert "the wait of 15 s (--placement.patience-s) is over: start it, then run the same command" in training.terminal
+    assert "longer than 15 s (--placement.patience-s): start it, then run the same command" in training.terminal
     mlflow.start()
     medmamba(*arguments, env=env, cwd=tmp_path)
     assert curve(mlflow.address, "train_loss") == list(range(1, EPOCHS + 1))

@@ -80,9 +80,9 @@ def test_the_operator_passes_torchs_own_checks(on_cpu):
 
 
 def test_where_it_cannot_run_the_reason_is_told(monkeypatch):
-    assert backends("cpu")["mamba_ssm"] == "it is for CUDA devices"
+    assert backends("cpu")["mamba_ssm"] == "it requires a CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert mamba_ssm.unusable("cuda") == "torch sees no CUDA device"
+    assert mamba_ssm.unusable("cuda") == "torch finds no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mamba_ssm, "_EXTENSION", "no_such_extension")
     mamba_ssm._extension.cache_clear()

@@ -47,7 +47,7 @@ def object_name(data: Dataset) -> str:
 
 
 def _name_of_class(uid: str) -> str:
-    from pydicom.uid import UID, UID_dictionary  # type: ignore[attr-defined]  # not in its __all__
+    from pydicom.uid import UID, UID_dictionary
 
     if uid in UID_dictionary:
         name = UID(uid).name

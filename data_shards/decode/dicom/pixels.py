@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import (  # type: ignore[attr-defined]  # UID_dictionary is not in its __all__
+from pydicom.uid import (
     UID,
     ExplicitVRBigEndian,
     JPEG2000TransferSyntaxes,

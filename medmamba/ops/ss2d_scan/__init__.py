@@ -1,13 +1,12 @@
-"""The operator of MedMamba: four selective scans over a feature map, in and out in pixel order.
+"""MedMamba's operator: four selective scans over a feature map, with inputs and outputs in pixel order.
 
     scan(*operands) -> y_BHWD
 
-The operands are those of contract.py, the definition is reference.py. A backend is a module of this folder with two
-functions: `scan`, and `unusable(device_type)`, which says why it cannot run on such a device here (None: it can). One
-that is compiled on first use also has `prepare(device_type)`, which builds and raises BuildError: it is asked before a
-backend is taken; one that builds for each size of a network has `build_ahead(sizes, dtype)`. A module may be imported
-only when it is asked for, so it may import what is not installed everywhere. Compiled ones become operators of torch by
-operator.py.
+contract.py defines the operands, reference.py the function. A backend is a module of this folder with two functions:
+`scan`, and `unusable(device_type)`, which returns why it cannot run on such a device here, or None. A backend that is
+compiled on first use also has `prepare(device_type)`, which builds it or raises BuildError before it is chosen; one
+that builds separately for each size has `build_ahead(sizes, dtype)`. Backends are imported on demand, so they may
+import packages that are not installed everywhere. operator.py turns compiled backends into torch operators.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from medmamba.ops.ss2d_scan.contract import Operands, check
 
 log = logging.getLogger(__name__)
 
-_BACKENDS = ("reference", "numba", "cpp", "cuda", "mamba_ssm")  # each the name of a module beside this one
-# What "auto" tries on a device, fastest first.
+_BACKENDS = ("reference", "numba", "cpp", "cuda", "mamba_ssm")  # names of modules in this folder
+# Backends that "auto" tries on a device, fastest first.
 _PREFERENCE = {"cpu": ("cpp", "numba", "reference"), "cuda": ("cuda", "mamba_ssm", "reference")}
 _PREFERENCE_ELSEWHERE = ("reference",)
 
 
 def scan(*operands: Tensor, backend: str = "auto") -> Tensor:
-    """Returns y_BHWD, the sum over the four directions, of the tensors of `Operands`, in their order.
+    """Scans the tensors of `Operands`, given in order; returns y_BHWD, the sum over the four directions.
 
-    ValueError: the backend is unknown or cannot run on u's device, or the tensors do not fit each other.
+    Raises ValueError if the backend is unknown or cannot run on u's device, or if the tensors do not fit.
     """
     checked = Operands(*operands)
     check(checked)
@@ -43,35 +42,36 @@ def scan(*operands: Tensor, backend: str = "auto") -> Tensor:
 
 
 def backend_scan(name: str) -> Callable[..., Tensor]:
-    """`scan` of one resolved backend. A model keeps it, so that torch.compile finds no choice left to trace.
+    """The `scan` function of a resolved backend, without checks.
 
-    It checks nothing: a model's tensors fit each other, whatever is fed to it.
+    A model stores it so that torch.compile has no choice to trace; a model's tensors always fit.
     """
-    return _module(name).scan
+    backend: Callable[..., Tensor] = _module(name).scan
+    return backend
 
 
 def backends(device_type: str = "cpu") -> dict[str, str | None]:
-    """Every backend by name, and why it cannot run on such a device here (None: it can)."""
+    """Every backend by name, with the reason why it cannot run on such a device here, or None."""
     return {name: _unusable(name, device_type) for name in _BACKENDS}
 
 
 @functools.cache
 def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
-    """The backend that `name` stands for; "auto" is the first that is usable and can be built, logged the first time.
+    """Resolves a backend name; "auto" becomes the first backend that is usable and can be built, and is logged once.
 
-    ValueError: no such backend, or the named one cannot run here (the reason is in the message).
+    Raises ValueError, with the reason, if the backend is unknown or cannot run here.
     """
     if name == "auto":
         return _fastest(device_type)
     if name not in _BACKENDS:
-        raise ValueError(f"scan backend {name!r} does not exist; choose auto or one of {', '.join(_BACKENDS)}")
+        raise ValueError(f"unknown scan backend {name!r}; available: auto, {', '.join(_BACKENDS)}")
     if reason := _unusable(name, device_type) or _unbuilt(name, device_type):
         raise ValueError(f"scan backend {name!r} cannot run on {device_type}: {reason}; choose auto or another")
     return name
 
 
 def build_ahead(name: str, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
-    """Builds what a resolved backend would build on first use for scans of these (channels, rank, states)."""
+    """Builds in advance what a resolved backend would build on first use for these (channels, rank, states)."""
     if build := getattr(_module(name), "build_ahead", None):
         build(sizes, dtype)
 
@@ -84,7 +84,7 @@ def _fastest(device_type: str) -> str:
         if (reason := _unbuilt(name, device_type)) is None:
             chosen = name
             break
-        log.warning("scan backend %s cannot be built here, the next one is taken: %s", name, reason)
+        log.warning("scan backend %s cannot be built here, trying the next one: %s", name, reason)
     log.info("scan backend on %s: %s", device_type, chosen)
     return chosen
 
@@ -92,13 +92,14 @@ def _fastest(device_type: str) -> str:
 @functools.cache
 def _unusable(name: str, device_type: str) -> str | None:
     try:
-        return _module(name).unusable(device_type)
+        reason: str | None = _module(name).unusable(device_type)
     except ImportError as error:
         return str(error)
+    return reason
 
 
 def _unbuilt(name: str, device_type: str) -> str | None:
-    """Why the backend's code cannot be built here; None: it is built now, or needs no building."""
+    """Why the backend's code cannot be built here; None if it is built now or needs no building."""
     try:
         if prepare := getattr(_module(name), "prepare", None):
             prepare(device_type)

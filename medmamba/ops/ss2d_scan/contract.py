@@ -1,4 +1,4 @@
-"""What every backend of the scan takes, and what is refused before a backend reads it."""
+"""The operands of every scan backend, and their checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """The eight tensors of a scan; reference.py has the axes and the equation."""
+    """The eight tensors of a scan; reference.py explains the axes and the equation."""
 
     u_BHWD: Tensor
     dt_BHWKR: Tensor
@@ -24,7 +24,7 @@ _AXES = {name.rpartition("_")[0]: name.rpartition("_")[2] for name in Operands._
 
 
 def check(operands: Operands) -> None:
-    """ValueError where they do not fit: compiled backends would read beyond a tensor's end, without a word."""
+    """Raises ValueError if the operands do not fit; compiled backends would silently read out of bounds."""
     sizes, first = {"K": 4}, operands.u_BHWD
     for (name, axes), x in zip(_AXES.items(), operands, strict=True):
         if x.ndim != len(axes) or any(
@@ -32,11 +32,11 @@ def check(operands: Operands) -> None:
         ):
             known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if axis in axes)
             raise ValueError(
-                f"{name} of shape {tuple(x.shape)}: it must be ({', '.join(axes)}), none of them 0"
+                f"{name} of shape {tuple(x.shape)} must be ({', '.join(axes)}), all of them positive"
                 f"{f', with {known}' if known else ''}; see reference.py for the axes"
             )
         if x.device != first.device or not x.is_floating_point():
             raise ValueError(
-                f"{name} is {x.dtype} on {x.device}: all must be floating-point and be with u on {first.device}; "
-                "convert or move it"
+                f"{name} is {x.dtype} on {x.device}, but must be floating-point and on {first.device} like u; convert "
+                "or move it"
             )

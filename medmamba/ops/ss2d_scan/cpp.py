@@ -1,4 +1,4 @@
-"""The scan on the CPU: scan.cpp, compiled on first use. Bit-equal on any number of threads."""
+"""The scan on the CPU: scan.cpp, compiled on first use. Bit-identical for any number of threads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _WIDTH, _GROUP, _CHUNK = 8, 4, 32
 
 
 def unusable(device_type: str) -> str | None:
-    """Why this backend cannot run on such a device; None: it can, if the compiler does its work."""
+    """Why this backend cannot run on such a device; None if it can, provided that the compiler works."""
     return cpu_operator.unusable(device_type) or cxx.unusable()
 
 
 def prepare(device_type: str) -> None:
-    """Builds what every call needs. BuildError: why it cannot be built."""
+    """Builds the library. Raises BuildError."""
     if device_type == "cpu":
         _library()
 

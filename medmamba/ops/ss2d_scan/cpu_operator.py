@@ -1,8 +1,8 @@
-"""What the CPU backends share: how loops over lanes of channels become an operator of torch.
+"""Shared by the CPU backends: turns loops over vectors of channels into a torch operator.
 
-The work is cut into tasks by the shapes alone, so the result is bit-equal on any number of threads. The threads are our
-own: calls from several threads at once are safe (numba's own pools are not all so, and their waiting threads would
-fight torch's for the cores), and waiting ones are woken sooner than new ones get a core beside torch's.
+Tasks depend only on the shapes, so the result is bit-identical for any number of threads. The thread pool is separate:
+concurrent calls are safe (not all of numba's pools allow that, and their waiting threads compete with torch's for
+cores), and waking a waiting thread is faster than starting one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
@@ -22,15 +22,15 @@ from torch import Tensor
 from medmamba.ops.ss2d_scan import operator
 from medmamba.ops.ss2d_scan.contract import Operands
 
-_TASKS = 8  # a small batch is also cut by channels until there are about this many tasks
+_TASKS = 8  # small batches are also split by channels, until there are about this many tasks
 _LOG2_E = 1.4426950408889634
-_SLOTS = 32  # partial sums of the parameters' gradients, at most
+_SLOTS = 32  # maximum number of partial sums of the parameters' gradients
 
 
 class Problem(NamedTuple):
-    """The inputs as the loops read them, float32: a is that of exp2; dt, b and c may be views with a dense last axis.
+    """The float32 inputs of the loops: `a` is scaled for exp2; dt, b and c may be views with a dense last axis.
 
-    A task is one image (backwards one slot, every `slots`-th image) and one of `splits` ranges of channels.
+    A task is one image (in backward one slot, which is every `slots`-th image) and one of `splits` ranges of channels.
     """
 
     u: Tensor  # BHWD
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward loops fill: S splits; the last four, a row for each slot G, come filled with zeros."""
+    """The outputs of the backward loops, for S splits and G slots; the last four must be zeros initially."""
 
     u: Tensor  # BHWD
     dt: Tensor  # SBHWKR
@@ -60,9 +60,9 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Loops:
-    """One backend. D comes as a multiple of `width`, N of `group`; every `chunk` positions the states are kept.
+    """The loops of one backend. D is a multiple of `width`, N of `group`; states are kept every `chunk` positions.
 
-    forward(problem, y_BHWD, kept), where an empty `kept` means that nothing is to be kept;
+    forward(problem, y_BHWD, kept): keeps nothing if `kept` is empty.
     backward(problem, dy_BHWD, kept, gradients).
     """
 
@@ -74,33 +74,33 @@ class Loops:
     backward: Callable[[Problem, Tensor, Tensor, Gradients], None]
 
     def kept_size(self, *inputs: Tensor) -> int:
-        """Numbers kept from forward to backward."""
+        """Number of floats kept from forward to backward."""
         u, a = inputs[0], inputs[6]
         images, height, width, channels = u.shape
         return images * a.shape[0] * -(-height * width // self.chunk) * channels * a.shape[2]
 
 
 def unusable(device_type: str) -> str | None:
-    """Why no CPU backend can run on such a device; None: it can."""
-    return None if device_type in ("cpu", "meta") else "it is for the CPU; build the model for the device it runs on"
+    """Why no CPU backend can run on such a device; None if it can."""
+    return None if device_type in ("cpu", "meta") else "it requires the CPU; build the model for the device it runs on"
 
 
 def scan_of(loops: Loops) -> Callable[..., Tensor]:
-    """The `scan` of a backend, whose loops become the operator medmamba::ss2d_scan_<name>."""
+    """Registers a backend's loops as the operator medmamba::ss2d_scan_<name>; returns its `scan`."""
 
-    def run_forward(*inputs_and_keep):
-        """(y_BHWD, the states at each chunk's start, empty unless `keep`)."""
+    def run_forward(*inputs_and_keep: Any) -> tuple[Tensor, Tensor]:
+        """Returns (y_BHWD, the states at each chunk's start, empty unless `keep`)."""
         *inputs, keep = inputs_and_keep
         y, kept = torch.empty(inputs[0].shape), torch.empty(loops.kept_size(*inputs) if keep else 0)
         loops.forward(_problem(loops.width, *inputs), y, kept)
         return y, kept
 
-    def shapes(u, *others_and_keep):
+    def shapes(u: Tensor, *others_and_keep: Any) -> tuple[Tensor, Tensor]:
         *others, keep = others_and_keep
         return u.new_empty(u.shape), u.new_empty(loops.kept_size(u, *others) if keep else 0)
 
-    def run_backward(dy, *inputs_and_kept):
-        """The gradients of the eight inputs, in their order and shapes."""
+    def run_backward(dy: Tensor, *inputs_and_kept: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of the eight inputs, in their order and shapes."""
         *inputs, kept = inputs_and_kept
         problem = _problem(loops.width, *inputs)
         small = [torch.empty(problem.splits, *x.shape) for x in inputs[1:4]]
@@ -141,7 +141,7 @@ def scan_of(loops: Loops) -> Callable[..., Tensor]:
 def _padded(
     inputs: list[Tensor], parameters: list[Tensor], channels: int, states: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """More channels and states, of zeros: what they add to every result is zero."""
+    """Pads channels and states with zeros, which do not change any result."""
     u, dt, b, c = inputs
     weight, bias, a, skip = parameters
     inputs = [F.pad(u, (0, channels)), dt, F.pad(b, (0, states)), F.pad(c, (0, states))]
@@ -149,7 +149,9 @@ def _padded(
     return inputs, [F.pad(weight, (0, 0, 0, channels)), F.pad(bias, (0, channels)), a, F.pad(skip, (0, channels))]
 
 
-def _problem(width: int, u, dt, b, c, weight, bias, a, skip) -> Problem:
+def _problem(
+    width: int, u: Tensor, dt: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor, a: Tensor, skip: Tensor
+) -> Problem:
     dt, b, c = (_rows(x) for x in (dt, b, c))
     weight, bias, a, skip = (x.contiguous() for x in (weight.mT, bias, a.mT * _LOG2_E, skip))
     images, channels = u.shape[0], u.shape[3]
@@ -158,12 +160,12 @@ def _problem(width: int, u, dt, b, c, weight, bias, a, skip) -> Problem:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """dt, B or C as the loops can read it: a view of one product as it lies, anything else copied."""
+    """dt, B or C in a layout that the loops can read; copied unless its rows are dense and evenly spaced."""
     return x if x.stride(-1) == 1 and x.stride(1) == x.stride(2) * x.shape[2] else x.contiguous()
 
 
 def spread(num_tasks: int, run: Callable[[tuple[int, int]], None]) -> None:
-    """Runs tasks [0, num_tasks) in equal shares on torch's number of threads; the caller's thread takes the first."""
+    """Runs tasks [0, num_tasks) in equal shares on torch's number of threads, the first share on the caller's."""
     threads = min(torch.get_num_threads(), num_tasks)
     bounds = [num_tasks * thread // threads for thread in range(threads + 1)]
     shares = list(itertools.pairwise(bounds))
@@ -171,12 +173,12 @@ def spread(num_tasks: int, run: Callable[[tuple[int, int]], None]) -> None:
     try:
         run(shares[0])
     finally:
-        wait(others)  # also after a Ctrl-C: they write into tensors that the caller then lets go
+        wait(others)  # also after Ctrl-C: they write into tensors that the caller then releases
     for other in others:
         other.result()
 
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork, so a forked process makes its own."""
+    """One pool per process, because threads do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="ss2d_scan")

@@ -1,4 +1,4 @@
-"""The scan on NVIDIA GPUs: scan.cu, compiled on first use for each width of channels. Bit-equal from run to run."""
+"""The scan on NVIDIA GPUs: scan.cu, compiled on first use for each number of channels. Bit-identical between runs."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from medmamba.ops.ss2d_scan.operator import register
 SOURCE = Path(__file__).with_name("scan.cu")
 _ACT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WAYS, _LANES, _QUADS = 4, 32, 4
-# 12 warps of 168 registers fill a multiprocessor of an H100. With 9 the backward pass takes a third longer.
+# 12 warps of 168 registers fill a multiprocessor of an H100; with 9 the backward pass takes a third longer.
 _RESIDENT_WARPS, _SHARED_BYTES, _RESERVED_BYTES = 12, 227 << 10, 1 << 10
-_WARPS_TO_FILL = _RESIDENT_WARPS * 132  # below this many warps a sequence is cut into segments,
-_LEAST_TILES, _MOST_SEGMENTS = 4, 32  # of at least so many tiles, and at most so many segments
+_WARPS_TO_FILL = _RESIDENT_WARPS * 132  # with fewer warps a sequence is split into segments
+_LEAST_TILES, _MOST_SEGMENTS = 4, 32  # least tiles per segment, and most segments
 
 
 def unusable(device_type: str) -> str | None:
-    """Why this backend cannot run on such a device; None: it can."""
-    return nvrtc.unusable() if device_type in ("cuda", "meta") else "it is for CUDA devices"
+    """Why this backend cannot run on such a device; None if it can."""
+    return nvrtc.unusable() if device_type in ("cuda", "meta") else "it requires a CUDA device"
 
 
 def prepare(device_type: str) -> None:
-    """Builds the kernels of one width, which says of the others that they can be built. BuildError: why not."""
+    """Builds the kernels for one number of channels, to test that building works. Raises BuildError."""
     if device_type == "cuda":
         device = torch.device(device_type, torch.cuda.current_device())
         _plan(1, 14, 14, 96, 3, 16, torch.float32).kernels(device, vectors=True)
 
 
 def build_ahead(sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
-    """Builds the kernels of scans of these (channels, rank, states), which are then found in the cache; at once."""
+    """Builds the kernels for scans of these (channels, rank, states) in parallel, into the cache."""
     device = torch.device("cuda", torch.cuda.current_device())
     plans = [_plan(1, 14, 14, width, rank, states + -states % _QUADS, dtype) for width, rank, states in sizes]
-    with ThreadPoolExecutor() as pool:  # NVRTC works outside of Python's lock
+    with ThreadPoolExecutor() as pool:  # NVRTC releases the GIL
         list(pool.map(lambda plan: plan.kernels(device, vectors=True), plans))
 
 
@@ -53,15 +53,15 @@ def scan(*operands: Tensor) -> Tensor:
     inputs = [x.to(dtype) for x in (given.u_BHWD, given.dt_BHWKR, given.B_BHWKN, given.C_BHWKN)]
     parameters = [x.float() for x in (given.dt_weight_KDR, given.dt_bias_KD, given.A_log_KDN, given.D_KD)]
     lacking = -given.A_log_KDN.shape[2] % _QUADS
-    if lacking:  # states of zeros: what they add to every result is zero
+    if lacking:  # padding with zero states does not change any result
         inputs[2:] = [F.pad(x, (0, lacking)) for x in inputs[2:]]
         parameters[2] = F.pad(parameters[2], (0, lacking))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters))
-    # The operator takes and gives rows. A map of four dimensions that is kept for the backward pass is to torch's
-    # compiler one on its way to a convolution: it would keep u once more with H innermost, and copy it back there. With
-    # T and a batch of 128 on an H200 that is 1.4 of 42.3 ms a step, and 0.3 GiB.
+    # The operator takes and returns three dimensions. torch's compiler treats a four-dimensional tensor that is saved
+    # for backward like an input of a convolution: it would save a copy of u with H innermost and copy it back. With T
+    # and a batch of 128 on an H200 that costs 1.4 of 42.3 ms per step, and 0.3 GiB.
     y_BLD, _ = _forward(inputs[0].flatten(1, 2), *inputs[1:], *parameters, keep)
-    return y_BLD.unflatten(1, given.u_BHWD.shape[1:3]).to(given.u_BHWD.dtype)
+    return torch.unflatten(y_BLD, 1, given.u_BHWD.shape[1:3]).to(given.u_BHWD.dtype)
 
 
 class _Small(ctypes.Structure):
@@ -88,7 +88,7 @@ class _Shape(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How one problem is cut: see scan.cu for `warps`, `tile`, `sub` and `unroll`."""
+    """How one problem is split; see scan.cu for `warps`, `tile`, `sub` and `unroll`."""
 
     images: int
     height: int
@@ -125,12 +125,12 @@ class _Plan:
 
     @property
     def segments(self) -> int:
-        """Parts of a sequence that blocks scan side by side; they cost a second pass, so only few images have more."""
+        """Parts of a sequence scanned in parallel; more than one costs a second pass, so only for few images."""
         return -(-self.tiles // self.segment_tiles)
 
     @property
     def resident(self) -> int:
-        """Blocks of the backward pass that should live on one multiprocessor."""
+        """Blocks of the backward pass that should run on one multiprocessor at the same time."""
         return max(1, _RESIDENT_WARPS // self.warps)
 
     @property
@@ -145,7 +145,7 @@ class _Plan:
         )
 
     def shared_bytes(self, *, backward: bool) -> int:
-        """Shared memory of a block, as scan.cu lays it out."""
+        """Shared memory of a block in bytes, as laid out in scan.cu."""
         rank4 = -(-self.rank // 4) * 4
         floats = self.tile * (2 * self.states + rank4 + 1 + (3 if backward else 2) * self.wide)
         if not backward:
@@ -164,13 +164,13 @@ class _Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan(images: int, height: int, width: int, channels: int, rank: int, states: int, dtype: torch.dtype) -> _Plan:
-    """The longest tile (it leaves the fewest states in memory) with which the backward pass has its warps resident.
+    """The plan with the longest tile (it keeps the fewest states) at which all warps of backward are resident.
 
-    Raises ValueError for a map too large for the kernel's division.
+    Raises ValueError if the map is too large for the kernel's division.
     """
     if height * height * width >= 1 << 32:
         raise ValueError(
-            f"a map of {height} x {width} is too large for backend 'cuda': use reference, or smaller images"
+            f"a map of {height} x {width} is too large for scan backend 'cuda': use reference, or smaller images"
         )
     warps = 3 if channels % (3 * _LANES) == 0 else min(4, -(-channels // _LANES))
     sub = 4 if dtype == torch.float32 else 8
@@ -187,8 +187,18 @@ def _plan_of(u: Tensor, dt: Tensor, a_log: Tensor) -> _Plan:
     return _plan(images, height, width, u.shape[2], rank, a_log.shape[2], u.dtype)
 
 
-def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
-    """(y_BLD, the states at each tile's start, empty unless `keep`)."""
+def _run_forward(
+    u: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns (y_BLD, the states at each tile's start, empty unless `keep`)."""
     plan = _plan_of(u, dt, a_log)
     u = u.contiguous()
     dt, b, c = (_rows(x) for x in (dt, b, c))
@@ -209,12 +219,33 @@ def _run_forward(u, dt, b, c, weight, bias, a_log, skip, keep):
     return y, kept
 
 
-def _shapes(u, dt, b, c, weight, bias, a_log, skip, keep):
+def _shapes(
+    u: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), _new_kept(u, _plan_of(u, dt, a_log), keep)
 
 
-def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
-    """The gradients of the eight inputs, in their order and shapes."""
+def _run_backward(
+    dy: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of the eight inputs, in their order and shapes."""
     plan = _plan_of(u, dt, a_log)
     dy, u = dy.contiguous(), u.contiguous()
     dt, b, c = (_rows(x) for x in (dt, b, c))
@@ -236,7 +267,7 @@ def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
             carry = (dy, small[0], small[2], *parameters[:3], ends, sums, plan.shape())
             shared = plan.shared_bytes(backward=False)
             kernels("backward_carry", (plan.blocks, plan.segments - 1), plan.wide, shared, carry)
-        left = of_small if parts_of_small is None else parts_of_small[0].split(sizes)
+        left = of_small if parts_of_small is None else torch.split_with_sizes(parts_of_small[0], sizes)
         arguments = (dy, u, *small, *parameters, kept, planes, *left, of_parameters, ends, sums, plan.shape())
         shared = plan.shared_bytes(backward=True)
         kernels("backward", (plan.blocks, plan.segments), plan.wide, shared, arguments)
@@ -253,14 +284,14 @@ def _run_backward(dy, u, dt, b, c, weight, bias, a_log, skip, kept):
     return du, *of_small, of_weight, of_bias, of_a_log, of_skip
 
 
-# u is (B, H·W, D); the others are as `scan` has them.
+# u is (B, H·W, D); the other operands are those of `scan`.
 _forward = register(
     "ss2d_scan_cuda", backend="cuda", device="cuda", forward=_run_forward, shapes=_shapes, backward=_run_backward
 )
 
 
 def _rows(x: Tensor) -> Tensor:
-    """dt, B or C as the kernel can read it: a view of one product as it lies, anything else copied."""
+    """dt, B or C in a layout that the kernel can read; copied unless its rows are dense and evenly spaced."""
     return x if x.stride(-1) == 1 and x.stride(1) == x.stride(2) * x.shape[2] else x.contiguous()
 
 
@@ -283,7 +314,7 @@ def _new_kept(u: Tensor, plan: _Plan, keep: bool) -> Tensor:
 
 
 def _new_ends(u: Tensor, plan: _Plan) -> tuple[Tensor | None, Tensor | None]:
-    """What the segments leave behind: their last states, and the sums of delta."""
+    """Buffers for the segments' last states and sums of delta."""
     if plan.segments == 1:
         return None, None
     rows = plan.segments * plan.blocks * plan.wide

@@ -1,4 +1,4 @@
-"""Compiled backends have one derivative: a second one raises instead of leaving terms out."""
+"""Compiled backends only have first derivatives; second derivatives raise instead of being silently wrong."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from torch import Tensor
 
 
 def gradients(backend: str, backward: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """`backward(*tensors)`, the gradients of a scan; differentiating them raises NotImplementedError.
+    """Returns `backward(*tensors)`, the gradients of a scan; differentiating them raises NotImplementedError.
 
-    Without this torch takes them for constants, with a warning: a gradient penalty or a Hessian was wrong by up to 5 %.
-    `torch.autograd.function.once_differentiable` is not enough: it looks at the incoming gradient alone, which does not
-    require one where the loss is a sum.
+    Otherwise torch would treat them as constants with only a warning: a gradient penalty or a Hessian was wrong by up
+    to 5 %. `torch.autograd.function.once_differentiable` is not sufficient: it only checks whether the incoming
+    gradient requires a gradient, which it does not if the loss is a sum.
     """
     with torch.no_grad():
         found = backward(*tensors)
     if not torch.is_grad_enabled():  # the usual backward pass, without create_graph
         return found
     needs_grad = next((x for x in tensors if x.requires_grad), None)
-    return found if needs_grad is None else _FirstOrder.apply(backend, needs_grad, *found)
+    if needs_grad is None:
+        return found
+    guarded: tuple[Tensor, ...] = _FirstOrder.apply(backend, needs_grad, *found)  # type: ignore[no-untyped-call]
+    return guarded
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -33,6 +36,6 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            f"scan backend {ctx.backend!r} has no second-order gradients: build the model with scan='reference' "
-            "(--placement.scan reference), which has gradients of any order"
+            f"scan backend {ctx.backend!r} does not support second-order gradients: build the model with "
+            "scan='reference' (--placement.scan reference), which supports any order"
         )

@@ -1,9 +1,10 @@
-"""The scan by mamba-ssm's compiled kernels, with upstream's arithmetic, for those who have them: a yardstick.
+"""The scan with mamba-ssm's compiled kernels and upstream's arithmetic, as a baseline if mamba-ssm is installed.
 
-As in upstream's SS2D: the sequence is copied four times, channels first; dt is lifted in the dtype of the activations
-and delta, u, B and C then enter the kernels in float32; softplus, the bias and D are the kernels'; the four results are
-turned back and summed in float32. mamba-ssm sums the gradients of A, B and C with atomics: they vary from run to run.
-Unlike upstream, dt, B and C come as one product over the pixels, so only those few channels are put in four orders.
+As in upstream's SS2D, the sequence is copied four times, channels first; delta is computed in the dtype of the
+activations, and delta, u, B and C enter the kernels in float32; the kernels apply softplus, the bias and D; the four
+results are reordered and summed in float32. mamba-ssm sums the gradients of A, B and C with atomics, so they vary
+between runs. Unlike upstream, dt, B and C come from one product over the pixels, so only these few channels are
+reordered four times.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from medmamba.ops.ss2d_scan.contract import Operands
 from medmamba.ops.ss2d_scan.operator import register
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
-_EXTENSION = "selective_scan_cuda"  # what mamba-ssm compiles; mamba_ssm itself also imports triton and transformers
+_EXTENSION = "selective_scan_cuda"  # mamba-ssm's extension; mamba_ssm itself would import triton and transformers
 _CHUNK = 2048  # positions between two states that the forward kernel keeps
 
 
 def unusable(device_type: str) -> str | None:
-    """Why this backend cannot run on such a device; None: it can."""
+    """Why this backend cannot run on such a device; None if it can."""
     if device_type not in ("cuda", "meta"):
-        return "it is for CUDA devices"
+        return "it requires a CUDA device"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return "torch finds no CUDA device"
     try:
         _extension()
     except ImportError as error:
@@ -54,12 +55,12 @@ def scan(*operands: Tensor) -> Tensor:
             given.D_KD.float().flatten(),
             given.dt_bias_KD.float().flatten(),
         )
-        y_BKDL = y_BEL.unflatten(1, u_BKDL.shape[1:3])
+        y_BKDL = torch.unflatten(y_BEL, 1, u_BKDL.shape[1:3])
         return _summed_in_pixel_order(y_BKDL, height, width).to(given.u_BHWD.dtype)
 
 
 def _in_four_orders(x_BHWKF: Tensor) -> Tensor:
-    """x of direction k, as the sequence that direction k reads, channels first: (B, K, F, L)."""
+    """The sequence that each direction reads, channels first: (B, K, F, L)."""
     row, column, row_reversed, column_reversed = x_BHWKF.permute(0, 3, 4, 1, 2).unbind(1)
     return torch.stack(
         (
@@ -73,33 +74,35 @@ def _in_four_orders(x_BHWKF: Tensor) -> Tensor:
 
 
 def _summed_in_pixel_order(y_BKDL: Tensor, height: int, width: int) -> Tensor:
-    """The four sequences put back where their pixels lie, and summed: (B, H, W, D)."""
+    """The sum of the four sequences in pixel order: (B, H, W, D)."""
     row, column, row_reversed, column_reversed = y_BKDL.unbind(1)
-    by_row = (row + row_reversed.flip(2)).unflatten(2, (height, width))
-    by_column = (column + column_reversed.flip(2)).unflatten(2, (width, height))
+    by_row = torch.unflatten(row + row_reversed.flip(2), 2, (height, width))
+    by_column = torch.unflatten(column + column_reversed.flip(2), 2, (width, height))
     return (by_row + by_column.transpose(2, 3)).permute(0, 2, 3, 1)
 
 
 @functools.cache
 def _extension() -> ModuleType:
-    """The compiled half of mamba-ssm's selective_scan_fn: its fwd and bwd."""
+    """The compiled part of mamba-ssm's selective_scan_fn, with fwd and bwd."""
     return importlib.import_module(_EXTENSION)
 
 
-def _run_forward(*inputs):
-    """(y, the states at each chunk's end)."""
+def _run_forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (y, the states at each chunk's end)."""
     u, delta, a, b, c, d, bias = (x.contiguous() for x in inputs)
     y, kept = _extension().fwd(u, delta, a, b, c, d, None, bias, True)
     return y, kept
 
 
-def _shapes(u, delta, a, b, c, d, bias):
+def _shapes(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     images, channels, length = u.shape
     return u.new_empty(u.shape), u.new_empty(images, channels, -(-length // _CHUNK), 2 * a.shape[1])
 
 
-def _run_backward(*inputs):
-    """The gradients of the seven inputs, in their order and shapes."""
+def _run_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Returns the gradients of the seven inputs, in their order and shapes."""
     dy, u, delta, a, b, c, d, bias, kept = (x.contiguous() for x in inputs)
     return tuple(_extension().bwd(u, delta, a, b, c, d, None, bias, dy, kept, None, None, True, False))
 

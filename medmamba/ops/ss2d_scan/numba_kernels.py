@@ -1,18 +1,19 @@
-"""The loops of the numba backend: forward and hand-written backward, eight channels at a time.
+"""The kernels of the numba backend: forward and hand-written backward, eight channels at a time.
 
-numba does not promise to vectorise a loop, so the kernels are written in `Lanes`: eight float32 side by side, one
-CPU vector register, with a polynomial exp. A block is eight channels; N is a multiple of four, D of eight
-(cpu_operator pads). Per task (one image, backwards one slot of images, and one range of blocks), direction and chunk
-of CHUNK positions the small inputs are gathered once into scratch, then for every block four states n at a time stay in
-registers over the whole chunk. The backward pass reads the states at each chunk's start from the forward pass and
-computes the others again.
+numba does not guarantee that a loop is vectorized, so the kernels use `Lanes`: eight float32 in one CPU vector
+register, with a polynomial exp. A block is eight channels; N is a multiple of four, D of eight (cpu_operator pads). For
+each task (one image, in backward one slot of images, and one range of blocks), direction and chunk of CHUNK positions,
+the small inputs are gathered once into scratch memory; then for every block four states n at a time stay in registers
+over the entire chunk. The backward pass reads the states at each chunk's start from the forward pass and recomputes the
+others.
 
-This one file holds types and kernels because numba's cache on disk notices changes only in a kernel's own file.
-Arrays are flat float32 in pixel order unless said otherwise. Suffix _s (and s): scratch of one chunk.
+Types and kernels share one file because numba's disk cache only detects changes in a kernel's own file.
+Arrays are flat float32 in pixel order unless noted. Suffix _s (and s): scratch memory of one chunk.
 """
 
-# An intrinsic is called without the typing context that it is defined with, and what it returns only numba knows.
-# mypy: disable-error-code="call-arg, var-annotated"
+# Kernels are written in numba's subset of Python: numba infers their types, passes the typing context of an intrinsic
+# itself, and llvmlite's builders are untyped.
+# mypy: disable-error-code="call-arg, var-annotated, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 WIDTH = 8  # channels per block
 GROUP = 4  # states per pass over a chunk
-CHUNK = 32  # positions between two stored states; 16 and 64 are within the noise of it, 16 keeps twice the memory
+CHUNK = 32  # positions between stored states; 16 and 64 are equally fast, but 16 needs twice the memory
 LOG2_E = 1.4426950408889634
 
 _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
@@ -83,7 +84,7 @@ def _pointer(context, builder, signature, array, index):
 
 @intrinsic
 def load(typing, array, index):
-    """Eight neighbours of a flat float32 array, from `index` on."""
+    """Eight adjacent elements of a flat float32 array, from `index` on."""
 
     def generate(context, builder, signature, arguments):
         return builder.load(_pointer(context, builder, signature, *arguments), align=4)
@@ -93,7 +94,7 @@ def load(typing, array, index):
 
 @intrinsic
 def store(typing, array, index, value):
-    """Puts eight lanes at `index` of a flat float32 array."""
+    """Writes eight lanes to a flat float32 array, from `index` on."""
 
     def generate(context, builder, signature, arguments):
         array, index, value = arguments
@@ -115,7 +116,7 @@ def splat(typing, scalar):
 
 @intrinsic
 def spread(typing, array, index):
-    """The number at `index` of a flat float32 array in all lanes; unlike array[index] it never counts from the end."""
+    """The number at `index` of a flat float32 array in all lanes; `index` must not be negative."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -224,19 +225,19 @@ def _exp_of_minus_size(x):
 
 @njit(forceinline=True)
 def softplus(x):
-    """log(1 + e^x), relative error of a few roundings also where it is tiny or large."""
+    """log(1 + e^x), with a relative error of a few roundings for all x."""
     small = _exp_of_minus_size(x)
     return _maximum(x, splat(_ZERO)) + _atanh_twice(small / (splat(_TWO) + small))
 
 
 @njit(forceinline=True)
 def sigmoid(x):
-    """The slope of softplus."""
+    """The derivative of softplus."""
     small = _exp_of_minus_size(x)
     return _where_negative(x, small, splat(_ONE)) / (splat(_ONE) + small)
 
 
-# Rows of the scratch array s: lanes per position of one block and chunk, one row longer for the position before.
+# Offsets of rows in the scratch array s: lanes for each position of one block and chunk, and the position before.
 _ROW = (CHUNK + 1) * WIDTH
 _DELTA, _FED, _Y, _LIFTED, _G, _TO_DELTA, _TO_U, _H, _DECAY = (_ROW * row for row in (0, 1, 2, 3, 4, 5, 6, 7, 11))
 _ROWS_FORWARD, _ROWS_BACKWARD = 3 * _ROW, 15 * _ROW
@@ -244,7 +245,7 @@ _ROWS_FORWARD, _ROWS_BACKWARD = 3 * _ROW, 15 * _ROW
 
 @njit(forceinline=True)
 def _gather(image, k, start, count, size, states, dt, b, c, strides, pixels_s, dt_s, bc_s):
-    """Reads dt, B, C of `count` positions of direction k from `start` on, and where their pixels lie."""
+    """Reads dt, B, C and the pixel indices of `count` positions of direction k, from `start` on."""
     height, width = size
     rank = dt_s.size // CHUNK
     for i in range(count):
@@ -338,7 +339,7 @@ def forward(tasks, splits, shape, strides, u, dt, b, c, weight, bias, a, skip, k
 
 @njit(forceinline=True)
 def _prepare(image, k, d, count, length, channels, dt_s, pixels_s, weight, bias, u, dy, s):
-    """Fills the scratch that all states of a block share."""
+    """Fills the scratch memory that all states of a block share."""
     for i in range(count):
         lifted = _lift(i, k, d, channels, dt_s, weight, bias)
         delta = softplus(lifted)
@@ -353,7 +354,7 @@ def _prepare(image, k, d, count, length, channels, dt_s, pixels_s, weight, bias,
 
 @njit(forceinline=True)
 def _recompute(count, n, states, a0, a1, a2, a3, kept, of, bc_s, s):
-    """The states n to n+3 after every position of the chunk (behind those before it), and their decays."""
+    """Recomputes the states n to n+3 after every position of the chunk, and their decays."""
     h0, h1, h2, h3 = load(kept, of), load(kept, of + WIDTH), load(kept, of + 2 * WIDTH), load(kept, of + 3 * WIDTH)
     store(s, _H, h0)
     store(s, _H + _ROW, h1)
@@ -379,9 +380,9 @@ def _recompute(count, n, states, a0, a1, a2, a3, kept, of, bc_s, s):
 
 @njit(forceinline=True)
 def _reverse(row, at, j, g, fed, delta, a, dh, da, to_delta, to_u, s, bc_s, dbc_s):
-    """One position (at = i·WIDTH) backwards for the state in scratch row `row`; j: where its B lies in bc_s.
+    """Backward step of one position (at = i·WIDTH) for the state in scratch row `row`; j: index of its B in bc_s.
 
-    Returns dh for the position before, da, and the sums over n of dh·decay·h·a and dh·B with this n added.
+    Returns dh for the position before, da, and the sums over n of dh·decay·h·a and dh·B including this n.
     """
     store(dbc_s, (j + 1) * WIDTH, fma(g, load(s, _H + row + WIDTH + at), load(dbc_s, (j + 1) * WIDTH)))
     dh = fma(g, spread(bc_s, j + 1), dh)
@@ -396,10 +397,10 @@ def _reverse(row, at, j, g, fed, delta, a, dh, da, to_delta, to_u, s, bc_s, dbc_
 def backward(tasks, slots, splits, shape, strides, dy, u, dt, b, c, weight, bias, a, skip, kept, gradients):
     """Writes the gradients of the tasks [tasks[0], tasks[1]); a task is one slot and one of `splits` ranges of blocks.
 
-    A slot is every `slots`-th image; parameters' gradients are summed within a slot only, and those of dt, b, c
-    within a split only, so the result does not depend on who runs which task. Inputs as in `forward`;
+    A slot is every `slots`-th image. Gradients of parameters are only summed within a slot, and those of dt, b, c only
+    within a split, so the result does not depend on which thread runs a task. Inputs as in `forward`;
     gradients = (u; dt (splits,B,L,K,R), b and c (splits,B,L,K,N); weight (slots,K,R,D), bias (slots,K,D), A itself
-    (slots,K,N,D), skip (slots,K,D)), the last four filled with zeros.
+    (slots,K,N,D), skip (slots,K,D)), the last four initially zero.
     """
     du, ddt, db, dc, dweight, dbias, da, dskip = gradients
     images, height, width, channels, rank, states = shape

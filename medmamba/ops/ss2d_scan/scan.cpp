@@ -1,9 +1,9 @@
 // The scan on a CPU, forward and backward; cpp.py calls it, cxx.py builds it. See reference.py for the equation.
 //
-// A vector holds neighbouring channels of one position. A task is one image (backwards: one slot of images) and one
-// range of channels, in all four directions. A sequence goes by chunks: the small inputs of a chunk are gathered once,
-// then for every vector of channels GROUP states at a time stay in registers over the whole chunk. Backwards the states
-// at each chunk's start come from the forward pass and the others are computed again.
+// A vector holds adjacent channels of one position. A task is one image (in backward: one slot of images) and one range
+// of channels, in all four directions. Sequences are split into chunks: the small inputs of a chunk are gathered once,
+// then for every vector of channels GROUP states at a time stay in registers over the entire chunk. In backward the
+// states at each chunk's start come from the forward pass, and the others are recomputed.
 //
 // Arrays are float32. Layouts: u, y (B,L,D); weight (K,R,D), bias and skip (K,D), a (K,N,D) = A·log2(e); kept
 // (B,K,chunks,D·N), a block of W channels as (N,W). D is a multiple of NARROW, N of GROUP (cpu_operator.py pads).
@@ -60,7 +60,7 @@ INLINE Vec<W> splat(float x) {
     return x - Vec<W>{};
 }
 
-// 2^x for x <= 127, relative error 1e-7; a NaN stays one.
+// 2^x for x <= 127, relative error 1e-7; preserves NaN.
 template <int W>
 INLINE Vec<W> exp2_of(Vec<W> x) {
     // 2^f for |f| <= 1/2
@@ -78,7 +78,7 @@ INLINE Vec<W> exp2_of(Vec<W> x) {
     }
 #endif
     x = x < -126.0f ? splat<W>(-126.0f) : x;
-    constexpr float MAGIC = 12582912.0f + 127.0f;  // adding it rounds, and leaves the biased exponent in the low bits
+    constexpr float MAGIC = 12582912.0f + 127.0f;  // adding it rounds and puts the biased exponent into the low bits
     const Vec<W> rounded = x + MAGIC;
     typename Lanes<W>::I bits;
     std::memcpy(&bits, &rounded, sizeof bits);
@@ -93,7 +93,7 @@ INLINE Vec<W> exp_of_minus_size(Vec<W> x) {
     return exp2_of<W>((x < 0.0f ? x : -x) * LOG2_E);
 }
 
-// log(1 + e^x): a few roundings also where it is tiny or large; 2·atanh(s) = s·P(s²) for 0 <= s <= 1/3.
+// log(1 + e^x), accurate to a few roundings for all x; 2·atanh(s) = s·P(s²) for 0 <= s <= 1/3.
 template <int W>
 INLINE Vec<W> softplus(Vec<W> x) {
     const Vec<W> small = exp_of_minus_size<W>(x), s = small / (2.0f + small), t = s * s;
@@ -133,7 +133,7 @@ struct Problem {
     }
 };
 
-struct Gradients {  // dt (splits,B,L,K,R), b and c (splits,B,L,K,N); weight (slots,K,R,D), bias, a, skip: of zeros
+struct Gradients {  // dt (splits,B,L,K,R), b and c (splits,B,L,K,N); weight (slots,K,R,D), bias, a, skip: initially 0
     float *u, *dt, *b, *c, *weight, *bias, *a, *skip;
 };
 
@@ -229,7 +229,7 @@ void forward_task(const Problem& p, Index task, float* y, float* kept) {
     }
 }
 
-// Sums over the channels seen so far, a vector per number: of dt (i, r), of B and C (i, n).
+// Sums over the channels so far, one vector per element: of dt (i, r), of B and C (i, n).
 struct Sums {
     std::vector<Line> dt, b, c;
 
@@ -367,7 +367,7 @@ void backward_task(const Problem& p, Index task, const float* dy, const float* k
 
 }  // namespace
 
-// Tasks [first, last); which thread runs which changes no result: a task alone writes where it writes.
+// Runs tasks [first, last). Tasks write disjoint outputs, so the result does not depend on the threads.
 extern "C" {
 
 void scan_forward(Index first, Index last, const Problem* p, float* y, float* kept) {

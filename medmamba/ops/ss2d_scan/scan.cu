@@ -1,14 +1,14 @@
-// The four-direction selective scan on a GPU: forward and backward, equal to reference.py.
+// The four-direction selective scan on a GPU, forward and backward; matches reference.py.
 //
 // A block scans one image in one direction for WIDE channels, TILE positions at a time. In the scan itself a thread
-// owns a 4 x NJ patch of (channel, state) pairs: lane = 4 * (quad of channels) + (group of states). So what runs over
-// channels (gradients of B and C) and what runs over states (y, gradients of u and delta) each is half summed inside
-// a thread before any shuffle, and B, C, delta and u are read from shared memory as vectors that lanes share. After
-// the shuffles a lane holds the sum of the channel with its own number, the one whose u and dt it loaded.
-// Sums that leave a block are written apart and added afterwards in a fixed order: the result is bit-equal every time.
+// owns a 4 x NJ patch of (channel, state) pairs: lane = 4 * (quad of channels) + (group of states). Sums over channels
+// (gradients of B and C) and sums over states (y, gradients of u and delta) are therefore half done inside a thread
+// before any shuffle, and B, C, delta and u are read from shared memory as vectors that lanes share. After the
+// shuffles a lane holds the sum of the channel with its own number, whose u and dt it loaded.
+// Sums across blocks are written separately and added afterwards in a fixed order, so results are bit-identical.
 //
 // Set by the host: ACT (0 float, 1 bfloat16, 2 half), CHANNELS, RANK, STATES (a multiple of 4), WARPS, TILE, SUB (which
-// divides TILE), VECTORS, UNROLL, RESIDENT (blocks of `backward` at once on a multiprocessor: its registers allow it).
+// divides TILE), VECTORS, UNROLL, RESIDENT (blocks of `backward` per multiprocessor, limited by registers).
 // Shapes: K = 4 directions, L = H W positions, D = CHANNELS, N = STATES, R = RANK, G = GROUPS of WIDE channels.
 
 #define WIDE (32 * WARPS)
@@ -24,13 +24,13 @@ typedef float act;
 typedef float4 kept_t;  // one state of a thread's four channels, between forward and backward
 #else
 typedef unsigned short act;
-typedef uint2 kept_t;  // as bfloat16 also for half: states have no bound that half could promise
+typedef uint2 kept_t;  // bfloat16 for half, too: states may exceed the range of half
 #endif
 
 #if GROUPS == 1
-typedef act part_t;  // ddt, dB and dC as a block leaves them: done,
+typedef act part_t;  // ddt, dB and dC as written by a block: final,
 #else
-typedef float part_t;  // or still to be summed over groups
+typedef float part_t;  // or to be summed over groups
 #endif
 
 extern __shared__ float4 shared[];
@@ -43,8 +43,8 @@ struct Small {  // dt, B or C: strides in elements from image to image, pixel to
 
 struct Shape {
     int images, height, width, length;
-    int segments, segment_tiles, tiles;  // a sequence is cut into segments that blocks scan side by side
-    unsigned by_height;                  // 2^32 / height, rounded up: a division as a product
+    int segments, segment_tiles, tiles;  // a sequence is split into segments that blocks scan in parallel
+    unsigned by_height;                  // 2^32 / height, rounded up: turns a division into a product
 };
 
 static __device__ __forceinline__ float value(act x) {
@@ -118,13 +118,13 @@ static __device__ __forceinline__ float softplus(float x) {
     return fmaf(s, p, x > 0.f ? x : (x <= 0.f ? 0.f : x));  // the last branch lets a NaN through
 }
 
-// The slope of softplus, 1 - e^-delta; the series where the difference would cancel.
+// The derivative of softplus, 1 - e^-delta; a series where the difference would cancel.
 static __device__ __forceinline__ float slope(float delta) {
     float series = delta * fmaf(delta, fmaf(delta, fmaf(delta, -1.f / 24, 1.f / 6), -0.5f), 1.f);
     return delta < 0.0625f ? series : 1.f - ex2(-delta * LOG2_E);
 }
 
-// Where position p of direction k lies in the map.
+// Pixel index of position p in direction k.
 static __device__ __forceinline__ int pixel_of(int way, int position, const Shape& shape) {
     int p = way < 2 ? position : shape.length - 1 - position;
     if (way % 2 == 0) return p;
@@ -147,7 +147,7 @@ struct Place {  // which part of the work this block does, and which this thread
     }
 };
 
-// The thread's patch of A = -exp(A_log), to the base 2; zero where there is no channel.
+// The thread's patch of A = -exp(A_log), to the base 2; zero for padded channels.
 static __device__ __forceinline__ void load_decay(const float* A_log, const Place& at, float a2[4][NJ]) {
     for (int i = 0; i < 4; i++) {
         int channel = at.group * WIDE + at.quad + i;
@@ -157,8 +157,8 @@ static __device__ __forceinline__ void load_decay(const float* A_log, const Plac
     }
 }
 
-// What a tile reads, fetched into registers while the tile before it is scanned, then placed into shared memory.
-// VECTORS: rows are aligned and read 16 bytes at a time; else number by number, and not ahead.
+// A tile's inputs are fetched into registers while the previous tile is scanned, then written to shared memory.
+// VECTORS: rows are aligned and read 16 bytes at a time; otherwise element by element without prefetching.
 #define PER_VECTOR (16 / (int)sizeof(act))
 #define CHANNEL_VECTORS (TILE / PER_VECTOR)
 #define STATE_VECTORS ((TILE * (STATES / PER_VECTOR) + WIDE - 1) / WIDE)
@@ -233,7 +233,7 @@ struct StateRows {
     }
 };
 
-// dt of the block's direction, into rows of RANK4: few numbers, whose rows need not be aligned.
+// dt of the block's direction, into rows of RANK4; the rows are short and need not be aligned.
 struct RankRows {
     act ahead[RANK_LOADS];
     __device__ __forceinline__ void fetch(const Small& from, const Place& at, const Shape& shape, int start) {
@@ -253,7 +253,7 @@ struct RankRows {
             if (e < TILE * RANK) to_s[e / RANK * RANK4 + e % RANK] = value(ahead[i]);
         }
         constexpr int LACKING = RANK4 - RANK, ROW = LACKING ? LACKING : 1;
-        for (int e = threadIdx.x; e < TILE * LACKING; e += WIDE)  // sums read whole rows
+        for (int e = threadIdx.x; e < TILE * LACKING; e += WIDE)  // sums read complete rows
             to_s[e / ROW * RANK4 + RANK + e % ROW] = 0.f;
     }
 };
@@ -263,7 +263,7 @@ static __device__ __forceinline__ void place_pixels(const Place& at, const Shape
         pixel_s[p] = pixel_of(at.way, min(start + p, shape.length - 1), shape);
 }
 
-// delta = softplus(dt_weight . dt + dt_bias) of the thread's channel; zero behind the sequence, where nothing moves.
+// delta = softplus(dt_weight . dt + dt_bias) of the thread's channel; zero after the end of the sequence.
 static __device__ __forceinline__ float lift(
     const float* dt_s, const float weight[RANK], float bias, int count, float* delta_s) {
     float sum = 0.f;
@@ -291,7 +291,7 @@ static __device__ __forceinline__ void load_states(const float* from, float x[NJ
         for (int j = 0; j < NJ; j++) x[j] = from[j];
 }
 
-// The sum over the four lanes of a quad of four values; lane i of the quad gets that of value i.
+// Sums four values over the four lanes of a quad; lane i of the quad gets the sum of value i.
 static __device__ __forceinline__ float across_states(const float x[4]) {
     bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
     float k0 = high ? x[2] : x[0], k1 = high ? x[3] : x[1];
@@ -301,8 +301,8 @@ static __device__ __forceinline__ float across_states(const float x[4]) {
     return kept + __shfl_xor_sync(ALL, odd ? k0 : k1, 1);
 }
 
-// The state that enters a segment, from what the segments before it leave behind when nothing enters them, and their
-// decay: the product of e^(delta A) is e^(A sum of delta). `step` is 1 forwards and -1 backwards.
+// The initial state of a segment, from the final states of earlier segments (computed with zero initial states) and
+// their decay: the product of e^(delta A) is e^(A sum of delta). `step` is 1 in forward and -1 in backward.
 static __device__ __forceinline__ void enter(
     const float4* ends, const float* sums, const Place& at, const Shape& shape, int step, const float a2[4][NJ],
     float h[4][NJ]) {
@@ -331,8 +331,8 @@ static __device__ __forceinline__ void leave(
         ends[(part * NJ + j) * WIDE + threadIdx.x] = make_float4(h[0][j], h[1][j], h[2][j], h[3][j]);
 }
 
-// One segment forwards. CARRY: only the state at its end, nothing entering; else y of this direction and the states
-// at the start of each tile.
+// One segment in forward. CARRY: computes only its final state from a zero initial state; otherwise y of this
+// direction and the states at the start of each tile.
 template <bool CARRY>
 static __device__ __forceinline__ void scan_forward(
     const act* u, Small dt, Small B, Small C, const float* weight, const float* bias, const float* A_log,
@@ -380,7 +380,7 @@ static __device__ __forceinline__ void scan_forward(
         __syncthreads();
         fetch(tile + 1);
         sum += lift(dt_s, own_weight, own_bias, count, delta_s);
-        __syncwarp();  // a warp scans the channels that it lifted itself
+        __syncwarp();  // a warp scans the channels whose delta it computed
         if (!CARRY && kept) {
             kept_t* to = kept + ((size_t)blockIdx.x * shape.tiles + tile) * NJ * WIDE + threadIdx.x;
 #pragma unroll
@@ -424,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(WIDE) forward(
     scan_forward<false>(u, dt, B, C, weight, bias, A_log, skip, y, kept, ends, sums, shape);
 }
 
-// What leaves a segment at its start, backwards, when nothing enters at its end.
+// The gradient at a segment's start, if the gradient at its end is zero.
 extern "C" __global__ void __launch_bounds__(WIDE) backward_carry(
     const act* dy, Small dt, Small C, const float* weight, const float* bias, const float* A_log, float4* ends,
     float* sums, Shape shape) {
@@ -432,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(WIDE) backward_carry(
     float* dy_s = delta_s + TILE * WIDE;
     float* c_s = dy_s + TILE * WIDE;
     float* dt_s = c_s + TILE * STATES;
-    const Place at(1);  // nothing needs what leaves the first segment
+    const Place at(1);  // the first segment's is not needed
     const size_t row = (size_t)at.way * CHANNELS + at.channel;
 
     float own_weight[RANK], a2[4][NJ], dh[4][NJ] = {};
@@ -475,7 +475,7 @@ extern "C" __global__ void __launch_bounds__(WIDE) backward_carry(
     leave(ends, sums, at, dh, sum);
 }
 
-// The states after position p from those before it, which KEEP leaves in shared memory.
+// The states after position p from those before it; KEEP stores the latter in shared memory.
 template <bool KEEP>
 static __device__ __forceinline__ void step_forward(
     int p, const Place& at, const float* delta_s, const float* u_s, const float* b_s, const float a2[4][NJ],
@@ -494,8 +494,8 @@ static __device__ __forceinline__ void step_forward(
     }
 }
 
-// Position q of the tile backwards; p is where its states lie in h_s. h enters as the states after it and leaves as
-// those before it; dh likewise. What is still to be summed over lanes: dB and dC over channels, the gradients of
+// Backward step of position q of the tile; p is the index of its states in h_s. On entry h is the state after it, on
+// return the state before it; dh likewise. Still to be summed over lanes: dB and dC over channels, the gradients of
 // delta·u and of delta (to the base 2) over states.
 static __device__ __forceinline__ void step_backward(
     int p, int q, const Place& at, const float* delta_s, const float* u_s, const float* dy_s, const float* b_s,
@@ -532,10 +532,10 @@ static __device__ __forceinline__ void step_backward(
     }
 }
 
-// The sum over the eight quads of a warp of 2 NJ values; lane (quad q, states s) gets that of values q, q + 8, ...
-// of its states, at sums[q / 8 ...]: the values are dB (0..NJ-1) and dC (NJ..2 NJ-1).
+// Sums 2 NJ values over the eight quads of a warp; lane (quad q, states s) gets the sums of values q, q + 8, ... of
+// its states, at sums[q / 8 ...]: the values are dB (0..NJ-1) and dC (NJ..2 NJ-1).
 static __device__ __forceinline__ void across_channels(float x[2 * NJ], float* to) {
-    // Padded to a multiple of eight values, of which unused ones vanish at compile time.
+    // Padded to a multiple of eight values; the compiler removes unused ones.
     constexpr int EIGHTS = (2 * NJ + 7) / 8;
     int quad = threadIdx.x / 4 % 8;
 #pragma unroll
@@ -557,9 +557,9 @@ static __device__ __forceinline__ void across_channels(float x[2 * NJ], float* t
     }
 }
 
-// One segment backwards. du of this direction in pixel order; ddt, dB, dC of this group of channels (with more than one
-// group they lie behind each other, and a group behind the other); gradients of the parameters of this image and
-// segment, a row (A_log (N), weight (R), bias, skip) per channel.
+// One segment in backward. Writes du of this direction in pixel order; ddt, dB, dC of this group of channels (with more
+// than one group, one after the other, group by group); and the parameters' gradients of this image and segment, a row
+// (A_log (N), weight (R), bias, skip) per channel.
 extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
     const act* dy, const act* u, Small dt, Small B, Small C, const float* weight, const float* bias,
     const float* A_log, const float* skip, const kept_t* kept, act* du, part_t* ddt, part_t* dB, part_t* dC,
@@ -574,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
     float* weight_s = dt_s + TILE * RANK4;  // (R, WIDE)
     float* dweight_s = weight_s + RANK4 * WIDE;
     float* small_s = dweight_s + RANK4 * WIDE;  // dB and dC of each warp
-    float* lifted_s = u_s;                      // the lane's own channel, once the whole warp has read u there
+    float* lifted_s = u_s;                      // the lane's own channel, once the entire warp has read u there
     int* pixel_s = (int*)(small_s + TILE * WARPS * 2 * STATES);
     const Place at;
     const size_t row = (size_t)at.way * CHANNELS + at.channel;
@@ -630,7 +630,7 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
         }
         __syncwarp();
 
-        // States take the most room: only those of SUB positions lie in shared memory at a time, the last ones first.
+        // States need the most memory, so shared memory only holds those of SUB positions at a time, last first.
 #pragma unroll 1
         for (int sub = TILE - SUB; sub >= 0; sub -= SUB) {
 #pragma unroll
@@ -641,7 +641,7 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
             for (int p = 0; p < sub; p++) step_forward<false>(p, at, delta_s, u_s, b_s, a2, h, nullptr);
 #pragma unroll 4
             for (int p = 0; p < SUB; p++) step_forward<true>(sub + p, at, delta_s, u_s, b_s, a2, h, h_s + p * NJ * WIDE);
-            // UNROLL positions at a time: the shuffles of one then wait while the other's run.
+            // UNROLL positions at a time, so that the shuffles of one overlap with those of the other.
 #pragma unroll 1
             for (int p = SUB - UNROLL; p >= 0; p -= UNROLL) {
                 float to_small[UNROLL][2 * NJ], to_fed[UNROLL][4], to_delta[UNROLL][4];
@@ -649,7 +649,7 @@ extern "C" __global__ void __launch_bounds__(WIDE, RESIDENT) backward(
                 for (int m = UNROLL - 1; m >= 0; m--)
                     step_backward(p + m, sub + p + m, at, delta_s, u_s, dy_s, b_s, c_s, h_s, a2, h, dh, da, to_small[m],
                         to_fed[m], to_delta[m]);
-                // From here on a lane works for the channel with its own number.
+                // From here on a lane works on the channel with its own number.
 #pragma unroll
                 for (int m = UNROLL - 1; m >= 0; m--) {
                     const int q = sub + p + m, own = q * WIDE + threadIdx.x;
@@ -747,10 +747,10 @@ extern "C" __global__ void merge(const act* planes, act* to, long long size) {
     }
 }
 
-// ddt, dB and dC from what each group of channels left: ddt (rows, R), dB and dC (rows, N) behind each other, in float32.
+// Sums ddt, dB and dC over the groups of channels: ddt (rows, R), dB and dC (rows, N) one after the other, in float32.
 extern "C" __global__ void sum_groups(const float* parts, act* ddt, act* dB, act* dC, long long rows) {
     const long long e = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4, size = rows * (RANK + 2 * STATES);
-    if (e >= size) return;  // rows is a multiple of 4, and so is where each of the three begins
+    if (e >= size) return;  // rows is a multiple of 4, and so are the offsets of the three
     float total[4] = {};
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
@@ -765,7 +765,7 @@ extern "C" __global__ void sum_groups(const float* parts, act* ddt, act* dB, act
     *(kept_t*)to = sum.whole;
 }
 
-// Gradients of the parameters: the sum of `parts` rows, put into four tensors of their own.
+// Gradients of the parameters: sums `parts` rows into four separate tensors.
 extern "C" __global__ void sum_parameters(
     const float* dparameters, float* dA_log, float* dweight, float* dbias, float* dskip, int parts) {
     constexpr int WIDTH = STATES + RANK + 2, SIZE = 4 * CHANNELS * WIDTH;

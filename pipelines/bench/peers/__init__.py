@@ -1,1 +1,1 @@
-"""What is compared with this project: loaders and writers of other projects, imported only when they are asked for."""
+"""Loaders, writers and networks of other projects, for comparison; imported only on request."""

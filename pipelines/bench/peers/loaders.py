@@ -1,4 +1,4 @@
-"""Loaders of other projects that `medmamba bench data` compares with; each is imported when it is asked for."""
+"""Loaders of other projects for `medmamba bench data`; each library is imported only when it is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writers of other projects that `medmamba bench data` compares with; each is imported when it is asked for."""
+"""Writers of other projects for `medmamba bench data`; each library is imported only when it is measured."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 
 from pipelines.bench.work import Work
 
-_SHARD_IMAGES = 1000  # of those that count images
+_SHARD_IMAGES = 1000  # for writers that count images
 _SHARD_BYTES = "64MB"
 
 
 def webdataset_writer(work: Work, out: Path) -> None:
-    """webdataset's ShardWriter, a process for each part of the files."""
+    """webdataset's ShardWriter, one process per part of the files."""
     _in_parts(_webdataset_part, work, out)
 
 
@@ -31,8 +31,8 @@ def _webdataset_part(files: list[Path], out: Path, part: int) -> None:
 
 
 def img2dataset_writer(work: Work, out: Path) -> None:
-    """img2dataset's writer of webdataset shards, without its downloader, a process for each part of the files."""
-    import img2dataset.writer  # noqa: F401 - that it is missing is to be known before processes start
+    """img2dataset's writer of webdataset shards, without its downloader, one process per part of the files."""
+    import img2dataset.writer  # noqa: F401 - raises here if it is missing, before processes start
 
     _in_parts(_img2dataset_part, work, out)
 
@@ -68,7 +68,7 @@ def ray_data(work: Work, out: Path) -> None:
 
 
 def mosaic_streaming(work: Work, out: Path) -> None:
-    """MosaicML Streaming's MDSWriter, a process for each part of the files."""
+    """MosaicML Streaming's MDSWriter, one process per part of the files."""
     import streaming  # noqa: F401 - as above
 
     _in_parts(_mosaic_part, work, out)
@@ -103,7 +103,7 @@ def _in_parts(write: Callable[[list[Path], Path, int], None], work: Work, out: P
 
 
 def of_tars(out: Path) -> Iterator[bytes]:
-    """The coded images in tars of webdataset samples."""
+    """The encoded images in tars of webdataset samples."""
     for path in sorted(out.rglob("*.tar")):
         with tarfile.open(path) as tar:
             for info in tar:
@@ -112,7 +112,7 @@ def of_tars(out: Path) -> Iterator[bytes]:
 
 
 def of_mosaic(out: Path) -> Iterator[bytes]:
-    """The coded images in shards of MosaicML Streaming."""
+    """The encoded images in shards of MosaicML Streaming."""
     import streaming
 
     for folder in sorted(out.iterdir()):
@@ -120,7 +120,7 @@ def of_mosaic(out: Path) -> Iterator[bytes]:
 
 
 def of_litdata(out: Path) -> Iterator[bytes]:
-    """The coded images in chunks of LitData."""
+    """The encoded images in chunks of LitData."""
     import litdata
 
     dataset = litdata.StreamingDataset(str(out))

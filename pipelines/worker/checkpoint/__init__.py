@@ -1,1 +1,1 @@
-"""What a training keeps so that it can resume: its checkpoints in the store, and what it has used so far."""
+"""Checkpoints in the store, resuming from them, and the resources used so far."""

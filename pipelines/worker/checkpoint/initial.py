@@ -1,4 +1,4 @@
-"""The weights that a training starts from, as the store keeps them."""
+"""Reads the initial weights that the store keeps for a training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_shards.store import open_store
+from medmamba.checkpoint import model_digest, parse_model
+from medmamba.config import MODEL, WEIGHTS
 
 
-def read_kept(uri: str, digest: str) -> tuple[dict, Mapping[str, Any]]:
-    """(state, card) of weights that the store keeps. ValueError where they are damaged."""
-    from medmamba.checkpoint import MODEL, WEIGHTS, model_digest, parse_model
-
+def read_kept(uri: str, digest: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Returns (state, card) of weights in the store. Raises ValueError if their digest does not match."""
     folder = open_store(uri)
     weights, described = folder.get(WEIGHTS), folder.get(MODEL)
     if model_digest(weights, described) != digest:
         raise ValueError(
-            f"{uri} has other weights than its name says: they were damaged or replaced; delete that folder, and run "
-            "the same command to get them again from train.init"
+            f"the weights in {uri} do not match the digest in its name: they were damaged or replaced; delete that "
+            "folder and run the same command to copy them again from train.init"
         )
     state, _, card = parse_model(weights, described, where=uri)
     return state, card

@@ -1,4 +1,4 @@
-"""What a training resumes from: the newest complete checkpoint, or one in this project's first format."""
+"""Finds what a training resumes from: the newest complete checkpoint, or one in this project's first format."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ if TYPE_CHECKING:
 
 
 class Resume(ABC):
-    """A point at which a training was saved."""
+    """A saved point of a training."""
 
     described: Mapping[str, Any]
 
     @property
     def state(self) -> TrainState:
-        """Where the training stood."""
+        """The training's progress at this point."""
         return state_of(self.described)
 
     @property
     @abstractmethod
     def usage(self) -> Usage:
-        """What it had used."""
+        """The resources it had used."""
 
     @property
     def summary(self) -> str:
-        """Where it resumes, for the user."""
+        """A sentence for the user about where it resumes."""
         state = self.state
         into = f" and {counted(len(state.losses), 'step')} of epoch {state.epoch + 1}" if state.losses else ""
         return f"training resumes after epoch {state.epoch}{into}"
 
     def placement(self, placement: Placement) -> Placement:
-        """The placement with what a resumed training keeps where nobody has named it: whether it was compiled."""
+        """The placement to resume with. `compile` "auto" becomes what the training used before."""
         if placement.compile != "auto":
             return placement
         was_compiled = self.described.get("compile", "off")
-        # Compiled code cannot follow ZeRO 3, and on a CPU nothing is compiled unless that is asked for.
+        # ZeRO 3 cannot be compiled, and a CPU training only is on request.
         can = placement.device == "cuda" and placement.zero_stage < 3
         return placement.model_copy(update={"compile": was_compiled if can else "off"})
 
     @abstractmethod
     def load_weights(self, model: nn.Module) -> None:
-        """Before DeepSpeed sees the model, which divides the weights among ranks."""
+        """Loads the weights into `model`; must run before DeepSpeed partitions them."""
 
     @abstractmethod
     def restore(self, engine: Engine, statistics: BatchStatistics, checkpoints: Checkpoints) -> None:
-        """The rest, once the engine is there."""
+        """Restores the rest of the state into the engine. Raises ResumeError if the checkpoint does not fit."""
 
 
 class FromCheckpoint(Resume):
-    """Any number of ranks, any ZeRO stage."""
+    """A checkpoint in the current format; resumes on any number of ranks and any ZeRO stage."""
 
     def __init__(self, found: Found) -> None:
         self.described, self._found = found.described, found
@@ -73,7 +73,7 @@ class FromCheckpoint(Resume):
         return read_usage(self._found.files[USAGE])
 
     def load_weights(self, model: nn.Module) -> None:
-        from medmamba.checkpoint import load_state  # with torch, which the driver does without
+        from medmamba.checkpoint import load_state  # imports torch, which the driver avoids
 
         load_state(model, self._read(WEIGHTS), where=f"checkpoint {self._found.name}")
 
@@ -94,7 +94,7 @@ class FromCheckpoint(Resume):
 
 
 class FromOldCheckpoint(Resume):
-    """The ranks and the ZeRO stage that wrote it."""
+    """A checkpoint in the first format; resumes only on the ranks and ZeRO stage that wrote it."""
 
     def __init__(self, old: OldCheckpoint, folder: Path) -> None:
         self.described, self._folder = old.described, folder
@@ -108,7 +108,7 @@ class FromOldCheckpoint(Resume):
         return super().placement(placement).model_copy(update={"flat": self.described.get("flat", False)})
 
     def load_weights(self, model: nn.Module) -> None:
-        pass  # DeepSpeed's own files hold them
+        pass  # `restore` loads them from DeepSpeed's files
 
     def restore(self, engine: Engine, statistics: BatchStatistics, checkpoints: Checkpoints) -> None:
         engine.load_old(self._folder / ENGINE)
@@ -125,10 +125,10 @@ def find_resume(
     training: str,
     say: Callable[[str], None] = lambda text: None,
 ) -> Resume | None:
-    """Where the training resumes, with its files fetched into `folder`; None: it begins.
+    """Finds the point to resume from and fetches its files into `folder`; None if there is no checkpoint.
 
-    Damaged checkpoints are passed over, and `say` gets a line about each. Raises ResumeError where none is usable, or
-    where the newest is of other data or of another training than `training` (a `training_digest`).
+    Damaged checkpoints are skipped with a line to `say`. Raises ResumeError if none is usable, or if the newest was
+    trained on other data than `manifest` or is of another training than `training` (a `training_digest`).
     """
     found = checkpoints.newest(folder, say=say)
     old = None if found else find_old_checkpoint(checkpoints.out)
@@ -136,8 +136,9 @@ def find_resume(
         check_same_data(found.described, manifest)
         if found.described["training"] != training:
             raise ResumeError(
-                f"checkpoint {found.name} in {checkpoints.out.uri}/{FOLDER} is of another training: its configuration "
-                "is not that of this run; delete that folder to train from the beginning, or put its own back"
+                f"checkpoint {found.name} in {checkpoints.out.uri}/{FOLDER} belongs to another training: its "
+                "configuration differs from this run's; delete that folder to train from the beginning, or restore "
+                "the right checkpoints"
             )
         return FromCheckpoint(found)
     if old:

@@ -1,8 +1,8 @@
-"""The checkpoints of one training in the store: `checkpoints/step-0000000123/`, valid once its train.json is there.
+"""The checkpoints of one training in the store: `checkpoints/step-0000000123/`, valid once train.json is written.
 
-A folder holds weights.safetensors and model.json for whoever uses the model, moments.safetensors and usage.json to
-resume, and train.json: where the training stands and the digests of the other files, under a digest of its own. Nothing
-in them can run code. The newest two are kept, those of the best epochs that they name, and one from before each best.
+A folder contains weights.safetensors and model.json (the model), moments.safetensors and usage.json (to resume), and
+train.json: the progress and the digests of the other files, protected by a digest of its own. No file can execute
+code. Kept are the newest two, those of the best epochs that they name, and the one before each best.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _NAME = re.compile(rf"{FOLDER}/(step-\d{{10}})/(.+)")
 
 @dataclass(frozen=True)
 class Found:
-    """A complete checkpoint: its files have the digests on record."""
+    """A complete checkpoint whose files match their recorded digests."""
 
     name: str
     described: Mapping[str, Any]
     """The fields of its train.json."""
     files: Mapping[str, Path]
     best: Mapping[str, Path]
-    """The files of the best epoch's model; empty where no epoch has ended yet."""
+    """The files of the best epoch's model; empty before the end of the first epoch."""
 
 
 class Checkpoints:
-    """The checkpoints of the training that has the folder `out` of the store.
+    """The checkpoints of the training in the folder `out` of a store.
 
-    `check` raises where another driver has taken the run over: nothing is written to it then.
+    `check` is called before each write and raises if another driver has taken over the run.
     """
 
     def __init__(self, out: Store, *, check: Callable[[], None] = lambda: None) -> None:
         self.out, self._check = out, check
-        # Digests of stored files, by checkpoint, as far as they were written or compared here.
+        # Digests of stored files by checkpoint, known from writing or verifying them.
         self._digests: dict[str, dict[str, str]] = {}
 
     def __repr__(self) -> str:
@@ -61,11 +61,10 @@ class Checkpoints:
         return [name for name, files in sorted(self._folders().items()) if STATE in files]
 
     def newest(self, folder: Path, *, say: Callable[[str], None] = lambda text: None) -> Found | None:
-        """The newest complete checkpoint, its files fetched into `folder` where the store is not local; None where the
-        training has not written any.
+        """The newest complete checkpoint, or None if none was written. Fetches files of a remote store into `folder`.
 
-        One that is damaged is passed over, and `say` gets a line about it. ResumeError where all of them are,
-        NewerFormatError where a later version has written to them.
+        Damaged checkpoints are skipped with a line to `say`. Raises ResumeError if all are damaged, NewerFormatError
+        if a later version wrote one.
         """
         names = self.names()
         for name in reversed(names):
@@ -83,57 +82,53 @@ class Checkpoints:
         return None
 
     def newest_state(self) -> dict[str, Any] | None:
-        """The fields of the newest train.json that can be read; the other files of its checkpoint may be damaged."""
+        """The fields of the newest readable train.json; the checkpoint's other files are not checked."""
         for name in reversed(self.names()):
             with contextlib.suppress(ResumeError):
                 return self._read(name)
         return None
 
     def age_s(self) -> float:
-        """Seconds since the newest checkpoint was stored; infinite where there is none."""
+        """Seconds since the newest checkpoint was stored; infinity if there is none."""
         names = self.names()
         return self.out.age_s(f"{FOLDER}/{names[-1]}/{STATE}") if names else math.inf
 
     def write(self, step: int, files: Mapping[str, Path], described: Mapping[str, Any]) -> None:
-        """Stores the checkpoint of `step`: its `files`, then train.json, which makes it valid; removes older ones.
+        """Stores the checkpoint of `step`: its `files`, then train.json, which makes it valid. Removes older ones.
 
-        `described` are the fields of train.json except digests. Its `best_step` names the checkpoint of the best epoch,
-        which is this one or stored already. Raises StoreError.
+        `described` are the fields of train.json except digests. Its `best_step` is this step or that of a stored
+        checkpoint. Raises StoreError.
         """
-        assert set(files) == set(FILES), f"a checkpoint consists of {FILES}"
+        assert set(files) == set(FILES), f"a checkpoint has the files {FILES}, not {sorted(files)}"
         self._check()
         name, best = name_of(step), name_of(described["best_step"])
-        self._remove([other for other in self._folders() if other > name])  # passed over because they are damaged
+        self._remove([other for other in self._folders() if other > name])  # damaged ones that `newest` skipped
         digests = {file: file_digest(path) for file, path in files.items()}
         stored = self._digests.get(name, {})
         if all(stored.get(file) == digests[file] for file in OF_STEP):
-            digests = stored  # the same step after its validation: only train.json changes, in one write
+            digests = stored  # the same step after its validation: only train.json changes
         else:
             self._clear(name)
-            self.out.delete(f"{FOLDER}/{name}/{STATE}")  # also of a damaged one
+            self.out.delete(f"{FOLDER}/{name}/{STATE}")  # it must not validate the new files
             for file, path in files.items():
                 self.out.put(f"{FOLDER}/{name}/{file}", path)
         of_best = digests if best == name else self._digests.get(best, {})
         self._digests[name] = digests
         digests_of_best = {file: of_best[file] for file in OF_MODEL} if described["best_epoch"] else {}
         data = described_bytes({**described, "digests": digests, "best_digests": digests_of_best})
-        self._check()  # the files may have taken minutes
+        self._check()  # again, because uploading the files may take minutes
         self.out.put(f"{FOLDER}/{name}/{STATE}", data)
         self._prune()
 
     def keep_model(self, step: int, files: Mapping[str, Path]) -> None:
-        """Stores a model without what a resume needs, for later checkpoints to name as their best."""
+        """Stores only a model, so that later checkpoints can name it as their best."""
         self._check()
         for file in OF_MODEL:
             self.out.put(f"{FOLDER}/{name_of(step)}/{file}", files[file])
         self._digests[name_of(step)] = {file: file_digest(files[file]) for file in OF_MODEL}
 
-    def delete_all(self) -> None:
-        """Removes every checkpoint."""
-        self._remove(self._folders())
-
     def _folders(self) -> dict[str, list[str]]:
-        """Name of a checkpoint -> its files, of all that have any."""
+        """Name of each checkpoint -> names of its files."""
         folders: dict[str, list[str]] = {}
         for key in self.out.list(f"{FOLDER}/"):
             if found := _NAME.fullmatch(key):
@@ -148,9 +143,9 @@ class Checkpoints:
         missing = FIELDS - described.keys()
         if missing or set(described["digests"]) != set(FILES):
             what = ", ".join(sorted(missing)) or "the digests of all its files"
-            raise ResumeError(f"{STATE} does not have {what}")
+            raise ResumeError(f"{STATE} lacks {what}")
         if name_of(described["step"]) != name:
-            raise ResumeError(f"{STATE} is that of step {described['step']}")
+            raise ResumeError(f"{STATE} belongs to step {described['step']}")
         return described
 
     def _fetch(self, name: str, folder: Path) -> Found:
@@ -163,7 +158,7 @@ class Checkpoints:
         return Found(name, described, files, of_best)
 
     def _file(self, name: str, file: str, digest: str, folder: Path) -> Path:
-        """The local file of an object that has this digest; ResumeError where there is none."""
+        """The local path of a file, fetched if needed. Raises ResumeError if it is missing or has another digest."""
         key = f"{FOLDER}/{name}/{file}"
         local = self.out.path(key)
         path = local or folder / name / file
@@ -174,39 +169,39 @@ class Checkpoints:
             found = file_digest(path)
         except (StoreKeyError, FileNotFoundError) as error:
             raise ResumeError(f"{file} of {name} is missing") from error
-        except OSError as error:  # a folder in its place, a disk that cannot read it
+        except OSError as error:
             raise ResumeError(f"{file} of {name} cannot be read ({error.strerror})") from error
         if found != digest:
-            raise ResumeError(f"{file} of {name} has the digest {found[:12]}, not {digest[:12]} as recorded")
+            raise ResumeError(f"{file} of {name} has digest {found[:12]}, but {digest[:12]} is recorded")
         return path
 
     def _prune(self) -> None:
         names = self.names()
         newest = names[-KEPT:]
         best = self._best_of(newest)
-        # Every later checkpoint needs the best model: should that be damaged, one from before it is left.
+        # Every later checkpoint depends on the best model; if that is damaged, the one before it still works.
         before = {name for each in best for name in [other for other in names if other < each][-1:]}
         kept = {*newest, *best, *before, *self._best_of(before)}
         self._remove([name for name in self._folders() if name not in kept])
 
     def _best_of(self, names: Collection[str]) -> set[str]:
-        """The checkpoints of the best epochs that these name."""
+        """The checkpoints that these name as their best."""
         found = set()
         for name in names:
             with contextlib.suppress(ResumeError):
                 found.add(name_of(self._read(name)["best_step"]))
         return found
 
-    def _remove(self, names: Sequence[str] | Mapping[str, Any]) -> None:
+    def _remove(self, names: Sequence[str]) -> None:
         folders = self._folders() if names else {}
         for name in names:
-            for file in sorted(folders.get(name, ()), key=lambda file: file != STATE):  # the commit mark first
+            for file in sorted(folders.get(name, ()), key=lambda file: file != STATE):  # train.json first: invalidates
                 self.out.delete(f"{FOLDER}/{name}/{file}")
-            if (place := self.out.path(f"{FOLDER}/{name}")) is not None:  # a local store would keep empty folders
+            if (place := self.out.path(f"{FOLDER}/{name}")) is not None:  # a local store keeps empty folders
                 shutil.rmtree(place, ignore_errors=True)
 
     def _clear(self, name: str) -> None:
-        """Removes what a damaged checkpoint of a local store has in the place of its files and of their folder."""
+        """In a local store, removes a file in place of the checkpoint's folder and folders in place of its files."""
         if (place := self.out.path(f"{FOLDER}/{name}")) is None:
             return
         if place.is_file():
@@ -217,5 +212,5 @@ class Checkpoints:
 
 
 def name_of(step: int) -> str:
-    """The name of the checkpoint after so many optimizer steps."""
+    """The name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:010d}"

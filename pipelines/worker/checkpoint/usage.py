@@ -1,5 +1,7 @@
-"""What a training has used so far: time, images, GPU-seconds, energy. It is part of every checkpoint (usage.json), so a
-resumed training adds to what the processes before it have used."""
+"""Resources a training has used so far: time, images, GPU-seconds, energy.
+
+It is part of every checkpoint (usage.json), so a resumed training adds to what earlier processes used.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +16,30 @@ USAGE = "usage.json"
 
 
 class Usage(BaseModel):
-    """Sums over all processes that worked on one training; of the last checkpoint, its own writing is not counted."""
+    """Sums over all processes of one training. Writing the checkpoint that contains it is not included."""
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     epochs: int = Field(0, ge=0)
-    """Epochs that these figures are of."""
+    """Finished epochs in these figures."""
     images: int = Field(0, ge=0)
     """Images trained on, over all epochs."""
     wall_s: float = Field(0, ge=0)
-    """From the start of the training loop on; starting the workers is not counted."""
+    """Seconds since the start of the training loop, without starting the workers."""
     validation_s: float = Field(0, ge=0)
     checkpoint_s: float = Field(0, ge=0)
     steady_images: int = Field(0, ge=0)
-    """Images of all epochs but the first of each process, in which workers start up and compile."""
+    """Images of all epochs except the first of each process, which includes start-up and compilation."""
     steady_s: float = Field(0, ge=0)
-    """Wall time of these epochs, the boundaries between them included, validation and checkpoints not."""
+    """Wall time of these epochs, including the gaps between them but not validation and checkpoints."""
     gpu_s: dict[str, float] = {}
-    """Name of a GPU -> seconds for which such GPUs were held, summed over workers."""
+    """GPU model -> seconds that such GPUs were held, summed over workers."""
     energy_j: float = Field(0, ge=0)
-    """What NVML says the GPUs consumed; 0 where it does not."""
+    """Joules the GPUs consumed according to NVML; 0 if unknown."""
 
     @property
     def images_per_s(self) -> float:
-        """The sustained speed: of the steady epochs; where there is none yet, of all of the training part."""
+        """Sustained training speed: over the steady epochs, or over all training time before there is one."""
         if self.steady_s:
             return self.steady_images / self.steady_s
         trained_s = self.wall_s - self.validation_s - self.checkpoint_s
@@ -45,7 +47,7 @@ class Usage(BaseModel):
 
     @property
     def gpu_hours(self) -> float:
-        """Hours for which GPUs were held, over all workers; 0 on CPUs."""
+        """Hours that GPUs were held, summed over workers; 0 on CPUs."""
         return sum(self.gpu_s.values()) / 3600
 
     @property
@@ -66,14 +68,13 @@ def usage_bytes(usage: Usage) -> bytes:
 
 
 def read_usage(path: Path) -> Usage:
-    """The usage in a usage.json; nothing where the checkpoint was written before there was one. Raises ResumeError on
-    damage."""
+    """The usage in a usage.json; zeros if there is none, as in older checkpoints. Raises ResumeError if damaged."""
     if not path.is_file():
         return Usage()
     try:
         return Usage.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ResumeError(
-            f"{USAGE} of the checkpoint cannot be used ({explained(error)}): delete the folders `checkpoints` and "
-            "`ray` of this step to train again, or use another --run NAME"
+            f"{USAGE} of the checkpoint is invalid ({explained(error)}); delete the folders `checkpoints` and `ray` of "
+            "this step to train from the beginning, or use another --run NAME"
         ) from error

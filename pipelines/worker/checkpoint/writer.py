@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the training: the training thread only copies tensors, a thread does the rest."""
+"""Writes checkpoints in the background: the training thread only copies tensors, a second thread stores them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.worker.engine.engine import Engine
 from pipelines.worker.engine.snapshot import Snapshot
 from pipelines.worker.state import TrainState, describe
 
-LAST_WAIT_S = 60.0  # how long a training that failed waits for the checkpoint on its way
+LAST_WAIT_S = 60.0  # how long a failed training waits for a checkpoint in progress
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 
 
@@ -36,15 +36,18 @@ class _Job:
 
 
 class CheckpointWriter:
-    """Stores the checkpoints of one training, in order, while it continues. A context manager; on ranks other than 0 it
-    only takes part in the collectives.
+    """Stores the checkpoints of one training in order while it continues. A context manager.
+
+    On ranks other than 0 it only takes part in the collectives.
 
     Args:
+        checkpoints: Where they are stored.
+        engine: The engine to copy the state from.
         model_json: The bytes of model.json.
-        about: What train.json says beside the state (seed, placement, manifest), for `describe`.
-        warn: Gets a line where the store is away, and one when it is back.
-        stored: Called in the thread with the step of each checkpoint that is complete in the store.
-        patience_s: How long a store may be away before `save` and `close` raise its error.
+        about: Further fields of train.json (seed, placement, manifest), for `describe`.
+        warn: Called with a line when the store is unavailable, and when it is back.
+        stored: Called from the thread with the step of each checkpoint that is complete in the store.
+        patience_s: How long the store may be unavailable before `save` and `finish` raise its error.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class CheckpointWriter:
         self._writes = self._is_over = False
         self._error: BaseException | None = None
         on_gpu = engine.device.type == "cuda"
-        # One for all checkpoints: torch hands out the same 32 again and again.
+        # One stream for all checkpoints: torch has a pool of only 32 and hands them out again.
         self._stream = torch.cuda.Stream(engine.device) if on_gpu else None
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
@@ -85,17 +88,17 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint is still on its way to the store."""
+        """Whether a checkpoint is still being written or waits to be."""
         return self._writes or bool(self._waiting)
 
     def save(self, state: TrainState, usage: Usage, losses_S: torch.Tensor | None = None) -> None:
-        """Copies the training as it is now and has it stored; every rank calls it at the same step.
+        """Copies the training's state and queues it to be stored; every rank must call it at the same step.
 
-        `losses_S` (S,) are the losses of the current epoch's steps, on the device and no longer written to; they take
-        the place of those in `state`, so that nobody waits for the device here. None: there are none.
+        `losses_S` (S,) are the losses of the current epoch's steps, on the device and no longer modified. They replace
+        those in `state`, so that this call need not wait for the device. None: no losses.
 
-        Of checkpoints that wait because the store is slow only the newest is stored, and those of best epochs.
-        Raises what kept an earlier one from being stored.
+        If the store is slow, only the newest waiting checkpoint and those of best epochs are stored.
+        Raises the error that an earlier checkpoint failed with.
         """
         self.check()
         snapshot = self._engine.snapshot()
@@ -108,13 +111,13 @@ class CheckpointWriter:
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """Waits until everything is stored; raises what kept it from being."""
+        """Waits until everything is stored; raises the error if a write failed."""
         with self._changed:
             self._changed.wait_for(lambda: not self.is_busy or self._error is not None)
         self.check()
 
     def check(self) -> None:
-        """Raises what kept a checkpoint from being stored: a full disk, a store that stayed away."""
+        """Raises the error that a checkpoint failed with, such as a full disk or an unavailable store."""
         if self._error is not None:
             raise self._error
 
@@ -122,7 +125,7 @@ class CheckpointWriter:
         while (job := self._next()) is not None:
             try:
                 self._store(job)
-            except BaseException as error:  # of a thread: the training has to end with it
+            except BaseException as error:  # broad: an exception in this thread must end the training
                 self._error = error
             with self._changed:
                 self._writes = False
@@ -148,12 +151,12 @@ class CheckpointWriter:
         self._stored(job.state.step)
 
     def _patiently(self, write: Callable[[], None], step: int) -> None:
-        """Calls `write` until the store takes it; raises its last error once the patience is used up."""
+        """Retries `write` on store errors; raises the last one after `patience_s`."""
         began_s, tries = time.monotonic(), 0
         while True:
             try:
                 write()
-            except (DiskFullError, LostLeaseError, StoreAwayError, StorePathError):  # waiting does not help, or no more
+            except (DiskFullError, LostLeaseError, StoreAwayError, StorePathError):  # retrying would not help
                 raise
             except StoreError as error:
                 gone_s = time.monotonic() - began_s
@@ -162,12 +165,12 @@ class CheckpointWriter:
                 if not tries:
                     minutes = f"{self._patience_s / 60:.0f} minutes"
                     self._warn(
-                        f"the checkpoint of step {step} cannot be stored ({error}); the training continues, and the "
-                        f"store is tried again for {minutes}"
+                        f"the checkpoint of step {step} cannot be stored ({error}); training continues, retrying for "
+                        f"{minutes}"
                     )
                 time.sleep(min(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)], self._patience_s))
                 tries += 1
             else:
                 if tries:
-                    self._warn(f"the checkpoint of step {step} is stored, {time.monotonic() - began_s:.0f} s late")
+                    self._warn(f"the checkpoint of step {step} was stored {time.monotonic() - began_s:.0f} s late")
                 return

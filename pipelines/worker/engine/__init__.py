@@ -1,1 +1,1 @@
-"""One step of a training: DeepSpeed, gradients, compiled parts, statistics of BatchNorm, and its state as tensors."""
+"""The training step: DeepSpeed, gradients, compilation, BatchNorm statistics, and the state as tensors."""

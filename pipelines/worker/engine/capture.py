@@ -1,4 +1,4 @@
-"""A function of tensors as one CUDA graph: its kernels then wait for each other, never for Python."""
+"""A function of tensors as one CUDA graph, so that its kernels never wait for Python."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-REHEARSALS = 3  # compile, choose algorithms, fill caches: none of it may happen inside a graph
+REHEARSALS = 3  # compiling, choosing algorithms and filling caches must not happen inside a graph
 
 
 class Captured:
-    """Calls `run(*inputs)` by replaying what its first call launched.
+    """Calls `run(*inputs)` by replaying the kernels that its first call launched.
 
-    Inputs must keep their shapes and types; those on the CPU may lie anywhere. What `run` returns is overwritten by the
-    next call. `state` are the tensors that `run` changes and that the rehearsals must leave as they were.
+    Inputs must keep their shapes and types. The returned tensor is overwritten by the next call. `state` lists the
+    tensors that `run` modifies; the rehearsals restore them.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Captured:
         self._output = torch.empty(0)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The result, on the device, until the next call."""
+        """The result on the device; overwritten by the next call."""
         if self._graph is None:
             self._capture(inputs)
         for held, given in zip(self._inputs, inputs, strict=True):
@@ -38,20 +38,20 @@ class Captured:
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self._inputs = tuple(given.to(self._device, copy=True) for given in inputs)
         before, chance = [tensor.clone() for tensor in self._state], torch.cuda.get_rng_state(self._device)
-        # What it frees may wait for the device, which would end the capture. While torch compiles it finds little to
-        # free among very many objects, for 3 % of the time.
+        # Freeing objects may wait for the device, which would abort the capture. Collecting while torch compiles also
+        # takes 3 % of the time and finds little to free.
         gc.disable()
         try:
             self._rehearse()
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads page-lock memory for the next batches meanwhile, which else would end the capture.
+            # Other threads page-lock memory for the next batches; by default that would abort the capture.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = self._run(*self._inputs)
         finally:
             gc.enable()
         for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)
-        torch.cuda.set_rng_state(chance, self._device)  # so that a resumed training draws what an unbroken one does
+        torch.cuda.set_rng_state(chance, self._device)  # a resumed training must draw the same random numbers
 
     def _rehearse(self) -> None:
         side = torch.cuda.Stream(self._device)

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the few calls the loop needs; one engine for CPU (gloo) and GPU (NCCL)."""
+"""Wraps DeepSpeed in the few calls that the training loop needs, for CPU (gloo) and GPU (NCCL)."""
 
 from __future__ import annotations
 
@@ -34,40 +34,40 @@ TAG = "engine"
 class Engine:
     """A model, its optimizer and the group of ranks that train it.
 
-    Here DeepSpeed sees the model itself. `FlatEngine` is faster on GPUs.
+    Passes the model itself to DeepSpeed. `FlatEngine` is faster on GPUs.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, placement: Placement) -> None:
         self.config, self.placement = config, placement
         self.device = _device(placement)
         set_precision(config.precision)
-        deepspeed = import_deepspeed(placement.device)
-        deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
+        self._deepspeed = import_deepspeed(placement.device)
+        self._deepspeed.init_distributed(dist_backend=placement.backend, auto_mpi_discovery=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        assert self.ranks == placement.workers, f"{self.ranks} ranks joined, the placement says {placement.workers}"
+        assert self.ranks == placement.workers, f"{self.ranks} ranks joined, but the placement has {placement.workers}"
         self.guard = StepGuard(self.device)
         self._captures = placement.compile == "on"
         self._compiles = is_compiled(placement, config.precision)
         if self._compiles:
-            # A process that trains several trials would keep each one's code and network, and after eight of them run
-            # the function uncompiled; what is compiled again comes from the cache on disk.
+            # A process that runs several trials would keep the code and network of each, and stop compiling after
+            # eight. Recompiling is cheap: the code comes from the cache on disk.
             torch._dynamo.reset()
-        self.model = model.to(self.device)  # weights stay contiguous: DeepSpeed broadcasts and flattens them as bytes
-        self._shapes = self._trainable_shapes()  # at ZeRO 3 DeepSpeed leaves the parameters empty between their uses
-        self._start(deepspeed)
+        self.model = model.to(self.device)  # not channels_last: DeepSpeed broadcasts and flattens weights as bytes
+        self._shapes = self._trainable_shapes()  # read now: at ZeRO 3 parameters are empty between their uses
+        self._start()
 
     def set_learning_rate(self, value: float) -> None:
-        """Sets the rate of the coming step in every parameter group, each by its own scale."""
+        """Sets the learning rate of the next step, multiplied by each parameter group's own scale."""
         for group in self._optimizer.param_groups:
-            # A checkpoint from before there were scales brings groups without one.
+            # Groups from older checkpoints have no scale.
             group["lr"] = value * group.get("lr_scale", 1.0)
 
     def train(
         self, objective: Objective, images_BHWC: torch.Tensor, labels_BC: torch.Tensor, draws_Bn: torch.Tensor
     ) -> torch.Tensor:
-        """One micro-batch, forward and backward: returns its loss, which is overwritten by the next call.
+        """Runs one micro-batch forward and backward; returns its scalar loss, overwritten by the next call.
 
-        At a step's last micro-batch the gradients are averaged over micro-batches and ranks and the weights change.
+        At a step's last micro-batch, gradients are averaged over micro-batches and ranks and the weights are updated.
         """
         loss = objective.loss(self._forward, images_BHWC, labels_BC, draws_Bn)
         self._engine.backward(loss)
@@ -76,16 +76,16 @@ class Engine:
         return loss.detach()
 
     def infer(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes), under the precision of the recipe; overwritten by the next call."""
+        """Logits (B, num_classes) in the recipe's precision; overwritten by the next call."""
         return self._forward(images_B3HW)
 
     def snapshot(self) -> Snapshot | None:
-        """On rank 0 a copy of weights and optimizer state as they are now, without waiting for the device; else None.
+        """Copies the current weights and optimizer state without waiting for the device. None on ranks other than 0.
 
-        Every rank calls it, at the same step, after at least one: at ZeRO 1 to 3 the parts are collected.
+        Every rank must call it at the same step, after the first: at ZeRO 1 to 3 it gathers the partitions.
         """
         moments, step = read_moments(self._optimizer, self._stage, self._seen_parameters())
-        with self._whole_parameters():
+        with self._gathered_parameters():
             if self.rank > 0:
                 return None
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -95,24 +95,26 @@ class Engine:
         return Snapshot(weights, named, ready)
 
     def restore(self, moments: Mapping[str, torch.Tensor]) -> None:
-        """Continues with the optimizer state of a snapshot; the weights must have been in the model from the start."""
+        """Loads a snapshot's optimizer state. The weights must have been in the model when the engine was built.
+
+        Raises ValueError if the moments belong to another network.
+        """
         listed, step = listed_moments(moments, self._shapes)
-        whole = {kind: self._whole(values) for kind, values in listed.items()}
-        write_moments(self._optimizer, self._stage, self._seen_parameters(), whole, step)
+        joined = {kind: self._joined(values) for kind, values in listed.items()}
+        write_moments(self._optimizer, self._stage, self._seen_parameters(), joined, step)
 
     def check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Asserts that the engine trains exactly these weights; every rank calls it.
+        """Asserts that the engine trains exactly these weights; every rank must call it.
 
-        DeepSpeed has taken them over when it started; at ZeRO 3 its own way to load them left the initial ones there
-        without a word.
+        At ZeRO 3 DeepSpeed's own loading once left the initial weights in place without an error.
         """
-        with self._whole_parameters():
+        with self._gathered_parameters():
             held = self.model.state_dict()
             differing = [name for name, value in weights.items() if not value.equal(held[name].cpu())]
         assert not differing, f"weights that differ from the checkpoint's after loading: {differing[:3]}"
 
     def load_old(self, folder: Path) -> None:
-        """Restores what DeepSpeed has saved, in this project's first format, on as many ranks at the same stage."""
+        """Restores a checkpoint in this project's first format, on the same number of ranks and the same ZeRO stage."""
         with tensors_only():
             path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
@@ -126,7 +128,7 @@ class Engine:
         return values
 
     def _watch(self) -> None:
-        """Once the gradients are averaged: finds out whether they are finite (see step_guard)."""
+        """At a step's last micro-batch, checks whether the averaged gradients are finite (see step_guard)."""
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             self.guard.watch(self._optimizer, self._seen_parameters())
 
@@ -143,21 +145,21 @@ class Engine:
         return self.placement.zero_stage
 
     def _seen_parameters(self) -> list[nn.Parameter]:
-        """The parameters that DeepSpeed steps."""
+        """The parameters that DeepSpeed updates."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors like the parameters that DeepSpeed sees as tensors like the network's own, named by `_shapes`."""
+        """Converts tensors shaped like `_seen_parameters` to tensors shaped like the network's own, as in `_shapes`."""
         return list(values)
 
-    def _whole(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The opposite of `_parts`."""
+    def _joined(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The inverse of `_parts`."""
         return list(values)
 
-    def _start(self, deepspeed: Any) -> None:
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+    def _start(self) -> None:
+        self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
             model=self.model,
-            # A torch optimizer: DeepSpeed's own AdamW would be compiled on first use.
+            # A torch optimizer, because DeepSpeed compiles its own AdamW on first use.
             optimizer=build_optimizer(parameter_groups(self.model, self.config.optim), self.config.optim),
             dist_init_required=False,
             config=_deepspeed_config(self.config, self.placement) | _autocast_config(self.config),
@@ -173,28 +175,26 @@ class Engine:
         return self._engine(images_B3HW)
 
     def _forget_order(self) -> None:
-        """At stage 3: lets DeepSpeed learn anew in which order the modules need their weights.
+        """At ZeRO 3, makes DeepSpeed record again in which order the modules use their weights.
 
-        Training and validation differ in it. Without this a training resumed at stage 3 ended in DeepSpeed's "tracing
-        error", in the first step after its first validation.
+        Training and validation use different orders. Without this, a training resumed at stage 3 failed with
+        DeepSpeed's "tracing error" in the first step after its first validation.
         """
         if self._engine.zero_optimization_stage() == 3:
             coordinator = self._optimizer.parameter_offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
 
-    def _whole_parameters(self) -> contextlib.AbstractContextManager:
+    def _gathered_parameters(self) -> contextlib.AbstractContextManager[object]:
         if self._engine.zero_optimization_stage() < 3:
             return contextlib.nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
+        return self._deepspeed.zero.GatheredParameters(list(self.model.parameters()))
 
 
 class FlatEngine(Engine):
-    """DeepSpeed sees one flat parameter for each group; the loss and its gradients are compiled and captured.
+    """Passes one flat parameter per group to DeepSpeed; compiles and captures the loss and its gradients.
 
-    For GPUs at ZeRO 0 to 2: stage 3 takes parameters away between uses, which a graph cannot follow.
+    For GPUs at ZeRO 0 to 2: stage 3 releases parameters between uses, which a CUDA graph cannot follow.
     """
 
     def train(
@@ -207,7 +207,7 @@ class FlatEngine(Engine):
         self._engine.backward(loss)
         self._watch()
         if self._clips and self._engine.is_gradient_accumulation_boundary():
-            # DeepSpeed's own clipping at stage 0 waits for the device twice.
+            # DeepSpeed's clipping at stage 0 waits for the device twice.
             clip_gradients(self._flat.flats, self.config.optim.clip_norm)
         self._step()
         return loss.detach()
@@ -227,10 +227,10 @@ class FlatEngine(Engine):
     def _parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._flat.split(values)
 
-    def _whole(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _joined(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._flat.joined(values)
 
-    def _start(self, deepspeed: Any) -> None:
+    def _start(self) -> None:
         optim = self.config.optim
         self._flat = FlatParameters(self.model, parameter_groups(self.model, optim))
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -238,7 +238,7 @@ class FlatEngine(Engine):
         self._shapes = {name: self._shapes[name] for name in ordered}
         self._clips = optim.clip_norm > 0 and self.placement.zero_stage == 0
         settings = _deepspeed_config(self.config, self.placement)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+        self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
             model=self._flat,
             optimizer=build_optimizer(self._flat.flat_groups, optim),
             dist_init_required=False,
@@ -249,8 +249,8 @@ class FlatEngine(Engine):
         self._flat.point()
         self._infer = self._captured(self._logits)
 
-    def _gradients(self, objective: Objective):
-        """What computes the loss of a micro-batch and leaves its gradients in the flat ones."""
+    def _gradients(self, objective: Objective) -> Callable[..., torch.Tensor]:
+        """Returns a function that computes a micro-batch's loss and writes its gradients into the flat ones."""
         parameters, views = self._flat.parameters_of_network, self._flat.gradient_views
         loss_of = self._compiled_loss(objective) if self._compiles else self._loss(objective)
 
@@ -271,14 +271,14 @@ class FlatEngine(Engine):
         return functools.partial(objective.loss, network)
 
     def _compiled_loss(self, objective: Objective) -> Callable[..., torch.Tensor]:
-        """`_loss`, compiled: MedMamba in parts, of which many are the same; another network as a whole."""
+        """`_loss`, compiled: MedMamba part by part, because many parts are the same; other networks in one piece."""
         compiler = functools.partial(torch.compile, dynamic=False, options=_compile_options(self.config))
         if not isinstance(self.model, MedMamba):
             return compiler(self._loss(objective))
         parts, loss = compiled_parts(self.model, compiler), self._loss(objective.compiled(compiler))
 
         def loss_of(*inputs: torch.Tensor) -> torch.Tensor:
-            # torch compiles a method again for each kind of block, and after eight kinds runs it as it is.
+            # torch compiles a method once per kind of block, and by default stops compiling after eight kinds.
             with torch._dynamo.config.patch(recompile_limit=max(8, len(parts))), exchanged(parts):
                 return loss(*inputs)
 
@@ -296,15 +296,15 @@ class FlatEngine(Engine):
 
 
 def build_engine(model: nn.Module, config: TrainConfig, placement: Placement) -> Engine:
-    """The engine of the placement."""
+    """The engine that fits the placement: `FlatEngine` or `Engine`."""
     return (FlatEngine if placement.flat else Engine)(model, config, placement)
 
 
 def _compile_options(config: TrainConfig) -> dict[str, Any]:
-    # Drop-path then draws what it draws in a training that is not compiled.
+    # Drop-path must draw the same numbers as without compilation.
     options: dict[str, Any] = {"fallback_random": True}
     if config.precision == "float32" and hasattr(torch._inductor.config, "deterministic"):
-        # Kernels chosen by timing them would round differently from one process to the next.
+        # Kernels chosen by timing would round differently in each process.
         options["deterministic"] = True
     return options
 
@@ -319,7 +319,7 @@ def _device(placement: Placement) -> torch.device:
 
 
 def _deepspeed_config(config: TrainConfig, placement: Placement) -> dict[str, Any]:
-    # By default DeepSpeed takes buffers of 5e8 elements, many times the parameters of these networks.
+    # DeepSpeed's default of 5e8 elements is many times the size of these networks.
     bucket = 50_000_000
     return {
         "train_batch_size": config.batch_size,
@@ -333,7 +333,7 @@ def _deepspeed_config(config: TrainConfig, placement: Placement) -> dict[str, An
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        # It waits for the device before and after every step.
+        # The throughput timer waits for the device before and after every step.
         "timers": {"throughput": {"enabled": False}},
     }
 
@@ -341,6 +341,6 @@ def _deepspeed_config(config: TrainConfig, placement: Placement) -> dict[str, An
 def _autocast_config(config: TrainConfig) -> dict[str, Any]:
     if config.precision != "bfloat16":
         return {}
-    # `bf16: enabled` would turn BatchNorm's weights to bfloat16 and leave its buffers in float32. Unless the list of
-    # modules is empty, stages 1 to 3 also average the gradients of Linear and Conv in bfloat16.
+    # `bf16: enabled` would convert BatchNorm's weights to bfloat16 but leave its buffers in float32. The list of
+    # modules is empty because stages 1 to 3 would otherwise average the gradients of Linear and Conv in bfloat16.
     return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}

@@ -1,13 +1,14 @@
-"""Checkpoints in this project's first format, which Ray Train stored and DeepSpeed wrote: read, never written.
+"""Reads checkpoints in this project's first format, which Ray Train stored and DeepSpeed wrote.
 
-They resume on as many ranks and at the ZeRO stage that wrote them. Their pickles are read as tensors only, so a
-manipulated one is refused instead of run.
+They resume only with the number of ranks and the ZeRO stage that wrote them. Their pickles are loaded as tensors only,
+so a manipulated file is rejected instead of executed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import pickle
 import re
@@ -21,9 +22,9 @@ from pipelines.placement import Placement
 from pipelines.worker.state import ResumeError, file_digest, read_described
 
 RAY_RUN = "ray"
-SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's own list of the checkpoints that are complete
+SNAPSHOT = f"{RAY_RUN}/checkpoint_manager_snapshot.json"  # Ray Train's list of complete checkpoints
 ENGINE, BEST = "engine", "best"
-# What DeepSpeed's files hold beside tensors, containers and numbers.
+# Types in DeepSpeed's files other than tensors, containers and numbers.
 _HARMLESS = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
@@ -33,13 +34,13 @@ _HARMLESS = (
 
 @dataclass(frozen=True)
 class OldCheckpoint:
-    """The fields of its train.json, and where its files are below the step's folder."""
+    """The fields of a checkpoint's train.json, and the prefix of its files in the step's folder."""
 
     described: Mapping[str, Any]
     prefix: str
 
     def fetch(self, out: Store, folder: Path) -> None:
-        """Copies its files into `folder`; ResumeError where one is missing or has another digest than on record."""
+        """Copies its files into `folder`. Raises ResumeError if one is missing or its digest differs."""
         for name, digest in self.described["digests"].items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,15 +48,16 @@ class OldCheckpoint:
                 out.fetch(f"{self.prefix}/{name}", path)
             if not path.is_file() or file_digest(path) != digest:
                 raise ResumeError(
-                    f"{name} of the checkpoint of epoch {self.described['epoch']} is missing or has another digest "
-                    f"than train.json says: the checkpoint is damaged, and it is the only one; {_begin_again(out)}"
+                    f"{name} of the checkpoint of epoch {self.described['epoch']} is missing or does not match the "
+                    f"digest in train.json: the checkpoint is damaged, and it is the only one; {_begin_again(out)}"
                 )
 
 
 def find_old_checkpoint(out: Store) -> OldCheckpoint | None:
-    """The checkpoint that Ray Train would resume from; None where there is none of this format.
+    """The checkpoint that Ray Train would resume from; None if there is none in this format.
 
-    Only what Ray's snapshot names counts: a kill in the middle of an upload leaves a folder of which files are missing.
+    Only the one named in Ray's snapshot counts: a kill during an upload leaves an incomplete folder.
+    Raises ResumeError if it is missing or damaged.
     """
     try:
         newest = json.loads(out.get(SNAPSHOT))["latest_checkpoint_result"]
@@ -69,27 +71,27 @@ def find_old_checkpoint(out: Store) -> OldCheckpoint | None:
         raise ResumeError(f"{error}, which {SNAPSHOT} names: {_begin_again(out)}") from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ResumeError(
-            f"{out.uri}/{SNAPSHOT} or the checkpoint it names is torn ({error}): {_begin_again(out)}"
+            f"{out.uri}/{SNAPSHOT} or the checkpoint it names is damaged ({error}): {_begin_again(out)}"
         ) from error
 
 
 def check_placement(described: Mapping[str, Any], placement: Placement) -> None:
-    """Raises ResumeError where an old checkpoint was written under another world."""
+    """Raises ResumeError if the number of workers or the ZeRO stage differs from those that wrote the checkpoint."""
     then = (described["ranks"], described["zero_stage"])
     now = (placement.workers, placement.zero_stage)
     if then != now:
         raise ResumeError(
             f"the checkpoint of epoch {described['epoch']} was written by {then[0]} workers at ZeRO stage {then[1]}, "
-            f"in a format that resumes only there; this placement has {now[0]} at stage {now[1]}. Resume with "
-            f"--placement.workers {then[0]} --placement.zero-stage {then[1]}, or begin again with another --run NAME"
+            f"in an old format that resumes only with these settings, but this placement has {now[0]} at stage "
+            f"{now[1]}; use --placement.workers {then[0]} --placement.zero-stage {then[1]}, or another --run NAME"
         )
 
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
-    """Within the block torch.load builds nothing but tensors, containers, numbers and DeepSpeed's plain records.
+    """Restricts torch.load in the block to tensors, containers, numbers and DeepSpeed's plain records.
 
-    Raises ResumeError for a file that holds anything else.
+    torch.load then raises ResumeError for a file that contains anything else.
     """
     import torch
 
@@ -102,8 +104,6 @@ def tensors_only() -> Iterator[None]:
 
 
 def _load_tensors(load: Any, file: Any, *arguments: Any, **options: Any) -> Any:
-    import importlib
-
     import torch
 
     harmless = [getattr(importlib.import_module(module), name) for module, name in _HARMLESS]
@@ -111,12 +111,12 @@ def _load_tensors(load: Any, file: Any, *arguments: Any, **options: Any) -> Any:
         with torch.serialization.safe_globals(harmless):
             return load(file, *arguments, **{**options, "weights_only": True})
     except pickle.UnpicklingError as error:
-        # Of torch's text only the name: the rest explains how to load the file all the same.
+        # Only the name from torch's message: the rest explains how to bypass the check.
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""
         raise ResumeError(
-            f"{Path(str(file)).name} of the checkpoint holds Python objects{what}, which could run code when they are "
-            "loaded: it is not one that this project wrote; use another --run NAME"
+            f"{Path(str(file)).name} of the checkpoint contains Python objects{what} that could run code when loaded, "
+            "so this project did not write it; use another --run NAME"
         ) from None
 
 

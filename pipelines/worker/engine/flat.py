@@ -1,7 +1,7 @@
-"""The parameters of each optimizer group as one tensor, so that work per tensor becomes work per group.
+"""Joins the parameters of each optimizer group into one flat tensor, so that per-tensor work becomes per-group work.
 
-MedMamba-T has 200 parameters. DeepSpeed's hooks, buckets, copies and norms, and every all-reduce, come once for each;
-in flat form twice a step. The network keeps its own parameters, as views of the flat ones.
+MedMamba-T has 200 parameters in two groups. DeepSpeed's hooks, buckets, copies, norms and all-reduces run once per
+tensor: 200 times per step, or twice with flat tensors. The network's own parameters are views of the flat ones.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-ALIGNED = 64  # elements: kernels that read whole cache lines then find every parameter at the start of one
+ALIGNED = 64  # elements; every parameter then starts on a cache line
 
 Gradients = Callable[..., torch.Tensor]
 
 
 class FlatParameters(nn.Module):
-    """What DeepSpeed sees of a network: one parameter for each group, and a loss.
+    """The module passed to DeepSpeed in place of the network: one parameter per group, and a forward that is the loss.
 
-    `groups` are an optimizer's groups of the network's parameters; `flat_groups` are the same with flat ones.
-    `gradients` (set once) computes the loss of a micro-batch and leaves the gradients in `gradient_views`.
+    `groups` are an optimizer's groups of the network's parameters; `flat_groups` are the same groups with flat
+    parameters. `gradients` (set once by the engine) computes a micro-batch's loss and writes the gradients into
+    `gradient_views`.
     """
 
     def __init__(self, network: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
@@ -46,15 +47,14 @@ class FlatParameters(nn.Module):
         return [parameter for parameters in self._groups for parameter in parameters]
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The loss; its backward pass gives the flat parameters their gradients."""
-        assert self.gradients is not None, "nothing computes the gradients"
+        """The scalar loss; its backward pass sets the gradients of the flat parameters."""
+        assert self.gradients is not None, "`gradients` must be set before the first forward pass"
         loss = self.gradients(*inputs)
         return _Delivered.apply(loss, self._gradients, *self.flats)
 
     @torch.no_grad()
     def split(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors of the shape of the flat parameters, cut into views of the shape of the network's own, in the order
-        of `parameters_of_network`."""
+        """Splits tensors shaped like the flat parameters into views shaped like `parameters_of_network`, in order."""
         return [
             view
             for flat, parameters in zip(flats, self._groups, strict=True)
@@ -63,14 +63,14 @@ class FlatParameters(nn.Module):
 
     @torch.no_grad()
     def joined(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The opposite of `split`, on the device of the flat parameters."""
+        """The inverse of `split`, on the device of the flat parameters."""
         flats = [torch.zeros_like(flat, requires_grad=False) for flat in self.flats]
         for view, part in zip(self.split(flats), parts, strict=True):
             view.copy_(part)
         return flats
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside the flat parameters: the network's buffers and what is frozen."""
+        """Everything a checkpoint needs besides the flat parameters: the network's buffers and frozen parameters."""
         return {name: each.detach().clone() for name, each in self._rest.items()}
 
     @torch.no_grad()
@@ -81,9 +81,9 @@ class FlatParameters(nn.Module):
 
     @torch.no_grad()
     def point(self) -> bool:
-        """Makes the network's parameters views of the flat ones; returns whether any was not one already.
+        """Makes the network's parameters views of the flat ones; returns whether any was not.
 
-        DeepSpeed moves flat parameters into buffers of its own when it starts.
+        DeepSpeed moves the flat parameters into its own buffers when it starts.
         """
         moved = False
         for flat, parameters in zip(self.flats, self._groups, strict=True):
@@ -95,9 +95,9 @@ class FlatParameters(nn.Module):
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None:
-    """Scales the gradients down to the global norm `clip_norm` where theirs is larger, without waiting for a device.
+    """Scales gradients down to the global norm `clip_norm` if theirs is larger, without waiting for the device.
 
-    In DeepSpeed's own arithmetic at stages 1 and 2, so that stage 0 rounds as they do.
+    Uses DeepSpeed's arithmetic of stages 1 and 2, so that stage 0 rounds the same way.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().float() for gradient in gradients]
@@ -107,7 +107,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None
 
 @torch.no_grad()
 def copy_gradients(views: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
-    """`found` into `views`. Of tensors that lie alike in memory torch copies many in one kernel, but only if all do."""
+    """Copies `found` into `views`, all tensors with equal strides in one kernel; torch requires that of every pair."""
     pairs = list(zip(views, found, strict=True))
     alike = [(view, each) for view, each in pairs if view.stride() == each.stride()]
     if alike:
@@ -118,7 +118,7 @@ def copy_gradients(views: Sequence[torch.Tensor], found: Sequence[torch.Tensor])
 
 
 class _Delivered(torch.autograd.Function):
-    """Passes a loss on and, backwards, hands out gradients that are known already."""
+    """Returns the loss unchanged; its backward pass returns gradients that are already computed."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], *flats: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class _Delivered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
-        # `outer` is 1 over the number of micro-batches of a step.
+        # `outer` is 1 / the number of micro-batches of a step.
         return None, None, *(gradient * outer[0] for gradient in ctx.gradients)
 
 
@@ -140,7 +140,7 @@ def _flattened(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 
 
 def _views(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-    """`flat` cut into tensors of the parameters' shapes."""
+    """Views of `flat` in the parameters' shapes."""
     found, start = [], 0
     for parameter in parameters:
         found.append(flat[start : start + parameter.numel()].view(parameter.shape))
@@ -149,5 +149,5 @@ def _views(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[torch
 
 
 def _taken(parameter: nn.Parameter) -> int:
-    """Elements of the flat tensor that a parameter takes, with those that only fill a line."""
+    """Elements of the flat tensor that a parameter occupies, including padding."""
     return -(-parameter.numel() // ALIGNED) * ALIGNED

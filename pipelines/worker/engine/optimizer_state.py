@@ -1,7 +1,7 @@
-"""AdamW's state as whole tensors, whatever DeepSpeed's ZeRO stage has cut it into.
+"""Reads and writes AdamW's state as complete tensors, independent of how DeepSpeed's ZeRO stage partitions it.
 
-At stage 0 DeepSpeed steps the torch optimizer over the parameters themselves. At stages 1 and 2 it steps one flat
-partition per group and rank, at stage 3 one per sub-group; `deepspeed.utils.tensor_fragment` knows the way back.
+At stage 0 the torch optimizer works on the parameters themselves. At stages 1 and 2 it works on one flat partition per
+group and rank, at stage 3 on one per sub-group; `deepspeed.utils.tensor_fragment` maps those back to parameters.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def read_moments(
     optimizer: Any, stage: int, parameters: Sequence[nn.Parameter]
 ) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor]:
-    """(moment -> a copy for each parameter, in its shape; the number of optimizer steps, a scalar tensor).
+    """Returns ({moment: a copy per parameter, in its shape}, number of optimizer steps as a scalar tensor).
 
-    Every rank calls it, after at least one step: at stages 1 to 3 the parts are put together by collectives.
+    Every rank must call it, after at least one step: stages 1 to 3 gather the partitions with collectives.
     """
     torch_optimizer = optimizer if stage == 0 else optimizer.optimizer
-    if not torch_optimizer.state:  # DeepSpeed has skipped every step so far
+    if not torch_optimizer.state:  # every step so far was skipped
         _begin(optimizer, stage, step=0.0)
     step = next(state["step"] for state in torch_optimizer.state.values()).detach().clone()
     if stage == 0:
@@ -42,7 +42,7 @@ def write_moments(
     moments: Mapping[str, Sequence[torch.Tensor]],
     step: float,
 ) -> None:
-    """Gives an optimizer that has made no step yet the state that `read_moments` returned; every rank calls it."""
+    """Restores what `read_moments` returned into an optimizer before its first step; every rank must call it."""
     if stage == 0:
         for index, parameter in enumerate(parameters):
             parts = {name: values[index].to(parameter.device).clone() for name, values in moments.items()}
@@ -55,7 +55,7 @@ def write_moments(
 
 
 def _begin(optimizer: Any, stage: int, step: float) -> None:
-    """Gives DeepSpeed's optimizer at stages 1 to 3 moments that are zero."""
+    """Creates zero moments in DeepSpeed's optimizer at stages 1 to 3."""
     for part in _stepped(optimizer, stage):
         empty = {name: torch.zeros_like(part, requires_grad=False) for name in MOMENTS}
         optimizer.optimizer.state[part] = {"step": _step_like(part, step), **empty}
@@ -63,14 +63,14 @@ def _begin(optimizer: Any, stage: int, step: float) -> None:
 
 
 def _set_moment(optimizer: Any, stage: int, parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:
-    """Puts this rank's part of a moment where it belongs."""
+    """Writes this rank's part of a moment."""
     if stage < 3:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
         return
-    # DeepSpeed's own way raises on the last rank where a parameter does not divide into as many parts as there are
-    # ranks: that part is longer than what is left of the value.
+    # DeepSpeed's own setter raises on the last rank if a parameter does not divide evenly among the ranks, because
+    # that rank's partition is padded.
     part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=name)
     first = part.numel() * optimizer._get_param_partition_rank(parameter)
     mine = value.flatten()[first : first + part.numel()]
@@ -78,17 +78,17 @@ def _set_moment(optimizer: Any, stage: int, parameter: nn.Parameter, value: torc
 
 
 def _step_like(parameter: torch.Tensor, step: float) -> torch.Tensor:
-    """The count of steps as fused AdamW holds it."""
+    """The step count in the form that fused AdamW stores."""
     return torch.full((), step, dtype=torch.float32, device=parameter.device)
 
 
 def _stepped(optimizer: Any, stage: int) -> Iterable[torch.Tensor]:
-    """The tensors that this rank's torch optimizer steps."""
+    """The tensors that this rank's torch optimizer updates."""
     return optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
 def _link(optimizer: Any, stage: int) -> None:
-    """Lets DeepSpeed find the moments of every group; by itself it looks once, after the first group's first step."""
+    """Makes DeepSpeed link the moments of every group; by itself it only does so after the first group's first step."""
     if stage < 3:
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

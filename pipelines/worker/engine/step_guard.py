@@ -1,11 +1,11 @@
-"""Steps whose gradients are not finite: never made, counted, and an error where they repeat.
+"""Skips and counts steps with non-finite gradients, and ends the training if they repeat.
 
-What such a step would have changed stays as it was: weights, moments and AdamW's count of steps, BatchNorm's running
-statistics. The samples it took count as used, and the schedule moves on. All ranks decide alike: at ZeRO 0 their
-gradients are equal once they are averaged, at stages 1 to 3 DeepSpeed shares the norm of its parts.
+A skipped step changes nothing: weights, moments, AdamW's step count and BatchNorm's running statistics stay as they
+were. Its samples count as used, and the schedule advances. All ranks decide the same: at ZeRO 0 their averaged
+gradients are equal, at stages 1 to 3 DeepSpeed shares the norm of the partitions.
 
-At ZeRO 0 nothing waits for the device: fused AdamW takes the flag `found_inf` as a tensor, and the counts come to the
-host a few steps late. At stages 1 to 3 DeepSpeed reads the norm anyway, and skips the step itself.
+At ZeRO 0 nothing waits for the device: fused AdamW reads the flag `found_inf` as a tensor, and the counts reach the
+host a few steps late. At stages 1 to 3 DeepSpeed reads the norm anyway and skips the step itself.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import torch
 from data_shards.store import StoreError
 from pipelines.worker.state import TrainState
 
-IN_A_ROW = 5  # steps that are skipped one after the other end the training,
-SHARE = 0.1  # and so does more than this share of an epoch's steps, from IN_A_ROW on
+IN_A_ROW = 5  # this many consecutive skipped steps end the training
+SHARE = 0.1  # so do IN_A_ROW or more skipped steps that exceed this share of an epoch
 SHOWN_KEYS = 32
 _REMEDY = "lower train.optim.lr, set train.optim.clip_norm, or use precision float32, with another --run NAME"
 _TOTAL, _ROW, _LONGEST, _LAST = range(4)
 
 
 class TrainingError(ValueError):
-    """The numbers went wrong: going on would waste the machine."""
+    """The training diverged; continuing would be useless."""
 
 
 class StepGuard:
-    """Counts the steps of this process that were skipped.
+    """Counts the skipped steps of this process.
 
-    `skipped` is a scalar on the device: 1 where the last step was skipped, else 0.
+    `skipped` is a scalar tensor on the device: 1 if the last step was skipped, otherwise 0.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,19 +45,19 @@ class StepGuard:
 
     @torch.no_grad()
     def watch(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Before the step of a torch optimizer: lets it skip the step where the norm of the gradients is not finite."""
+        """Called before a torch optimizer's step: makes it skip the step if the gradient norm is not finite."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         self.skipped.copy_(~torch.isfinite(norms.square().sum()))
         optimizer.found_inf = self.skipped  # type: ignore[attr-defined]
 
     def note(self, *, skipped: bool) -> None:
-        """After a step of which DeepSpeed has said whether it was skipped."""
+        """Called after a step at stages 1 to 3, with DeepSpeed's own decision."""
         self.skipped.fill_(float(skipped))
 
     @torch.no_grad()
     def count(self, step: int) -> None:
-        """Once after each step, with its number (1 for the first of the training)."""
+        """Called once after each step with its number; the first step of the training is 1."""
         total, row, longest, last = self._counts.unbind()
         total += self.skipped
         row.add_(1).mul_(self.skipped)
@@ -66,29 +66,29 @@ class StepGuard:
         self._mirror.refresh()
 
     def look(self, *, wait: bool = False) -> Skips:
-        """What is known of the skipped steps by now; of all of them with `wait`, which waits for the device."""
+        """The counts known so far; with `wait`, the exact counts after waiting for the device."""
         return Skips(*(int(value) for value in self._mirror.read(wait=wait)))
 
 
 class Skips(NamedTuple):
-    """What is known of the steps that were skipped."""
+    """Counts of skipped steps."""
 
     total: int
     row: int
-    """How many the last steps of all were."""
+    """Consecutive skipped steps up to the most recent step."""
     longest: int
-    """The most in a row."""
+    """The longest run of skipped steps."""
     last: int
-    """The number of the last one."""
+    """The number of the last skipped step."""
 
 
 class WatchedEpoch:
-    """Reports the skipped steps of one epoch, and ends the training where they repeat.
+    """Reports the skipped steps of one epoch, and ends the training if they repeat.
 
     Args:
-        guard: Counts them.
-        describe: Says of a step of this epoch which samples it took, and what is stored of the training.
-        warn: Gets a line about steps that were skipped.
+        guard: Counts the skipped steps.
+        describe: Returns a sentence about a step's samples and the last checkpoint, for the error.
+        warn: Called with a line about newly skipped steps.
         steps_before: Steps of the training before this epoch.
     """
 
@@ -96,17 +96,17 @@ class WatchedEpoch:
         self, guard: StepGuard, describe: Callable[[int], str], warn: Callable[[str], None], *, steps_before: int
     ) -> None:
         self._guard, self._describe, self._warn, self._steps_before = guard, describe, warn, steps_before
-        self._told = guard.look(wait=True).total
+        self._reported = guard.look(wait=True).total
 
     def step(self, step: int) -> None:
-        """After each step, with its number in the training; raises TrainingError after IN_A_ROW that were skipped."""
+        """Called after each step with its number. Raises TrainingError after IN_A_ROW consecutive skipped steps."""
         self._guard.count(step)
         self._report(self._guard.look())
 
     def made(self, losses: Sequence[float]) -> list[float]:
-        """The losses of the epoch's steps without those of skipped ones, which are nan; waits for the device.
+        """Filters the losses of skipped steps, which are NaN, out of an epoch's `losses`; waits for the device.
 
-        Raises TrainingError where too many were skipped, or a step that was made had a loss that is not finite.
+        Raises TrainingError if too many steps were skipped or another step's loss is infinite.
         """
         self._report(self._guard.look(wait=True))
         made = [loss for loss in losses if not math.isnan(loss)]
@@ -117,25 +117,25 @@ class WatchedEpoch:
                 self._refusal(f"{skipped} of the {len(losses)} steps of the epoch, the last of them step {last},", last)
             )
         if not all(map(math.isfinite, made)):
-            raise TrainingError(f"the training loss became infinite: it must stay finite; {_REMEDY}")
+            raise TrainingError(f"the training loss became infinite; {_REMEDY}")
         return made
 
     def _report(self, skips: Skips) -> None:
-        new, self._told = skips.total - self._told, skips.total
+        new, self._reported = skips.total - self._reported, skips.total
         if not new:
             return
         which = f"step {skips.last}" if new == 1 else f"{new} steps up to step {skips.last}"
         self._warn(
-            f"{which} skipped: the gradients are not finite ({skips.total} so far; {IN_A_ROW} in a row, or more than "
-            f"{SHARE:.0%} of an epoch, end the training)"
+            f"{which} skipped: non-finite gradients ({skips.total} so far; {IN_A_ROW} in a row or more than "
+            f"{SHARE:.0%} of an epoch end the training)"
         )
         if skips.longest >= IN_A_ROW:
             raise TrainingError(self._refusal(f"{skips.longest} steps in a row, up to step {skips.last},", skips.last))
 
     def _refusal(self, which: str, last: int) -> str:
         return (
-            f"{which} had gradients that are not finite and were skipped; at most {IN_A_ROW - 1} in a row and "
-            f"{SHARE:.0%} of an epoch are allowed. {self._describe(last)}. {_REMEDY.capitalize()}; or look at these "
+            f"{which} had non-finite gradients and were skipped; at most {IN_A_ROW - 1} in a row and "
+            f"{SHARE:.0%} of an epoch are allowed. {self._describe(last)}. {_REMEDY.capitalize()}; or inspect these "
             "samples"
         )
 
@@ -148,15 +148,15 @@ def watch_steps(
     checkpoints: Callable[[], Sequence[str]],
     warn: Callable[[str], None],
 ) -> WatchedEpoch:
-    """Watches the epoch that `state` is in.
+    """Watches the current epoch of `state`.
 
     Args:
-        guard: Counts the steps that were skipped.
-        state: Where the training stands.
-        keys: Of the epoch's samples, in their order.
-        batch_size: Samples of a step.
-        checkpoints: Names those that are stored, oldest first.
-        warn: Gets a line about steps that were skipped.
+        guard: Counts the skipped steps.
+        state: The state at the start or in the middle of the epoch.
+        keys: Keys of the epoch's samples (n,), in training order.
+        batch_size: Samples per step.
+        checkpoints: Returns the names of the stored checkpoints, oldest first.
+        warn: Called with a line about newly skipped steps.
     """
     before = state.step - state.consumed // batch_size
 
@@ -164,22 +164,22 @@ def watch_steps(
         begin = (step - before - 1) * batch_size
         names = name_samples(keys[begin : begin + batch_size].tolist())
         stored: list[str] = []
-        with contextlib.suppress(StoreError):  # the store may be away, which is not what ended the training
+        with contextlib.suppress(StoreError):  # an unavailable store must not hide the real error
             stored = list(checkpoints())[-1:]
-        last = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint yet"
-        return f"Step {step} took the samples {names}; {last}"
+        last = f"the last good checkpoint is {stored[0]}" if stored else "no checkpoint has been written yet"
+        return f"Step {step} used the samples {names}; {last}"
 
     return WatchedEpoch(guard, describe, warn, steps_before=before)
 
 
 def name_samples(keys: Sequence[str]) -> str:
-    """The keys of a step's samples, as far as a message holds them."""
+    """The keys of a step's samples, shortened for a message."""
     shown = " ".join(keys[:SHOWN_KEYS])
     return shown + (f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
 
 
 class _Mirror:
-    """A copy on the host of a small tensor on the device, refreshed without waiting."""
+    """A host copy of a small device tensor, refreshed without waiting."""
 
     def __init__(self, source: torch.Tensor) -> None:
         self._source, self._on_device = source, source.device.type == "cuda"
@@ -188,7 +188,7 @@ class _Mirror:
         self._values = self._here.tolist()
 
     def refresh(self) -> None:
-        """Sends for the present values, unless some are on their way."""
+        """Starts copying the current values, unless a copy is already in progress."""
         if not self._on_device:
             self._values = self._source.tolist()
         elif self._arrived():
@@ -197,7 +197,7 @@ class _Mirror:
             self._arrival.record()
 
     def read(self, *, wait: bool = False) -> list[float]:
-        """The values that arrived last; the present ones with `wait`."""
+        """The values that arrived last; with `wait`, the current ones."""
         if wait and self._on_device:
             self._values, self._arrival = self._source.tolist(), None
         self._arrived()

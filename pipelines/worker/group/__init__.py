@@ -1,1 +1,1 @@
-"""The group of workers of a training under Ray Train: how it meets, how large it is, when it stops or starts again."""
+"""The worker group of a training under Ray Train: how it connects, how large it is, when it stops or restarts."""

@@ -1,8 +1,8 @@
-"""What a training asks once a step: is a checkpoint due, must it stop? The same answer on all ranks at the same step.
+"""Decides after each step whether a checkpoint is due and whether to stop, identically on all ranks.
 
-Each rank has flags of its own. Their union travels in a reduction of eight bytes that is started at one step and read
-at a later one, when it has long arrived: no rank waits for it. A thread tells the board each second how far the rank
-is, and brings back what the driver or Ray's controller asks for.
+Each rank sets its own flags. An asynchronous 8-byte all-reduce combines them; its result is read one or more steps
+later, so no rank waits for it. A thread reports this rank's progress to the board every second and receives the
+requests of the driver and of Ray's controller.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from pipelines.cluster.monitor import FAILED, STOPS, Beat, Orders
 
 BEAT_S = 1.0
 CHECKPOINT = 1
-BITS = {stop: 2 << place for place, stop in enumerate(STOPS)}  # the lower one counts where two are set
+BITS = {stop: 2 << place for place, stop in enumerate(STOPS)}  # if two are set, the lower one counts
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Wants:
-    """What a training must do after the step it has made."""
+    """What the training must do after the current step."""
 
     checkpoint: bool = False
     stop: str = ""
-    """Why it must stop, once a checkpoint of this step is written; empty: it continues."""
+    """Why to stop after writing a checkpoint of this step; empty: continue."""
 
 
 NOTHING = Wants()
 
 
 class Writer(Protocol):
-    """What stores the checkpoints."""
+    """Stores checkpoints."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether one is still on its way."""
+        """Whether a checkpoint is still being written."""
 
 
-class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
-    """A training stopped because it was asked to, after a checkpoint of its last step was written."""
+class Stopped(Exception):  # noqa: N818  (a requested stop, not an error)
+    """The training stopped on request, after writing a checkpoint of its last step."""
 
     def __init__(self, reason: str, step: int) -> None:
-        super().__init__(reason, step)  # so that it can be pickled
+        super().__init__(reason, step)  # pickling needs the arguments
         self.reason, self.step = reason, step
 
     def __str__(self) -> str:
@@ -57,60 +57,62 @@ class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
 
 
 class UntilTheEnd:
-    """Asks for nothing and tells nobody: checkpoints at the ends of epochs only, to the last one."""
+    """Trains to the last epoch without external control; checkpoints are written only at the end of each epoch."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        """After the training."""
+        """Called after the training."""
 
     def begin(self, step: int) -> None:
-        """Where the training begins: after how many steps, 0 or those of a checkpoint."""
+        """Sets the number of steps completed at the start: 0, or the step of a checkpoint."""
 
     def wants(self, step: int, writer: Writer) -> Wants:
-        """What all ranks must do now that they have made this step, counted from the beginning of the training.
+        """Returns what all ranks must do after `step` (counted from the beginning of the training).
 
-        It may be asked again about the same step, by all ranks equally often: in a validation.
+        May be called again for the same step during validation, equally often on all ranks.
         """
         return NOTHING
 
     def give_up(self) -> bool:
-        """This rank cannot continue: all of them must stop at a checkpoint of one step (`wants`), after which this one
-        says why. Returns whether anything tells them."""
+        """Asks all ranks to stop at a common checkpoint because this rank cannot continue.
+
+        Returns whether the other ranks can be reached; if not, this rank has to stop alone.
+        """
         return False
 
     def saved(self, step: int) -> None:
-        """Rank 0, in any thread: a checkpoint of that step is complete in the store."""
+        """Reports that the checkpoint of `step` is complete in the store. Rank 0 only, from any thread."""
 
     def fetched(self, items: Iterable[Item]) -> Iterable[Item]:
-        """The same items; while one is waited for, the rank waits for data."""
+        """Yields `items`; the time until each arrives is reported as waiting for data."""
         return items
 
     def counted(self, work: Callable[..., Result]) -> Callable[..., Result]:
-        """The same function; each call of it is a sign of progress."""
+        """Wraps `work` so that each call counts as progress."""
         return work
 
     def busy(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """For something between steps that may take long: validation, writing a checkpoint."""
+        """Context for slow work between steps, such as validation or writing a checkpoint."""
         return contextlib.nullcontext()
 
 
 class Union(Protocol):
-    """Flags of all ranks together."""
+    """Combines the flags of all ranks."""
 
     lag: int
-    """After how many further steps they are read."""
+    """Steps between submitting flags and reading their union."""
 
     def of(self, flags: int) -> int:
-        """Takes this rank's flags of one step; returns those of all ranks, of this step or of one shortly before."""
+        """Submits this rank's flags for one step; returns the union over all ranks of `lag` steps before."""
 
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for pending reductions."""
 
 
 class OwnFlags:
-    """The union of a rank that is alone."""
+    """The union for a single rank."""
 
     lag = 0
 
@@ -123,11 +125,14 @@ class OwnFlags:
 
 
 class SharedFlags:
-    """The union over a gloo group of its own, beside the one that the gradients travel in."""
+    """The union over a gloo group separate from the one that averages gradients."""
 
     def __init__(self, *, lag: int = 1) -> None:
-        """Every rank makes one at the same time. `lag` is how many steps pass until flags are read: hosts with GPUs are
-        several steps ahead of them, and of each other."""
+        """Collective: every rank constructs it at the same time.
+
+        `lag` is how many steps pass until flags are read: hosts run several steps ahead of their GPUs and of each
+        other.
+        """
         import torch
         import torch.distributed as dist
 
@@ -154,7 +159,7 @@ class SharedFlags:
 
 
 class Control(UntilTheEnd):
-    """One rank's. `with control: ...` around the training."""
+    """The control of one rank. Use `with control: ...` around the training."""
 
     def __init__(
         self,
@@ -167,9 +172,9 @@ class Control(UntilTheEnd):
         flag: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """A checkpoint is due `checkpoint_s` or `checkpoint_steps` after the last one; 0: never for that reason.
+        """A checkpoint is due `checkpoint_s` seconds or `checkpoint_steps` steps after the last one; 0 disables either.
 
-        `flag` returns why this rank itself wants to stop ("" as long as it does not); it is asked each second.
+        `flag` is polled every second and returns why this rank wants to stop, or "".
         """
         self._rank, self._union, self._board, self._clock, self._flag = rank, union, board, clock, flag
         self._checkpoint_s, self._checkpoint_steps = checkpoint_s, checkpoint_steps
@@ -177,7 +182,7 @@ class Control(UntilTheEnd):
         self._doing, self._slow = "starting", True
         self._flags, self._lock = 0, threading.Lock()
         self._due_since, self._steps_since = clock(), 0
-        self._asked_since = 0  # questions of the training since it was last told of a checkpoint
+        self._asked_since = 0  # calls of `wants` since the last checkpoint
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, daemon=True)
 
@@ -188,12 +193,12 @@ class Control(UntilTheEnd):
     def __exit__(self, kind: object, *rest: object) -> None:
         self._over.set()
         if self._board is not None:
-            with contextlib.suppress(Exception):
-                # The last beat is up to a second old: the steps since would not count as lost.
+            with contextlib.suppress(Exception):  # broad: the board may be gone in any way that Ray has
+                # The last beat is up to a second old, and the steps since then must count as lost.
                 self._board.beat.remote(self._rank, self._sign())
                 self._board.done.remote(self._rank)
         if kind is None or kind is Stopped:
-            # All ranks end at the same step; after an error others may never start theirs.
+            # Without an error all ranks end at the same step; after one, others may never start their reduction.
             self._union.close()
         self._thread.join(3 * BEAT_S)
 
@@ -211,7 +216,7 @@ class Control(UntilTheEnd):
             self._set(CHECKPOINT)
         found = self._union.of(self._flags)
         stop = next((name for name, bit in BITS.items() if found & bit), "")
-        # Until the answer to a request comes, each question repeats it; the checkpoint it is about is written by then.
+        # A request repeats in every call until its union is read; repeats of one already served are ignored.
         if not stop and (not found or self._asked_since <= self._union.lag):
             return NOTHING
         with self._lock:
@@ -226,20 +231,20 @@ class Control(UntilTheEnd):
 
     def saved(self, step: int) -> None:
         """See UntilTheEnd."""
-        self._due_since = self._clock()  # the checkpoint of an epoch counts too
+        self._due_since = self._clock()  # epoch checkpoints reset the timer too
         if self._board is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # broad: the board may be gone in any way that Ray has
                 self._board.saved.remote(step)
 
     def at(self, doing: str, *, slow: bool = False) -> None:
-        """The rank gets something done, and is at `doing` now, which may take long without a sign where `slow`."""
+        """Counts as progress and sets the current activity; a `slow` one may show no progress for a long time."""
         self._doing, self._slow, self._moves = doing, slow, self._moves + 1
 
     def fetched(self, items: Iterable[Item]) -> Iterator[Item]:
         """See UntilTheEnd."""
         waiting = iter(items)
         while True:
-            if self._doing != "starting":  # the first step compiles, and waits for its data too
+            if self._doing != "starting":  # the first step also waits for data and compiles
                 self.at("waiting for data", slow=True)
             item = next(waiting, _END)
             if item is _END:
@@ -265,18 +270,18 @@ class Control(UntilTheEnd):
         self.at("training")
 
     def _is_due(self) -> bool:
-        """By rank 0's clock; the others follow it."""
+        """Rank 0 decides by its clock; the others follow."""
         if self._rank > 0:
             return False
         by_steps = 0 < self._checkpoint_steps <= self._steps_since + self._union.lag
         return by_steps or 0 < self._checkpoint_s <= self._clock() - self._due_since
 
     def _beat_on(self) -> None:
-        """Tells the board how this rank is; the board may be away for a while."""
+        """Reports progress to the board every second and applies its requests."""
         while not self._over.wait(BEAT_S):
             if stop := self._flag():
                 self._set(BITS[stop])
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # broad: the thread must survive a board that is away
                 self._obey(self._beat())
 
     def _beat(self) -> Orders:

@@ -1,8 +1,8 @@
-"""Which network interface the ranks of a training talk over: the one that carries their node's address.
+"""Selects the network interface for collectives: the one that has the node's address.
 
-Left alone, gloo takes the address that the host's own name resolves to. On many hosts that is 127.0.0.1, and then ranks
-on different nodes cannot reach each other ("connectFullMesh failed"). On others it is a routable address, and then a
-training on one machine listens to the outside.
+By default gloo uses the address that the hostname resolves to. On many hosts that is 127.0.0.1, so ranks on different
+nodes cannot reach each other ("connectFullMesh failed"). On others it is routable, so a training on a single machine
+accepts connections from outside.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import ipaddress
 import os
 import socket
 
-# What gloo and torch's TensorPipe read.
+import psutil
+
+# Read by gloo and by torch's TensorPipe.
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 NCCL_VARIABLE = "NCCL_SOCKET_IFNAME"
 LOOPBACK = "127.0.0.1"
 
 
 def interface_of(address: str) -> str:
-    """The name of this machine's interface that carries `address`; empty where none does, as behind a NAT."""
-    import psutil  # comes with DeepSpeed and, under another path, with Ray
-
+    """Name of this machine's interface with `address`; empty if none has it, for example behind a NAT."""
     wanted = _parsed(address)
     carried = ((name, each) for name, all_of_it in psutil.net_if_addrs().items() for each in all_of_it)
     families = (socket.AF_INET, socket.AF_INET6)
@@ -33,13 +33,13 @@ def is_loopback(address: str) -> bool:
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    return ipaddress.ip_address(address.partition("%")[0])  # fe80::1%eth0 names its interface too
+    return ipaddress.ip_address(address.partition("%")[0])  # link-local addresses carry a scope: fe80::1%eth0
 
 
 def bind_collectives(address: str) -> None:
-    """Lets the collectives of this process use the interface that carries `address`; what the user has set stays.
+    """Makes this process's collectives use the interface with `address`, unless the user has set the variables.
 
-    NCCL is told of loopback only: between machines it may have better than the interface of the address (InfiniBand).
+    NCCL is only set for loopback: between machines it may find a better network (InfiniBand).
     """
     interface = interface_of(address)
     if not interface:
@@ -49,7 +49,7 @@ def bind_collectives(address: str) -> None:
 
 
 def listen_on(address: str) -> socket.socket:
-    """A listening socket on a free port: on `address` alone where it is loopback, else on all interfaces."""
+    """A listening socket on a free port: only on `address` if it is loopback, otherwise on all interfaces."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     host = address if is_loopback(address) else ""
     return socket.create_server((host, 0), family=family)

@@ -1,7 +1,7 @@
-"""How Ray Train's workers become one group of torch.distributed: over the addresses that Ray knows their nodes by.
+"""Joins Ray Train's workers into one torch.distributed group, over the node addresses that Ray uses.
 
-Ray's own way (`TorchTrainer`) imports torch in the driver and in its controller, which takes 2 s of each, lets gloo
-guess its interface, and lets rank 0's store listen on all of them without a password.
+Ray's `TorchTrainer` imports torch in the driver and in its controller (2 s each), lets gloo guess its interface, and
+opens rank 0's store on all interfaces without a password.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from pipelines.worker.group.stop_flag import catch_end
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-TIMEOUT_S = 1800  # of a collective
-JOIN_S = 300  # until all workers have found each other
-END_S = 30  # a group that does not end within this time ends with its processes
+TIMEOUT_S = 1800  # for one collective
+JOIN_S = 300  # for all workers to connect
+END_S = 30  # after this the group is left to end with its processes
 
-_meeting: dist.Store | None = None  # rank 0's; it serves the others for as long as the process runs
+_meeting: dist.Store | None = None  # rank 0's store; it must live as long as the process
 
 
 @dataclass
 class GroupConfig(BackendConfig):
-    """Which backend of torch.distributed joins the workers: gloo or nccl."""
+    """The torch.distributed backend that joins the workers: gloo or nccl."""
 
     backend: str = "gloo"
 
     @property
     def backend_cls(self) -> type[Group]:
-        """What starts and ends the group."""
+        """The class that starts and ends the group."""
         return Group
 
 
 class Group(Backend):
-    """One group of all workers. Every socket is opened on the node's address where that can be said."""
+    """One group of all workers. Sockets are bound to the node's address where possible."""
 
-    share_cuda_visible_devices = True  # NCCL needs to see the other ranks' GPUs of the node
+    share_cuda_visible_devices = True  # NCCL needs to see the GPUs of the node's other ranks
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Brings the workers together; raises what torch raises where they cannot reach each other."""
+        """Connects the workers; raises torch's errors if they cannot reach each other."""
         assert isinstance(backend_config, GroupConfig)
         ray.get(worker_group.execute_async(_bind), timeout=JOIN_S)
         address, port = worker_group.execute_single(0, _open_meeting, len(worker_group))
@@ -64,14 +64,14 @@ class Group(Backend):
 
 
 def _bind() -> None:
-    import torch.distributed  # noqa: F401  on all ranks at once, before rank 0 alone opens the store
+    import torch.distributed  # noqa: F401  (on all ranks in parallel, before only rank 0 opens the store)
 
     bind_collectives(ray.util.get_node_ip_address())
     catch_end()
 
 
 def _open_meeting(ranks: int) -> tuple[str, int]:
-    """Opens rank 0's store; returns where the other ranks find it. A rank that is alone opens no socket."""
+    """Opens rank 0's store; returns its (address, port). A single rank opens no socket and returns port 0."""
     import torch.distributed as dist
 
     global _meeting
@@ -94,13 +94,13 @@ def _join(rank: int, ranks: int, meeting: tuple[str, int], *, backend: str) -> N
     address, port = meeting
     timeout = timedelta(seconds=TIMEOUT_S)
     store = _meeting if rank == 0 else dist.TCPStore(address, port, ranks, is_master=False, timeout=timeout)
-    assert store is not None, "rank 0 has not opened its store"
+    assert store is not None, "rank 0 must open its store before it joins"
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def _tell_libraries(meeting: tuple[str, int]) -> None:
-    """Sets what DeepSpeed and others read of a rank's place in the group."""
+    """Sets the environment variables that DeepSpeed and others read about the rank and its group."""
     place = ray.train.get_context()
     numbers = {
         "RANK": place.get_world_rank(),

@@ -1,8 +1,7 @@
-"""Which ends of a group of workers start another one, and what that costs: Ray Train's failure policy.
+"""Ray Train's failure policy: decides which failures restart the worker group.
 
-A lost worker or node and a stalled rank start the group again from the newest checkpoint, as often as that makes
-progress. What would only happen again (a user's mistake, numbers that are not finite, a GPU or disk that is full) does
-not.
+A lost worker, a lost node or a stalled rank restarts the group from the newest checkpoint, as long as restarts make
+progress. Failures that would repeat (a user's mistake, non-finite numbers, a full GPU or disk) do not.
 """
 
 from __future__ import annotations
@@ -29,19 +28,22 @@ from pipelines.faults import causes, comes_again
 from pipelines.group_faults import NoPlaceError, StalledError
 from pipelines.worker.group.control import Stopped
 
-RESTARTS = 3  # in a row, without a newer checkpoint
+RESTARTS = 3  # in a row without a newer checkpoint
 STALLS = 1
 LOOK_S = 1.0
 ANSWER_S = 10.0
 Kind = Literal["asked", "waiting", "lost", "stalled", "final"]
-# What torch raises on a rank whose peer is gone, often before Ray knows of that peer.
+# torch raises these on a rank whose peer is gone, often before Ray notices.
 _PEER_LOST = ("DistBackendError", "DistNetworkError", "Connection closed by peer", "Connection reset by peer", "NCCL")
-SAYS = {RESIZED: "the number of workers changes", PREEMPTED: "a node will be taken away"}
+SAYS = {RESIZED: "the number of workers changes", PREEMPTED: "a node will be preempted"}
 
 
 def kind_of(error: BaseException) -> Kind:
-    """What the end of a group means: it was asked for, it found no place yet, something was lost, a rank stalled, or it
-    would come again."""
+    """Classifies why a group ended.
+
+    Returns "asked" (a requested stop), "waiting" (no room yet), "lost" (a worker or node was lost), "stalled" (a rank
+    made no progress) or "final" (the error would repeat).
+    """
     chain = list(causes(error))
     if any(isinstance(each, Stopped) for each in chain) or isinstance(error, PreemptionError):
         return "asked"
@@ -57,16 +59,16 @@ def kind_of(error: BaseException) -> Kind:
         return "lost"
     startup = error.controller_failure if isinstance(error, ControllerError) else None
     if isinstance(startup, WorkerGroupStartupTimeoutError):
-        return "waiting"  # how long for is decided by the scaling policy
+        return "waiting"  # the scaling policy limits the time
     if isinstance(startup, WorkerGroupStartupFailedError):
         return "lost"
-    # A device or a driver may fail in many words; a defect of ours is none of them.
+    # Device and driver failures come as one of these types; a defect in this code usually does not.
     innermost = chain[-1]
     return "lost" if isinstance(innermost, (RuntimeError, OSError)) else "final"
 
 
 class RestartPolicy(FailurePolicy):
-    """Starts the group again where that can help, and says so; it counts until a newer checkpoint is there."""
+    """Restarts the group where that can help and reports it; the count resets at a newer checkpoint."""
 
     def __init__(self, board: Any, *, gpus: bool) -> None:
         super().__init__(FailureConfig())
@@ -95,7 +97,7 @@ class RestartPolicy(FailurePolicy):
         return FailureDecision.RETRY
 
     def _loss(self) -> Loss:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # broad: the board may be lost with the group
             return ray.get(self._board.loss.remote(), timeout=ANSWER_S)
         return Loss()
 
@@ -104,7 +106,7 @@ class RestartPolicy(FailurePolicy):
 
 
 class GroupWatch(WorkerGroupCallback):
-    """Tells the board who works, and ends a group that has stalled."""
+    """Reports the group's members to the board, and ends a group that has stalled."""
 
     def __init__(self, board: Any, limits: Limits) -> None:
         self._board, self._limits = board, limits
@@ -115,19 +117,19 @@ class GroupWatch(WorkerGroupCallback):
         """See WorkerGroupCallback."""
         self._workers = worker_group.get_workers()
         members = [Member(w.distributed_context.world_rank, w.metadata.node_ip, w.metadata.pid) for w in self._workers]
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # broad: the training works without a board
             ray.get(self._board.begin_group.remote(members), timeout=ANSWER_S)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Raises StalledError, where a rank has stalled, after asking the processes of the group to end."""
+        """See WorkerGroupCallback. If a rank has stalled, kills the group's workers and raises StalledError."""
         now = time.monotonic()
         if now - self._looked < LOOK_S or worker_group_status.errors or worker_group_status.finished:
             return
         self._looked, who = now, ""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # broad: without a board nothing is known to have stalled
             who = ray.get(self._board.stalled.remote(self._limits), timeout=ANSWER_S)
         if who:
-            for worker in self._workers:  # they could not leave in order
+            for worker in self._workers:  # a stalled group cannot shut down in order
                 ray.kill(worker.actor)
             raise StalledError(who)
 
@@ -135,7 +137,7 @@ class GroupWatch(WorkerGroupCallback):
 def _asked_line(error: BaseException, loss: Loss, *, gpus: bool) -> str:
     stopped = next((each for each in causes(error) if isinstance(each, Stopped)), None)
     if stopped is None:
-        return f"a node was taken away before a checkpoint was whole; {loss_line(loss, gpus=gpus)}"
+        return f"a node was preempted before a checkpoint was complete; {loss_line(loss, gpus=gpus)}"
     kept = loss._replace(steps=0, seconds=0.0) if loss.saved_step >= stopped.step else loss
     return f"{SAYS.get(stopped.reason, stopped.reason)}: checkpoint of step {stopped.step} written; " + loss_line(
         kept, gpus=gpus
@@ -143,7 +145,7 @@ def _asked_line(error: BaseException, loss: Loss, *, gpus: bool) -> str:
 
 
 def _what_happened(error: BaseException) -> str:
-    """In a few words."""
+    """A short description of the failure, for the user."""
     chain = list(causes(error))
     stalled = next((each for each in chain if isinstance(each, StalledError)), None)
     if stalled is not None:
@@ -151,9 +153,9 @@ def _what_happened(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {}) if isinstance(error, WorkerGroupError) else {}
     dead = [rank for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError)]
     if dead:
-        return f"rank {', '.join(map(str, sorted(dead)))} was lost (killed or crashed, or its node was)"
+        return f"rank {', '.join(map(str, sorted(dead)))} was lost (its process or node was killed or crashed)"
     if isinstance(error, ControllerError):
         return "the workers did not start"
     first = next(iter(failures.values()), error)
     lines = str(first).strip().splitlines() or [type(first).__name__]
-    return f"rank {min(failures, default=0)} lost the others ({type(first).__name__}: {lines[-1][:120]})"
+    return f"rank {min(failures, default=0)} lost contact with the others ({type(first).__name__}: {lines[-1][:120]})"

@@ -1,4 +1,4 @@
-"""Why one worker itself wants to stop: its process was told to end, or its node will be taken away."""
+"""Whether this worker should stop: its process received SIGTERM, or its node will be preempted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ended: list[int] = []
 
 
 def catch_end() -> None:
-    """Lets SIGTERM to this worker mean: stop at a checkpoint. For the main thread, before the training's own begins.
+    """Makes SIGTERM stop this worker at a checkpoint. Call it in the main thread, before the training thread starts.
 
-    A second one ends the process, and so does Ray itself where its raylet is gone.
+    A second SIGTERM ends the process.
     """
     before = signal.getsignal(signal.SIGTERM)
 
@@ -26,15 +26,17 @@ def catch_end() -> None:
 
 
 def wants_to_stop() -> str:
-    """INTERRUPTED or PREEMPTED; empty as long as neither is so."""
+    """INTERRUPTED, PREEMPTED, or empty if neither applies."""
     if _ended:
         return INTERRUPTED
     return PREEMPTED if _is_preempted() else ""
 
 
 def _is_preempted() -> bool:
-    """What Ray's watcher of draining nodes has told this worker. `ray.train.get_preemption_info` would wait for all
-    ranks."""
+    """Whether Ray has notified this worker that its node is draining.
+
+    The public `ray.train.get_preemption_info` would wait for all ranks.
+    """
     with contextlib.suppress(ImportError, AttributeError, RuntimeError):
         from ray.train.v2._internal.execution.context import get_train_context
 

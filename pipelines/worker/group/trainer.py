@@ -1,9 +1,9 @@
-"""Ray Train with our own answers to two questions: what starts a group of workers again, and how large it is.
+"""Ray Train with this project's own policies for restarts and for the group's size.
 
-On an embedded Ray it does without the processes that only a cluster needs. Each takes 1 s of CPU and 1 to 2 s of the
-wait for the first step: the one that asks for more nodes, the one that clears up behind a lost controller (this Ray
-ends with its driver), the one that hands out Ray Data's datasets (there are none) and the launchers that set up an
-environment which all processes of this Ray have already.
+On an embedded Ray it skips the processes that only a cluster needs. Each costs 1 s of CPU and delays the first step by
+1 to 2 s: the one that requests nodes, the one that cleans up after a lost controller (an embedded Ray ends with its
+driver), the one that serves Ray Data's datasets (unused here), and the launchers that set up an environment which all
+processes of this Ray already have.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class WatchedTrainer(DataParallelTrainer):
-    """Ray's own trainer on a cluster, with our policies. Ctrl-C is for whoever called `fit`."""
+    """Ray's trainer for a cluster, with this project's policies. Ctrl-C is left to the caller of `fit`."""
 
     is_local = False
 
     def watched(self, board: Any, *, sizes: Sequence[int], limits: Limits) -> WatchedTrainer:
-        """This trainer, for a group of one of these `sizes`, which works under the eyes of `board`."""
+        """Sets the allowed group `sizes`, the `board` that monitors the group and its stall `limits`; returns self."""
         self._board, self._sizes, self._limits = board, sizes, limits
         return self
 
@@ -56,7 +56,7 @@ class WatchedTrainer(DataParallelTrainer):
 
 
 class LocalTrainer(WatchedTrainer):
-    """For a Ray of one machine that was started by this driver."""
+    """For a single-machine Ray that this driver has started."""
 
     is_local = True
 
@@ -64,16 +64,16 @@ class LocalTrainer(WatchedTrainer):
         return [each for each in super()._create_default_callbacks() if not isinstance(each, NEEDLESS)]
 
     def _controller_class(self) -> Any:
-        # In the environment that it has as a process of this Ray, so that a process that is there can take it.
+        # Without a runtime_env of its own, so that an idle worker process can run it.
         return ray.remote(num_cpus=0)(_LocalController)
 
 
 class _WorkerGroup(WorkerGroup):
     def _start(self) -> None:
-        """Gives back what was taken where the group does not start to work; Ray never gives its places back."""
+        """Releases the group's resources if it fails to start; Ray itself never would."""
         try:
             super()._start()
-        except BaseException:
+        except BaseException:  # broad: also on Ctrl-C; raised again below
             if self._worker_group_state is not None:
                 self._worker_group_state.shutdown()
                 self._clear_state()
@@ -90,7 +90,7 @@ class _Controller(TrainController):
     worker_group_cls = _WorkerGroup
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
-        """Ends what is left of the group first, as Ray's own comment on this says: its places count as free."""
+        """Shuts down what is left of the group first, so that its resources count as free."""
         if self._worker_group:
             self._shutdown_worker_group()
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)

@@ -1,1 +1,1 @@
-"""How fast a training is, what it waits for, and what the GPU could do."""
+"""Measures the speed of a training, its waiting times, and how they compare with what the GPU can do."""

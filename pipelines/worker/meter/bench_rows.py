@@ -1,6 +1,6 @@
-"""What a network benches at: rows that `medmamba bench --compile` left on this machine, else a table of measured ones.
+"""Reference speeds of networks: rows that `medmamba bench --compile` stored on this machine, or a built-in table.
 
-A training that is far slower on the same GPU is held back by something else than the network.
+If a training is far slower on the same GPU, something other than the network is the bottleneck.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pydantic import TypeAdapter
 
 from medmamba.ops.build_cache import cache_folder
 
-MOST_SCALED = 2.0  # sides that differ by more are not compared: the cost of a pixel is then another
+MOST_SCALED = 2.0  # larger ratios of image sides are not compared, because the cost per pixel changes
 
 
 @dataclass(frozen=True)
 class BenchSpeed:
-    """A measured speed in training, compiled, on one GPU."""
+    """A measured speed of compiled training on one GPU."""
 
     gpu: str
     network: str
@@ -46,10 +46,10 @@ MEASURED = (
 def find_reference(
     gpu: str, network: str, *, side: int, precision: str, micro_batch: int, remembered: Sequence[BenchSpeed] = ()
 ) -> BenchSpeed | None:
-    """The speed at `side` pixels that a micro-batch of so many images should come near; None where nothing compares.
+    """The speed to expect at `side` pixels with this micro-batch; None if no row is comparable.
 
-    Only rows with a batch of at most `micro_batch` count: a larger batch is as fast per image or faster. Of these
-    the nearest side wins, then the largest batch, then `remembered` before the table. The speed is scaled by pixels.
+    Only rows with a batch of at most `micro_batch` count, because larger batches are at least as fast per image. Among
+    these the nearest side wins, then the largest batch, then `remembered` rows. The speed is scaled by the pixel count.
     """
 
     def rank(each: BenchSpeed) -> tuple[float, int, bool]:
@@ -64,17 +64,17 @@ def find_reference(
     ]
     if not same:
         return None
-    best = max(reversed(same), key=rank)  # of equal ones the last that was measured
+    best = max(reversed(same), key=rank)  # among equals, the most recent measurement
     return BenchSpeed(gpu, network, side, precision, best.batch, best.images_per_s * (best.side / side) ** 2)
 
 
 def remember(row: Any, gpu: str) -> None:
-    """Keeps a row of the bench (measure.Row) for trainings on this machine; only compiled ones on a GPU."""
+    """Stores a row of the bench (measure.Row) for trainings on this machine, if it was compiled and on a GPU."""
     case = row.case
     if case.device != "cuda" or not case.compiled or not row.train_images_per_s:
         return
     speed = BenchSpeed(gpu, case.network, case.side, case.precision, case.batch, row.train_images_per_s)
-    with contextlib.suppress(OSError):  # a home that cannot be written to
+    with contextlib.suppress(OSError):  # the cache folder may be read-only
         path = _file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -82,11 +82,11 @@ def remember(row: Any, gpu: str) -> None:
 
 
 def read_remembered() -> list[BenchSpeed]:
-    """What was measured on this machine, oldest first; a damaged line is left out."""
+    """The rows measured on this machine, oldest first; damaged lines are skipped."""
     found = []
     with contextlib.suppress(OSError):
         for line in _file().read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # pydantic's, JSON's and UTF-8's
+            with contextlib.suppress(ValueError):
                 found.append(_SPEED.validate_json(line, strict=True))
     return found
 

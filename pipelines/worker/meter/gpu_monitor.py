@@ -1,7 +1,7 @@
-"""What a GPU says of itself: memory by torch, utilization and energy by NVML.
+"""Monitors a GPU: memory through torch, utilization and energy through NVML.
 
-NVML is asked in a thread of its own once a second, so that no step waits for an answer. Where it does not answer (no
-permission, a part of a card, an old card), the figures it would give are absent.
+A thread queries NVML once a second, so no step waits for an answer. If NVML is not available (no permission, a MIG
+slice, an old GPU), its figures are absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class GpuMonitor:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.name = torch.cuda.get_device_name(device)
-        torch.cuda.reset_peak_memory_stats(device)  # those of an earlier trial in this process
+        torch.cuda.reset_peak_memory_stats(device)  # an earlier trial may have run in this process
         self._utilization, self._energy = nvml_readings(device)
         self._energy_began_j = self._energy() or 0.0
         self._lock, self._seen = threading.Lock(), list[float]()
@@ -31,7 +31,7 @@ class GpuMonitor:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def figures(self) -> dict[str, float]:
-        """gpu_memory_gib and gpu_reserved_gib (the peaks so far), and gpu_utilization (0 to 1, since `restart`)."""
+        """gpu_memory_gib and gpu_reserved_gib (peaks so far), and gpu_utilization (0 to 1, mean since `restart`)."""
         with self._lock:
             seen = list(self._seen)
         return {
@@ -41,12 +41,12 @@ class GpuMonitor:
         }
 
     def restart(self) -> None:
-        """Forgets the utilization seen so far."""
+        """Resets the mean utilization."""
         with self._lock:
             self._seen.clear()
 
     def energy_j(self) -> float:
-        """What the whole GPU has consumed since the monitor began; 0 where NVML does not say."""
+        """Joules the entire GPU has consumed since the monitor started; 0 if unknown."""
         now_j = self._energy()
         return now_j - self._energy_began_j if now_j is not None else 0.0
 
@@ -64,9 +64,9 @@ class GpuMonitor:
 
 
 def nvml_readings(device: torch.device) -> tuple[Callable[[], float | None], Callable[[], float | None]]:
-    """Two functions, of the utilization (0 to 1) and the energy since the driver started (J); None where unknown."""
+    """Returns two functions: utilization (0 to 1) and energy since driver start (J). They return None if unknown."""
     try:
-        # By its UUID: CUDA may count devices in another order. A torch that does not tell it has no attribute.
+        # By UUID, because CUDA may number devices differently. Older torch versions lack the attribute.
         nvml = Nvml(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except (OSError, AttributeError):
         return lambda: None, lambda: None

@@ -1,4 +1,4 @@
-"""What a GPU could reach: the peak of its arithmetic by NVIDIA's datasheets, in images/s of a network."""
+"""The theoretical peak of a GPU from NVIDIA's datasheets, in images/s of a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from medmamba.config import ConvNetConfig, MedMambaConfig
 from medmamba.cost import macs
 from medmamba.precision import Precision
 
-# TFLOP/s without sparsity, from NVIDIA's datasheets of these boards; their tensor cores' figures with sparsity, halved.
+# TFLOP/s from NVIDIA's datasheets; tensor core figures that include sparsity are halved.
 _H100: dict[Precision, float] = {"float32": 67, "tf32": 494.5, "bfloat16": 989}
 _A100: dict[Precision, float] = {"float32": 19.5, "tf32": 156, "bfloat16": 312}
 _V100: dict[Precision, float] = {"float32": 15.7}  # no TF32 and no bfloat16
@@ -21,14 +21,14 @@ _PEAKS: dict[str, dict[Precision, float]] = {  # by torch.cuda.get_device_name()
     "Tesla V100-SXM2-16GB": _V100,
     "Tesla V100-SXM2-32GB": _V100,
 }
-PASSES = 3  # the forward pass, and a backward pass of twice its products
+PASSES = 3  # forward, and a backward pass with twice as many products
 FLOPS_PER_MAC = 2
 
 
 def peak_images_per_s(
     config: MedMambaConfig | ConvNetConfig, side: int, gpu: str, precision: Precision
 ) -> float | None:
-    """Images/s of a training that kept all arithmetic units of one GPU busy; None where GPU or network is not known."""
+    """Images/s of a training that used the full arithmetic peak of one GPU; None if GPU or network is unknown."""
     peak = _PEAKS.get(gpu, {}).get(precision)
     if peak is None or not isinstance(config, MedMambaConfig):
         return None

@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: a few steps under torch's profiler, summed up in JSON, with a trace.
+"""Profiles a few training steps with torch's profiler: a JSON summary and a trace.
 
-Nothing here draws a random number or changes a tensor: a profiled training gives the same weights.
+Profiling draws no random numbers and changes no tensors, so a profiled training gives the same weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from pipelines.scratch import scratch
 
-FIRST, STEPS = 20, 5  # before that torch may still compile, capture graphs and fill caches
+FIRST, STEPS = 20, 5  # in earlier steps torch may still compile, capture graphs and fill caches
 LARGEST = 10
 WAIT = "medmamba: waiting for data"
 TRACE = "trace.json.gz"
@@ -25,9 +25,9 @@ Interval = tuple[float, float]
 
 
 class StepProfiler:
-    """Profiles steps of the first epoch that this process trains; after that it does nothing.
+    """Profiles steps of the first epoch that this process trains; does nothing afterwards.
 
-    `keep` gets the summary (see `summarize`) and the path of a gzipped trace in Chrome's format.
+    `keep` is called with the summary (see `summarize`) and the path of a gzipped trace in Chrome's format.
     """
 
     def __init__(self, device: torch.device, keep: Callable[[dict[str, Any], Path], None]) -> None:
@@ -36,7 +36,7 @@ class StepProfiler:
         self._done = False
 
     def begin_epoch(self, steps: int) -> None:
-        """Chooses the steps of an epoch of so many; in a short one they come earlier, and may be fewer."""
+        """Chooses which of the epoch's `steps` to profile; earlier and fewer ones in a short epoch."""
         self._active = min(STEPS, max(1, steps - 1))
         self._first = min(FIRST, max(0, steps - self._active))
         self._step = 0
@@ -44,11 +44,11 @@ class StepProfiler:
             self._start()
 
     def waiting(self) -> contextlib.AbstractContextManager[Any]:
-        """Around the fetching of a batch: a mark in the trace."""
+        """Context around fetching a batch: marks it in the trace."""
         return record_function(WAIT) if self._profile else contextlib.nullcontext()
 
     def step(self) -> None:
-        """After each optimizer step."""
+        """Called after each optimizer step."""
         self._step += 1
         if self._profile is None:
             if self._step == self._first - 1:
@@ -56,7 +56,7 @@ class StepProfiler:
             return
         if self._step < self._first + self._active:
             if self._step == self._first:
-                self._wait()  # kernels of the step that does not count would run in one that does
+                self._wait()  # otherwise kernels of the warm-up step would run in a measured one
             self._profile.step()
             if self._step == self._first:
                 self._began_s = time.perf_counter()
@@ -64,7 +64,7 @@ class StepProfiler:
             self._finish()
 
     def _start(self) -> None:
-        """Begins with a step that does not count, where there is one: the profiler itself needs it to start up."""
+        """Starts with a warm-up step if possible, because the profiler itself has start-up costs."""
         if self._done:
             return
         self._wait()
@@ -91,11 +91,11 @@ class StepProfiler:
 
 
 def summarize(traced: Any, steps: int, wall_s: float, device: str) -> dict[str, Any]:
-    """What `steps` steps under the profiler `traced` took, `wall_s` seconds by the clock.
+    """Summarizes `steps` profiled steps that took `wall_s` seconds.
 
-    step_ms; calls (kernels on a GPU, operators on a CPU, a step); largest: the ten with the most time, each with name,
-    ms and calls a step; and the shares of the wall time: busy (a kernel or an operator runs), data (nothing runs, or on
-    a CPU the loop waits, because a batch is missing), host (the rest: Python, launches).
+    Returns step_ms; calls (kernels on a GPU, operators on a CPU) per step; largest: the ten with the most time, each
+    with name, ms and calls per step; and shares of the wall time: busy_share (a kernel or operator runs), data_share
+    (waiting for a batch while, on a GPU, nothing runs), host_share (the rest: Python, launches).
     """
     kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
     events = [event for event in traced.events() if not _is_mark(event)]
@@ -104,7 +104,7 @@ def summarize(traced: Any, steps: int, wall_s: float, device: str) -> dict[str, 
     both_us = _overlap_us(busy, waits)
     busy_us, data_us = _length_us(busy), _length_us(waits)
     if device == "cuda":
-        data_us -= both_us  # a GPU that computes while the host waits loses nothing
+        data_us -= both_us  # waiting costs nothing while the GPU computes
     else:
         busy_us -= both_us
     busy_share, data_share = (min(1.0, each / (1e6 * wall_s)) for each in (busy_us, data_us))
@@ -122,7 +122,7 @@ def summarize(traced: Any, steps: int, wall_s: float, device: str) -> dict[str, 
 
 
 def _rows(traced: Any, kind: DeviceType, steps: int) -> list[dict[str, Any]]:
-    """Every kernel or operator, those with the most time first; without the time of what they call themselves."""
+    """Every kernel or operator by its own time (without what it calls), largest first."""
     found = []
     for event in traced.key_averages():
         if event.device_type == kind and not _is_mark(event):
@@ -132,7 +132,7 @@ def _rows(traced: Any, kind: DeviceType, steps: int) -> list[dict[str, Any]]:
 
 
 def _is_mark(event: Any) -> bool:
-    """Whether it is a name for a span of time and not work."""
+    """Whether the event is an annotation rather than work."""
     return bool(event.is_user_annotation) or event.key in (WAIT, "ProfilerStep*")
 
 
@@ -141,7 +141,7 @@ def _interval(event: Any) -> Interval:
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Disjoint intervals in order that cover the same time."""
+    """Sorted disjoint intervals that cover the same time."""
     joined: list[Interval] = []
     for start, end in sorted(intervals):
         if joined and start <= joined[-1][1]:
@@ -156,5 +156,5 @@ def _length_us(intervals: Iterable[Interval]) -> float:
 
 
 def _overlap_us(some: list[Interval], others: list[Interval]) -> float:
-    """Time that both cover; each of them is disjoint."""
+    """Time covered by both lists; the intervals of each list must be disjoint."""
     return _length_us(some) + _length_us(others) - _length_us(_union([*some, *others]))

@@ -1,7 +1,7 @@
-"""How fast a training is and what it waits for, by the host's clock: nothing here waits for the device.
+"""Measures the speed of a training and its waiting times with the host's clock, without waiting for the device.
 
-A GPU works behind the host, which may have launched steps that have not run yet. So the speed of the last steps is
-taken between two moments at which the loop has waited for the device anyway, when it looks at the loss.
+The host runs ahead of a GPU, so a launched step may not have run yet. The recent speed is therefore measured between
+two moments at which the loop had to wait for the device anyway.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pipelines.worker.engine.engine import Engine
 from pipelines.worker.meter.gpu_monitor import GpuMonitor
 from pipelines.worker.meter.peak import peak_images_per_s
 
-LAST_STEPS = 20  # the fewest steps that the speed "of the last steps" is taken over, once there are so many
+LAST_STEPS = 20  # least number of steps in the recent window, once that many were made
 Batch = TypeVar("Batch")
 
 
 class Gpu(Protocol):
-    """What a meter asks of the GPU of its rank (gpu_monitor.GpuMonitor)."""
+    """What a meter needs from the monitor of its rank's GPU (gpu_monitor.GpuMonitor)."""
 
     name: str
 
@@ -31,14 +31,14 @@ class Gpu(Protocol):
         """Memory, and the mean utilization since the last `restart`."""
 
     def restart(self) -> None:
-        """Forgets the utilization seen so far."""
+        """Resets the mean utilization."""
 
     def energy_j(self) -> float:
-        """Joules since the monitor began."""
+        """Joules since the monitor started."""
 
 
 class Look(NamedTuple):
-    """A moment at which every step before it was done: steps of the epoch, the training clock, seconds waited."""
+    """A moment at which all earlier steps were done: steps of the epoch, training clock, seconds waited for data."""
 
     steps: int
     at_s: float
@@ -46,7 +46,7 @@ class Look(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one rank knows at the end of an epoch."""
+    """One rank's figures at the end of an epoch."""
 
     figures: dict[str, float]
     gpu: str
@@ -58,12 +58,12 @@ class Meter:
     """Measures one process's part of a training.
 
     Args:
-        images: Images of one step, over all ranks.
-        gpu: The GPU of this rank, which works behind the host; None on a CPU, where every step is a look.
-        peak_images_per_s: What all ranks would reach at the peak of their GPUs; None where that is not known.
-        before: What earlier processes have used, from the checkpoint.
-        profiler: Looks into a few steps (profile.StepProfiler); None where nobody asked for it.
-        clock: Seconds.
+        images: Images per step, over all ranks.
+        gpu: The monitor of this rank's GPU; None on a CPU, where steps are done as soon as they return.
+        peak_images_per_s: Speed of all ranks at the peak of their GPUs; None if unknown.
+        before: Usage of earlier processes, from the checkpoint.
+        profiler: Profiles a few steps (profile.StepProfiler); None: no profiling.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Meter:
         self._before, self._own, self.usage = before or Usage(), Usage(), before or Usage()
         self._profiler = profiler
         self._began_s = clock()
-        self._aside_s = 0.0  # in validation and checkpoints, since the meter began
+        self._aside_s = 0.0  # spent in validation and checkpoints since the start
         self._epochs, self._steady_began_s = 0, 0.0
-        self._validation_s = self._writing_s = self._written_s = 0.0  # of this epoch; of the checkpoint before
+        self._validation_s = self._writing_s = self._written_s = 0.0  # _written_s: the previous checkpoint
         self._restart()
 
     def _restart(self) -> None:
@@ -92,7 +92,7 @@ class Meter:
         self._looks = deque([self._now()])
 
     def begin_epoch(self) -> None:
-        """Before the epoch's loader is opened."""
+        """Called before the epoch's loader is opened."""
         self._epochs += 1
         self._written_s, self._writing_s = self._writing_s, 0.0
         self._restart()
@@ -102,7 +102,7 @@ class Meter:
             self._gpu.restart()
 
     def fetched(self, stream: Iterable[Batch], steps: int) -> Iterator[Batch]:
-        """The batches of an epoch of so many steps; the time until each arrives counts as waiting for data."""
+        """Yields the batches of an epoch with `steps` steps; the time until each arrives counts as waiting for data."""
         if self._profiler:
             self._profiler.begin_epoch(steps)
         batches = iter(stream)
@@ -115,14 +115,14 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around whatever waits for data."""
+        """Context around waiting for data."""
         began_s = self._clock()
         with self._profiler.waiting() if self._profiler else contextlib.nullcontext():
             yield
         self._waited_s += self._clock() - began_s
 
     def step(self, *, looked: bool = False) -> None:
-        """After each optimizer step; `looked` says that the loop has just waited for the device."""
+        """Called after each optimizer step; `looked`: the loop has just waited for the device."""
         self._steps += 1
         if looked or self._gpu is None:
             self._looks.append(self._now())
@@ -132,7 +132,7 @@ class Meter:
             self._profiler.step()
 
     def end_training(self) -> None:
-        """After the epoch's last step, when the device is done with it."""
+        """Called after the epoch's last step, once the device has finished it."""
         ended_s = self._training_clock()
         self._trained_s = ended_s - self._epoch_began_s
         images = self._steps * self._images
@@ -146,7 +146,7 @@ class Meter:
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
-        """Around the validation after an epoch; a checkpoint that is written meanwhile counts as one."""
+        """Context around an epoch's validation; checkpoints written inside count as checkpoint time."""
         began_s, written_s = self._clock(), self._writing_s
         yield
         self._validation_s = self._clock() - began_s - (self._writing_s - written_s)
@@ -155,7 +155,7 @@ class Meter:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around everything that writes, hands on or uploads a checkpoint."""
+        """Context around everything that writes or uploads a checkpoint."""
         began_s = self._clock()
         yield
         taken_s = self._clock() - began_s
@@ -164,9 +164,9 @@ class Meter:
         self._aside_s += taken_s
 
     def epoch(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> dict[str, float]:
-        """The figures of the epoch that was just trained and validated, over all ranks; every rank calls it.
+        """Figures of the epoch just trained and validated, over all ranks; every rank must call it.
 
-        `checkpoint_s` is that of the checkpoint before: this epoch's is written after its figures.
+        `checkpoint_s` is for the previous checkpoint, because this epoch's is written after its figures.
         """
         name, energy_j = (self._gpu.name, self._gpu.energy_j()) if self._gpu else ("", 0.0)
         parts = gather(Part(self._figures(), name, self._clock() - self._began_s, energy_j))
@@ -178,9 +178,9 @@ class Meter:
         return _over_ranks([part.figures for part in parts])
 
     def usage_now(self, ranks: int) -> Usage:
-        """What was used up to now, in the middle of an epoch or of its validation, if all ranks used what this one did.
+        """Usage so far, in the middle of an epoch or its validation, assuming that all ranks used as much as this one.
 
-        Whoever resumes there counts the epoch.
+        The epoch is not included: a training that resumes here will count it.
         """
         held_s, own = self._clock() - self._began_s, self._own
         images = own.images + (0 if self._is_counted else self._steps * self._images)
@@ -191,15 +191,15 @@ class Meter:
 
     @property
     def images_per_s(self) -> float:
-        """Of the epoch's training part, once it has ended."""
+        """Speed of the epoch's training part, once it has ended."""
         return self._steps * self._images / self._trained_s if self._trained_s > 0 else 0.0
 
     def speed(self) -> dict[str, float]:
-        """`images_per_s` by its name; nothing where an earlier process has made all steps of the epoch."""
+        """The metric `images_per_s`; empty if an earlier process made all steps of the epoch."""
         return {"images_per_s": self.images_per_s} if self._steps else {}
 
     def last_steps(self, left: int) -> dict[str, float]:
-        """What the last steps say, for whoever watches: their speed, and how long the `left` ones take at it."""
+        """Recent speed, share of waiting, and time remaining for the `left` steps, for the progress display."""
         return {
             "images_per_s": self.images_per_s_last,
             "wait_share": self.wait_share_last,
@@ -208,36 +208,36 @@ class Meter:
 
     @property
     def images_per_s_last(self) -> float:
-        """Of the last steps."""
+        """Speed of the last steps."""
         steps, seconds, _ = self._window()
         return steps * self._images / seconds if seconds > 0 else 0.0
 
     @property
     def wait_share_last(self) -> float:
-        """Part of the time of the last steps in which the host waited for data."""
+        """Share of the last steps' time in which the host waited for data."""
         _, seconds, waited_s = self._window()
         return waited_s / seconds if seconds > 0 else 0.0
 
     def left_s(self, steps: int) -> float:
-        """How long so many steps take at the speed of the last ones."""
+        """Seconds that `steps` steps take at the recent speed."""
         done, seconds, _ = self._window()
         return steps * seconds / done if done else 0.0
 
     def _training_clock(self) -> float:
-        """Seconds that stand still during validation and checkpoints."""
+        """Seconds, not counting validation and checkpoints."""
         return self._clock() - self._aside_s
 
     def _now(self) -> Look:
         return Look(self._steps, self._training_clock(), self._waited_s)
 
     def _window(self) -> Look:
-        """The last steps: how many, their seconds, and of these the seconds waited for data."""
+        """The recent window: its steps, its seconds, and the seconds waited for data."""
         then = self._looks[0]
         now = self._looks[-1] if len(self._looks) > 1 else self._now()
         return Look(now.steps - then.steps, now.at_s - then.at_s, now.waited_s - then.waited_s)
 
     def _figures(self) -> dict[str, float]:
-        """This rank's figures of the epoch: of its steps only what this process has made."""
+        """This rank's figures of the epoch, for the steps that this process made."""
         trained_s = max(self._trained_s, 1e-9)
         of_steps = {
             "images_per_s": self.images_per_s,
@@ -257,7 +257,7 @@ class Meter:
 
 @contextlib.contextmanager
 def metered(config: TrainStepConfig, engine: Engine, before: Usage, profiler: Any = None) -> Iterator[Meter]:
-    """The meter of a training for the length of the block; `before` is what earlier processes have used."""
+    """Context that gives the meter of a training; `before` is the usage of earlier processes."""
     train, gpu, peak = config.train, None, None
     if engine.device.type == "cuda":
         gpu = GpuMonitor(engine.device)
@@ -276,7 +276,7 @@ def metered(config: TrainStepConfig, engine: Engine, before: Usage, profiler: An
 
 
 def _over_ranks(parts: list[dict[str, float]]) -> dict[str, float]:
-    """The first rank's figures, but the utilization's mean over ranks, and the most memory and waiting of any."""
+    """Rank 0's figures, but the mean utilization and the largest memory and waiting time over all ranks."""
     figures = dict(parts[0])
     for name in figures:
         every = [part[name] for part in parts if name in part]

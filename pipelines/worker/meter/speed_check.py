@@ -1,4 +1,4 @@
-"""Whether a training is far below what its network benches at on the same GPU, and what holds it back."""
+"""Warns if a training is far slower than its network's benchmark on the same GPU, and names the likely reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.worker.config import TrainStepConfig
 from pipelines.worker.meter.bench_rows import BenchSpeed, find_reference, read_remembered
 from pipelines.worker.meter.speed import LAST_STEPS
 
-SLOW = 0.5  # of the bench
+SLOW = 0.5  # of the benchmark
 LONG_WAIT = 0.2  # of the time
 IDLE_GPU = 0.7  # utilization
 SMALL_MICRO_BATCH = 64
@@ -19,7 +19,7 @@ SMALL_MICRO_BATCH = 64
 
 @dataclass
 class SpeedCheck:
-    """Called with the figures of each epoch; returns a warning once, as soon as there is something to compare."""
+    """Called with the figures of each epoch; checks once, as soon as the speed has settled."""
 
     reference: BenchSpeed | None
     placement: Placement
@@ -28,11 +28,11 @@ class SpeedCheck:
     _is_over: bool = field(default=False, init=False)
 
     def __call__(self, figures: Mapping[str, float]) -> str:
-        """The warning; empty where the training is fast enough, nothing compares or it was judged before."""
+        """The warning; empty if the training is fast enough, nothing is comparable, or the check is done."""
         self._epochs += 1
-        # Workers start and compile in the first steps of a process.
+        # The first steps of a process include start-up and compilation.
         is_settled = self._epochs > 1 or figures["step"] / figures["epoch"] >= 2 * LAST_STEPS
-        is_measured = "images_per_s_last" in figures  # not where an earlier process made all steps of the epoch
+        is_measured = "images_per_s_last" in figures  # absent if an earlier process made all steps of the epoch
         if self.reference is None or self._is_over or not is_settled or not is_measured:
             return ""
         self._is_over = True
@@ -41,13 +41,13 @@ class SpeedCheck:
             return ""
         gpus = "this GPU" if self.placement.workers == 1 else f"{self.placement.workers} such GPUs"
         return (
-            f"slow: {speed:,.0f} images/s, but {self.reference.network} at {self.reference.side} px benches at "
+            f"slow: {speed:,.0f} images/s, but {self.reference.network} at {self.reference.side} px reaches "
             f"{expected:,.0f} on {gpus}: {slow_reason(figures, self.placement, self.micro_batch)}"
         )
 
 
 def slow_reason(figures: Mapping[str, float], placement: Placement, micro_batch: int) -> str:
-    """What most likely holds a training back, from the figures of an epoch, and what to do about it."""
+    """The most likely bottleneck according to an epoch's figures, and its remedy."""
     waited = figures.get("data_wait_share_last", 0.0)
     if waited > LONG_WAIT:
         return (
@@ -59,15 +59,15 @@ def slow_reason(figures: Mapping[str, float], placement: Placement, micro_batch:
     if figures.get("gpu_utilization", 1.0) < IDLE_GPU and micro_batch < SMALL_MICRO_BATCH:
         return (
             f"the host cannot keep the GPU busy ({100 * figures['gpu_utilization']:.0f} %) with micro-batches of "
-            f"{micro_batch}; another recipe with a larger --train.micro-batch can"
+            f"{micro_batch}; use a recipe with a larger --train.micro-batch"
         )
     if placement.zero_stage > 0:
-        return f"ZeRO stage {placement.zero_stage} costs more than it saves here; try --placement.zero-stage 0"
+        return f"ZeRO stage {placement.zero_stage} costs more time than it saves; try --placement.zero-stage 0"
     return "medmamba train --profile with another --run NAME shows where the time goes"
 
 
 def speed_check(config: TrainStepConfig, placement: Placement, gpu: str) -> SpeedCheck:
-    """The check of a training on a GPU of this name; it stays silent on a CPU (an empty name)."""
+    """The check for a training on this GPU model; it never warns on a CPU (an empty name)."""
     train, reference = config.train, None
     if gpu and isinstance(config.model, MedMambaConfig):
         reference = find_reference(

@@ -158,8 +158,8 @@ def test_an_impossible_manifest_field_is_refused_with_a_remedy(store, place, val
         ({"key": "../../../../etc/pass"}, "key of sample 0 is not 20 hex digits"),
         ({"key": "x" * 5000}, "key has a text of 5000 bytes"),
         ({"group": "A" * 20}, "group of sample 0 is not 20 hex digits"),
-        ({"split": "dev"}, "split of sample 0 is not that of its shard"),
-        ({"split": "test"}, "split of sample 0 is not that of its shard"),
+        ({"split": "dev"}, "split of sample 0 differs from that of its shard"),
+        ({"split": "test"}, "split of sample 0 differs from that of its shard"),
         ({"offset": -1}, "offset of sample 0 is not within its shard"),
         ({"offset": 0}, "offset of sample 0 is not within its shard"),
         ({"offset": 2**62}, "offset of sample 0 is not within its shard"),
@@ -172,8 +172,8 @@ def test_an_impossible_manifest_field_is_refused_with_a_remedy(store, place, val
         ({"width": -3}, "width of sample 0"),
         ({"channels": 3}, "channels of sample 0 is not 1 or 3, or above the manifest's 1"),
         ({"channels": 2**40}, "channels of sample 0"),
-        ({"labels": [0, 1]}, "labels of sample 0 are not one"),
-        ({"labels": []}, "labels of sample 0 are not one"),
+        ({"labels": [0, 1]}, "labels of sample 0 are not exactly one"),
+        ({"labels": []}, "labels of sample 0 are not exactly one"),
     ],
 )
 def test_an_impossible_index_row_is_refused_despite_its_digest(store, columns, rule):

@@ -50,7 +50,7 @@ def test_the_index_lists_a_splits_samples_in_shard_order(store):
 def test_a_torn_manifest_is_refused(store, part):
     data = store.get(MANIFEST)
     store.put(MANIFEST, data[: int(len(data) * part)])
-    with pytest.raises(ManifestError, match=r"manifest\.json is not a manifest of format 1.* and another --run"):
+    with pytest.raises(ManifestError, match=r"manifest\.json is not a manifest of format 1.* under another --run"):
         open_dataset(store)
 
 

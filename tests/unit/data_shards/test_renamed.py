@@ -36,7 +36,7 @@ def test_old_and_new_words_are_one_configuration_with_one_digest(name):
     assert new_words(PAIRS[name][0], "data") == PAIRS[name][1]
 
 
-def test_digests_and_stored_files_have_the_old_words_and_users_see_the_new_ones():
+def test_stored_files_have_old_words_and_users_see_new_ones():
     config = DataConfig.model_validate(PAIRS["leaks"][1] | PAIRS["csv"][1] | PAIRS["layout"][1])
     shown, stored, identity = config.model_dump(mode="json"), stored_values(config), config.identity()
     assert (shown["duplicates"]["near"], shown["table"], shown["layout"]) == (3, "labels.csv", "table")
@@ -74,7 +74,7 @@ def test_two_values_under_the_old_and_the_new_name_are_an_error(settings, told):
         DataConfig.model_validate(settings)
 
 
-def test_one_value_under_both_names_is_taken_once_and_other_keys_are_united():
+def test_equal_values_under_both_names_are_one_setting():
     both = {"leaks": {"near": 3, "within": "drop"}, "duplicates": {"near": 3, "across": "drop"}}
     expected = {"duplicates": {"near": 3, "within": "drop", "across": "drop"}}
     assert DataConfig.model_validate(both) == DataConfig.model_validate(expected)
@@ -90,7 +90,7 @@ def test_a_card_may_have_old_words():
     assert DatasetCard.model_validate(old) == known
 
 
-def test_the_settings_beside_a_dataset_have_the_old_words_and_are_read_without_a_notice(tmp_path, caplog):
+def test_the_settings_of_a_dataset_keep_the_old_words(tmp_path, caplog):
     out = open_store(str(tmp_path / "datasets/phantoms/default"))
     config = DataConfig.model_validate(PHANTOMS | {"duplicates": {"near": 5}})
     convert(config, out)
@@ -116,7 +116,7 @@ def test_drift_of_a_dataset_is_told_in_new_words(tmp_path):
 
 
 @pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.old)
-def test_a_row_renames_within_its_part_and_its_new_word_is_a_setting(row):
+def test_every_new_word_of_the_table_is_a_setting(row):
     (old, _, old_value), (new, _, new_value) = (word.partition("=") for word in (row.old, row.new))
     assert old.rpartition(".")[0] == new.rpartition(".")[0]
     assert renamed(old, old_value or None) == (new, new_value or None)

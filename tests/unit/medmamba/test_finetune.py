@@ -52,11 +52,11 @@ def test_classes_in_another_order_keep_their_own_row_of_the_head():
 @pytest.mark.parametrize(
     ("card", "classes", "task", "reason"),
     [
-        (CARD, ["a", "b"], "multiclass", "know others (a, b, c)"),
-        (CARD, ["a", "b", "d"], "multiclass", "know others (a, b, c)"),
+        (CARD, ["a", "b"], "multiclass", "have other classes (a, b, c)"),
+        (CARD, ["a", "b", "d"], "multiclass", "have other classes (a, b, c)"),
         (CARD, ["a", "b", "c", "d"], "multiclass", "new head for 4 classes"),
-        ({}, ["a", "b", "c"], "multiclass", "do not say which classes"),
-        (CARD, ["a", "b", "c"], "multilabel", "task multiclass, the data are multilabel"),
+        ({}, ["a", "b", "c"], "multiclass", "do not name their classes"),
+        (CARD, ["a", "b", "c"], "multilabel", "task multiclass, the data is multilabel"),
     ],
     ids=["fewer", "one other", "more", "no names though as many", "another task"],
 )
@@ -72,7 +72,7 @@ def test_only_a_head_of_other_classes_is_new(card, classes, task, reason):
 
 
 def test_weights_of_another_network_are_refused_on_loading():
-    with pytest.raises(CheckpointError, match="here: a checkpoint of another architecture"):
+    with pytest.raises(CheckpointError, match="here: the checkpoint has another architecture"):
         start_from(
             network(0), network(0, depths=(1, 2)).state_dict(), choose_head({}, ["a"], "multiclass"), where="here"
         )
@@ -105,11 +105,11 @@ def test_drop_path_and_class_count_make_no_other_network():
 @pytest.mark.parametrize(
     ("patterns", "told"),
     [
-        (["patch_embd.*"], "'patch_embd.*' matches no parameter"),
+        (["patch_embd.*"], "'patch_embd.*' does not match the name of any parameter"),
         (["patch_embed"], "did you mean patch_embed.*"),
-        (["layers.0.*", "layers.9.*"], "'layers.9.*' matches no parameter"),
-        (["*"], "freezes all 59 parameters: nothing would be trained"),
-        (["layers.*", "patch*", "head.?*"], "nothing would be trained; leave out at least the head"),
+        (["layers.0.*", "layers.9.*"], "'layers.9.*' does not match the name of any parameter"),
+        (["*"], "freezes all 59 parameters and leaves nothing to train"),
+        (["layers.*", "patch*", "head.?*"], "leaves nothing to train; keep at least the head trainable"),
     ],
 )
 def test_a_freeze_that_does_nothing_or_leaves_nothing_is_refused(patterns, told):

@@ -13,7 +13,7 @@ from medmamba.preprocess import preprocess, resize_uint8, to_float
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_become_three_normalised_channels(channels):
+def test_pixels_become_three_normalized_channels(channels):
     pixels = torch.arange(2 * 4 * 5 * channels, dtype=torch.uint8).reshape(2, 4, 5, channels)
     x = preprocess(pixels)
     assert x.shape == (2, 3, 4, 5)

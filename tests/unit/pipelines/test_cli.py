@@ -221,7 +221,7 @@ def test_the_placement_is_resolved_but_not_part_of_the_recipe(capsys, monkeypatc
     placement = found["placement"]
     assert (placement["workers"], placement["zero_stage"], placement["cpus_per_worker"]) == (2, 1, 2)
     assert (placement["scan"], found["placed_on"], found["notes"]) == ("auto", "this machine", [])
-    assert found["recipe"] == recipe("quickstart").model_dump(mode="json")
+    assert Recipe.model_validate(found["recipe"]) == recipe("quickstart")
 
 
 # Workers of a training on 1 to 8 GPUs: the most that divide the micro-batches of every batch that may be trained.
@@ -283,8 +283,8 @@ def test_a_dry_run_says_in_plain_lines_where_it_would_run(capsys, monkeypatch):
         ),
         (["--placement.cpus-per-worker", "9"], r"workers 1 x --placement\.cpus-per-worker 9 = 9 CPUs, .*has 8"),
         (["--placement.device", "cpu", "--placement.workers", "64"], r"workers 64: 0\.12 of the 8 CPUs"),
-        (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files: get them .* with --data\.source"),
-        (["--data.dataset", "own", "--data.layout", "folders"], r"'own' needs its files: .*--data\.source"),
+        (["--data.dataset", "breastmnist"], r"'breastmnist' needs its files; download them .* and set --data\.source"),
+        (["--data.dataset", "own", "--data.layout", "folders"], r"'own' needs its files; set --data\.source"),
         (["--data.dataset", "breastmnist", "--data.source", "typo.npz"], r"typo\.npz was not found"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -355,7 +355,7 @@ def test_a_first_format_checkpoint_resumes_on_its_worker_count(begun_on, capsys,
     chosen = resolved(capsys, *asked, "--placement.compile", "off")["placement"]
     assert [chosen[name] for name in settings] == [2, "off", True]
     wrong = told(capsys, *asked, "--placement.zero-stage", "1", code=1)
-    assert f"Resume with --placement.workers {begun_on} --placement.zero-stage 2" in wrong
+    assert f"use --placement.workers {begun_on} --placement.zero-stage 2" in wrong
 
 
 @pytest.mark.parametrize(
@@ -376,14 +376,14 @@ def test_a_first_format_checkpoint_resumes_on_its_worker_count(begun_on, capsys,
         (["train", *DRY, "--model.variant", "X"], r"invalid choice 'X' .*--model\.variant.*'nano'"),
         (["train", *DRY, "--model.kind", "resnet"], r"--model\.kind resnet: unknown value; available: medmamba"),
         (["train", *DRY, "--model.dims", "24", "48"], r"model: dims \(24, 48\) and depths"),
-        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is no multiple of micro_batch 16"),
+        (["train", *DRY, "--train.batch-size", "33"], "train: batch_size 33 is not a multiple of micro_batch 16"),
         (["train", *DRY, "--placement.workers", "-1"], r"placement\.workers = -1: .*greater than or equal to 0"),
         (["train", *DRY, "--placement.zero-stage", "4"], r"invalid choice '4' .*--placement\.zero-stage"),
         (["tune", *DRY, "--tune.space.lr", "1e-3"], r"tune\.space: lr \(0\.001,\): give the lowest and the highest"),
         (["tune", *DRY, "--tune.space.lr", "1e-3", "1e-4"], r"tune\.space: lr .*swap them"),
         (["tune", *DRY, "--tune.space.lr", "0", "1e-4"], r"tune\.space: lr .*above 0"),
         (["tune", *DRY, "--tune.space.drop-path", "0", "1"], r"model\.drop_path = 1\.0: .*less than 1"),
-        (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is no multiple"),
+        (["tune", *DRY, "--tune.space.batch-size", "17"], r"tune\.space\.batch_size 17 is not a multiple"),
         (
             ["tune", *DRY, "--workflow", "direct"],
             "direct: unknown step 'tune' in this workflow; available: shard, train",
@@ -487,7 +487,7 @@ def test_a_run_resumes_by_name_with_its_recipe_and_workflow(capsys):
     finish("store", "mine", begun, workflow="direct", last="evaluate", failing=["train"])
     for verb in ("run", "evaluate", "promote"):
         found = resolved(capsys, verb, "--run", "mine", "--store", "store", "--dry-run")
-        assert found["recipe"] == begun.model_dump(mode="json")
+        assert Recipe.model_validate(found["recipe"]) == begun
         assert found["workflow"] == "direct"
         assert (found["steps"]["shard"], found["steps"]["train"]) == ("done", "failed")
 
@@ -710,8 +710,10 @@ def test_promote_starts_no_ray_and_reports_the_current_alias(capsys, tmp_path):
     assert main(["promote", "--store", "store", "--run", "first"]) == 0
     seen = capsys.readouterr()
     said = seen.err.splitlines()[-1]
-    assert re.match(r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, over no", said)
-    assert "the alias champion is at version 2 now, and this command changed nothing" in said
+    assert re.match(
+        r"decided on \d{4}-\d\d-\d\d \d\d:\d\d UTC: version 1 of m was promoted to champion, replacing no", said
+    )
+    assert "the alias champion is now at version 2, and this command changed nothing" in said
     assert "decided on 20" in seen.out
     assert main(["promote", "--store", "store", "--run", "first", "--force"]) == 0
     assert by_alias(tracking, "m", "champion").number == 1
@@ -795,9 +797,9 @@ def test_bench_measures_what_it_can_and_fails_if_nothing(capsys):
     few = ["bench", "--repeats", "1", "--sides", "32", "--backends", "cuda"]
     assert main([*few, "numba", "--batches", "2", "2", "--out", "figures.json"]) == 0
     seen = capsys.readouterr().out
-    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it is for CUDA devices" in seen
+    assert "nano cuda, batch 2, 32 px, fp32: not measured: backend cuda: it requires a CUDA device" in seen
     why_not = {row["case"]["backend"]: row["why_not"] for row in json.loads(Path("figures.json").read_text())["rows"]}
-    assert why_not == {"cuda": "backend cuda: it is for CUDA devices", "numba": ""}
+    assert why_not == {"cuda": "backend cuda: it requires a CUDA device", "numba": ""}
     assert main([*few, "--batches", "2"]) == 1
     assert "Speed" not in capsys.readouterr().out
 

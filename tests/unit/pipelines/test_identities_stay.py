@@ -387,7 +387,7 @@ def test_drift_of_a_run_of_earlier_code_is_told_in_new_words(store):
     assert "leaks" not in told
 
 
-def test_what_a_run_is_begun_with_is_stored_in_the_words_of_earlier_code():
+def test_the_recipe_of_a_run_is_stored_in_old_words():
     made = override(recipe("quickstart"), {"data.duplicates.near": 3, "data.layout": "table"})
     stored = stored_values(made)["data"]
     assert (stored["leaks"]["near"], stored["csv"], stored["layout"]) == (3, "", "csv")

@@ -38,7 +38,7 @@ def test_a_model_of_the_other_kind_keeps_its_kind():
         ({"train.optim.lr": "fast"}, r"^train\.optim\.lr = 'fast': .* valid number"),
         ({"model.drop_path": 3.0}, r"^model\.drop_path = 3\.0: .* less than 1$"),
         ({"model.variant": "X"}, r"^model\.variant = 'X': .*'T', 'S', 'B' or 'nano'$"),
-        ({"train.batch_size": 33}, r"^train: batch_size 33 is no multiple of micro_batch 32"),
+        ({"train.batch_size": 33}, r"^train: batch_size 33 is not a multiple of micro_batch 32"),
         ({"train.sampling": "balanced", "train.class_weights": True}, r"^train: sampling 'balanced' .* use one of the"),
         ({"model.dims": (24, 48)}, r"^model: dims \(24, 48\) and depths"),
         ({"tune.space.lr": (1e-3,)}, r"^tune\.space: lr \(0\.001,\): give the lowest and the highest"),

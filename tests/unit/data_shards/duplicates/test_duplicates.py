@@ -346,8 +346,8 @@ def test_an_earlier_releases_finding_claims_nothing_it_lacked():
 
     assert [finding(num).head for num in (2, 3)] == ["exact", "exact or near"]
     assert [finding(num).rest(6) for num in (6, 9)] == ["", "and 3 more images"]
-    assert finding(50).rest(6) == "and 44 or more copies: the release that made the report listed 50"
-    assert finding(50, equal=50, more=4).rest(50) == "and 4 more copies"
+    assert finding(50).rest(6) == "and 44 or more images: the release that made the report listed 50"
+    assert finding(50, equal=50, more=4).rest(50) == "and 4 more images"
 
 
 def test_damaged_fingerprints_elsewhere_are_named_with_a_remedy(tmp_path):
@@ -428,5 +428,5 @@ def test_a_patient_in_official_train_and_test_is_refused(tmp_path):
         for i in range(8)
     ]
     rows += [("x.png", 900, "a", "train", "p"), ("y.png", 900, "a", "train", "q"), ("z.png", 901, "a", "test", "q")]
-    with pytest.raises(LeakError, match="group 'q' stands in"):
+    with pytest.raises(LeakError, match="group 'q' is in the splits"):
         convert(config_of(write_set(tmp_path / "set", rows)), open_store(str(tmp_path / "out")))

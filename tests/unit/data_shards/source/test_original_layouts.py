@@ -260,9 +260,9 @@ def test_a_workbook_as_excel_writes_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no workbook", r"t\.xlsx is no XLSX that can be read"),
-        (zip_of({"a": b"b"}), "no XLSX that can be read"),
-        (xlsx(TABLE)[:-40], "no XLSX that can be read"),
+        (b"no workbook", r"t\.xlsx cannot be read as XLSX"),
+        (zip_of({"a": b"b"}), "cannot be read as XLSX"),
+        (xlsx(TABLE)[:-40], "cannot be read as XLSX"),
         (xlsx([("file", "label")]), "has no rows"),
         (xlsx([("file", "label"), ("a.png", "x", "beyond")]), "line 2 of t.xlsx has 3 cells for 2"),
         (xlsx([("file", "label", "label"), ("a.png", "x", "y")]), "has 2 columns 'label'"),

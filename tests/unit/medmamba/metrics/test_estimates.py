@@ -29,7 +29,7 @@ def two_models(seed: int, n: int = 90) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_variance_of_the_auc_and_of_a_difference_are_those_of_a_published_delong(seed):
+def test_variances_of_the_auc_equal_a_published_delong(seed):
     truth, one, two = two_models(seed)
     _, _, (low, high), _, auc_one, auc_two, info = Delong_test(truth, one, two)
     first, second = binary(one, truth), binary(two, truth)
@@ -42,7 +42,7 @@ def test_the_variance_of_the_auc_and_of_a_difference_are_those_of_a_published_de
     assert other.value == pytest.approx(auc_two, abs=1e-12)
 
 
-def test_the_variance_of_a_clustered_auc_is_obuchowskis_for_groups_of_one_kind_and_size():
+def test_the_variance_of_a_clustered_auc_is_obuchowskis():
     rng = np.random.default_rng(1)
     truth = np.repeat(rng.permutation([0] * 25 + [1] * 15), 3)
     score = special.expit(truth + np.repeat(rng.normal(size=40), 3) + rng.normal(size=120))
@@ -54,7 +54,7 @@ def test_the_variance_of_a_clustered_auc_is_obuchowskis_for_groups_of_one_kind_a
 
 
 @pytest.mark.parametrize("task", ["multiclass", "ordinal", "multilabel"])
-def test_every_influence_is_the_derivative_of_its_figure_by_the_weight_of_a_group(task):
+def test_influences_are_derivatives_by_the_weight_of_a_group(task):
     """A group's weight grows by 1 in 2,000: all samples are repeated as often, its own once more."""
     rng = np.random.default_rng(3)
     labels = np.eye(3, dtype=int)[rng.integers(3, size=40)]
@@ -85,7 +85,7 @@ def test_groups_of_one_sample_each_are_the_same_as_no_groups():
     assert estimate(named).macro == estimate(predictions).macro
 
 
-def test_images_that_are_repeated_within_their_group_make_no_interval_narrower():
+def test_repeated_images_of_a_group_narrow_no_interval():
     single = draw(np.random.default_rng(0), 150, 150, 2, 1.7)
     rows = np.repeat(np.arange(150), 4)
     repeated = checked_predictions(
@@ -98,7 +98,7 @@ def test_images_that_are_repeated_within_their_group_make_no_interval_narrower()
 
 @pytest.mark.parametrize("kind", ["perfect", "wrong", "constant", "one group a side", "no class", "one sample"])
 @pytest.mark.parametrize("task", ["multiclass", "ordinal", "multilabel"])
-def test_every_figure_has_an_interval_around_it_also_at_the_extremes(task, kind):
+def test_figures_are_within_their_intervals_at_extremes_too(task, kind):
     size = 1 if kind == "one sample" else 40
     labels = np.eye(2, dtype=int)[np.arange(size) % 2]
     if kind == "no class":
@@ -118,7 +118,7 @@ def test_every_figure_has_an_interval_around_it_also_at_the_extremes(task, kind)
 
 
 @pytest.mark.parametrize("name", ["auc", "sensitivity", "specificity", "accuracy"])
-def test_the_bound_of_perfect_predictions_is_the_exact_binomial_one(name):
+def test_the_bound_of_perfect_predictions_is_exact(name):
     truth = np.arange(60) % 3 == 0
     found = estimate(binary(np.where(truth, 0.9, 0.1), truth.astype(int))).classes[1][name]
     groups = {"auc": 20, "sensitivity": 20, "specificity": 40, "accuracy": 60}[name]
@@ -132,7 +132,7 @@ def test_binomial_limits_are_those_of_scipy(hits, trials):
     assert clopper_pearson(hits, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_the_difference_of_two_models_is_that_of_the_figures_and_narrower_than_without_pairs():
+def test_pairing_narrows_the_difference_of_two_models():
     truth, one, two = two_models(5, n=300)
     groups = [str(row // 2) for row in range(300)]
     first, second = binary(one, truth, groups), binary(two, truth, groups)
@@ -146,7 +146,7 @@ def test_the_difference_of_two_models_is_that_of_the_figures_and_narrower_than_w
         assert (again.value, again.low) == pytest.approx((-apart.value, -apart.high), abs=1e-12)
 
 
-def test_the_p_of_a_margin_is_a_half_at_the_difference_itself_and_agrees_with_the_interval():
+def test_the_p_of_a_margin_agrees_with_the_interval():
     truth, one, two = two_models(2)
     apart = compare(binary(one, truth), binary(two, truth)).macro["auc"]
     assert apart.p_above(apart.value) == pytest.approx(0.5)
@@ -154,7 +154,7 @@ def test_the_p_of_a_margin_is_a_half_at_the_difference_itself_and_agrees_with_th
     assert apart.p_above(apart.high) == pytest.approx(0.975)
 
 
-def test_equal_predictions_show_non_inferiority_only_to_the_extent_of_the_groups():
+def test_equal_predictions_show_as_much_as_their_groups_allow():
     truth, one, _ = two_models(0)
     same = compare(binary(one, truth), binary(one, truth)).macro
     assert (same["accuracy"].value, same["accuracy"].standard_error) == (0, 0)

@@ -17,7 +17,7 @@ BENCH = Path(__file__).resolve().parents[3] / "bench" / "interval_coverage.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("auc", [0.88, 0.99])
 @pytest.mark.parametrize(("images", "groups"), [(156, 30), (624, 30), (156, 104)])
-def test_the_intervals_hold_the_truth_in_at_least_92_percent_of_clustered_sets(images, groups, auc):
+def test_intervals_cover_the_truth_in_92_percent_of_sets(images, groups, auc):
     """400 sets: two standard errors, 2.4 points, are granted below 92 %."""
     truth, strength = true_figures(2, auc), strength_of(2, auc)
     sets = [estimate(draw(np.random.default_rng(seed), images, groups, 2, strength)) for seed in range(400)]

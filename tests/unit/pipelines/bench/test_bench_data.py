@@ -9,7 +9,7 @@ from pipelines.bench.conversion import check as written_right
 from pipelines.bench.conversion import measure
 from pipelines.bench.feed import KINDS, feed_table
 from pipelines.bench.loading import LOADERS, TimedLoader
-from pipelines.bench.work import Work, check, make_images, summarise
+from pipelines.bench.work import Work, check, make_images, summarize
 from pipelines.cli import main
 
 
@@ -41,7 +41,7 @@ def test_a_loader_that_delivers_each_image_once_has_figures(works, name, kind):
 
 
 def test_bench_takes_the_median_epoch_and_all_processor_time():
-    found = summarise([{"images": 100, "seconds": s, "processor_s": 0.5} for s in (1, 2, 10)])
+    found = summarize([{"images": 100, "seconds": s, "processor_s": 0.5} for s in (1, 2, 10)])
     assert found["images_per_s"] == 50
     assert found["processor_s_per_1000"] == pytest.approx(5)
 
@@ -49,8 +49,8 @@ def test_bench_takes_the_median_epoch_and_all_processor_time():
 def test_a_lost_repeated_or_altered_image_is_found_out(works):
     work = works["jpeg"]
     assert check(delivered(work, list(range(12))), work) == ""
-    assert check(delivered(work, list(range(11))), work) == "1 images never came and 0 more than once"
-    assert check(delivered(work, [*range(12), 3]), work) == "0 images never came and 1 more than once"
+    assert check(delivered(work, list(range(11))), work) == "1 images never arrived and 0 arrived more than once"
+    assert check(delivered(work, [*range(12), 3]), work) == "0 images never arrived and 1 arrived more than once"
     altered = ((numbers, np.roll(images, 1, 0) // 2) for numbers, images in delivered(work, list(range(12))))
     assert "of 255 brighter or darker than PIL's" in check(altered, work)
 
@@ -113,18 +113,18 @@ def test_what_a_writer_lost_or_made_up_is_found_out(works):
     work = works["png"]
     files = [path.read_bytes() for path in work.files]
     assert written_right(iter(files), work, kept_as_is=True) == ""
-    assert written_right(iter(files[1:]), work, kept_as_is=True) == "1 images are missing and 0 are none of the files"
-    assert written_right(iter([*files, files[0]]), work, kept_as_is=True).endswith("1 are none of the files")
+    assert written_right(iter(files[1:]), work, kept_as_is=True) == "1 images are missing and 0 do not match any file"
+    assert written_right(iter([*files, files[0]]), work, kept_as_is=True).endswith("1 do not match any file")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--images", "100"], "make it a multiple of --batch 64"),
-        (["--workers", "0"], "it must be at least 1"),
-        (["--min-area", "0"], "a share of the area"),
-        (["--loaders", "ffcv"], "there are medmamba"),
-        (["--writers", "tar"], "there are medmamba"),
+        (["--images", "100"], "must be a multiple of --batch 64"),
+        (["--workers", "0"], "must be at least 1"),
+        (["--min-area", "0"], "must be above 0 and at most 1"),
+        (["--loaders", "ffcv"], "available: medmamba"),
+        (["--writers", "tar"], "available: medmamba"),
         (["--sides", "4"], "at least 8"),
         (["--sides", "28", "--images", "0"], "at least one batch"),
         (["--out", "nowhere/figures.json"], "its folder does not exist"),

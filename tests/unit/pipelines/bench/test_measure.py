@@ -15,7 +15,7 @@ CASE = bench.Case("nano", 1, 64, "float32", "cuda", "cuda", compiled=False)
 def test_a_gpu_row_is_measured_elsewhere_and_returns_its_reason():
     row = bench.measure_alone(CASE)
     assert row.case == CASE
-    assert row.why_not == "backend cuda: torch sees no CUDA device"
+    assert row.why_not == "backend cuda: torch finds no CUDA device"
 
 
 def die(case, *, repeats):

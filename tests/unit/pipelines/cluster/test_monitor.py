@@ -15,6 +15,7 @@ from pipelines.cluster.monitor import (
     Loss,
     Member,
     Monitor,
+    Orders,
     loss_line,
 )
 
@@ -128,18 +129,18 @@ def test_a_line_about_nothing_lost_says_so():
 
 def test_orders_reach_the_ranks_and_an_end_outlives_the_group(monitor):
     monitor.ask(RESIZED)
-    assert monitor.beat(1, Beat(200, 1, 1)) == (RESIZED,)
+    assert monitor.beat(1, Beat(200, 1, 1)) == Orders(RESIZED)
     monitor.ask(INTERRUPTED)
     monitor.ask(PREEMPTED)
-    assert monitor.beat(1, Beat(200, 1, 1)) == (INTERRUPTED,)
-    assert monitor.beat(0, Beat(77, 1, 1)) == ("",), "a process of an earlier group is told nothing"
+    assert monitor.beat(1, Beat(200, 1, 1)) == Orders(INTERRUPTED)
+    assert monitor.beat(0, Beat(77, 1, 1)) == Orders(""), "a process of an earlier group is told nothing"
     monitor.begin_group([Member(0, "10.0.0.1", 300)])
-    assert monitor.beat(0, Beat(300, 1, 1)) == (INTERRUPTED,)
+    assert monitor.beat(0, Beat(300, 1, 1)) == Orders(INTERRUPTED)
 
 
 def test_a_requested_restart_is_over_with_the_next_group(monitor):
     monitor.ask(RESIZED)
     monitor.begin_group([Member(0, "10.0.0.1", 300)])
-    assert monitor.beat(0, Beat(300, 1, 1)) == ("",)
+    assert monitor.beat(0, Beat(300, 1, 1)) == Orders("")
     monitor.ask(TIME_UP)
-    assert monitor.beat(0, Beat(300, 1, 1)) == (TIME_UP,)
+    assert monitor.beat(0, Beat(300, 1, 1)) == Orders(TIME_UP)

@@ -92,9 +92,7 @@ def test_a_set_of_several_files_is_its_whole_folder(capsys, monkeypatch):
     with running(Site(Path("part.zip").read_bytes())) as site:
         monkeypatch.setattr("pipelines.commands.datasets.card", lambda name: card.model_copy(update={"files": bare}))
         out, _ = fetched(capsys, "pad-ufes-20", *mirror(site), "--file", "images/imgs_part_1.zip")
-        assert "the dataset is incomplete; still missing: metadata.table, images/imgs_part_2.zip" in " ".join(
-            out.split()
-        )
+        assert "the dataset is incomplete; still missing: metadata.csv, images/imgs_part_2.zip" in " ".join(out.split())
         assert "next:" not in out
         result = json.loads(fetched(capsys, "pad-ufes-20", *mirror(site), "--json")[0])
     assert [file["state"] for file in result["files"]] == ["fetched", "already there", "fetched", "fetched"]

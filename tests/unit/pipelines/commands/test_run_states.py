@@ -106,7 +106,7 @@ def test_a_promotion_that_ended_elsewhere_is_interrupted(store, tmp_path):
     assert [(row["state"], row["told"]) for row in read_status(other)] == [("interrupted", "")]  # may be under way
     then = lease.stat().st_mtime - TTL_S - 60
     os.utime(lease, (then, then))
-    told = "process 4711 on otherhost ended while it moved the alias champion of m to version 7"
+    told = "process 4711 on otherhost ended while moving the alias champion of m to version 7"
     ((state, said),) = [(row["state"], row["told"]) for row in read_status(other)]
     assert (state, said.partition(";")[0]) == ("interrupted", told)
     lease.rename(lease.with_name("00000004.json"))  # taken over

@@ -136,7 +136,8 @@ def test_the_csv_joins_the_predictions_in_one_line_of_pandas(store, config, tmp_
     assert asked(capsys, "names", "--out", str(target), "--store", store.uri)  # its own file is replaced
 
 
-def test_odd_names_are_spelled_out_and_kept_in_the_csv(tmp_path, capsys):
+def test_odd_names_are_spelled_out_and_kept_in_the_csv(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # else a long name takes two lines where the path of the test is long
     folder = write_folders(tmp_path / "set")
     write_image(folder / "cat" / "\x1b[2Jred\n.png", 900)
     bad = bytes(folder / "cat") + b"/\xff.png"
@@ -388,7 +389,7 @@ def test_a_conversion_refused_for_duplicates_lists_all_files(tmp_path, capsys):
     page = tmp_path / "page.html"
     shown = asked(capsys, *command, "--page", str(page))
     assert "2 of 2 groups" in shown
-    assert "and 25 more copies (--all)" in shown
+    assert "and 25 more images (--all)" in shown
     assert "case 4.png" in shown
     everything = asked(capsys, *command, "--all")
     assert {f"copy {i}.png" for i in range(31)} == {
@@ -401,7 +402,7 @@ def test_a_conversion_refused_for_duplicates_lists_all_files(tmp_path, capsys):
     assert {c["path"] for f in told["findings"] for c in f["copies"]} >= {"case 4.png", "copy 0.png", "copy 30.png"}
     drawn = page.read_text()
     assert "case 4.png" in drawn
-    assert "and 25 more copies" in drawn
+    assert "and 25 more images" in drawn
     assert drawn.count("data:image/png;base64,") == 8
 
 
@@ -420,8 +421,8 @@ def test_duplicate_counts_agree_in_terminal_json_and_page(tmp_path, capsys):
     assert told["groups"] == 2
     assert "2 of 2 groups" in shown
     assert "2 groups of duplicates" in drawn
-    assert "and 25 more copies" in shown
-    assert "and 25 more copies" in drawn
+    assert "and 25 more images" in shown
+    assert "and 25 more images" in drawn
     assert {name for f in told["findings"] for c in f["copies"] for name in c["label_names"]} == {"cat", "dog"}
     assert all(isinstance(label, int) for f in told["findings"] for c in f["copies"] for label in c["labels"])
 

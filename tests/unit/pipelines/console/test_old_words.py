@@ -83,7 +83,7 @@ def test_other_command_lines_stay_as_they_are(words, capsys):
         ),
     ],
 )
-def test_the_old_and_the_new_option_with_different_values_are_wrong_use(options, told, capsys, tmp_path):
+def test_old_and_new_option_with_different_values_is_wrong_use(options, told, capsys, tmp_path):
     words = ["run", "release", "--recipe", "quickstart", "--dry-run", "--store", str(tmp_path / "store")]
     assert main([*words, *options.split()]) == 2
     assert f"{told} setting under its old and its new name" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_override_refuses_both_names_with_different_values(changes):
         override(recipe("quickstart"), changes)
 
 
-def test_placements_of_earlier_records_are_read_and_records_keep_the_old_word():
+def test_placements_in_records_keep_the_old_word():
     old = {
         "workers": 1, "device": "cpu", "cpus_per_worker": 1.0, "zero_stage": 0, "scan": "auto", "trials": 3, "nodes": 1
     }  # fmt: skip

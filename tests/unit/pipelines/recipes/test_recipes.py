@@ -74,7 +74,7 @@ def test_until_keeps_a_step_and_what_it_needs():
     release = WORKFLOWS["release"](Recipe())
     assert [step.name for step in until(release, "train")] == ["shard", "tune", "train"]
     assert [step.name for step in until(release, "shard")] == ["shard"]
-    with pytest.raises(ValueError, match="step .tune. in this workflow; available: shard, train"):
+    with pytest.raises(ValueError, match=r"step .tune. in this workflow; available: shard, train"):
         until(WORKFLOWS["direct"](Recipe()), "tune")
 
 

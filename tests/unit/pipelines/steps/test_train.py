@@ -84,7 +84,7 @@ def test_a_training_far_below_the_bench_is_tagged_and_shown_once(tmp_path):
     assert [values.get("finished_epoch", "warning") for _, values in board.take()] == [1, "warning", 2]
     outbox.close()
     tag = tracking.client.get_run(run_id).data.tags["medmamba.slow"]
-    assert tag.startswith("slow: 700 images/s, but T at 224 px benches at 3,000 on this GPU: ")
+    assert tag.startswith("slow: 700 images/s, but T at 224 px reaches 3,000 on this GPU: ")
     assert len(sent) == 2
 
 
@@ -93,7 +93,7 @@ def test_the_network_has_an_output_for_each_class_of_the_data(model):
     assert TrainStepConfig(model=model).with_classes(3).model.num_classes == 3
     five = TrainStepConfig(model=model.model_copy(update={"num_classes": 5}))
     assert five.with_classes(5) == five
-    with pytest.raises(ValueError, match=r"num_classes 5: the data set has 3 classes.*leave it at 0"):
+    with pytest.raises(ValueError, match=r"num_classes is 5, but the dataset has 3 classes.*leave it at 0"):
         five.with_classes(3)
 
 

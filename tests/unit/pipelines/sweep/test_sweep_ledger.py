@@ -194,7 +194,7 @@ def test_an_earlier_versions_pickle_is_deleted_unread(tmp_path):
     out.put(f"{trial}/checkpoint_000001/train.json", b'{"epoch": 2}')
     out.put("ray/trial_c7fb88c2_2_x/checkpoint_000000/train.json", b"{torn")
     drop_pickled(out, Ledger(out), told.append)
-    assert "begins again: 2 trials with 2 epochs are lost" in told[0]
+    assert "starts again; 2 trials with 2 epochs are lost" in told[0]
     assert list(out.list()) == []
     assert not (tmp_path / "ran").exists()
     drop_pickled(out, Ledger(out), told.append)

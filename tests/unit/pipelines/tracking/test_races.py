@@ -361,11 +361,11 @@ def test_a_recorded_approval_says_when_and_where_the_alias_is(store, tracking, m
     first, second = version_of(model, f"{model}-a", 0.8), version_of(model, f"{model}-b", 0.9)
     facts = promote(store, tracking, first)
     record = Record(facts, {}, 1.0, "", "2026-11-30T12:34:56.000+00:00", {}, "", {})
-    then = f"decided on 2026-11-30 12:34 UTC: version 1 of {model} was promoted to champion, over no other version"
-    assert describe_promotion(record, store, "r") == f"{then}, and it still is the champion"
+    then = f"decided on 2026-11-30 12:34 UTC: version 1 of {model} was promoted to champion, replacing no version"
+    assert describe_promotion(record, store, "r") == f"{then}, and it is still the champion"
     promote(store, tracking, second)
     assert describe_promotion(record, store, "r") == (
-        f"{then}; the alias champion is at version 2 now, and this command changed nothing; `medmamba promote --run r "
+        f"{then}; the alias champion is now at version 2, and this command changed nothing; `medmamba promote --run r "
         "--force` moves it back"
     )
     tracking.client.delete_registered_model_alias(model, "champion")

@@ -152,7 +152,7 @@ def earlier(release):
 def test_of_an_earlier_version_weights_and_card_are_checked(release, package, earlier, tmp_path, attack):
     attack(package, tmp_path / "owned")
     with (
-        pytest.raises(IntegrityError, match=r"cannot be used: .* is on record: one or both were replaced"),
+        pytest.raises(IntegrityError, match=r"cannot be loaded: .* is recorded: one or both were replaced"),
         loaded(release[1], earlier),
     ):
         pass
@@ -211,7 +211,7 @@ def test_evaluation_refuses_weights_unlike_the_trainings(release, name):
     model = (store.at(train["model"]), train["digest"])
     dataset = (store.at("datasets"), "0" * 64)  # not looked at: the model is refused first
     job = EvaluateJob(name="evaluate", placement=placement, dataset=dataset, model=model, micro_batch=8)
-    with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is on record"):
+    with pytest.raises(CheckpointError, match=rf"{train['digest'][:12]} is recorded"):
         evaluate_rank(job, 0)
 
 

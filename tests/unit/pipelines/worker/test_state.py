@@ -73,7 +73,9 @@ def test_the_nan_of_earlier_code_is_read():
 
 def test_a_later_versions_train_json_is_refused_with_a_remedy(described):
     later = {name: value for name, value in described.items() if name != "digest"} | {"format": 2}
-    with pytest.raises(NewerFormatError, match=r"step 32 has format 2, .* up to 1: .*resume with that version"):
+    with pytest.raises(
+        NewerFormatError, match=r"step 32 has format 2, .* up to 1; .*resume with the version that wrote it"
+    ):
         read_described(described_bytes(later))
 
 
@@ -85,7 +87,7 @@ def test_a_format_that_cannot_be_is_refused(described, found):
 
 def test_other_data_is_refused(described):
     check_same_data(described, "5" * 64)
-    with pytest.raises(ResumeError, match=r"trained on manifest 5{12}, this run has n{12}; .*--run NAME"):
+    with pytest.raises(ResumeError, match=r"trained on manifest 5{12}, but this run has n{12}; .*--run NAME"):
         check_same_data(described, "n" * 64)
 
 

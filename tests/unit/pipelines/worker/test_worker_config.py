@@ -68,8 +68,8 @@ def test_the_recommended_size_is_the_smallest_that_works(name, side):
         ),
         (
             ["--train.image-size", "63", "--model.dims", "4", "8", "16", "32", "64", "--model.depths", *"11111"],
-            "train.image_size 63: every stage of the network halves the image, and nothing is left for the last one; "
-            "use at least 64, or a network of fewer stages",
+            "train.image_size 63 is too small: every stage of the network halves the image; "
+            "use at least 64, or a network with fewer stages",
         ),
     ],
     ids=["MedMamba", "convnet", "five stages"],

@@ -72,12 +72,12 @@ def losses(pattern: str) -> list[float]:
 def test_five_in_a_row_end_the_training_with_the_last_samples():
     with pytest.raises(TrainingError, match=r"^5 steps in a row, up to step 6, had .* at most 4 in a row") as error:
         after(".xxxxx.")
-    assert ". Step 6 took the samples k10 k11; the last good checkpoint is step-0000000002. Lower" in str(error.value)
+    assert ". Step 6 used the samples k10 k11; the last good checkpoint is step-0000000002. Lower" in str(error.value)
 
 
 def test_a_steps_samples_are_right_after_a_resume_amid_an_epoch():
     state = TrainState(epoch=3, step=33, consumed=6)  # the epoch's first step was 31
-    with pytest.raises(TrainingError, match=r"up to step 38, .* Step 38 took the samples k14 k15;"):
+    with pytest.raises(TrainingError, match=r"up to step 38, .* Step 38 used the samples k14 k15;"):
         after("xxxxx", state)
 
 
@@ -99,10 +99,10 @@ def test_a_share_of_an_epoch_ends_it(pattern, ends):
 def test_each_skipped_step_is_said_once():
     _, said = after("x..x.")
     assert [text.partition(" (")[0] for text in said] == [
-        "step 1 skipped: the gradients are not finite",
-        "step 4 skipped: the gradients are not finite",
+        "step 1 skipped: non-finite gradients",
+        "step 4 skipped: non-finite gradients",
     ]
-    assert "2 so far; 5 in a row, or more than 10% of an epoch, end the training" in said[1]
+    assert "2 so far; 5 in a row or more than 10% of an epoch end the training" in said[1]
 
 
 def test_a_loss_infinite_despite_an_applied_step_is_an_error():

@@ -83,7 +83,7 @@ def test_only_rank_0_has_a_clock():
 
 def test_orders_from_outside_become_wants():
     control = Control(1, OwnFlags())
-    control._obey(Orders(""))
+    control._obey(Orders())
     assert control.wants(1, Idle()) == NOTHING
     control._obey(Orders(PREEMPTED))
     assert control.wants(2, Idle()) == Wants(checkpoint=True, stop=PREEMPTED)

@@ -37,7 +37,7 @@ def test_the_reason_follows_from_the_figures(figures, changes, micro_batch, told
     placement = ALONE.model_copy(update=changes)
     check = SpeedCheck(REFERENCE, placement, micro_batch)
     warning = check({**SLOW, **figures})
-    assert warning.startswith("slow: 999 images/s, but T at 224 px benches at 2,000 on this GPU: ")
+    assert warning.startswith("slow: 999 images/s, but T at 224 px reaches 2,000 on this GPU: ")
     assert re.search(told, warning)
     assert check({**SLOW, **figures, "epoch": 2}) == "", "it is said once"
 
@@ -50,7 +50,7 @@ def test_without_nvml_the_host_is_not_blamed():
 def test_half_of_the_bench_is_enough_and_every_worker_counts():
     assert SpeedCheck(REFERENCE, ALONE, 32)({**SLOW, "images_per_s_last": 1000.0}) == ""
     two = ALONE.model_copy(update={"workers": 2})
-    assert "benches at 4,000 on 2 such GPUs" in SpeedCheck(REFERENCE, two, 32)(FAST)
+    assert "reaches 4,000 on 2 such GPUs" in SpeedCheck(REFERENCE, two, 32)(FAST)
 
 
 def test_a_short_first_epoch_is_not_judged_for_its_start_up():

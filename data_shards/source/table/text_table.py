@@ -108,8 +108,7 @@ def _parsed(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]
         before = csv.field_size_limit()
         csv.field_size_limit(max(before, len(text) + 1))
         try:
-            for cells in reader:
-                lines.append((reader.line_num, cells))
+            lines.extend((reader.line_num, cells) for cells in reader)
         except csv.Error as error:
             raise ValueError(
                 f"line {reader.line_num} of {path} cannot be read as CSV ({error}): correct it, maybe a quotation mark"

@@ -102,7 +102,7 @@ def _delimiter(text: str) -> str:
 def _parsed(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The lines with their numbers and cells; a cell may have any length."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    lines = []
+    lines: list[tuple[int, list[str]]] = []
     # The limit is the process's: it is raised, never lowered, while this table is read, and put back.
     with _field_limit:
         before = csv.field_size_limit()

@@ -158,7 +158,7 @@ def _dropped(found: DuplicateClusters, config: DuplicatesConfig, across: str) ->
     if config.labels == "refuse" and conflicts:
         found.refuse(
             conflicts,
-            "equal pixels under different labels",
+            "duplicates with different labels",
             "at least one of the labels is wrong",
             "--data.duplicates.labels drop or report",
         )
@@ -168,7 +168,7 @@ def _dropped(found: DuplicateClusters, config: DuplicatesConfig, across: str) ->
     if across == "refuse" and torn:
         found.refuse(
             torn,
-            "duplicates of one image in different splits",
+            "duplicates in different splits",
             "a model would be tested on what it has seen",
             "--data.duplicates.across drop, move or report",
         )

@@ -336,8 +336,9 @@ def _contents(written: _Written, image_set: ImageSet, config: DataConfig, listin
     reasons = {q.key: q.reason for q in quarantine}
     hint = f"`{listing}` lists all of them"
     check_quarantine(config, len(quarantine), len(table), lambda: [*first_named(plans, reasons), hint])
+    images = "1 image" if len(quarantine) == 1 else f"{len(quarantine):,} images"
     if quarantine:  # logged only: no file name goes into the store
-        _log.warning("%d images quarantined: %s; %s", len(quarantine), "; ".join(first_named(plans, reasons)), hint)
+        _log.warning("quarantined %s: %s; %s", images, "; ".join(first_named(plans, reasons)), hint)
     check_lost_classes(plans, reasons, image_set.classes, hint)
     _log_flaws(parts)
     index = index_bytes(table)

@@ -41,7 +41,12 @@ SETTINGS = (
 """A key stands for all keys below it."""
 COMMANDS = (Renamed("shards leaks", "shards duplicates"),)
 """Commands, without `medmamba`."""
-OUTPUT = (Renamed("bytes", "size_bytes"), Renamed("leaks", "duplicates"), Renamed("copies", "duplicates"))
+OUTPUT = (
+    Renamed("bytes", "size_bytes"),
+    Renamed("leaks", "duplicates"),
+    Renamed("copies", "duplicates"),
+    Renamed("told", "note"),
+)
 """Keys of JSON output, and first words of MLflow's metrics: both are there for one release."""
 
 _NEW_KEYS = {row.old: row.new for row in SETTINGS if "=" not in row.old}
@@ -97,7 +102,7 @@ def old_words(values: Mapping[str, Any], part: str = "") -> dict[str, Any]:
 
 
 def both_words(values: Mapping[str, Any], part: str = "") -> dict[str, Any]:
-    """Nested settings of `part` in new words, with the old keys beside the new ones: for JSON output."""
+    """Nested settings of `part` in new words, with the old keys next to the new ones: for JSON output."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         new = _joined(part, name)

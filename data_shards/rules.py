@@ -45,7 +45,7 @@ SPLITS_KEY = "splits_from"
 
 
 def changes_since(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a new conversion would do differently, a clause each, from the settings kept beside a dataset."""
+    """What a new conversion would do differently, a clause each, from the kept with a dataset."""
     made_by = settings.get(RULES_KEY, 1)
     made_by = made_by if isinstance(made_by, int) else 1
     return tuple(change for rules, changes in sorted(CHANGES.items()) if rules > made_by for change in changes)

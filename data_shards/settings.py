@@ -1,4 +1,4 @@
-"""`config.json` beside a dataset: the settings that it was made with, which identify it."""
+"""`config.json` of a dataset: the settings that it was made with, which identify it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _known(settings: dict[str, Any], model: BaseModel) -> dict[str, Any]:
 
 
 def _stored(out: Store) -> dict[str, Any] | None:
-    """The settings beside a dataset; None where there are none, or something else."""
+    """The settings of a dataset; None where there are none, or something else."""
     try:
         found = json.loads(out.get(SETTINGS))
     except (StoreKeyError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):

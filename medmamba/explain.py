@@ -129,8 +129,8 @@ def sanity_check(
 ) -> SanityCheck:
     """Compares the maps of each image and its class with those under weights that become random layer by layer.
 
-    The layers are drawn anew as a fresh network of the same config has them. `explain` is called as
-    `explain(model, image_1HWC, target_class)`. Raises ValueError where there are no images.
+    The layers are initialized again as a fresh network of the same config has them. `explain` is called as
+    `explain(model, image_1HWC, target_class)`. Raises ValueError without images.
     """
     if len(images_NHWC) == 0:
         raise ValueError("0 images: the check of a map needs some; five or more make it steady")

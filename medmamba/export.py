@@ -64,7 +64,7 @@ def to_onnx(model: nn.Module, card: Mapping[str, Any], path: Path) -> Export:
             f"ONNX needs the package {error.name}, which is not installed: pip install 'medmamba[export]'"
         ) from error
 
-    def write(classifier: nn.Module, beside: Path) -> None:
+    def write(classifier: nn.Module, temporary: Path) -> None:
         program = torch.onnx.export(
             classifier,
             (_images(card, _TRACED),),
@@ -78,12 +78,12 @@ def to_onnx(model: nn.Module, card: Mapping[str, Any], path: Path) -> Export:
             raise ExportError("torch.onnx.export returned nothing; report this as a defect")
         for key, value in _described(card).items():
             program.model.metadata_props[key] = value
-        program.save(beside)
+        program.save(temporary)
 
-    def read(beside: Path) -> Callable[[Tensor], np.ndarray]:
+    def read(temporary: Path) -> Callable[[Tensor], np.ndarray]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(beside, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(temporary, options, providers=["CPUExecutionProvider"])
         return lambda images: session.run(["probabilities"], {"images": images.numpy()})[0]
 
     return _exported(model, card, path, write, read)
@@ -96,12 +96,12 @@ def to_torch_export(model: nn.Module, card: Mapping[str, Any], path: Path) -> Ex
     ExportError: the program computes something else.
     """
 
-    def write(classifier: nn.Module, beside: Path) -> None:
+    def write(classifier: nn.Module, temporary: Path) -> None:
         program = torch.export.export(classifier, (_images(card, _TRACED),), dynamic_shapes=_shapes(), strict=False)
-        torch.export.save(program, beside, extra_files={"card.json": json.dumps(dict(card))})
+        torch.export.save(program, temporary, extra_files={"card.json": json.dumps(dict(card))})
 
-    def read(beside: Path) -> Callable[[Tensor], np.ndarray]:
-        program = torch.export.load(beside).module()
+    def read(temporary: Path) -> Callable[[Tensor], np.ndarray]:
+        program = torch.export.load(temporary).module()
         return lambda images: program(images).numpy()
 
     return _exported(model, card, path, write, read)
@@ -116,9 +116,9 @@ def to_upstream(model: nn.Module, path: Path) -> Export:
         kind = f"a MedMamba with branches {model.config.branches!r}" if isinstance(model, MedMamba) else "no MedMamba"
         raise ExportError(f"the paper's code cannot load {kind}: choose onnx or torch-export")
     begun = time.monotonic()
-    with _beside(path) as beside:
-        export_upstream(model, beside)
-        stored, config = load_upstream(beside)
+    with _sibling(path) as temporary:
+        export_upstream(model, temporary)
+        stored, config = load_upstream(temporary)
         own = model.state_dict()
         same = set(stored) == set(own) and all(torch.equal(stored[name], own[name].cpu()) for name in own)
         if not same or config.resolved_dims != model.config.resolved_dims:
@@ -154,9 +154,9 @@ def _exported(
     begun = time.monotonic()
     if model.training:
         raise ExportError("the model is in training mode, in which a score is a matter of chance; call model.eval()")
-    with _beside(path) as beside, _quiet(), torch.no_grad():
-        write(_Classifier(model, card["task"]).eval(), beside)
-        differences = _compare(model, card, read(beside))
+    with _sibling(path) as temporary, _quiet(), torch.no_grad():
+        write(_Classifier(model, card["task"]).eval(), temporary)
+        differences = _compare(model, card, read(temporary))
         if not max(differences.values()) <= TOLERANCE:
             raise ExportError(
                 f"{path}: the exported network differs by {max(differences.values()):.1e} from the original, more than "
@@ -197,16 +197,16 @@ def _described(card: Mapping[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _sibling(path: Path) -> Iterator[Path]:
     """A file next to `path` that takes its name at the end; removed where that is not reached."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The ending stays at the end: torch warns about others.
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

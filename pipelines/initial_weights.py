@@ -136,8 +136,8 @@ def find_weights(source: str, store: Store) -> InitialWeights:
             return _from_folder(folder)
         parent, _, name = folder.uri.rpartition("/")
         if name and not parent.endswith(":/") and open_store(parent or "/").head(name) is not None:
-            beside = name == "weights.safetensors" and open_store(parent).head("model.json") is not None
-            return _from_folder(open_store(parent)) if beside else _from_file(open_store(parent or "/"), name)
+            is_folder = name == "weights.safetensors" and open_store(parent).head("model.json") is not None
+            return _from_folder(open_store(parent)) if is_folder else _from_file(open_store(parent or "/"), name)
     raise InitialWeightsError(f"train.init {source}: no weights found at {' or '.join(places)}; {KINDS}")
 
 

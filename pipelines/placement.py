@@ -14,7 +14,7 @@ from data_shards.store.outage import PATIENCE_S
 from pipelines.wording import counted
 
 LEAST_CPUS = 0.25  # workers that share a core wait for each other at every collective
-MOST_CPUS = 16.0  # beside a GPU, unless more are asked for
+MOST_CPUS = 16.0  # with a GPU, unless more are asked for
 # A worker that waits for longer counts as stalled (monitor.SLOW_S).
 LONGEST_PATIENCE_S = 900.0
 
@@ -68,7 +68,7 @@ class PlacementConfig(RenamedSettings):
     """Where tensors live. auto: cuda where Ray has a GPU."""
     cpus_per_worker: float = Field(0, ge=0)
     """CPUs (and threads) of each training worker, all on one node. 0: all CPUs of Ray, shared evenly as far as its
-    nodes allow, at most 16 beside a GPU."""
+    nodes allow, at most 16 with a GPU."""
     zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
     """DeepSpeed's ZeRO stage. auto: 0, the fastest while a GPU holds the optimizer's state: 0.3 GB for 40 M parameters.
     A training that resumes keeps its stage."""
@@ -82,7 +82,7 @@ class PlacementConfig(RenamedSettings):
     concurrent_trials: int = Field(0, ge=0)
     """Trials of a sweep at once. 0: one per GPU, or one per CPU where there is no GPU."""
     cache_gib: float = Field(0, ge=0)
-    """GiB that copies of remote shards, and images decoded beside a GPU, may take on each machine's disk, shared by its
+    """GiB that copies of remote shards, and images decoded with a GPU, may take on each machine's disk, shared by its
     workers and trials. 0: half of what is free. Shards that do not fit are read from the store image by image, images
     that do not fit are decoded in each epoch."""
     checkpoint_minutes: float = Field(5, ge=0)
@@ -145,7 +145,7 @@ class Placement(RenamedSettings):
 
     @property
     def loader_workers(self) -> int:
-        """Workers of the loader of one training worker: beside a GPU all its CPUs but one, else one."""
+        """Workers of the loader of one training worker: with a GPU all its CPUs but one, else one."""
         return max(1, self.threads - 1) if self.device == "cuda" else 1
 
     @property

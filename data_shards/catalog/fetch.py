@@ -206,7 +206,7 @@ def _attempt(file: PublishedFile, part: PartFile, say: Say, progress: Progress, 
             headers["If-Range"] = part.notes["validator"]
     with _answer(file, headers, part, patience) as response:
         _check_kind(file, response)
-        start, total = _extent(response, have)
+        start, total = _extent(response)
         validator = _validator(response.headers)
         if start and (start != have or _differs(part.notes, validator=validator, total=total)):
             # A server that reads Range but not If-Range.
@@ -303,7 +303,7 @@ def _check_kind(file: PublishedFile, response: Any) -> None:
         )
 
 
-def _extent(response: Any, have: int) -> tuple[int, int]:
+def _extent(response: Any) -> tuple[int, int]:
     """Where the answer begins in the file, and the size of the file, 0 if the server does not say."""
     if response.status == 206:
         unit, _, place = response.headers.get("Content-Range", "").strip().partition(" ")

@@ -21,7 +21,7 @@ class PartFile:
 
     def __init__(self, target: Path, url: str, data: Any):
         self._target, self._data = target, data
-        self.path, self._notes_path = _beside(target, ".part"), _beside(target, ".part.json")
+        self.path, self._notes_path = _sibling(target, ".part"), _sibling(target, ".part.json")
         self.notes: dict[str, Any] = {}
         # Without notes, or with damaged ones or those of another address, the origin of a part is unknown.
         with contextlib.suppress(OSError, ValueError):
@@ -37,9 +37,9 @@ class PartFile:
         """Deletes all bytes, and notes what the next ones are."""
         self._data.truncate(0)
         self.notes = notes
-        beside = _beside(self._target, ".part.json.tmp")
-        beside.write_text(json.dumps(notes))
-        os.replace(beside, self._notes_path)
+        temporary = _sibling(self._target, ".part.json.tmp")
+        temporary.write_text(json.dumps(notes))
+        os.replace(temporary, self._notes_path)
 
     def write(self, data: bytes) -> None:
         """Appends."""
@@ -68,7 +68,7 @@ class PartFile:
     def quarantine(self) -> Path:
         """Renames the part to `<name>.wrong`, or `.wrong-2` and so on, and returns its path."""
         number = 1
-        while (wrong := _beside(self._target, f".wrong{f'-{number}' * (number > 1)}")).exists():
+        while (wrong := _sibling(self._target, f".wrong{f'-{number}' * (number > 1)}")).exists():
             number += 1
         os.replace(self.path, wrong)
         self._notes_path.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ class PartFile:
 @contextlib.contextmanager
 def opened_part(target: Path, url: str) -> Iterator[PartFile | None]:
     """The part of a file, for this process alone; None if another process has just finished the file."""
-    path = _beside(target, ".part")
+    path = _sibling(target, ".part")
     with path.open("ab", buffering=0) as data:
         try:
             fcntl.flock(data, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,5 +105,5 @@ def _still_named(data: Any, path: Path) -> bool:
         return False
 
 
-def _beside(target: Path, ending: str) -> Path:
+def _sibling(target: Path, ending: str) -> Path:
     return target.with_name(target.name + ending)

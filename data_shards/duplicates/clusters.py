@@ -188,8 +188,9 @@ class DuplicateClusters:
             shown.append(f"{' = '.join(named)}: {kind}")
         if len(clusters) > len(shown):
             shown.append(f"and {len(clusters) - len(shown)} more")
+        images = "1 image has" if len(clusters) == 1 else f"{len(clusters):,} images have"
         raise DuplicatesError(
-            f"{len(clusters)} times {what} ({'; '.join(shown)}): {why}; fix the set, or say what to do with {remedy}"
+            f"{images} {what} ({'; '.join(shown)}): {why}; fix the set, or say what to do with {remedy}"
         )
 
     def _label_text(self, i: int) -> str:

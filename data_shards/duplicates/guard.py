@@ -158,7 +158,7 @@ def _dropped(found: DuplicateClusters, config: DuplicatesConfig, across: str) ->
     if config.labels == "refuse" and conflicts:
         found.refuse(
             conflicts,
-            "equal pixels under different labels",
+            "duplicates with different labels",
             "at least one of the labels is wrong",
             "--data.duplicates.labels drop or report",
         )
@@ -168,7 +168,7 @@ def _dropped(found: DuplicateClusters, config: DuplicatesConfig, across: str) ->
     if across == "refuse" and torn:
         found.refuse(
             torn,
-            "duplicates of one image in different splits",
+            "duplicates in different splits",
             "a model would be tested on what it has seen",
             "--data.duplicates.across drop, move or report",
         )
@@ -206,12 +206,12 @@ def _refuse_lost_classes(
     there = [i for i, row in enumerate(found.rows) if found.splits[i] in homes_lost and label in row.labels]
     num_dropped = int(dropped[there].sum())
     fates = {"dropped": num_dropped, "moved to another split": len(there) - num_dropped}
-    told = " and ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+    shown = " and ".join(f"{count} {fate}" for fate, count in fates.items() if count)
     keeping = {"across": config.across in ("drop", "move"), "labels": config.labels == "drop"}
     asked = " and ".join(f"--data.duplicates.{name} report" for name, does in keeping.items() if does)
     raise DuplicatesError(
         f"{lost_text(lost, found.classes)}: of the {len(there)} images that {found.label_names((label,))[0]!r} had "
-        f"there, {told} as duplicates, but every split needs every class; keep the duplicates with "
+        f"there, {shown} as duplicates, but every split needs every class; keep the duplicates with "
         f"{asked or '--data.duplicates.across report'}, add images of the class, or leave the class out"
     )
 

@@ -73,9 +73,9 @@ out.</p>
 def _rest(report: DuplicatesReport, shown: int) -> str:
     """How many groups are not on the page, and where they are."""
     listed = len(report.findings) - shown
-    told = [f"{listed:,} more groups are in leakage.json without pictures."] if listed else []
-    told += [f"{report.more:,} more groups were only counted."] if report.more else []
-    return f"<p>{' '.join(told)}</p>" if told else ""
+    parts = [f"{listed:,} more groups are in leakage.json without pictures."] if listed else []
+    parts += [f"{report.more:,} more groups were only counted."] if report.more else []
+    return f"<p>{' '.join(parts)}</p>" if parts else ""
 
 
 def _section(
@@ -99,10 +99,10 @@ def _section(
 def _figure(copy: Copy, classes: tuple[str, ...], pixels_HWC: np.ndarray | None, name: str) -> str:
     known = () if copy.dataset else classes  # another dataset's labels have names of their own
     labels = ", ".join(copy.label_names or named_labels(copy.labels, known))
-    told = " · ".join(filter(None, (copy.dataset, copy.split, labels, "" if copy.fate == "kept" else copy.fate)))
+    shown = " · ".join(filter(None, (copy.dataset, copy.split, labels, "" if copy.fate == "kept" else copy.fate)))
     image = "<p>(no picture)</p>" if pixels_HWC is None else _image(pixels_HWC)
     file = f"<br>{_e(name)}" if name else ""
-    return f"<figure>{image}<figcaption>{_e(told)}<br>{copy.key}{file}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{_e(shown)}<br>{copy.key}{file}</figcaption></figure>"
 
 
 def _image(pixels_HWC: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The report of duplicates among the images of a dataset: `leakage.json` beside its manifest."""
+"""The report of duplicates among the images of a dataset: `leakage.json` next to its manifest."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Finding(_Frozen):
 
 
 class DuplicatesReport(_Frozen):
-    """What was found among the images of a dataset, and what was done. `leakage.json` beside the manifest."""
+    """What was found among the images of a dataset, and what was done. `leakage.json` next to the manifest."""
 
     format: Literal[1] = 1
     images: Count
@@ -144,10 +144,10 @@ def lost_text(lost: Sequence[tuple[str, int]], classes: Sequence[str]) -> str:
     homes: dict[int, list[str]] = {}
     for split, label in lost:
         homes.setdefault(label, []).append(split)
-    told = []
+    shown = []
     for label, splits in homes.items():
         each = sorted(splits, key=SPLITS.index)
         among = " and ".join([*([", ".join(each[:-1])] if each[:-1] else []), each[-1]])
-        told.append(f"class {named_labels((label,), classes)[0]!r} is gone from {among}")
-    more = [f"{len(told) - 5} more classes are gone from some split"] if len(told) > 5 else []
-    return ", ".join([*told[:5], *more])
+        shown.append(f"class {named_labels((label,), classes)[0]!r} is gone from {among}")
+    more = [f"{len(shown) - 5} more classes are gone from some split"] if len(shown) > 5 else []
+    return ", ".join([*shown[:5], *more])

@@ -263,7 +263,7 @@ def stored_samples(out: Store, keys: Collection[str]) -> dict[str, tuple[str, tu
 
 
 def _table(out: Store) -> pa.Table:
-    """The fingerprints beside a finished dataset, each value of the kind and range that `fingerprints_bytes` writes."""
+    """The fingerprints of a finished dataset, each value of the kind and range that `fingerprints_bytes` writes."""
     try:
         table = read_bounded(out.get(FINGERPRINTS), _schema(), least_row_bytes=16, most_labels=MAX_CLASSES)
         problem = _problem(table)

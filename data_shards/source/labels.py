@@ -141,7 +141,7 @@ def grouped_by_path(rows: Sequence[Row], config: DataConfig) -> list[Row]:
     if unmatched:
         examples = ", ".join(repr(where) for where in unmatched[:3])
         raise ValueError(
-            f"--data.group-pattern {config.group_pattern!r} finds no group in the paths of {len(unmatched):,} of "
+            f"--data.group-pattern '{config.group_pattern}' finds no group in the paths of {len(unmatched):,} of "
             f"{len(rows):,} images ({examples}), but every image needs one; widen the pattern or remove these images"
         )
     return [dataclasses.replace(row, group=composed(str(group))) for row, group in zip(rows, groups, strict=True)]

@@ -156,7 +156,7 @@ def _macro(
             return joint_interval(name, value, predictions.num_groups, swing, confidence)
         source = "sensitivity" if name == "balanced_accuracy" and exclusive else name
         return spread_over_classes(value, [each[source] for each in classes])
-    # A mean of proportions is no binomial proportion; the logit suits it as it does the other figures.
+    # A mean of proportions is not a binomial proportion; the logit suits it as it does the other figures.
     return interval("mean" if name in PROPORTIONS else name, value, influence, confidence)
 
 

@@ -138,7 +138,7 @@ def _check_answers(address: str, headers: dict[str, str]) -> None:
             f"right (8265 by default), and the tunnel or port-forward is open"
         ) from None
     if answer.status_code in (401, 403):
-        problem = "the token is wrong" if headers else "a token is required and none was found"
+        problem = "the token is not that of the cluster" if headers else "a token is required and none was found"
         raise ClusterError(
             f"--address {address}: access denied ({answer.status_code}), {problem}; set RAY_AUTH_TOKEN to "
             f"the token that the cluster was started with, or RAY_AUTH_TOKEN_PATH to a file with it"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from data_shards.renamed import both_keys
 from pipelines.commands.run_states import read_status
 from pipelines.console.arguments import UsageError
 from pipelines.console.command import Command, JsonOption, StoreOption
@@ -28,7 +29,7 @@ def status(asked: StatusArguments) -> int:
     if asked.run and not rows:
         raise UsageError(f"run {asked.run!r} not found in {store.uri}; `medmamba status` lists all runs")
     if asked.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([both_keys(row) for row in rows], indent=2))
     elif not rows:
         console().print(f"no runs in {store.uri} yet; `medmamba quickstart` starts one")
     else:

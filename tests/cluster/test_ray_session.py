@@ -44,7 +44,7 @@ except ValueError as error:
 """
     chosen, named, refused = outcome(2, lines, tmp_path).splitlines()
     assert (chosen, named) == (resolve_backend("auto", "cpu"), "reference")
-    assert "scan backend 'nosuch' does not exist" in refused
+    assert "unknown scan backend 'nosuch'" in refused
 
 
 def test_a_ray_without_a_cpu_is_waited_for_aloud_and_then_named(tmp_path):

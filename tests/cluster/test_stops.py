@@ -42,7 +42,7 @@ with Watch(lambda *post: None) as board:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(2)
         global orders
-        orders = ray.get(board.beat.remote(0, Beat(7, 3, 1)))[1]
+        orders = ray.get(board.beat.remote(0, Beat(7, 3, 1))).stop
         if scenario == "twice":
             os.kill(os.getpid(), signal.SIGINT)
 

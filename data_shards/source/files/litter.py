@@ -58,7 +58,7 @@ def without_litter(paths: Iterable[str], *, folders: bool = False) -> tuple[list
 def note_of(found: Collection[str]) -> tuple[str, ...]:
     """A note about the files and folders that are left out."""
     names = {PurePosixPath(path).name for path in found}
-    return named_note("hidden files or folders of other programs are left out", names, len(found))
+    return named_note("hidden or left by other programs, so left out", names, len(found))
 
 
 def named_note(what: str, names: Collection[str], num: int | None = None) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def _read(files: Files, tree: FolderTree, config: DataConfig) -> FileList:
         ]
         rows += [Row(where, 0, (index,), split, None) for _, where, split in sorted(members)]
     made = relabelled(rows, classes, config, config.source)
-    broken = broken_links(tree.broken_beside(folder.path for folder in layout.folders))
+    broken = broken_links(tree.broken_next_to(folder.path for folder in layout.folders))
     notes = (*layout.notes, *broken, *_merged(layout.folders), *made.notes)
     root = f"{layout.root}/" if layout.root else ""
     grouped = grouped_by_path(made.rows, config)

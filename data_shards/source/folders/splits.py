@@ -89,7 +89,7 @@ def _without_doubt(splits: dict[str, str], config: DataConfig) -> dict[str, str]
                 f"folder {names[0]!r} of {config.source} could be validation, test or training images; set its split "
                 f"with --data.split-values {typed([f'{names[0]}=val'])}, or =test, =train"
             )
-        settled |= {name: free[0] for name in names}
+        settled |= {name: free[0] for name in names}  # noqa: C420  # without names, free may be empty too
     return settled
 
 

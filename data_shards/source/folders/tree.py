@@ -84,7 +84,7 @@ class FolderTree:
             name.rpartition("/")[0] == folder and _may_be_image(name) for name in self.broken
         )
 
-    def broken_beside(self, folders: Iterable[str]) -> dict[str, str]:
+    def broken_next_to(self, folders: Iterable[str]) -> dict[str, str]:
         """Broken links next to the folders or their parents, with the reason: each may be meant as a folder."""
         around = {""}
         for folder in folders:

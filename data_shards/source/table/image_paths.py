@@ -51,8 +51,8 @@ def find_images(values: Sequence[str], table: Table, names: Sequence[str], sourc
                 f"image {values[i]!r} is in {table.line(lines[file])} and again in {table.line(i)}: an image may be "
                 "in one row only, so keep one of them"
             )
-    beside = f"the folder of the table ({table.folder}), " if table.folder else ""
-    return Places(finder.files, notes, f"relative to {beside}{source}, and as the end of a path there")
+    folder = f"the folder of the table ({table.folder}), " if table.folder else ""
+    return Places(finder.files, notes, f"relative to {folder}{source}, and as the end of a path there")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +123,16 @@ class _Finder:
     def find_by_end(self) -> None:
         """Files whose paths end in what is written: first as it is, then without ending, then loosely.
 
-        Where rows were found beside the table, a bare name does not mean a file elsewhere; nor does a table of one
+        If rows were found next to the table, a bare name does not mean a file elsewhere; nor does a table of one
         split mean files of another.
         """
         rows = [i for i, file in enumerate(self.files) if not file and i not in self._below]
-        beside = f"{self._folder}/" if any(file.startswith(f"{self._folder}/") for file in self.files) else ""
+        folder = f"{self._folder}/" if any(file.startswith(f"{self._folder}/") for file in self.files) else ""
         for i in rows:
             for path in self._readings[i]:
                 candidates = self._ending_in(path)
-                if beside and "/" not in path:
-                    candidates = [file for file in candidates if file.startswith(beside)]
+                if folder and "/" not in path:
+                    candidates = [file for file in candidates if file.startswith(folder)]
                 if file := self._one(candidates, i):
                     self.files[i] = file
                     break
@@ -197,12 +197,12 @@ class _Finder:
         found = self._trusted(found, rows)
         examples = {match.front: (i, match) for i, match in reversed(found.items())}
         if len({PurePosixPath(front).name for front in examples}) > 1:
-            told = "; ".join(
+            shown = "; ".join(
                 f"{front!r} in front of {match.file!r} ({self._table.line(i)})"
                 for front, (i, match) in sorted(examples.items())[:3]
             )
             raise ValueError(
-                f"paths of {self._table.path} are found only without their first folders, which differ: {told}; write "
+                f"paths of {self._table.path} are found only without their first folders, which differ: {shown}; write "
                 "them relative to the table"
             )
         for i, match in found.items():

@@ -112,10 +112,10 @@ class Doubts:
     def _refuse_missing(self) -> None:
         missing = [each for each in self._open.values() if each.name.casefold() in _MISSING]
         if missing:
-            told = ", ".join(f"{each.name!r} ({each.count:,} rows, {each.line})" for each in missing)
+            shown = ", ".join(f"{each.name!r} ({each.count:,} rows, {each.line})" for each in missing)
             written = [each.name for each in missing]
             raise ValueError(
-                f"label {told} is what programs write for a missing value: leave these rows out with "
+                f"label {shown} is what programs write for a missing value: leave these rows out with "
                 f"{option('drop-classes', *written)}, or, if it is a class, keep it with "
                 f"{option('class-map', *(f'{name}={name}' for name in written))}"
             )
@@ -146,17 +146,17 @@ class Doubts:
             return
         first = self._open[min(joined, key=lambda name: (not joined[name] <= alone, name))]
         total = sum(self._open[name].count for name in joined)
-        told = f"label {first.name!r} ({first.line}; {total:,} rows are of this kind)"
+        shown = f"label {first.name!r} ({first.line}; {total:,} rows are of this kind)"
         remedy = f"{'' if self._several else '--data.task multilabel '}{option('label-separator', separator)}"
         unseparated = self._several and separator == "," and not self._separated
         if unseparated or _likely(separator, joined, alone):
             raise ValueError(
-                f"{told} seems to be several labels in one cell: if so, say {remedy}; if each is one class, name the "
+                f"{shown} seems to be several labels in one cell: if so, say {remedy}; if each is one class, name the "
                 f"classes in --data.classes, or keep them with "
                 f"{option('class-map', *(f'{name}={name}' for name in sorted(joined)[:10]))}"
             )
         if 2 * total > sum(each.count for each in self._found.values()):
-            yield f"{told} is read as one class: if it is several labels, say {remedy}"
+            yield f"{shown} is read as one class: if it is several labels, say {remedy}"
 
     def _all_names(self) -> set[str]:
         return {*self._found, *self._settled, *self._none}
@@ -175,13 +175,13 @@ class Doubts:
         clashes = [group for group in same if len(group) > 1 and any(each.name in self._open for each in group)]
         if not clashes:
             return
-        told, pairs = [], []
+        shown, pairs = [], []
         for group in clashes:
             target = max(group, key=self._rank).name
-            told.append(" and ".join(f"{described(each.name)} ({each.count:,} rows, {each.line})" for each in group))
+            shown.append(" and ".join(f"{described(each.name)} ({each.count:,} rows, {each.line})" for each in group))
             pairs += [f"{e.name}={target}" for e in group if e.name != target and e.name in self._open]
         raise ValueError(
-            f"labels {'; '.join(told)} seem to be one class: read them as one with {option('class-map', *pairs)}, or, "
+            f"labels {'; '.join(shown)} seem to be one class: read them as one with {option('class-map', *pairs)}, or, "
             "if they are not, name the classes in --data.classes"
         )
 
@@ -204,17 +204,17 @@ class Doubts:
     def _words(self) -> Iterator[str]:
         """Notices for words that may mean that nothing is known, or that nothing was found."""
         for each in self._open.values():
-            told = f"label {each.name!r} ({each.count:,} rows, {each.line})"
+            shown = f"label {each.name!r} ({each.count:,} rows, {each.line})"
             word = _spelling(each.name)[1].replace("_", " ")
             if self._several and word in _NONE_OF_THEM:
                 joined = (option("class-map", f"{each.name}={name}") for name in self._none)
                 yield (
-                    f"{told} is read as a class of its own: if it means none of the classes, say "
+                    f"{shown} is read as a class of its own: if it means none of the classes, say "
                     f"{next(joined, option('no-finding', each.name))}"
                 )
             elif word in _PERHAPS_MISSING:
                 yield (
-                    f"{told} is read as a class: if it means that the label is not known, leave it out with "
+                    f"{shown} is read as a class: if it means that the label is not known, leave it out with "
                     f"{option('drop-classes', each.name)}"
                 )
 

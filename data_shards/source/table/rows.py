@@ -93,12 +93,12 @@ def _alike_groups(groups: Iterable[str], table: Table) -> tuple[str, ...]:
     alike = [names for names in spellings.values() if len(names) > 1]
     if not alike:
         return ()
-    told = "; ".join(
+    shown = "; ".join(
         " and ".join(f"{described(name)} ({counts[name]:,} rows)" for name in names) for names in alike[:3]
     )
     return (
         f"groups of {table.path} that differ only in how they are written are read as different ones, "
-        f"{len(alike):,} times: {told}{', ...' if len(alike) > 3 else ''}; if they are one, write them alike, or its "
+        f"{len(alike):,} times: {shown}{', ...' if len(alike) > 3 else ''}; if they are one, write them alike, or its "
         "images may be in two splits",
     )
 
@@ -119,11 +119,11 @@ def _splits(table: Table, kept: Sequence[int], config: DataConfig) -> dict[int, 
 def _unknown_splits(table: Table, cells: Sequence[str], unknown: Sequence[int], given: Sequence[str]) -> str:
     """What to say of cells that name no split; the remedy leaves open which split each of them means."""
     first, words = unknown[0], list(dict.fromkeys(cells[i] for i in unknown))
-    told = f"split {cells[first]!r} in {table.line(first)} is unknown"
+    shown = f"split {cells[first]!r} in {table.line(first)} is unknown"
     if not cells[first]:
-        told = f"{sum(not cells[i] for i in unknown):,} rows have no split ({table.line(first)})"
+        shown = f"{sum(not cells[i] for i in unknown):,} rows have no split ({table.line(first)})"
     return (
-        f"{told}: write train, val or test there, or say what it means with "
+        f"{shown}: write train, val or test there, or say what it means with "
         f"{option('split-values', *given, *(f'{word}=...' for word in words[:_MOST_WORDS]))} (train, val or test in "
         "place of the dots)"
     )

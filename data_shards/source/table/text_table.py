@@ -102,14 +102,13 @@ def _delimiter(text: str) -> str:
 def _parsed(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The lines with their numbers and cells; a cell may have any length."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    lines = []
+    lines: list[tuple[int, list[str]]] = []
     # The limit is the process's: it is raised, never lowered, while this table is read, and put back.
     with _field_limit:
         before = csv.field_size_limit()
         csv.field_size_limit(max(before, len(text) + 1))
         try:
-            for cells in reader:
-                lines.append((reader.line_num, cells))
+            lines.extend((reader.line_num, cells) for cells in reader)
         except csv.Error as error:
             raise ValueError(
                 f"line {reader.line_num} of {path} cannot be read as CSV ({error}): correct it, maybe a quotation mark"

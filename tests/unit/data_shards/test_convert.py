@@ -258,7 +258,7 @@ def test_quarantined_files_are_named_but_not_in_the_store(tmp_path, caplog):
     (tmp_path / "set/right/7 (1).png").symlink_to(tmp_path / "nowhere")
     store = open_store(str(tmp_path / "out"))
     assert convert(config, store)["quarantine"] == 2
-    assert "2 images quarantined: left/0 (1).png (" in caplog.text
+    assert "quarantined 2 images: left/0 (1).png (" in caplog.text
     assert "right/7 (1).png (cannot be read: a link to a file that is not there)" in caplog.text
     assert not any(b"7 (1).png" in store.get(key) for key in store.list())
 

@@ -78,7 +78,7 @@ def test_a_set_without_copies_is_reported_as_such(tmp_path):
 def test_a_test_image_in_train_is_refused_before_any_shard(tmp_path):
     store = open_store(str(tmp_path / "out"))
     config = config_of(write_set(tmp_path / "set", [*distinct(), *COPIES]))
-    with pytest.raises(LeakError, match=r"2 times duplicates of one image") as caught:
+    with pytest.raises(LeakError, match=r"2 images have duplicates in different splits") as caught:
         convert(config, store)
     told = str(caught.value)
     assert "'copy in train.png' (train, label 'a') = 'test0.png' (test, label 'a'): equal pixels" in told
@@ -176,7 +176,7 @@ def test_equal_pixels_with_two_labels_are_reported_or_dropped(tmp_path, policy, 
 def test_equal_pixels_under_two_labels_may_be_refused(tmp_path):
     other_label = ("again.png", 100, "b", "train", "patient z")
     config = config_of(write_set(tmp_path / "set", [*distinct(), other_label]), duplicates={"labels": "refuse"})
-    with pytest.raises(LeakError, match=r"1 times equal pixels under different labels.*--data\.duplicates\.labels"):
+    with pytest.raises(LeakError, match=r"1 image has duplicates with different labels.*--data\.duplicates\.labels"):
         convert(config, open_store(str(tmp_path / "out")))
 
 

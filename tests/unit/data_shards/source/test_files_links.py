@@ -337,7 +337,7 @@ def test_litter_is_left_out_and_counted_in_every_kind_of_source(tmp_path, s3):
         assert contents(files) == {"a/x.png": b"1", "icon/y.png": b"2"}, kind
         assert files.folders == ["a", "icon"]
         assert len(files.notes) == 1
-        assert files.notes[0].startswith(f"{len(LITTER)} hidden files or folders of other programs are left out: ")
+        assert files.notes[0].startswith(f"{len(LITTER)} hidden or left by other programs, so left out: ")
 
 
 @pytest.mark.parametrize(

@@ -69,5 +69,5 @@ def test_weights_that_were_replaced_are_not_exported(store, tmp_path, capsys):
     path = tmp_path / "store" / "runs" / "mine" / "train" / "model" / "model.json"
     path.write_text(path.read_text().replace("ellipse", "ellipsis"))
     assert main(["export", "--run", "mine", "--to", "upstream", "--store", "store"]) == 1
-    assert "is on record" in capsys.readouterr().err
+    assert "is recorded" in capsys.readouterr().err
     assert not (tmp_path / "mine.pth").exists()

@@ -58,6 +58,8 @@ class ResidualBlock(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
+    if any(each.is_meta for each in module.parameters(recurse=False)):
+        return  # nothing to draw; torch would import its compiler for it, which takes a second
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

@@ -272,6 +272,8 @@ class SS2D(nn.Module):
 @torch.no_grad()
 def _initialize(module: nn.Module) -> None:
     """Upstream's initialization, drawn from torch's global generator."""
+    if any(each.is_meta for each in module.parameters(recurse=False)):
+        return  # nothing to draw; torch would import its compiler for it, which takes a second
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

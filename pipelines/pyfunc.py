@@ -24,6 +24,8 @@ BATCH = 32  # images per forward pass; bounds memory and changes nothing else
 class Classifier:
     """A trained network with its preprocessing. `load_model(uri, model_config={"device": "cuda"})` moves it."""
 
+    batch = BATCH
+
     def load_context(self, context: Any) -> None:
         """Reads weights.safetensors and model.json from the artifacts.
 
@@ -50,7 +52,8 @@ class Classifier:
         Raises ValueError, naming the row, for anything that is not an image.
         """
         images = model_input["image"].tolist() if isinstance(model_input, pd.DataFrame) else list(model_input)
-        found = [self._scores(images[first : first + BATCH], first) for first in range(0, len(images), BATCH)]
+        starts = range(0, len(images), self.batch)
+        found = [self._scores(images[first : first + self.batch], first) for first in starts]
         scores_NC = np.concatenate(found) if found else np.empty((0, len(self.card["classes"])))
         return pd.DataFrame(scores_NC.astype(np.float64), columns=self.card["classes"])
 

@@ -249,18 +249,22 @@ def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def loaded(tracking: Tracking, version: Version, *, device: str = "cpu") -> Iterator[Any]:
+def loaded(tracking: Tracking, version: Version, *, device: str = "cpu", **wanted: Any) -> Iterator[Any]:
     """Loads the version as a `pyfunc.Classifier`; its files are in a temporary folder that lasts as long as the block.
 
-    The files are checked against the digests in the version's tags, and the packaged code is not executed: the
-    installed code reads weights and model.json. Raises IntegrityError if anything was replaced.
+    `wanted` replaces values of the package's model_config, as far as it has these keys; `settings` of the classifier
+    has the result. The files are checked against the digests in the version's tags, and the packaged code is not
+    executed: the installed code reads weights and model.json. Raises IntegrityError if anything was replaced.
     """
     from medmamba.checkpoint import CheckpointError
     from pipelines.pyfunc import Classifier
 
     with fetched(tracking, version) as folder:
-        classifier = Classifier()
-        settings = {"device": device, "digest": version.tags[DIGEST_TAG]}
+        classifier: Any = Classifier()
+        packaged = _packaged_settings(folder.parent)
+        known = {name: value for name, value in wanted.items() if name in packaged}
+        settings = packaged | known | {"device": device, "digest": version.tags[DIGEST_TAG]}
+        classifier.settings = settings
         try:
             artifacts = {"weights": str(folder / WEIGHTS)}
             classifier.load_context(SimpleNamespace(artifacts=artifacts, model_config=settings))
@@ -300,6 +304,18 @@ def _checked_weights(version: Version, folder: Path) -> Path:
             "delete the version and register its run again"
         )
     return folder / "artifacts"
+
+
+def _packaged_settings(folder: Path) -> dict[str, Any]:
+    """The model_config in a package's MLmodel; empty if it cannot be read."""
+    import yaml
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    try:
+        return dict(Model.load(str(folder)).flavors["python_function"]["config"])
+    except (OSError, KeyError, TypeError, ValueError, MlflowException, yaml.YAMLError):
+        return {}  # of versions without a digest of the package it may be damaged; nothing depends on it there
 
 
 def _version(entry: Any) -> Version:

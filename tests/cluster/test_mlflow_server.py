@@ -9,7 +9,7 @@ import pytest
 import registered
 
 from data_shards.store import open_store
-from pipelines.commands.classify import classify
+from pipelines.predict.classify import classify
 from pipelines.tracking import TrackingError, open_tracking
 from pipelines.tracking.registry import by_alias, versions
 

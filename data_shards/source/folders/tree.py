@@ -47,7 +47,7 @@ class FolderTree:
         self._with_images: set[str] = set()
         self._images_in: dict[str, int] = defaultdict(int)
         for file in self.files:
-            self._images_in[file.rpartition("/")[0]] += _may_be_image(file)
+            self._images_in[file.rpartition("/")[0]] += may_be_image(file)
         for folder, num_images in self._images_in.items():
             _mark(folder, self._filled)
             if num_images:
@@ -81,7 +81,7 @@ class FolderTree:
     def num_strays_in(self, folder: str) -> int:
         """Number of files directly in the folder that could be images, without broken links."""
         return self.num_images_in(folder) - sum(
-            name.rpartition("/")[0] == folder and _may_be_image(name) for name in self.broken
+            name.rpartition("/")[0] == folder and may_be_image(name) for name in self.broken
         )
 
     def broken_next_to(self, folders: Iterable[str]) -> dict[str, str]:
@@ -102,7 +102,8 @@ def joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _may_be_image(file: str) -> bool:
+def may_be_image(file: str) -> bool:
+    """Whether a file could be an image by its name: it does not end like a document."""
     return posixpath.splitext(file)[1].lower() not in _DOCUMENTS
 
 

@@ -16,7 +16,7 @@ from medmamba.checkpoint import MODEL, WEIGHTS, CheckpointError, model_digest, s
 from medmamba.config import MedMambaConfig
 from medmamba.model import build_model
 from pipelines.cli import main
-from pipelines.commands.classify import classify
+from pipelines.predict.classify import classify
 from pipelines.steps.evaluate import evaluate_rank
 from pipelines.tracking import open_tracking, registry
 from pipelines.tracking.registry import (

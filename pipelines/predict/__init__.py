@@ -1,0 +1,1 @@
+"""Predictions: files, folders, archives, objects and splits in; class probabilities of a registered model out."""

@@ -43,8 +43,12 @@ RISKS = (0.01, 0.05, 0.1)
 """Shares of wrong answers for which a study says how many images may be answered."""
 
 
-def study(test: StoredPredictions, validation: StoredPredictions | None = None) -> tuple[Study, Calibrator | None]:
+def study(
+    test: StoredPredictions, validation: StoredPredictions | None = None, *, on_other_data: bool = False
+) -> tuple[Study, Calibrator | None]:
     """The study of a test split, and the calibrator that was fitted on validation.
+
+    With `on_other_data` the test split is of another dataset than the model was trained and validated on.
 
     Without validation predictions (evaluations of earlier releases have none) there is no calibrator, and `absent` has
     the reason.
@@ -52,7 +56,7 @@ def study(test: StoredPredictions, validation: StoredPredictions | None = None) 
     Raises:
         ValueError: test and validation are of different models or datasets, or the test split is empty.
     """
-    _check_pair(test, validation)
+    _check_pair(test, validation, on_other_data)
     absent = {}
     if validation is None or not len(validation):
         absent["validation"] = "no validation predictions: run `medmamba evaluate` under another run"
@@ -115,10 +119,10 @@ def checked(stored: StoredPredictions, temperature: float | None = None) -> Pred
     return checked_predictions(scores, stored.labels, stored.task, stored.group.tolist())
 
 
-def _check_pair(test: StoredPredictions, validation: StoredPredictions | None) -> None:
+def _check_pair(test: StoredPredictions, validation: StoredPredictions | None, on_other_data: bool) -> None:
     if validation is None:
         return
-    for name in ("model", "manifest", "classes", "task"):
+    for name in ("model", *(() if on_other_data else ("manifest",)), "classes", "task"):
         if getattr(test, name) != getattr(validation, name):
             raise ValueError(
                 f"test and validation predictions have another {name}: they are of two evaluations; run "

@@ -7,7 +7,9 @@ import numpy as np
 from pipelines.evaluation.predictions import StoredPredictions
 
 
-def drawn(names, *, task="multiclass", num=600, split="test", seed=0, weak_site=False) -> StoredPredictions:
+def drawn(
+    names, *, task="multiclass", num=600, split="test", seed=0, weak_site=False, model="w" * 64
+) -> StoredPredictions:
     draw, classes = np.random.default_rng(seed), len(names)
     site = draw.choice(["north", "south"], num)
     if task == "multilabel":
@@ -29,6 +31,6 @@ def drawn(names, *, task="multiclass", num=600, split="test", seed=0, weak_site=
         classes=tuple(names),
         split=split,
         manifest="m" * 64,
-        model="w" * 64,
+        model=model,
         metadata={"site": site},
     )

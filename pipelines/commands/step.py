@@ -22,7 +22,7 @@ def bring_step(work: StepWork, *, step: str) -> int:
 def evaluate(work: EvaluateWork[Any, Any]) -> int:
     """Runs the step, or with --on evaluates on another dataset; returns the exit code."""
     if work.on:
-        from pipelines.commands.study.other_dataset import evaluate_on
+        from pipelines.commands.work.other_dataset import evaluate_on
 
         return evaluate_on(work)
     if work.class_map or work.split != "test":

@@ -1,35 +1,55 @@
 """The registered model: encoded images (or pixels) in, class probabilities out.
 
-MLflow stores this file as the model's code ("models from code"), with the packages medmamba and data_shards and the two
-files of a checkpoint. There is no pickle, and prediction needs neither pipelines nor Ray nor DeepSpeed.
+MLflow stores this file as the model's code ("models from code"), with the packages medmamba and data_shards, the two
+files of a checkpoint, and calibration.json where validation data had one fitted. There is no pickle, and prediction
+needs neither pipelines nor Ray nor DeepSpeed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlflow.models
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 BATCH = 32  # images per forward pass; bounds memory and changes nothing else
 
 
+class UnusableRowsError(MlflowException, ValueError):
+    """Rows of a request are not images. A server answers with status 400 and this line alone."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line, error_code=INVALID_PARAMETER_VALUE)
+        self._line = line
+
+    def serialize_as_json(self) -> str:
+        """What a server answers: without the request's data, with which MLflow begins the message."""
+        return json.dumps({"error_code": self.error_code, "message": self._line})
+
+
 class Classifier:
-    """A trained network with its preprocessing. `load_model(uri, model_config={"device": "cuda"})` moves it."""
+    """A trained network with its preprocessing.
+
+    `load_model(uri, model_config={"device": "cuda"})` moves it; `model_config={"calibrated": False}` gives the
+    network's raw probabilities instead of those with the temperature that was fitted on validation.
+    """
 
     batch = BATCH
 
     def load_context(self, context: Any) -> None:
-        """Reads weights.safetensors and model.json from the artifacts.
+        """Reads weights.safetensors, model.json and, where there is one, calibration.json from the artifacts.
 
-        Raises ValueError if their digest is not the one that the model was packaged with.
+        Raises ValueError if their digests are not the ones that the model was packaged with.
         """
         _keep_kernels_outside()
         from medmamba.checkpoint import load_model
@@ -43,31 +63,47 @@ class Classifier:
             )
         self.device = settings.get("device", "cpu")
         self.model, _, self.card = load_model(folder, device=self.device, digest=settings["digest"])
+        file = context.artifacts.get("calibration")
+        is_wanted = settings.get("calibrated", True)
+        self.is_calibrated = bool(file and is_wanted)
+        self.temperature = _temperature(Path(file), settings) if self.is_calibrated else 1.0
 
     def predict(self, context, model_input, params=None):  # type hints would replace the signature
         """Returns a DataFrame of probabilities (N, classes), one row per image and one column per class.
 
         `model_input`: a DataFrame with the column `image`, or the images themselves: each one the bytes of an image
         file or uint8 pixels (H, W), (H, W, 1) or (H, W, 3); also one array (N, H, W) or (N, H, W, C) of equal sizes.
-        Raises ValueError, naming the row, for anything that is not an image.
+        Raises UnusableRowsError, a ValueError, with all rows that are not images and the reason of each.
         """
         images = model_input["image"].tolist() if isinstance(model_input, pd.DataFrame) else list(model_input)
-        starts = range(0, len(images), self.batch)
-        found = [self._scores(images[first : first + self.batch], first) for first in starts]
+        found, reasons = [], {}
+        for first in range(0, len(images), self.batch):
+            pixels = []
+            for row, image in enumerate(images[first : first + self.batch], first):
+                try:
+                    pixels.append(self._pixels(image, row))
+                except ValueError as error:
+                    reasons[row] = " ".join(str(error).split())
+            if not reasons:
+                found.append(self._scores(np.stack(pixels)))
+        if reasons:
+            raise UnusableRowsError(
+                f"{len(reasons)} of {len(images)} rows cannot be used, so none was predicted: "
+                f"{'; '.join(reasons.values())}"
+            )
         scores_NC = np.concatenate(found) if found else np.empty((0, len(self.card["classes"])))
         return pd.DataFrame(scores_NC.astype(np.float64), columns=self.card["classes"])
 
-    def _scores(self, images: Sequence[bytes | np.ndarray], first: int) -> np.ndarray:
+    def _scores(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         import torch
 
         from medmamba.loss import scores
         from medmamba.precision import exact_float32
         from medmamba.preprocess import preprocess
 
-        pixels_BHWC = np.stack([self._pixels(image, first + i) for i, image in enumerate(images)])
         with torch.inference_mode(), exact_float32():
             logits_BC = self.model(preprocess(torch.from_numpy(pixels_BHWC).to(self.device)))
-        return scores(logits_BC, self.card["task"]).cpu().numpy()
+        return scores(logits_BC.float() / self.temperature, self.card["task"]).cpu().numpy()
 
     def _pixels(self, image: bytes | np.ndarray, row: int) -> np.ndarray:
         """Pixels as uint8 (height, width, 3), prepared as in training: decode, shrink like the dataset, resize."""
@@ -95,6 +131,17 @@ class Classifier:
         size = self.card["image_size"]
         resized = resize_uint8(pixels_HWC, size if isinstance(size, int) else tuple(size))
         return np.broadcast_to(resized, (*resized.shape[:2], 3))
+
+
+def _temperature(file: Path, settings: dict[str, Any]) -> float:
+    """The temperature in calibration.json; raises ValueError if it is not the file that was packaged."""
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != settings.get("calibration"):
+        raise ValueError(
+            f"{file} is not the calibration that the model was packaged with: it was replaced or damaged; restore it, "
+            "or register the model again"
+        )
+    return float(json.loads(data)["temperature"])
 
 
 def _keep_kernels_outside() -> None:

@@ -18,6 +18,8 @@ from medmamba.loss import scores
 from medmamba.model import build_model
 from medmamba.preprocess import preprocess, resize_uint8
 from pipelines.console.terminal import Terminal
+from pipelines.evaluation.calibrator import fit
+from pipelines.evaluation.predictions import StoredPredictions
 from pipelines.steps import promote, register
 from pipelines.steps.context import StepContext
 from pipelines.steps.promote import GateConfig
@@ -50,6 +52,28 @@ def facts(store: Store, run: str, *, auc: float, manifest: str = "m" * 64, chann
     }
 
 
+def calibrate(store: Store, run: str, before: dict[str, dict], temperature: float) -> dict[str, dict]:
+    """The facts, with a calibration of the model in the store that has this temperature."""
+    draw = np.random.default_rng(0)
+    labels = np.eye(len(CLASSES), dtype=np.uint8)[np.arange(90) % len(CLASSES)]
+    logits = (labels + draw.normal(size=labels.shape)).astype(np.float32)
+    validation = StoredPredictions(
+        key=np.arange(90).astype(str),
+        group=np.arange(90).astype(str),
+        labels=labels,
+        scores=scores(torch.from_numpy(logits), "multiclass").numpy(),
+        logits=logits,
+        task="multiclass",
+        classes=tuple(CLASSES),
+        split="val",
+        manifest="m" * 64,
+        model=before["train"]["digest"],
+    )
+    key = f"runs/{run}/evaluate/calibration.json"
+    store.put(key, fit(validation).model_copy(update={"temperature": temperature}).to_json())
+    return {**before, "evaluate": {**before["evaluate"], "calibration": key}}
+
+
 def register_run(around: StepContext, before: dict[str, dict], model: str = "") -> dict:
     out = around.store.at("runs", around.run, "register")
     return register.run(RegisterConfig(model=model), None, out, around, **before)
@@ -67,14 +91,14 @@ def released(store: Store, tracking, run: str, *, auc: float, model: str = "", m
     return registered, promote_run(around, registered, **gate)
 
 
-def direct_scores(store: Store, run: str, images: list[np.ndarray]) -> np.ndarray:
+def direct_scores(store: Store, run: str, images: list[np.ndarray], temperature: float = 1.0) -> np.ndarray:
     """The probabilities of the model in the store by this project's own code, without MLflow."""
     folder = store.path(f"runs/{run}/train/model")
     assert folder is not None
     model, _, card = load_model(folder)
     pixels = np.stack([np.broadcast_to(resize_uint8(image, SIDE), (SIDE, SIDE, 3)) for image in images])
     with torch.inference_mode():
-        return scores(model(preprocess(torch.from_numpy(pixels))), card["task"]).numpy()
+        return scores(model(preprocess(torch.from_numpy(pixels))) / temperature, card["task"]).numpy()
 
 
 def images() -> list[np.ndarray]:
@@ -111,4 +135,36 @@ import medmamba, data_shards
 assert all("/code/" in module.__file__ for module in (medmamba, data_shards)), medmamba.__file__
 columns = np.array(list(frame.columns), dtype=str)
 np.savez(sys.argv[3], frame=frame.to_numpy(), columns=columns, direct=direct.to_numpy())
+"""
+
+# The same for a server: answers the requests in the JSON file of its second argument, as MLflow serves a model.
+SERVE_ELSEWHERE = """
+import json, sys, threading, time, urllib.error, urllib.request
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import mlflow.pyfunc, uvicorn
+from mlflow.pyfunc.scoring_server import init
+
+def ask(url, request):
+    asked = urllib.request.Request(url, json.dumps(request).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+found = {}
+for name, config in (("calibrated", None), ("raw", {"calibrated": False})):
+    app = init(mlflow.pyfunc.load_model(sys.argv[1], model_config=config))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    requests = json.load(open(sys.argv[2]))
+    found[name] = [ask(f"http://127.0.0.1:{port}/invocations", request) for request in requests]
+    server.should_exit = True
+    thread.join()
+assert not {"ray", "deepspeed", "pipelines"} & set(sys.modules)
+json.dump(found, open(sys.argv[3], "w"))
 """

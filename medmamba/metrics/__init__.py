@@ -19,5 +19,5 @@ A group (a patient) is what is independent, so each interval is clustered by gro
 empty is a group of its own. A figure that the sample does not define is None, never NaN. `figures` has the definitions,
 `influence` the variances, `confidence` which interval a figure gets and why.
 
-Older, for the step's record and for baselines: `classification`, `intervals`, `baselines`.
+Older, for the step's record and for baselines: `classification`, `baselines`.
 """

@@ -78,11 +78,7 @@ def rank_auc(score_n: np.ndarray, truth_n: np.ndarray) -> float:
 
     `truth_n` is boolean with both values.
     """
-    return auc_of_ranks(np.unique(score_n, return_inverse=True)[1], truth_n)
-
-
-def auc_of_ranks(rank_n: np.ndarray, truth_n: np.ndarray) -> float:
-    """As `rank_auc`, of whole numbers from 0 on in place of scores. Sorts nothing: a bootstrap calls it a lot."""
+    rank_n = np.unique(score_n, return_inverse=True)[1]
     counts = np.bincount(rank_n)
     mean_rank = np.cumsum(counts) - (counts - 1) / 2
     positives = int(truth_n.sum())

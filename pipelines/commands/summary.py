@@ -7,7 +7,10 @@ from dataclasses import replace
 
 from data_shards.store import Store
 from pipelines.commands.class_table import completed, print_classes
+from pipelines.commands.study.stored import find_study
+from pipelines.commands.study.tables import print_study
 from pipelines.console.terminal import console, table
+from pipelines.evaluation.parts import Study
 from pipelines.flow import Facts, Record, StepState
 from pipelines.steps.baselines import BASELINES
 from pipelines.steps.facts import EvaluateFacts, ShardFacts, read_facts
@@ -36,7 +39,7 @@ def print_summary(states: Sequence[StepState], store: Store, run: str) -> None:
         if isinstance(each, ShardFacts):
             print_classes(each.model_dump())
         elif isinstance(each, EvaluateFacts):
-            _print_metrics(each)
+            _print_evaluation(each, store)
     # The last promotion counts: a forced one comes after the gate's.
     places = dict(place for each in found for place in each.places(store.uri))
     where = [("store", store.uri), ("records", f"{store.uri}/runs/{run}"), *places.items()]
@@ -82,9 +85,29 @@ def _clipped(name: str, limit: int = 46) -> str:
     return name if len(name) <= limit else f"{name[: limit - 15]}…{name[-14:]}"
 
 
-def _print_metrics(facts: EvaluateFacts) -> None:
+def _print_evaluation(facts: EvaluateFacts, store: Store) -> None:
+    """Prints the metrics, then the study; evaluations of earlier releases have none."""
+    study, reason = find_study(store, facts.model_dump())
+    _print_metrics(facts, study)
+    if study is not None:
+        print_study(study)
+    elif reason:
+        console().print(reason, soft_wrap=True)
+
+
+def _print_metrics(facts: EvaluateFacts, study: Study | None) -> None:
     """Prints the network's metrics next to the baselines'; says so if the split is too small for small gaps."""
-    names = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1")
+    columns = {
+        "auc": "AUC",
+        "accuracy": "accuracy",
+        "balanced_accuracy": "balanced",
+        "sensitivity": "sens.",
+        "specificity": "spec.",
+        "f1": "F1",
+    }
+    if study is not None and study.task != "multilabel":
+        del columns["sensitivity"]  # the same number as the balanced accuracy
+    names = tuple(columns)
     title = f"Test split, {counted(facts.num_samples, 'image')}, compared with logistic regression and chance"
     rows = [("network", *(f"{facts.metrics[name]:.4f}" for name in names))]
     # Short, so that the table fits 80 columns.
@@ -92,11 +115,11 @@ def _print_metrics(facts: EvaluateFacts) -> None:
         if key in facts.baselines:
             found = facts.baselines[key]
             rows.append((name, *(f"{found[metric]:.4f}" if metric in found else "" for metric in names)))
-    table(title, ("", "AUC", "accuracy", "balanced", "sens.", "spec.", "F1"), rows)
+    table(title, ("", *columns.values()), rows)
     interval = facts.intervals.get("auc")
     for key, reason in facts.absent_baselines.items():
         console().print(f"{BASELINES.get(key, 'baselines')}: not available ({reason})", soft_wrap=True)
-    if interval:
+    if interval and study is None:
         console().print(f"95 % interval of the network's AUC, by group: {interval[0]:.3f} to {interval[1]:.3f}")
     if facts.num_samples < FEW_TEST_IMAGES:
         step = 100 / facts.num_samples

@@ -7,11 +7,9 @@ reason. Curves have at most `CURVE_POINTS` points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
 from medmamba.metrics.abstaining import choose_confidence, confidences, energy, energy_limit, risk_curve
 from medmamba.metrics.calibration import Calibration, calibration, with_temperature
@@ -22,6 +20,22 @@ from medmamba.metrics.operating import OperatingPoint, at_threshold, decision_cu
 from medmamba.metrics.predictions import Predictions, checked_predictions
 from medmamba.metrics.subgroups import rank_subgroups
 from pipelines.evaluation.calibrator import Calibrator, fit, logits_of
+from pipelines.evaluation.parts import (
+    Abstaining,
+    Answering,
+    CalibrationPart,
+    ClassFigures,
+    Curve,
+    Decision,
+    Foreign,
+    Interval,
+    Point,
+    Reliability,
+    ReliabilityBin,
+    Sets,
+    Study,
+    SubgroupFigures,
+)
 from pipelines.evaluation.predictions import StoredPredictions
 
 CURVE_POINTS = 200
@@ -29,177 +43,12 @@ RISKS = (0.01, 0.05, 0.1)
 """Shares of wrong answers for which a study says how many images may be answered."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Interval(_Part):
-    """A figure with its 95 % interval by group; null where it is not defined."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    method: str = "none"
-
-
-class ClassFigures(_Part):
-    """The figures of one class, one against the rest."""
-
-    name: str
-    support: int
-    """Samples of the class."""
-    figures: dict[str, Interval]
-
-
-class Curve(_Part):
-    """ROC and precision-recall of one class; a point each per threshold, highest first."""
-
-    name: str
-    false_positive_rate: list[float]
-    true_positive_rate: list[float]
-    """Also the recall."""
-    precision: list[float]
-
-
-class ReliabilityBin(_Part):
-    """Samples of similar confidence."""
-
-    confidence: float
-    observed: Interval
-    count: int
-
-
-class Reliability(_Part):
-    """Expected calibration error and reliability curve."""
-
-    error: Interval
-    """Debiased."""
-    plain_error: float
-    curve: list[ReliabilityBin]
-
-
-class CalibrationPart(_Part):
-    """Calibration on test, as predicted and with the temperature fitted on validation."""
-
-    raw: Reliability
-    calibrated: Reliability | None = None
-    temperature: float | None = None
-
-
-class Point(_Part):
-    """A threshold of one class, chosen on validation, with its figures on test."""
-
-    name: str
-    rule: str
-    """For instance `sensitivity 0.95`."""
-    threshold: float
-    sensitivity: Interval
-    specificity: Interval
-    precision: Interval
-    negative_value: Interval
-    flagged: Interval
-
-
-class Decision(_Part):
-    """Decision curve of one class: net benefit by threshold, of the calibrated scores where there are any."""
-
-    name: str
-    threshold: list[float]
-    model: list[float]
-    low: list[float | None]
-    high: list[float | None]
-    treat_all: list[float]
-
-
-class Sets(_Part):
-    """Conformal prediction sets on test."""
-
-    miss: float
-    by_class: bool
-    limits: list[float]
-    coverage: Interval
-    coverage_by_class: list[Interval]
-    mean_size: float
-    empty: Interval
-    single: Interval
-
-
-class Answering(_Part):
-    """What is gained by answering only for confident images; the confidence was chosen on validation."""
-
-    risk: float
-    """The risk that was asked for."""
-    confidence: float | None
-    """null: no confidence has so small a risk on validation."""
-    answered: Interval | None = None
-    """Share of test images that are answered."""
-    wrong: Interval | None = None
-    """Share of wrong answers among them."""
-
-
-class Abstaining(_Part):
-    """Risk against coverage on test."""
-
-    coverage: list[float]
-    risk: list[float]
-    area: float
-    excess: float
-    rules: list[Answering]
-
-
-class Foreign(_Part):
-    """Images with little evidence for any class: energy above the limit, which 5 % of validation exceed."""
-
-    limit: float
-    flagged: Interval
-
-
-class SubgroupFigures(_Part):
-    """Samples with one value of a metadata column."""
-
-    column: str
-    value: str
-    num_samples: int
-    num_groups: int
-    figures: dict[str, Interval]
-    unranked: str | None
-    """Why it is not ranked; null where it is."""
-
-
-class Study(_Part):
-    """Everything that an evaluation says of a model on one test split."""
-
-    format: int = 1
-    task: str
-    classes: list[str]
-    split: str
-    num_samples: int
-    num_groups: int
-    manifest: str
-    model: str
-    sample_size: str
-    """One sentence on what a sample of this size can show."""
-    macro: dict[str, Interval]
-    averaged: dict[str, int]
-    """Classes that a macro figure is the mean of."""
-    by_class: list[ClassFigures]
-    confusion: list[Any]
-    """Counts, rows: labels, columns: predictions; multilabel: a 2x2 matrix per class."""
-    curves: list[Curve]
-    calibration: CalibrationPart
-    operating_points: list[Point]
-    decisions: list[Decision]
-    sets: list[Sets]
-    abstaining: Abstaining
-    foreign: Foreign | None
-    subgroups: list[SubgroupFigures]
-    """Ranked ones first, worst first."""
-    absent: dict[str, str] = Field(default_factory=dict)
-    """Part -> why it was not computed."""
-
-
-def study(test: StoredPredictions, validation: StoredPredictions | None = None) -> tuple[Study, Calibrator | None]:
+def study(
+    test: StoredPredictions, validation: StoredPredictions | None = None, *, on_other_data: bool = False
+) -> tuple[Study, Calibrator | None]:
     """The study of a test split, and the calibrator that was fitted on validation.
+
+    With `on_other_data` the test split is of another dataset than the model was trained and validated on.
 
     Without validation predictions (evaluations of earlier releases have none) there is no calibrator, and `absent` has
     the reason.
@@ -207,7 +56,7 @@ def study(test: StoredPredictions, validation: StoredPredictions | None = None) 
     Raises:
         ValueError: test and validation are of different models or datasets, or the test split is empty.
     """
-    _check_pair(test, validation)
+    _check_pair(test, validation, on_other_data)
     absent = {}
     if validation is None or not len(validation):
         absent["validation"] = "no validation predictions: run `medmamba evaluate` under another run"
@@ -270,10 +119,10 @@ def checked(stored: StoredPredictions, temperature: float | None = None) -> Pred
     return checked_predictions(scores, stored.labels, stored.task, stored.group.tolist())
 
 
-def _check_pair(test: StoredPredictions, validation: StoredPredictions | None) -> None:
+def _check_pair(test: StoredPredictions, validation: StoredPredictions | None, on_other_data: bool) -> None:
     if validation is None:
         return
-    for name in ("model", "manifest", "classes", "task"):
+    for name in ("model", *(() if on_other_data else ("manifest",)), "classes", "task"):
         if getattr(test, name) != getattr(validation, name):
             raise ValueError(
                 f"test and validation predictions have another {name}: they are of two evaluations; run "

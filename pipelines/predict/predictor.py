@@ -22,7 +22,7 @@ class Predictor:
         self._classifier.batch = batch_size
         card = classifier.card
         self.classes = tuple(map(str, card["classes"]))
-        self.calibrated = bool(classifier.settings.get("calibrated", False))
+        self.calibrated = bool(classifier.is_calibrated)
         """Whether the probabilities are calibrated on validation images."""
         self._max_side, self._channels = card.get("max_side"), card["channels"]
         size = card["image_size"]
@@ -82,8 +82,7 @@ def open_predictor(
     store.reach()  # the model may be stored there: report an unreachable S3 before MLflow waits for it
     tracking = tracking or open_tracking(store)
     version = find_model(tracking, model, alias)
-    wanted = {"calibrated": False} if raw else {}
-    with loaded(tracking, version, device=_device(device), **wanted) as classifier:
+    with loaded(tracking, version, device=_device(device), calibrated=not raw) as classifier:
         yield Predictor(classifier, version, batch_size=batch_size)
 
 

@@ -129,6 +129,10 @@ class EvaluateFacts(Facts):
     """Baseline -> why it is missing."""
     intervals: dict[str, list[float]] = Field(default_factory=dict)
     """Metric -> lower and upper bound of its 95 % interval."""
+    study: str = ""
+    """The file with every figure, interval and curve."""
+    calibration: str = ""
+    """The file with what was fitted on validation."""
 
     def line(self) -> str:
         """See Facts."""
@@ -136,7 +140,8 @@ class EvaluateFacts(Facts):
 
     def places(self, store_uri: str) -> list[tuple[str, str]]:
         """See Facts."""
-        return [("predictions", f"{store_uri}/{self.predictions}")]
+        files = {"predictions": self.predictions, "study": self.study, "calibration": self.calibration}
+        return [(what, f"{store_uri}/{file}") for what, file in files.items() if file]
 
 
 class RegisterFacts(Facts):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from data_shards.store import Store
 from data_shards.store.fenced_lease import FencedLease, LostLeaseError
 from medmamba.config import MODEL, WEIGHTS
+from pipelines.evaluation.files import CALIBRATION
 from pipelines.placement import Placement
 from pipelines.provenance import git_commit
 from pipelines.scratch import scratch
@@ -83,7 +84,9 @@ def run(
                     held.note(mlflow_run=run_id)
                     # A repetition finds what was done before MLflow went down.
                     find = functools.partial(_version, context, out, name, held)
-                    version = tracking.patiently(functools.partial(find, train=train, run_id=run_id, tags=tags))
+                    version = tracking.patiently(
+                        functools.partial(find, train=train, evaluate=evaluate, run_id=run_id, tags=tags)
+                    )
                     tracking.patiently(functools.partial(_drop_later, context, name, version, identity))
                     tested = {f"test_{key}": value for key, value in evaluate["metrics"].items()}
                     tracking.log_metrics(run_id, tested)
@@ -108,7 +111,15 @@ def run(
 
 
 def _version(
-    context: StepContext, out: Store, name: str, held: FencedLease, *, train: dict, run_id: str, tags: dict[str, str]
+    context: StepContext,
+    out: Store,
+    name: str,
+    held: FencedLease,
+    *,
+    train: dict,
+    evaluate: dict,
+    run_id: str,
+    tags: dict[str, str],
 ) -> Version:
     """The version of this model: the one that an earlier run of this step made, else a new one."""
     tracking = context.tracking
@@ -116,6 +127,7 @@ def _version(
     identity = {key: tags[key] for key in ("medmamba.record", "medmamba.digest")}
     with scratch("register") as folder:
         checkpoint = _fetch(context.store.at(train["model"]), folder / "checkpoint", train["digest"])
+        _fetch_calibration(context.store, evaluate, checkpoint, train["digest"])
         card = json.loads((checkpoint / MODEL).read_text())["card"]
         packaged = folder / "packaged"
         package(packaged, checkpoint, card["classes"])
@@ -174,6 +186,17 @@ def _fetch(model: Store, folder: Path, expected: str) -> Path:
             f"({expected[:12]}): it was changed after the training; run the training again"
         )
     return folder
+
+
+def _fetch_calibration(store: Store, evaluate: dict, folder: Path, model: str) -> None:
+    """Copies calibration.json, if the evaluation has one; raises ValueError if it is damaged or another model's."""
+    if not (key := evaluate.get("calibration")):  # evaluations of earlier releases have none
+        return
+    from pipelines.evaluation.calibrator import read_calibrator
+
+    data = store.get(key)
+    read_calibrator(data, model=model)
+    (folder / CALIBRATION).write_bytes(data)
 
 
 def _tags(context: StepContext, shard: dict, train: dict, evaluate: dict) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import data_shards
 import medmamba
 from medmamba.config import MODEL, WEIGHTS
+from pipelines.evaluation.files import CALIBRATION
 from pipelines.scratch import scratch
 from pipelines.tracking.errors import TrackingError
 from pipelines.tracking.runs import Tracking
@@ -64,6 +65,8 @@ class Version:
 def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
     """Packages a checkpoint (weights.safetensors, model.json) as an MLflow model in the new folder `folder`.
 
+    A calibration.json in the checkpoint's folder is packaged too.
+
     Uses MLflow's models from code, so it contains no pickle. The code that reads the checkpoint is included, so the
     model loads without this project installed. Signature: `image` (encoded bytes) -> one probability per class. The
     same checkpoint and code give the same bytes, so that a model uploaded twice keeps its digest.
@@ -75,6 +78,12 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
     from medmamba.checkpoint import model_digest
 
     digest = model_digest((checkpoint / WEIGHTS).read_bytes(), (checkpoint / MODEL).read_bytes())
+    artifacts = {"weights": str(checkpoint / WEIGHTS), "card": str(checkpoint / MODEL)}
+    # The device and the calibration may be overridden when loading; the model checks its files against the digests.
+    settings: dict[str, Any] = {"device": "cpu", "digest": digest}
+    if (calibration := checkpoint / CALIBRATION).is_file():
+        artifacts["calibration"] = str(calibration)
+        settings |= {"calibrated": True, "calibration": hashlib.sha256(calibration.read_bytes()).hexdigest()}
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([ColSpec(DataType.double, name) for name in classes]),
@@ -85,11 +94,10 @@ def package(folder: Path, checkpoint: Path, classes: list[str]) -> None:
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(Path(__file__).parents[1] / "pyfunc.py"),
-            artifacts={"weights": str(checkpoint / WEIGHTS), "card": str(checkpoint / MODEL)},
+            artifacts=artifacts,
             code_paths=[package.__path__[0] for package in (medmamba, data_shards)],
             signature=signature,
-            # The device may be overridden when loading; the model checks its two files against the digest.
-            model_config={"device": "cpu", "digest": digest},
+            model_config=settings,
             pip_requirements=requirements(),
         )
     # The time, a random id and the path of the folder would make every package of the same model different.
@@ -249,24 +257,27 @@ def models_with_alias(tracking: Tracking, alias: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def loaded(tracking: Tracking, version: Version, *, device: str = "cpu", **wanted: Any) -> Iterator[Any]:
+def loaded(tracking: Tracking, version: Version, *, device: str = "cpu", calibrated: bool = True) -> Iterator[Any]:
     """Loads the version as a `pyfunc.Classifier`; its files are in a temporary folder that lasts as long as the block.
 
-    `wanted` replaces values of the package's model_config, as far as it has these keys; `settings` of the classifier
-    has the result. The files are checked against the digests in the version's tags, and the packaged code is not
-    executed: the installed code reads weights and model.json. Raises IntegrityError if anything was replaced.
+    With `calibrated` its probabilities have the temperature that was fitted on validation, if the version has one;
+    `is_calibrated` of the classifier says so.
+
+    The files are checked against the digests in the version's tags, and the packaged code is not executed: the
+    installed code reads weights and model.json. Raises IntegrityError if anything was replaced.
     """
     from medmamba.checkpoint import CheckpointError
     from pipelines.pyfunc import Classifier
 
     with fetched(tracking, version) as folder:
-        classifier: Any = Classifier()
-        packaged = _packaged_settings(folder.parent)
-        known = {name: value for name, value in wanted.items() if name in packaged}
-        settings = packaged | known | {"device": device, "digest": version.tags[DIGEST_TAG]}
-        classifier.settings = settings
+        classifier = Classifier()
+        settings = {"device": device, "digest": version.tags[DIGEST_TAG]}
+        artifacts = {"weights": str(folder / WEIGHTS)}
+        # Of a version without PACKAGE_TAG only the weights and the card were checked.
+        if calibrated and PACKAGE_TAG in version.tags and (file := folder / CALIBRATION).is_file():
+            artifacts["calibration"] = str(file)
+            settings["calibration"] = hashlib.sha256(file.read_bytes()).hexdigest()
         try:
-            artifacts = {"weights": str(folder / WEIGHTS)}
             classifier.load_context(SimpleNamespace(artifacts=artifacts, model_config=settings))
         except CheckpointError as error:
             raise IntegrityError(f"{version.uri} cannot be loaded: {error}") from error
@@ -304,18 +315,6 @@ def _checked_weights(version: Version, folder: Path) -> Path:
             "delete the version and register its run again"
         )
     return folder / "artifacts"
-
-
-def _packaged_settings(folder: Path) -> dict[str, Any]:
-    """The model_config in a package's MLmodel; empty if it cannot be read."""
-    import yaml
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-
-    try:
-        return dict(Model.load(str(folder)).flavors["python_function"]["config"])
-    except (OSError, KeyError, TypeError, ValueError, MlflowException, yaml.YAMLError):
-        return {}  # of versions without a digest of the package it may be damaged; nothing depends on it there
 
 
 def _version(entry: Any) -> Version:

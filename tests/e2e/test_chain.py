@@ -17,6 +17,10 @@ from data_shards.config import PhantomConfig
 from data_shards.manifest import open_dataset
 from data_shards.source.phantoms import phantom
 from data_shards.store import open_store
+from pipelines.evaluation.calibrator import read_calibrator
+from pipelines.evaluation.parts import Study
+from pipelines.evaluation.predictions import read_predictions
+from pipelines.evaluation.study import study
 
 MODEL = "medmamba-phantoms"
 
@@ -97,6 +101,19 @@ def test_every_test_image_was_predicted_exactly_once(facts, store):
     index = open_dataset(store.at(facts["shard"]["data"])).index("test")
     assert table["key"].to_pylist() == index.key.tolist()
     assert np.allclose(np.array(table["scores"].to_pylist()).sum(1), 1, atol=1e-5)
+
+
+def test_the_study_is_that_of_the_stored_predictions(facts, store):
+    found = facts["evaluate"]
+    test = read_predictions(store, found["predictions"], digest=found["digest"])
+    validation = read_predictions(store, found["predictions"].replace(".parquet", "-val.parquet"))
+    expected, calibrator = study(test, validation)
+    assert Study.model_validate_json(store.get(found["study"])) == expected
+    assert read_calibrator(store.get(found["calibration"]), model=facts["train"]["digest"]) == calibrator
+    auc = expected.macro["auc"]
+    assert (auc.value, [auc.low, auc.high]) == (pytest.approx(found["metrics"]["auc"]), found["intervals"]["auc"])
+    assert validation.split == "val"
+    assert len(validation) == facts["shard"]["samples"]["val"]
 
 
 def test_mlflow_has_one_run_per_step_and_nested_trial_runs(facts, client):

@@ -14,6 +14,7 @@ from data_shards.store.disk import require_temporary_folder
 from data_shards.store.outage import listening
 from pipelines.cluster.ray_session import RaySessionError
 from pipelines.commands.class_table import completed
+from pipelines.commands.study.stored import with_study
 from pipelines.commands.summary import print_profile, print_summary
 from pipelines.commands.work.begun import read_begun
 from pipelines.commands.work.connect import open_context
@@ -134,6 +135,8 @@ def _print(work: Resolved, states: Sequence[StepState], store: Store) -> None:
     facts = {state.name: state.record.facts for state in states if state.record}
     if "shard" in facts:
         facts["shard"] = both_keys(completed(facts["shard"], store))
+    if "evaluate" in facts:
+        facts["evaluate"] = with_study(store, facts["evaluate"])
     print(json.dumps(facts, indent=2))
 
 

@@ -79,6 +79,20 @@ class TrainWork(StepWork[Values, Where], ProfiledWork[Values, Where]):
 
 
 @dataclass(frozen=True)
+class EvaluateWork(StepWork[Values, Where]):
+    """Arguments of `evaluate`."""
+
+    on: str = ""
+    """DATASET or DATASET/NAME of the store: evaluate the run's model on it instead, as it is calibrated. Nothing of the
+    run changes; the result is in the run's folder evaluate-on-DATASET-NAME."""
+    class_map: str = ""
+    """TOML file with "OTHER CLASS" = "OWN CLASS", or = "" to leave its images out, for --on. Classes it does not name
+    must have equal names."""
+    split: str = "test"
+    """Split of the other dataset, for --on."""
+
+
+@dataclass(frozen=True)
 class PromoteWork(StepWork[Values, Where]):
     """Arguments of `promote`."""
 

@@ -9,7 +9,6 @@ from sklearn import metrics as sk
 
 from medmamba.metrics.baselines import logistic_regression
 from medmamba.metrics.classification import by_class, evaluate, macro_auc, rank_auc
-from medmamba.metrics.intervals import auc_interval, bootstrap_interval
 
 
 def drawn(num_classes: int, *, task: str = "multiclass", n: int = 200, seed: int = 0):
@@ -95,32 +94,6 @@ def test_one_sample_dropped_or_doubled_moves_the_figures():
     assert evaluate(np.vstack([scores, scores[:1]]), np.vstack([labels, labels[:1]]), "multiclass") != full
 
 
-def test_an_interval_holds_its_figure_and_is_wider_by_patient():
-    scores, labels = drawn(3, n=60, seed=1)
-    scores, labels = np.repeat(scores, 5, axis=0), np.repeat(labels, 5, axis=0)
-    patients = [str(i // 5) for i in range(len(labels))]
-    figure = macro_auc(scores, labels)
-    by_image = bootstrap_interval(scores, labels, macro_auc, num_resamples=200)
-    by_patient = bootstrap_interval(scores, labels, macro_auc, patients, num_resamples=200)
-    assert by_patient[0] < figure < by_patient[1]
-    assert by_patient[1] - by_patient[0] > 1.5 * (by_image[1] - by_image[0])
-    assert by_patient == bootstrap_interval(scores, labels, macro_auc, patients, num_resamples=200)
-
-
-def test_the_quick_interval_of_the_auc_is_that_of_any_metric():
-    rng = np.random.default_rng(1)
-    labels = np.eye(3, dtype=int)[np.arange(90) % 3]
-    scores = np.round(labels + rng.normal(size=(90, 3)), 1)  # rounded: with ties
-    groups = [str(i // 3) for i in range(90)]
-    assert auc_interval(scores, labels, groups) == pytest.approx(bootstrap_interval(scores, labels, macro_auc, groups))
-
-
-def test_an_interval_from_too_few_groups_is_refused():
-    labels = np.eye(8, dtype=int)
-    with pytest.raises(ValueError, match="of 8 groups"):
-        bootstrap_interval(labels * 0.5, labels, macro_auc, num_resamples=50)
-
-
 def test_the_linear_baseline_finds_only_what_is_linear():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(600, 4, 4))
@@ -145,7 +118,7 @@ def test_the_yardstick_refuses_a_class_it_never_saw():
 
 
 def test_the_metrics_load_no_torch():
-    modules = "medmamba.metrics.classification, medmamba.metrics.intervals, medmamba.metrics.baselines"
+    modules = "medmamba.metrics.classification, medmamba.metrics.estimates, medmamba.metrics.baselines"
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True)
 
 

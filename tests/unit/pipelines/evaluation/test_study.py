@@ -8,8 +8,9 @@ import pytest
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from pipelines.evaluation.calibrator import Calibrator, fit, read_calibrator
+from pipelines.evaluation.parts import Study
 from pipelines.evaluation.predictions import StoredPredictions, from_parquet, to_parquet
-from pipelines.evaluation.study import CURVE_POINTS, Study, logged_figures, study
+from pipelines.evaluation.study import CURVE_POINTS, logged_figures, study
 
 
 def drawn(task="multiclass", num=400, classes=3, seed=0, split="test", sharpness=2.0, groups=80, **other):
@@ -78,7 +79,7 @@ def test_figures_and_curves_are_those_of_scikit_learn():
     assert all(each.low <= each.value <= each.high for each in found.macro.values())
 
 
-def test_calibration_lowers_the_error_of_an_overconfident_network():
+def test_calibration_lowers_the_error_of_overconfidence():
     found, calibrator = study(drawn(sharpness=4), drawn(seed=1, split="val", sharpness=4))
     assert calibrator.temperature > 1.5
     assert calibrator.nll_calibrated < calibrator.nll_raw
@@ -87,7 +88,7 @@ def test_calibration_lowers_the_error_of_an_overconfident_network():
 
 def test_thresholds_sets_and_abstaining_are_chosen_on_validation():
     validation = drawn(seed=1, split="val", num=1000)
-    found, calibrator = study(drawn(num=1000), validation)
+    found, _ = study(drawn(num=1000), validation)
     at_95 = [point for point in found.operating_points if point.rule == "sensitivity 0.95"]
     assert [point.name for point in at_95] == ["a", "b", "c"]
     assert all(abs(point.sensitivity.value - 0.95) < 0.05 for point in at_95)

@@ -1,4 +1,4 @@
-"""What stands beside the network's metrics: yardsticks that cannot cost the evaluation, and an interval."""
+"""The baselines of the network's metrics, which cannot lose the evaluation."""
 
 import dataclasses
 
@@ -11,7 +11,13 @@ from data_shards.manifest import open_dataset
 from data_shards.store import open_store
 from medmamba.metrics.classification import evaluate
 from pipelines.console.terminal import Terminal
-from pipelines.steps.evaluate import EvaluateConfig, _baselines, _intervals, stratified
+from pipelines.steps.baselines import measure_baselines, stratified
+from pipelines.steps.evaluate import EvaluateConfig
+
+
+def measured(data, show=None, **settings):
+    config = EvaluateConfig(**settings)
+    return measure_baselines(data, side=config.baseline_side, num_samples=config.baseline_samples, show=show)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def test_a_rare_class_is_among_the_baselines_training_samples():
 
 
 def test_yardsticks_are_fitted_on_few_images_of_every_class(data):
-    found, absent = _baselines(EvaluateConfig(baseline_side=16, baseline_samples=10), data)
+    found, absent = measured(data, baseline_side=16, baseline_samples=10)
     assert absent == {}  # images of one size have no baseline of sizes, which is not worth a line
     for name in ("pixels", "chance"):
         assert found[name].keys() == {"auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1"}
@@ -42,13 +48,13 @@ def test_chance_is_always_naming_the_largest_class(data):
     labels = data.index("test").labels
     guess = np.zeros(labels.shape)
     guess[:, data.index("train").labels.sum(0).argmax()] = 1
-    found, _ = _baselines(EvaluateConfig(baseline_side=16, baseline_samples=10), data)
+    found, _ = measured(data, baseline_side=16, baseline_samples=10)
     assert found["chance"] == pytest.approx(evaluate(guess, labels, "multiclass"))
 
 
 def test_the_terminal_says_when_baselines_are_read_and_fitted(data, capsys):
     terminal = Terminal()
-    _baselines(EvaluateConfig(baseline_side=16), data, show=terminal)
+    measured(data, terminal, baseline_side=16)
     terminal.close()
     told = capsys.readouterr().err
     num = len(data.index("train")) + len(data.index("test"))
@@ -59,22 +65,13 @@ def test_the_terminal_says_when_baselines_are_read_and_fitted(data, capsys):
 @pytest.mark.parametrize("task", ["off", "multilabel"])
 def test_where_there_are_no_baselines_the_reason_is_given(data, task):
     manifest = data.manifest.model_copy(update={"task": "multilabel" if task == "multilabel" else "multiclass"})
-    config = EvaluateConfig(baseline_side=0 if task == "off" else 16)
-    found, absent = _baselines(config, dataclasses.replace(data, manifest=manifest))
+    found, absent = measured(dataclasses.replace(data, manifest=manifest), baseline_side=0 if task == "off" else 16)
     assert found == {}
     assert set(absent) == {"all"}
 
 
 def test_a_baseline_that_cannot_be_fitted_has_a_reason(data):
     manifest = data.manifest.model_copy(update={"classes": (*data.manifest.classes, "one that no image shows")})
-    found, absent = _baselines(EvaluateConfig(baseline_side=16), dataclasses.replace(data, manifest=manifest))
+    found, absent = measured(dataclasses.replace(data, manifest=manifest), baseline_side=16)
     assert set(found) == {"chance"}
     assert "the yardstick needs every class" in absent["pixels"]
-
-
-def test_the_auc_interval_is_by_group_seeded_and_holds_the_auc(data):
-    index = data.index("test")
-    scores = index.labels * 0.6 + np.random.default_rng(0).random(index.labels.shape)
-    (low, high) = _intervals(scores, data)["auc"]
-    assert 0.5 < low < high <= 1
-    assert _intervals(scores, data)["auc"] == [low, high]

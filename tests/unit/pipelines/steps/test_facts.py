@@ -94,6 +94,17 @@ def test_the_lines_of_a_step_count_in_the_singular_too(step, facts, kind, lines)
     assert [found.line(), *found.lines(made.finished)] == lines
 
 
+def test_an_evaluation_shows_its_study_where_it_has_one():
+    files = {"study": "runs/r/evaluate/evaluation.json", "calibration": "runs/r/evaluate/calibration.json"}
+    places = read_facts("evaluate", record("evaluate", **files)).places("/store")
+    assert dict(places) == {
+        "predictions": "/store/runs/r/evaluate/predictions.parquet",
+        "study": "/store/runs/r/evaluate/evaluation.json",
+        "calibration": "/store/runs/r/evaluate/calibration.json",
+    }
+    assert [what for what, _ in read_facts("evaluate", record("evaluate")).places("/store")] == ["predictions"]
+
+
 def test_facts_no_release_records_are_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"step train is not valid \(epochs = 'many': .*restore it, or"):
         read_facts("train", record("train", epochs="many"))

@@ -1,0 +1,1 @@
+"""An evaluation's study on the terminal."""

@@ -98,7 +98,7 @@ def to_markdown(run: RunRecords) -> bytes:
 def _guidelines(run: RunRecords) -> Table:
     items = filled(described.answers(run))
     rows = [tuple(each[key] or "–" for key in ("item", "tripod_ai", "claim", "answer")) for each in items]
-    return Table("TRIPOD+AI and CLAIM 2020", ["item", "TRIPOD+AI", "CLAIM 2020", "answer"], rows, is_numeric=False)
+    return Table("TRIPOD+AI and CLAIM 2020", ["item", "TRIPOD+AI", "CLAIM 2020", "answer"], rows, "words")
 
 
 def _table(table: Table) -> str:

@@ -107,7 +107,7 @@ def training(run: RunRecords) -> Facts:
     initial = facts.get("init", {}).get("uri")
     return [
         ("Hardware", f"{hardware}{workers}{nodes}"),
-        ("Time", duration(usage["total_s"]) if usage.get("total_s") else f"{run.records['train'].seconds:.0f} s"),
+        ("Time", _time(usage.get("total_s") or run.records["train"].seconds)),
         ("GPU-hours", f"{usage['gpu_hours']:.2f}" if usage.get("gpu_hours") else "none recorded"),
         ("Energy", f"{energy:.2f} kWh" if energy else NOT_STATED),
         ("Cost", f"about ${cost:.2f}" if cost is not None else NOT_STATED),
@@ -197,6 +197,10 @@ def facts_text(run: RunRecords) -> str:
     chosen = dict(hyperparameters(run))
     wanted = ("train.batch_size", "train.optim.lr", "train.epochs", "train.image_size", "train.seed")
     return ", ".join(f"{key.removeprefix('train.')} {chosen[key]}" for key in wanted if key in chosen)
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _network(run: RunRecords) -> str:

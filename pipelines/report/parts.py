@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class Table:
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    is_numeric: bool = True
-    """Whether all columns but the first are numbers."""
+    kind: Literal["numbers", "words", "keys"] = "numbers"
+    """What the columns after the first are: numbers or words; keys: words, and the first has keys of settings."""
 
 
 @dataclass(frozen=True)

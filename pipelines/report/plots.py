@@ -31,9 +31,7 @@ def roc(found: Study) -> Figure:
         draw("roc", paint),
         f"ROC curve of {_of_classes(found)}. AUC: {_each(found, 'auc')}.",
         f"One class against the rest, on {found.split}. The dotted diagonal is chance.{_not_drawn(found)}",
-        _curve_table(
-            found, "1 - specificity and sensitivity", lambda c: (c.false_positive_rate, c.true_positive_rate)
-        ),
+        _curve_table(found, "1 - specificity and sensitivity", lambda c: (c.false_positive_rate, c.true_positive_rate)),
     )
 
 
@@ -108,10 +106,10 @@ def reliability(found: Study) -> Figure:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")
         for at, (name, part) in enumerate(parts.items()):
-            points = [each for each in part.curve if each.observed.value is not None]
-            x, y = [each.confidence for each in points], [each.observed.value or 0.0 for each in points]
-            low = [y_ - (y_ if each.observed.low is None else each.observed.low) for y_, each in zip(y, points)]
-            high = [(y_ if each.observed.high is None else each.observed.high) - y_ for y_, each in zip(y, points)]
+            points = [(each.confidence, each.observed) for each in part.curve if each.observed.value is not None]
+            x, y = [confidence for confidence, _ in points], [share.value or 0.0 for _, share in points]
+            low = [0.0 if share.low is None else (share.value or 0.0) - share.low for _, share in points]
+            high = [0.0 if share.high is None else share.high - (share.value or 0.0) for _, share in points]
             error = np.maximum([low, high], 0)
             style = {"color": COLORS[at], "linestyle": DASHES[at], "marker": "os"[at], "markersize": 5, "capsize": 2}
             axes.errorbar(x, y, yerr=error, elinewidth=0.8, label=f"{name}, error {number(part.error.value)}", **style)
@@ -275,4 +273,3 @@ def _bins(name: str, part: Reliability) -> list[tuple[str, ...]]:
     return [
         (name, number(e.confidence), number(e.observed.value), bounds(e.observed), f"{e.count:,}") for e in part.curve
     ]
-

@@ -18,7 +18,7 @@ def sections(run: RunRecords, examples: Sequence[Example], no_examples: str) -> 
         Section(
             "summary",
             "Summary",
-            text=[text for text in (described.verdict(run), found.sample_size, described.weakest(found)) if text],
+            text=[text for text in (found.sample_size, described.weakest(found)) if text],
             tables=_some(tables.key_figures(found), tables.baselines(run)),
         ),
         Section(
@@ -90,8 +90,8 @@ def _images(found: Sequence[Example], reason: str) -> Section:
     if not found:
         return Section("images", "Images", [f"None: {reason}."])
     text = (
-        "Grad-CAM maps of the predicted class: yellow where a branch of the network supports it most. A map shows where "
-        "the network looks, not why, and is no proof that it looks at the finding."
+        "Grad-CAM maps of the predicted class: yellow where a branch of the network supports it most. A map shows "
+        "where the network looks, not why, and is no proof that it looks at the finding."
     )
     return Section("images", "Images", [text], examples=found)
 
@@ -109,7 +109,7 @@ def _training(run: RunRecords) -> Section:
     drawn: list[Figure | None] = [training_plots.epochs(trained.get("history", []), trained.get("best_epoch", 0))]
     if tuned:
         drawn.append(training_plots.trials(tuned.get("trials", []), tuned.get("winner_number", 0)))
-    table = Table("Hyperparameters", ["key", "value"], described.hyperparameters(run), is_numeric=False)
+    table = Table("Hyperparameters", ["key", "value"], described.hyperparameters(run), "keys")
     return Section(
         "training",
         "Training",
@@ -124,8 +124,6 @@ def _guidelines(run: RunRecords) -> Section:
         (each["item"], each["tripod_ai"] or "–", each["claim"] or "–", each["answer"])
         for each in filled(described.answers(run))
     ]
-    table = Table(
-        "Items and what the records say", ["item", "TRIPOD+AI", "CLAIM 2020", "answer"], rows, is_numeric=False
-    )
+    table = Table("Items and what the records say", ["item", "TRIPOD+AI", "CLAIM 2020", "answer"], rows, "words")
     text = "What the records of the run can fill; the authors of a study must state the rest."
     return Section("guidelines", "Reporting guidelines: TRIPOD+AI and CLAIM", [text], tables=[table])

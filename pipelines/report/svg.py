@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ COLORS = ("#0072b2", "#c04a00", "#007a5a", "#a0457f", "#1a1a1a", "#7a6000", "#56
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 GRAY = "#6b6b6b"
 WIDTH, HEIGHT = 4.4, 3.7  # inches: on a phone of 360 px letters stay above 10 px
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "medmamba",
     "text.parse_math": False,  # class names may have dollar signs

@@ -30,14 +30,14 @@ def figure_name(key: str) -> str:
 
 
 def number(value: float | None, decimals: int = 3) -> str:
-    """With so many decimals; with more where it would be shown as 1 and is not. An en dash for None."""
+    """With so many decimals, one more where it would be shown as 1 and is not. An en dash for None."""
     if value is None:
         return "–"
-    text = f"{value:.{decimals}f}"
-    while decimals < 6 and abs(value) != 1 and text.lstrip("-") == f"{1:.{decimals}f}":
-        decimals += 1
-        text = f"{value:.{decimals}f}"
-    return text
+    for places in (decimals, decimals + 1):
+        text = f"{value:.{places}f}"
+        if value >= 1 or text != f"{1:.{places}f}":
+            return text
+    return f">{1 - 10.0 ** -(decimals + 1):.{decimals + 1}f}"
 
 
 def bounds(interval: Interval) -> str:

@@ -87,7 +87,7 @@ def test_calibration_lowers_the_error_of_an_overconfident_network():
 
 def test_thresholds_sets_and_abstaining_are_chosen_on_validation():
     validation = drawn(seed=1, split="val", num=1000)
-    found, calibrator = study(drawn(num=1000), validation)
+    found, _ = study(drawn(num=1000), validation)
     at_95 = [point for point in found.operating_points if point.rule == "sensitivity 0.95"]
     assert [point.name for point in at_95] == ["a", "b", "c"]
     assert all(abs(point.sensitivity.value - 0.95) < 0.05 for point in at_95)

@@ -37,6 +37,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "digest": "e", "predictions": "runs/r/evaluate/predictions.parquet", "num_samples": 120, "metrics": METRICS,
         "baselines": {"chance": {"auc": 0.5, "accuracy": 0.4}, "pixels": {"auc": 0.7, "accuracy": 0.6}},
     },
+    "report": {"digest": "d", "page": "runs/r/report/report.html", "card": "runs/r/report/card.json"},
     "register": {"digest": "r", "model": "medmamba-phantoms", "version": 7},
     "promote": {"digest": "p", "verdict": "yes", "reason": "there is no champion yet", "alias": "champion",
         "model": "medmamba-phantoms",

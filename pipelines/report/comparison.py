@@ -14,10 +14,13 @@ from pipelines.evaluation.study import checked
 from pipelines.report import described
 from pipelines.report.page import render
 from pipelines.report.parts import Figure, Section, Table
+from pipelines.report.plots import roc
 from pipelines.report.records import RunRecords, predictions_of
 from pipelines.report.svg import COLORS, GRAY, draw
 from pipelines.report.words import FIGURE_NAMES, clipped, figure_name, labels, number, plain, with_bounds
 
+MOST_CURVES = 6
+"""Runs whose ROC curves are shown."""
 DIFFERENCES = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "brier")
 
 
@@ -147,7 +150,16 @@ def _classes(runs: Sequence[RunRecords]) -> Section:
             each = [next((c for c in run.study.by_class if c.name == name), None) for run in runs]
             rows.append((plain(name), *(with_bounds(c.figures[key]) if c else "–" for c in each)))
         tables.append(Table(f"{figure_name(key)} by class", ["class", *(plain(run.run) for run in runs)], rows))
-    return Section("classes", "Classes", tables=tables)
+    drawn = [
+        replace(figure, title=f"{figure.title}: {plain(run.run)}", table=_of_run(figure.table, run))
+        for at, run in enumerate(runs[:MOST_CURVES])
+        for figure in [roc(run.study, f"roc-{at}")]
+    ]
+    return Section("classes", "Classes", tables=tables, figures=drawn)
+
+
+def _of_run(table: Table, run: RunRecords) -> Table:
+    return replace(table, caption=f"{table.caption}, {plain(run.run)}")
 
 
 def _settings(runs: Sequence[RunRecords]) -> Section:
@@ -164,4 +176,6 @@ def _data(runs: Sequence[RunRecords]) -> Section:
     found = [dict(described.data(run)) for run in runs]
     rows = [(key, *(each.get(key, "–") for each in found)) for key in ("Dataset", "Splits", "Licence", "Manifest")]
     rows.append(("Test images", *(f"{run.study.num_samples:,}" for run in runs)))
-    return Section("data", "Data", tables=[Table("Data", ["", *(plain(run.run) for run in runs)], rows, "words")])
+    return Section(
+        "data", "Data", tables=[Table("Datasets of the runs", ["", *(plain(run.run) for run in runs)], rows, "words")]
+    )

@@ -75,8 +75,8 @@ def splits(run: RunRecords) -> str:
     config = run.configs.get("shard", {})
     if config.get("split_column") or run.facts("shard").get("splits_from"):
         return "as the source says"
-    group = config.get("group_column") or config.get("group_pattern")
-    return "drawn by group, no group in two splits" if group else "drawn by image, groups are not known"
+    grouped = run.study.num_groups != run.study.num_samples
+    return "drawn by group, no group in two splits" if grouped else "drawn by image, groups are not known"
 
 
 def duplicates(run: RunRecords) -> Facts:

@@ -17,8 +17,8 @@ MOST_SUBGROUPS = 25
 _POINTS = 11  # of each curve in the tables
 
 
-def roc(found: Study) -> Figure:
-    """Receiver operating characteristic of each class."""
+def roc(found: Study, name: str = "roc") -> Figure:
+    """Receiver operating characteristic of each class; `name` makes its ids unique on a page."""
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -28,7 +28,7 @@ def roc(found: Study) -> Figure:
 
     return Figure(
         "ROC by class",
-        draw("roc", paint),
+        draw(name, paint),
         f"ROC curve of {_of_classes(found)}. AUC: {_each(found, 'auc')}.",
         f"One class against the rest, on {found.split}. The dotted diagonal is chance.{_not_drawn(found)}",
         _curve_table(found, "1 - specificity and sensitivity", lambda c: (c.false_positive_rate, c.true_positive_rate)),

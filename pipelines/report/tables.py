@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipelines.evaluation.study import Study
 from pipelines.report.parts import Table
 from pipelines.report.records import RunRecords
-from pipelines.report.words import FIGURE_NAMES, KEY_FIGURES, figure_name, number, plain, with_bounds
+from pipelines.report.words import FIGURE_NAMES, KEY_FIGURES, clipped, figure_name, number, plain, with_bounds
 
 MOST_SUBGROUPS = 40
 
@@ -55,7 +55,12 @@ def operating_points(found: Study) -> Table | None:
     """Thresholds that were chosen on validation, with their figures on test."""
     shares = ("sensitivity", "specificity", "precision", "negative_value", "flagged")
     rows = [
-        (plain(each.name), each.rule, number(each.threshold), *(with_bounds(getattr(each, name)) for name in shares))
+        (
+            clipped(each.name, 50),
+            each.rule,
+            number(each.threshold),
+            *(with_bounds(getattr(each, name)) for name in shares),
+        )
         for each in found.operating_points
     ]
     header = ["class", "chosen for", "threshold", "sensitivity", "specificity", "precision", "NPV", "flagged"]

@@ -164,7 +164,7 @@ def answers(run: RunRecords) -> dict[str, str]:
         "title": f"{plain(run.run)}: {found.task} classification into {', '.join(map(plain, found.classes))}",
         "use": INTENDED_USE,
         "sources": dict(data(run))["Source"] if card or run.configs.get("shard", {}).get("source") else "",
-        "preparation": f"decoded, stored losslessly, resized to {_image_size(run)} px",
+        "preparation": f"decoded, stored losslessly, resized; pixels per side: {_image_size(run)}",
         "subsets": splits(run),
         "outcome": f"the labels of the dataset: {', '.join(map(plain, found.classes))}",
         "predictors": f"{card.modality if card else 'the'} image's pixels alone",

@@ -203,7 +203,7 @@ def forest(found: Study) -> Figure | None:
         if overall is not None:
             axes.axvline(overall, color=COLORS[1], linewidth=1, linestyle="--")
         axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("AUC (dashed: all images)")
 
     rows = [

@@ -33,7 +33,7 @@ def counts(run: RunRecords) -> Table:
     """Images of each class in each split."""
     found = run.facts("shard").get("counts", {})
     names = [name for name in ("train", "val", "test") if name in found]
-    classes = list(dict.fromkeys(name for split in names for name in found[split]))
+    classes = list(dict.fromkeys([*run.study.classes, *(name for split in names for name in found[split])]))
     rows = [(plain(name), *(f"{found[split].get(name, 0):,}" for split in names)) for name in classes]
     samples = run.facts("shard").get("samples", {})
     rows += [("all images", *(f"{samples[split]:,}" for split in names))] if set(names) <= set(samples) else []

@@ -26,7 +26,7 @@ def chosen(dataset: Dataset, split: str, *, per_class: int) -> Iterator[tuple[st
     index = dataset.index(split)
     for label, name in enumerate(dataset.manifest.classes):
         positions = np.flatnonzero(index.labels[:, label])[:per_class].tolist()
-        yield name, [_image(dataset, split, position) for position in positions]
+        yield name, [read_image(dataset, split, position) for position in positions]
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], *, side: int = 96) -> Image.Image:
@@ -54,7 +54,8 @@ def fitted(pixels_HWC: np.ndarray, side: int) -> Image.Image:
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), method)
 
 
-def _image(dataset: Dataset, split: str, position: int) -> np.ndarray:
+def read_image(dataset: Dataset, split: str, position: int) -> np.ndarray:
+    """The image (H, W, C) at a position of the split's index. StoreError if its shard is missing."""
     index = dataset.index(split)
     entry = dataset.manifest.shards[int(index.shard[position])]
     where = {"start": int(index.offset[position]), "length": int(index.size[position])}

@@ -19,6 +19,7 @@ from pipelines.commands.datasets import DATASETS
 from pipelines.commands.export import EXPORT
 from pipelines.commands.predict import PREDICT
 from pipelines.commands.promote import PROMOTE
+from pipelines.commands.report import REPORT
 from pipelines.commands.run import QUICKSTART, RUN
 from pipelines.commands.shards.command import SHARDS
 from pipelines.commands.status import STATUS
@@ -50,6 +51,7 @@ VERBS: dict[str, Command] = {
         PROMOTE,
         PREDICT,
         EXPORT,
+        REPORT,
         STATUS,
         DATASETS,
         SHARDS,

@@ -6,14 +6,22 @@ from collections.abc import Callable
 
 from pipelines.flow import Step
 from pipelines.recipes import Recipe
-from pipelines.steps import evaluate, promote, register, shard, train, tune
-from pipelines.steps.facts import EvaluateFacts, PromoteFacts, RegisterFacts, ShardFacts, TrainFacts, TuneFacts
+from pipelines.steps import evaluate, promote, register, report, shard, train, tune
+from pipelines.steps.facts import (
+    EvaluateFacts,
+    PromoteFacts,
+    RegisterFacts,
+    ReportFacts,
+    ShardFacts,
+    TrainFacts,
+    TuneFacts,
+)
 from pipelines.steps.search import TuneStepConfig
 from pipelines.worker.config import TrainStepConfig
 
 
 def release(recipe: Recipe) -> list[Step]:
-    """Images in, a promoted model out: shard, tune, train with the winner, evaluate, register, promote."""
+    """Images in, a promoted model out: shard, tune, train with the winner, evaluate, report, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
         Step("shard", shard.run, recipe.data, binds_on_refusal=False, facts=ShardFacts),
@@ -24,7 +32,7 @@ def release(recipe: Recipe) -> list[Step]:
 
 
 def direct(recipe: Recipe) -> list[Step]:
-    """Without a sweep: shard, train with the recipe's values, evaluate, register, promote."""
+    """Without a sweep: shard, train with the recipe's values, evaluate, report, register, promote."""
     training = TrainStepConfig(model=recipe.model, train=recipe.train)
     return [
         Step("shard", shard.run, recipe.data, binds_on_refusal=False, facts=ShardFacts),
@@ -36,6 +44,14 @@ def direct(recipe: Recipe) -> list[Step]:
 def _judge(recipe: Recipe) -> list[Step]:
     return [
         Step("evaluate", evaluate.run, recipe.evaluate, {"shard": "shard", "train": "train"}, facts=EvaluateFacts),
+        Step(
+            "report",
+            report.run,
+            report.ReportConfig(),
+            {name: name for name in ("shard", "train", "evaluate")},
+            is_spread=False,
+            facts=ReportFacts,
+        ),
         Step(
             "register",
             register.run,

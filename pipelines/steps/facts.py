@@ -144,6 +144,23 @@ class EvaluateFacts(Facts):
         return [(what, f"{store_uri}/{file}") for what, file in files.items() if file]
 
 
+class ReportFacts(Facts):
+    """The page and the model card of an evaluation."""
+
+    page: str
+    """Its file in the store."""
+    card: str
+    """Its file in the store, as JSON."""
+
+    def line(self) -> str:
+        """See Facts."""
+        return self.page
+
+    def places(self, store_uri: str) -> list[tuple[str, str]]:
+        """See Facts."""
+        return [("report", f"{store_uri}/{self.page}")]
+
+
 class RegisterFacts(Facts):
     """A version in MLflow's registry."""
 
@@ -186,6 +203,7 @@ FACTS: Mapping[str, type[Facts]] = {
     "tune": TuneFacts,
     "train": TrainFacts,
     "evaluate": EvaluateFacts,
+    "report": ReportFacts,
     "register": RegisterFacts,
     "promote": PromoteFacts,
 }

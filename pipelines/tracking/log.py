@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.tracking.client import Client
@@ -81,6 +82,15 @@ class RunLog(Client):
 
             with self.errors("cannot set tags"):
                 self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+        self.patiently(log)
+
+    def log_files(self, run_id: str, folder: Path) -> None:
+        """Copies the files of a folder to the run's artifacts; files there with the same names are replaced."""
+
+        def log() -> None:
+            with self.errors("cannot upload files"):
+                self.client.log_artifacts(run_id, str(folder))
 
         self.patiently(log)
 

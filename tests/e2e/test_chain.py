@@ -120,7 +120,7 @@ def test_mlflow_has_one_run_per_step_and_nested_trial_runs(facts, client):
     experiments = [each.experiment_id for each in client.search_experiments()]
     runs = client.search_runs(experiments, "tags.`medmamba.run` = 'first'")
     steps = sorted(run.data.tags["medmamba.step"] for run in runs)
-    assert steps == ["evaluate", "promote", "register", "shard", "train", "tune"]
+    assert steps == ["evaluate", "promote", "register", "report", "shard", "train", "tune"]
     trials = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{facts['tune']['mlflow_run']}'")
     assert len(trials) == 2
     assert {run.info.status for run in [*runs, *trials]} == {"FINISHED"}

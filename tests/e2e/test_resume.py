@@ -66,8 +66,8 @@ def test_a_killed_driver_resumes_to_the_same_metrics(uninterrupted, tmp_path):
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
     experiments = [each.experiment_id for each in client.search_experiments()]
     runs = client.search_runs(experiments)
-    # shard, train, evaluate, register, promote
-    assert len(runs) == 5
+    # shard, train, evaluate, report, register, promote
+    assert len(runs) == 6
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert [version.version for version in client.search_model_versions("name = 'medmamba-phantoms'")] == ["1"] or [
         int(version.version) for version in client.search_model_versions("name = 'medmamba-phantoms'")

@@ -39,7 +39,7 @@ README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCES = {name: FENCE.findall(text) for name, text in DOCUMENTS.items()}
 STEPS = {step.name for workflow in WORKFLOWS.values() for step in workflow(Recipe())}
-LOOKING = ("predict", "export", "status", "datasets", "submit", "bench", "shards")  # verbs without --dry-run
+LOOKING = ("predict", "export", "report", "status", "datasets", "submit", "bench", "shards")  # verbs without --dry-run
 # What other programs the documents call. The paths that these commands name have to exist.
 PROGRAMS = {"make", "source", "mkdir", "export", "ray", "docker", "kubectl", "cd", "cp", ".venv/bin/python"}
 FOREIGN_FLAGS = {"--backend-store-uri", "--real"}  # of MLflow's command and of a script

@@ -52,11 +52,11 @@ class RunWork(ProfiledWork[Values, Where]):
     workflow: Annotated[
         tyro.conf.Positional[Literal["", "release", "direct"]], tyro.conf.arg(metavar="{release,direct}")
     ] = ""
-    """release: shard, tune, train, evaluate, register, promote. direct: the same without the sweep.
+    """release: shard, tune, train, evaluate, report, register, promote. direct: the same without the sweep.
     Empty: the run's own; for a new run release."""
     until: Annotated[
-        Literal["", "shard", "tune", "train", "evaluate", "register", "promote"],
-        tyro.conf.arg(metavar="{shard,tune,train,evaluate,register,promote}"),
+        Literal["", "shard", "tune", "train", "evaluate", "report", "register", "promote"],
+        tyro.conf.arg(metavar="{shard,tune,train,evaluate,report,register,promote}"),
     ] = ""
     """Stop after this step. Empty: run to the end."""
 

@@ -37,6 +37,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "digest": "e", "predictions": "runs/r/evaluate/predictions.parquet", "num_samples": 120, "metrics": METRICS,
         "baselines": {"chance": {"auc": 0.5, "accuracy": 0.4}, "pixels": {"auc": 0.7, "accuracy": 0.6}},
     },
+    "report": {"digest": "d", "page": "runs/r/report/report.html", "card": "runs/r/report/card.json"},
     "register": {"digest": "r", "model": "medmamba-phantoms", "version": 7},
     "promote": {"digest": "p", "verdict": "yes", "reason": "there is no champion yet", "alias": "champion",
         "model": "medmamba-phantoms",
@@ -57,7 +58,10 @@ def finish(
 ) -> None:
     """Brings `run` to `last`; steps named in `failing` are left interrupted. `facts` replaces those of steps."""
     store = open_store(uri)
-    steps = [_with_facts(step, failing, FACTS | facts) for step in until(WORKFLOWS[workflow](recipe), last)]
+    steps = WORKFLOWS[workflow](recipe)
+    if last != "promote":  # the last step, but it does not need the report
+        steps = until(steps, last)
+    steps = [_with_facts(step, failing, FACTS | facts) for step in steps]
     quiet = Terminal(quiet=True)
     placement = resolve(PlacementConfig(), [Node(2)])
 

@@ -156,7 +156,7 @@ def test_a_dry_run_prints_configuration_and_step_states(capsys):
     text = capsys.readouterr().out
     assert '"batch_size": 32' in text
     steps = re.findall(r"^(\w+) +│ (to do)", text, re.MULTILINE)
-    assert [name for name, _ in steps] == ["shard", "tune", "train", "evaluate", "register", "promote"]
+    assert [name for name, _ in steps] == ["shard", "tune", "train", "evaluate", "report", "register", "promote"]
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "shard", "tune", "evaluate"])
@@ -461,7 +461,7 @@ def test_a_finished_run_prints_model_and_baselines_and_exits_0(capsys):
     assert "Only 120 test images" in seen.out
     assert "models:/medmamba-phantoms@champion" in seen.out
     assert [line.split() for line in seen.err.splitlines()[1:]] == [
-        [step, "done"] for step in ("shard", "tune", "train", "evaluate", "register", "promote")
+        [step, "done"] for step in ("shard", "tune", "train", "evaluate", "report", "register", "promote")
     ]
 
 
@@ -470,7 +470,7 @@ def test_the_results_of_a_finished_run_as_json(capsys):
     assert main(["run", "--run", "r", "--store", "store", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["register"]["version"] == 7
-    assert list(facts) == ["shard", "tune", "train", "evaluate", "register", "promote"]
+    assert list(facts) == ["shard", "tune", "train", "evaluate", "report", "register", "promote"]
 
 
 def test_a_no_of_the_gate_is_exit_code_3_each_time_it_is_asked(capsys):

@@ -13,6 +13,9 @@ from data_shards.renamed import RenamedSettings, old_words
 Task = Literal["multiclass", "ordinal", "multilabel"]
 """multiclass: one of several classes; ordinal: classes in order (grades); multilabel: any number of them."""
 
+STORED_COLUMNS = ("key", "group", "label", "scores", "logits", "height", "width", "channels")
+"""Columns of stored predictions, beside which metadata columns are stored."""
+
 
 def plain_name(value: str, what: str) -> str:
     """The value itself; ValueError where it cannot name a folder of the store. `what` it is, for the message."""
@@ -137,6 +140,9 @@ class DataConfig(RenamedSettings):
     """Column with the patient, or whatever must not be in two splits; empty: the catalog's, or none."""
     group_pattern: str = ""
     """Regular expression whose first group is the patient in an image's path: `patient_(\\d+)_`; empty: none."""
+    metadata_columns: tuple[str, ...] = ()
+    """Columns of the table to keep for figures by subgroup, for example `age sex device`. They are stored readable for
+    all readers of the store: choose none that identifies a patient."""
     split_column: str = ""
     """Column saying train, val or test; empty: the catalog's, or none, and splits are drawn; `-`: none in any
     case."""
@@ -243,6 +249,18 @@ class DataConfig(RenamedSettings):
                 f"group_pattern {value!r} has no group: put the part that names the patient in parentheses, as in "
                 r"'patient_(\d+)_'"
             )
+        return value
+
+    @field_validator("metadata_columns")
+    @classmethod
+    def _columns_to_keep(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := next((name for name in value if name in STORED_COLUMNS), None):
+            raise ValueError(
+                f"metadata_columns has {taken!r}, which is the name of a column of stored predictions: rename the "
+                "column in the table"
+            )
+        if "" in value or len(set(value)) != len(value):
+            raise ValueError(f"metadata_columns is {value}: name each column, and each only once")
         return value
 
     @field_validator("label_separator")

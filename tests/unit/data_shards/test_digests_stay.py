@@ -447,6 +447,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no split_column": ({"split_column": "-"}, "3b1ff5760c53224a"),
     "split_values": ({"split_values": ["1=train", "=test", "masks=drop"]}, "97e6f43713c59ae9"),
     "split_folders": ({"split_folders": "ignore"}, "af4475f59bee976a"),
+    "metadata_columns": ({"metadata_columns": ["age", "sex"]}, "143a0f5c5db6495f"),
     "rows_without_file": ({"rows_without_file": "drop"}, "f8008c0726e1574f"),
     "val_fraction": ({"val_fraction": 0.1}, "f9875fdb2cf641bd"),
     "test_fraction": ({"test_fraction": 0.25}, "7fbbd75fb29f09de"),

@@ -99,6 +99,7 @@ def test_no_default_that_decides_bytes_has_changed():
         "csv": "", "image_column": "", "label_column": "", "group_column": "", "split_column": "",
         "split_values": [], "split_folders": "keep", "rows_without_file": "refuse",
         "drop_classes": [], "class_map": [], "label_separator": "|", "no_finding": "", "group_pattern": "",
+        "metadata_columns": [],
         "val_fraction": 0.15, "test_fraction": 0.2, "seed": 0, "salt": "", "max_side": None, "max_quarantine": 0.01,
         "samples_per_shard": 10_000, "shard_bytes": 256_000_000,
         "leaks": {"near": 12, "across": "auto", "within": "report", "labels": "report", "datasets": "report"},

@@ -57,6 +57,9 @@ class DuplicatesConfig(BaseModel):
 
     near: int = Field(default=12, ge=0, le=24)
     """Bits, of a fingerprint's 168, in which near duplicates may differ; 0 finds identical pixels only."""
+    symmetries: Literal["off", "exact"] = "off"
+    """Duplicates that are turned: `exact` searches for the eight symmetries of the square (quarter turns and mirror
+    images)."""
     across: Literal["auto", "report", "drop", "move", "refuse"] = "auto"
     """Duplicates in different splits. `drop` and `move` spare the split that is held out most (test, then val): drop
     leaves the other duplicates out, move takes them there with their groups. `auto`: splits that are drawn keep
@@ -67,6 +70,15 @@ class DuplicatesConfig(BaseModel):
     """Identical pixels under different labels: `drop` leaves all of them out."""
     datasets: Literal["off", "report", "refuse"] = "report"
     """Duplicates in other datasets of the same store."""
+
+    @model_validator(mode="after")
+    def _symmetries_need_fingerprints(self) -> "DuplicatesConfig":
+        if self.symmetries != "off" and self.near == 0:
+            raise ValueError(
+                f"symmetries is {self.symmetries!r}, but near is 0, which compares pixels only: set near above 0 "
+                "(12 is the default)"
+            )
+        return self
 
 
 class DicomConfig(RenamedSettings):

@@ -97,6 +97,24 @@ def _blank(thumbnails_NHW: np.ndarray) -> np.ndarray:
 def _bits(thumbnails_NHW: np.ndarray) -> np.ndarray:
     frequencies = _COSINES @ thumbnails_NHW.astype(np.float64) @ _COSINES.T
     signs = frequencies.reshape(len(frequencies), -1)[:, 1:] > 0
+    return _packed(signs)
+
+
+def _packed(signs: np.ndarray) -> np.ndarray:
     padded = np.zeros((len(signs), 64 * _WORDS), np.uint8)
     padded[:, :NUM_BITS] = signs
     return np.packbits(padded, axis=1, bitorder="little").view("<u8")
+
+
+def symmetric(bits: np.ndarray) -> np.ndarray:
+    """The fingerprints (N, 3) of the eight turned and mirrored images: (8, N, 3), the images' own first.
+
+    No image is needed: mirrored, an image has the same frequencies with every second sign inverted; transposed, it has
+    them in the other order.
+    """
+    signs = np.unpackbits(np.ascontiguousarray(bits).view(np.uint8), axis=1, bitorder="little")[:, :NUM_BITS]
+    places = np.arange(1, NUM_BITS + 1)
+    down, right = places // _FREQUENCIES, places % _FREQUENCIES
+    transposed = signs[:, right * _FREQUENCIES + down - 1]
+    mirrors = (0 * places, right % 2, down % 2, (right + down) % 2)
+    return np.stack([_packed(each ^ mirror) for each in (signs, transposed) for mirror in mirrors])

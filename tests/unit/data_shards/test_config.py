@@ -18,6 +18,7 @@ from data_shards.config import DataConfig, PhantomConfig
         ({"samples_per_shard": 0}, "greater than or equal to 1"),
         ({"classes": ("a", "a")}, "one class twice"),
         ({"task": "binary"}, "multilabel"),
+        ({"duplicates": {"symmetries": "exact", "near": 0}}, "set near above 0"),
         ({"metadata_columns": ("age", "age")}, "each only once"),
         ({"metadata_columns": ("age", "")}, "name each column"),
         ({"metadata_columns": ("height",)}, "rename the column in the table"),

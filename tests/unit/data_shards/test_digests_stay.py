@@ -457,6 +457,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "samples_per_shard": ({"samples_per_shard": 500}, "5c1b63cff95708df"),
     "shard_bytes": ({"shard_bytes": 1000000}, "ccfb7099a8205f1b"),
     "leaks.near": ({"leaks": {"near": 0}}, "833b268ead23e4bb"),
+    "leaks.symmetries": ({"leaks": {"symmetries": "exact"}}, "21a1bb02cc6b9b7c"),
     "leaks.across report": ({"leaks": {"across": "report"}}, "6bea3ea351131d3c"),
     "leaks.across drop": ({"leaks": {"across": "drop"}}, "fc106601a080df37"),
     "leaks.across move": ({"leaks": {"across": "move"}}, "e35e463e58ffb6a2"),

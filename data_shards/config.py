@@ -57,9 +57,10 @@ class DuplicatesConfig(BaseModel):
 
     near: int = Field(default=12, ge=0, le=24)
     """Bits, of a fingerprint's 168, in which near duplicates may differ; 0 finds identical pixels only."""
-    symmetries: Literal["off", "exact"] = "off"
-    """Duplicates that are turned: `exact` searches for the eight symmetries of the square (quarter turns and mirror
-    images)."""
+    symmetries: Literal["off", "exact", "all"] = "off"
+    """Duplicates that are turned or shifted: `exact` searches for the eight symmetries of the square (quarter turns and
+    mirror images), `all` also for turns of up to 5 degrees with shifts of up to 5 % of the side. The time of `all`
+    grows with the square of the number of images (10 ms per image where there are 6,000)."""
     across: Literal["auto", "report", "drop", "move", "refuse"] = "auto"
     """Duplicates in different splits. `drop` and `move` spare the split that is held out most (test, then val): drop
     leaves the other duplicates out, move takes them there with their groups. `auto`: splits that are drawn keep

@@ -1,8 +1,9 @@
 """Images that are the same: clusters of exact and near duplicates, and what they mean under the splits of the rows.
 
 Two images are exact duplicates where their decoded pixels are equal, near duplicates where their fingerprints differ in
-few bits (fingerprint.py), turned ones where that is so after one of the eight symmetries of the square. Duplicates of a
-duplicate belong to one cluster. Legend: N images.
+few bits (fingerprint.py), turned ones where that is so after one of the eight symmetries of the square, shifted ones
+where they agree after a small turn or shift (shifted.py). Duplicates of a duplicate belong to one cluster.
+Legend: N images.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from data_shards.split import SPLITS
 MOST_FINDINGS = 10_000
 # So many duplicates of a finding are always listed; all of them until the report has so many in total, some 20 MB.
 MOST_COPIES, MOST_COPIES_IN_ALL = 50, 100_000
-KINDS: tuple[Kind, ...] = ("exact", "near", "turned")
+KINDS: tuple[Kind, ...] = ("exact", "near", "turned", "shifted")
 """How duplicates are alike, a level of clusters each."""
-_LIKENESS = {"exact": "equal pixels", "near": "nearly equal", "turned": "turned or mirrored"}
+_LIKENESS = {"exact": "equal pixels", "near": "nearly equal", "turned": "turned or mirrored", "shifted": "shifted"}
 HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out most, then val
 
 
@@ -211,7 +212,7 @@ class DuplicateClusters:
 
 def clusters_of(prints: Fingerprints, near: int, symmetries: Symmetries = "off") -> tuple[np.ndarray, ...]:
     """Numbers of the clusters, (N,) int64 each: of exact duplicates, of exact and near ones together, and, if they are
-    searched for, of these and turned ones together."""
+    searched for, of these and turned ones together, and of these and shifted ones (where there are thumbnails)."""
     from data_shards.duplicates.near import clusters, near_clusters, turned_clusters  # with numba
 
     exact = clusters(prints.pixels)
@@ -223,7 +224,12 @@ def clusters_of(prints: Fingerprints, near: int, symmetries: Symmetries = "off")
     alike = _united(exact, sharp, near_clusters(prints.bits[sharp], most=near))
     if symmetries == "off":
         return exact, alike
-    return exact, alike, _united(alike, sharp, turned_clusters(prints.bits[sharp], most=near))
+    turned = _united(alike, sharp, turned_clusters(prints.bits[sharp], most=near))
+    if symmetries == "exact" or prints.thumbnails is None:
+        return exact, alike, turned
+    from data_shards.duplicates.shifted import shifted_clusters
+
+    return exact, alike, turned, _united(turned, sharp, shifted_clusters(prints.thumbnails[sharp]))
 
 
 def _united(first: np.ndarray, among: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -40,17 +40,20 @@ class Fingerprints:
     pixels: np.ndarray  # (N, 2) uint64, digest of shape and pixels; 0 where undecodable
     bits: np.ndarray  # (N, 3) uint64, 168 bits; 0 unless SHARP
     size: np.ndarray  # (N,) int64, bytes of the source, or of its pixels where it gives pixels
+    thumbnails: np.ndarray | None = None  # (N, 32, 32) uint8, gray; None where shifted duplicates are not searched for
 
     def __len__(self) -> int:
         return len(self.state)
 
 
-def fingerprint(reader: Reader, rows: Sequence[Row], *, max_side: int | None = None) -> Fingerprints:
-    """The fingerprints of these rows' images, as a shard would hold them."""
+def fingerprint(
+    reader: Reader, rows: Sequence[Row], *, max_side: int | None = None, thumbnails: bool = False
+) -> Fingerprints:
+    """The fingerprints of these rows' images, as a shard would hold them; with `thumbnails` on request."""
     state = np.zeros(len(rows), np.uint8)
     pixels = np.zeros((len(rows), 2), np.uint64)
     size = np.zeros(len(rows), np.int64)
-    thumbnails = np.zeros((len(rows), _SIDE, _SIDE), np.uint8)
+    small = np.zeros((len(rows), _SIDE, _SIDE), np.uint8)
     for i, row in enumerate(rows):
         try:
             source = reader.read(row)
@@ -58,15 +61,15 @@ def fingerprint(reader: Reader, rows: Sequence[Row], *, max_side: int | None = N
         except UndecodableImage:
             continue  # it is quarantined when its shard is made
         size[i] = len(source) if isinstance(source, bytes) else source.nbytes
-        state[i], pixels[i], thumbnails[i] = SHARP, pixel_digest(image), _thumbnail(image)
-    state[(state == SHARP) & _blank(thumbnails)] = BLANK
-    bits = _bits(thumbnails)
+        state[i], pixels[i], small[i] = SHARP, pixel_digest(image), _thumbnail(image)
+    state[(state == SHARP) & _blank(small)] = BLANK
+    bits = _bits(small)
     bits[state != SHARP] = 0
-    return Fingerprints(state, pixels, bits, size)
+    return Fingerprints(state, pixels, bits, size, small if thumbnails else None)
 
 
 def joined(parts: Iterable[Fingerprints]) -> Fingerprints:
-    """Several runs of rows as one."""
+    """Several runs of rows as one, without thumbnails."""
     found = list(parts)
     columns = ("state", "pixels", "bits", "size")
     return Fingerprints(*(np.concatenate([getattr(part, name) for part in found]) for name in columns))

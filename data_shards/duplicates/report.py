@@ -13,12 +13,14 @@ from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError
 
-Kind = Literal["exact", "near", "turned"]
-Symmetries = Literal["off", "exact"]
+Kind = Literal["exact", "near", "turned", "shifted"]
+Symmetries = Literal["off", "exact", "all"]
 REPORT = "leakage.json"
 _NOT_SEARCHED = {
-    "off": "Turned, mirrored or shifted duplicates were not searched for: --data.duplicates.symmetries exact.",
-    "exact": "Duplicates turned by other angles than quarter turns, shifted, cut or scaled were not searched for.",
+    "off": "Turned, mirrored or shifted duplicates were not searched for: --data.duplicates.symmetries exact or all.",
+    "exact": "Duplicates after small turns or shifts were not searched for: --data.duplicates.symmetries all.",
+    "all": "Small turns and shifts of mirrored images and in other datasets, turns of more than 5 degrees, shifts of "
+    "more than 5 % and strong cuts were not searched for.",
 }
 _MOST_COPIES_ONCE = 50  # that reports without `equal` list of a finding
 
@@ -65,7 +67,7 @@ class Finding(_Frozen):
 
     kind: Kind
     """exact: all of them have equal pixels; near: not all, but nearly; turned: some only after a quarter turn or
-    mirrored."""
+    mirrored; shifted: some only after a small turn or shift."""
     where: Literal["across splits", "within a split", "across datasets"]
     conflict: bool
     """Whether equal pixels have different labels."""

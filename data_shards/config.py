@@ -13,6 +13,9 @@ from data_shards.renamed import RenamedSettings, old_words
 Task = Literal["multiclass", "ordinal", "multilabel"]
 """multiclass: one of several classes; ordinal: classes in order (grades); multilabel: any number of them."""
 
+STORED_COLUMNS = ("key", "group", "label", "scores", "logits", "height", "width", "channels")
+"""Columns of stored predictions, beside which metadata columns are stored."""
+
 
 def plain_name(value: str, what: str) -> str:
     """The value itself; ValueError where it cannot name a folder of the store. `what` it is, for the message."""
@@ -54,6 +57,10 @@ class DuplicatesConfig(BaseModel):
 
     near: int = Field(default=12, ge=0, le=24)
     """Bits, of a fingerprint's 168, in which near duplicates may differ; 0 finds identical pixels only."""
+    symmetries: Literal["off", "exact", "all"] = "off"
+    """Duplicates that are turned or shifted: `exact` searches for the eight symmetries of the square (quarter turns and
+    mirror images), `all` also for turns of up to 5 degrees with shifts of up to 5 % of the side. The time of `all`
+    grows with the square of the number of images (10 ms per image where there are 6,000)."""
     across: Literal["auto", "report", "drop", "move", "refuse"] = "auto"
     """Duplicates in different splits. `drop` and `move` spare the split that is held out most (test, then val): drop
     leaves the other duplicates out, move takes them there with their groups. `auto`: splits that are drawn keep
@@ -64,6 +71,15 @@ class DuplicatesConfig(BaseModel):
     """Identical pixels under different labels: `drop` leaves all of them out."""
     datasets: Literal["off", "report", "refuse"] = "report"
     """Duplicates in other datasets of the same store."""
+
+    @model_validator(mode="after")
+    def _symmetries_need_fingerprints(self) -> "DuplicatesConfig":
+        if self.symmetries != "off" and self.near == 0:
+            raise ValueError(
+                f"symmetries is {self.symmetries!r}, but near is 0, which compares pixels only: set near above 0 "
+                "(12 is the default)"
+            )
+        return self
 
 
 class DicomConfig(RenamedSettings):
@@ -137,6 +153,9 @@ class DataConfig(RenamedSettings):
     """Column with the patient, or whatever must not be in two splits; empty: the catalog's, or none."""
     group_pattern: str = ""
     """Regular expression whose first group is the patient in an image's path: `patient_(\\d+)_`; empty: none."""
+    metadata_columns: tuple[str, ...] = ()
+    """Columns of the table to keep for figures by subgroup, for example `age sex device`. They are stored readable for
+    all readers of the store: choose none that identifies a patient."""
     split_column: str = ""
     """Column saying train, val or test; empty: the catalog's, or none, and splits are drawn; `-`: none in any
     case."""
@@ -243,6 +262,18 @@ class DataConfig(RenamedSettings):
                 f"group_pattern {value!r} has no group: put the part that names the patient in parentheses, as in "
                 r"'patient_(\d+)_'"
             )
+        return value
+
+    @field_validator("metadata_columns")
+    @classmethod
+    def _columns_to_keep(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := next((name for name in value if name in STORED_COLUMNS), None):
+            raise ValueError(
+                f"metadata_columns has {taken!r}, which is the name of a column of stored predictions: rename the "
+                "column in the table"
+            )
+        if "" in value or len(set(value)) != len(value):
+            raise ValueError(f"metadata_columns is {value}: name each column, and each only once")
         return value
 
     @field_validator("label_separator")

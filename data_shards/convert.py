@@ -34,7 +34,7 @@ from data_shards.duplicates.scan import (
     other_datasets,
     scan_rows,
 )
-from data_shards.index import index_bytes, index_table
+from data_shards.index import index_bytes, index_table, write_metadata
 from data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -212,6 +212,8 @@ class Conversion:
         index, manifest = _contents(written, self.image_set, config, _listing("quarantine", config, out))
         data = (manifest.model_dump_json(indent=1) + "\n").encode()
         out.ensure(INDEX, index)
+        quarantined = {image.key for image in manifest.quarantine}
+        write_metadata(out, config.metadata_columns, chosen.keys, chosen.rows, without=quarantined)
         if not out.put(MANIFEST, data, if_absent=True) and out.get(MANIFEST) != data:
             raise ValueError(
                 f"another conversion finished {out.uri} with different settings while this one ran; use a different "

@@ -1,23 +1,33 @@
-"""The index of a dataset, `samples.parquet`: one row per sample, with the location of its image."""
+"""The index of a dataset, `samples.parquet`: one row per sample, with the location of its image.
+
+`metadata.parquet` beside it has the columns of a source's table that are kept for figures by subgroup.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.decode import MAX_PIXELS
 from data_shards.fields import KEY
 from data_shards.shard import FIRST_OFFSET, ShardPart
+from data_shards.source.row import Row
 from data_shards.split import LeakError
+from data_shards.store import Store
+from data_shards.store.bounded_table import TableError, read_bounded
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+METADATA = "metadata.parquet"
 LEAST_ROW_BYTES = 8  # a key is 80 random bits
+LONGEST_VALUE = 256
+"""Bytes of a text of metadata."""
+_MOST_COLUMNS = 1000
 _SAMPLE = {"key", "labels", "group", "offset", "size", "height", "width", "channels"}
 
 
@@ -163,3 +173,59 @@ def split_index(rows: pa.Table, num_classes: int, shard_names: list[str]) -> Spl
     numbers = {name: rows[name].to_numpy() for name in ("offset", "size", "height", "width", "channels")}
     text = {name: np.array(rows[name].to_pylist(), dtype="<U20") for name in ("key", "group")}
     return SplitIndex(labels=labels, shard=shard, **numbers, **text)
+
+
+def write_metadata(
+    out: Store, names: Sequence[str], keys: Sequence[str], rows: Sequence[Row], *, without: Collection[str]
+) -> None:
+    """Writes `metadata.parquet`: key, and these columns, each of integers, numbers or texts; null where missing.
+
+    Args:
+        out: The dataset's store.
+        names: Names of the columns; without any, the file of an earlier attempt is removed.
+        keys: Of the rows.
+        rows: With their `metadata`.
+        without: Keys of rows that are not in the dataset, because they are quarantined.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not names:
+        out.delete(METADATA)
+        return
+    kept = [i for i, key in enumerate(keys) if key not in without]
+    columns = {"key": pa.array([keys[i] for i in kept], pa.string())}
+    for position, name in enumerate(names):
+        values = pa.array([rows[i].metadata[position] for i in kept])
+        columns[name] = values.cast(pa.string()) if pa.types.is_null(values.type) else values
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="zstd", version="2.6", store_schema=False)
+    out.ensure(METADATA, buffer.getvalue())
+
+
+def read_metadata(data: bytes, table: pa.Table) -> dict[str, dict[str, Any]]:
+    """Column -> key -> value, of the samples of an index `table`.
+
+    Raises:
+        TableError: these bytes are not the metadata of exactly these samples.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(" ".join(str(error).split())[:120]) from error
+    names = schema.names
+    if names[:1] != ["key"] or len(set(names)) != len(names) or len(names) > _MOST_COLUMNS:
+        raise TableError("its columns are not a key and differently named others")
+    if strange := [name for name in names if schema.field(name).type not in (pa.string(), pa.int64(), pa.float64())]:
+        raise TableError(f"its column {strange[0]!a} is neither of texts nor of numbers")
+    room = len(names) * LONGEST_VALUE // 8
+    found = read_bounded(
+        data, schema, least_row_bytes=LEAST_ROW_BYTES, most_labels=room, longest_text=LONGEST_VALUE
+    ).to_pydict()
+    keys = found.pop("key")
+    if len(set(keys)) != len(keys) or set(keys) != set(table["key"].to_pylist()):
+        raise TableError("its keys are not those of the index")
+    return {name: dict(zip(keys, values, strict=True)) for name, values in found.items()}

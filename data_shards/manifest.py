@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,11 +30,13 @@ from data_shards.fields import (
 )
 from data_shards.index import (
     LEAST_ROW_BYTES,
+    METADATA,
     SplitIndex,
     check_groups,
     index_problem,
     index_schema,
     known_labels,
+    read_metadata,
     rows_of,
     split_index,
 )
@@ -145,6 +147,35 @@ class Dataset:
             ValueError: the dataset has no such split.
         """
         return self._indexes[self._known(split)]
+
+    def metadata(self, split: str) -> dict[str, np.ndarray]:
+        """Column -> (n,) values of the samples of a split, in the order of `index(split)`.
+
+        These are the columns of `data.metadata_columns`: integers, numbers, or objects (texts, and numbers of which
+        some are missing), with None for a missing value. Empty if the dataset has no metadata.
+
+        Raises:
+            ManifestError: the metadata are damaged, or not those of exactly the samples of the index.
+            ValueError: the dataset has no such split.
+        """
+        keys = self.index(split).key.tolist()
+        found = {name: [values[key] for key in keys] for name, values in self._metadata.items()}
+        return {
+            name: np.array(values, object if any(isinstance(value, str | None) for value in values) else None)
+            for name, values in found.items()
+        }
+
+    @functools.cached_property
+    def _metadata(self) -> dict[str, dict[str, Any]]:
+        try:
+            return read_metadata(self.store.get(METADATA), self.table)
+        except StoreKeyError:
+            return {}
+        except TableError as error:
+            raise ManifestError(
+                f"{self.store.uri}/{METADATA} is not the metadata of this dataset ({error}): delete {MANIFEST} there "
+                f"{MAKE_AGAIN}"
+            ) from error
 
     def _known(self, split: str) -> str:
         if split not in self.manifest.splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,9 +19,10 @@ from data_shards.duplicates import read_report
 from data_shards.duplicates.fingerprint import pixel_digest
 from data_shards.duplicates.scan import FINGERPRINTS, stored_digests
 from data_shards.duplicates.scan import FOLDER as SCAN
-from data_shards.index import SplitIndex
+from data_shards.index import METADATA, SplitIndex
 from data_shards.manifest import Dataset, ManifestError, ShardEntry, channel_statistics, open_dataset
 from data_shards.plan import sample_keys
+from data_shards.settings import settings_on_record
 from data_shards.shard import IMAGE_MEMBERS, part_key, pixel_histogram, tar_key
 from data_shards.source import open_source
 from data_shards.split import LeakError
@@ -84,6 +86,7 @@ def verify(
         dataset = open_dataset(out)
         read_report(out)
         digests = stored_digests(out)
+        found.problems += _metadata_problems(dataset)
     except (ManifestError, LeakError, StoreError) as error:
         found.problems.append(str(error))
         return found
@@ -102,6 +105,17 @@ def verify(
     found.strays = sorted({key for folder in ("shards/", "parts/", SCAN) for key in out.list(folder)} - expected)
     found.problems.sort()
     return found
+
+
+def _metadata_problems(dataset: Dataset) -> list[str]:
+    """What is wrong with the metadata. ManifestError where they are damaged or of other samples."""
+    names = set(dataset.metadata("train"))
+    with contextlib.suppress(ValueError):  # damaged settings: the manifest knows their digest
+        wanted = set(settings_on_record(dataset.store)[0].metadata_columns)
+        if names != wanted:
+            told = [", ".join(sorted(each)) or "none" for each in (names, wanted)]
+            return [f"{METADATA} has the columns {told[0]}, but the dataset was made with {told[1]}"]
+    return []
 
 
 def check_moved(config: DataConfig, dataset: Dataset) -> None:

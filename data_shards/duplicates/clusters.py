@@ -1,7 +1,9 @@
 """Images that are the same: clusters of exact and near duplicates, and what they mean under the splits of the rows.
 
 Two images are exact duplicates where their decoded pixels are equal, near duplicates where their fingerprints differ in
-few bits (fingerprint.py). Duplicates of a duplicate belong to one cluster. Legend: N images.
+few bits (fingerprint.py), turned ones where that is so after one of the eight symmetries of the square, shifted ones
+where they agree after a small turn or shift (shifted.py). Duplicates of a duplicate belong to one cluster.
+Legend: N images.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from typing import Literal
 import numpy as np
 
 from data_shards.duplicates.fingerprint import SHARP, UNDECODABLE, Fingerprints, joined
-from data_shards.duplicates.report import Copy, DuplicatesError, Finding, named_labels
+from data_shards.duplicates.report import Copy, DuplicatesError, Finding, Kind, Symmetries, named_labels
 from data_shards.source.row import Row
 from data_shards.split import SPLITS
 
 MOST_FINDINGS = 10_000
 # So many duplicates of a finding are always listed; all of them until the report has so many in total, some 20 MB.
 MOST_COPIES, MOST_COPIES_IN_ALL = 50, 100_000
+KINDS: tuple[Kind, ...] = ("exact", "near", "turned", "shifted")
+"""How duplicates are alike, a level of clusters each."""
+_LIKENESS = {"exact": "equal pixels", "near": "nearly equal", "turned": "turned or mirrored", "shifted": "shifted"}
 HELD_OUT = {split: rank for rank, split in enumerate(SPLITS)}  # test is held out most, then val
 
 
@@ -43,13 +48,14 @@ class DuplicateClusters:
         self,
         rows: Sequence[Row],
         keys: Sequence[str],
-        exact: np.ndarray,
-        alike: np.ndarray,
+        levels: Sequence[np.ndarray],
         splits: Sequence[str],
         classes: Sequence[str] = (),
     ):
-        self.rows, self.keys, self.exact, self.splits, self.classes = rows, keys, exact, splits, classes
-        self.same, self.like = _several(exact), _several(alike)
+        """`levels` are those of `clusters_of`."""
+        self.rows, self.keys, self.levels, self.splits, self.classes = rows, keys, levels, splits, classes
+        self.exact = levels[0]
+        self.same, self.like = _several(self.exact), _several(levels[-1])
 
     def conflicts(self) -> list[list[int]]:
         """Equal images under different labels."""
@@ -83,19 +89,19 @@ class DuplicateClusters:
         for members in self.like:
             numbers = Counter(int(self.exact[i]) for i in members)
             equal = sum(times for times in numbers.values() if times > 1)
-            kind: Literal["exact", "near"] = "exact" if len(numbers) == 1 else "near"
+            level = self._level(members)
             harmless = not numbers.keys() & conflicts
-            order = _where(self.splits[i] for i in members), harmless, kind, -equal, self.keys[members[0]]
+            order = _where(self.splits[i] for i in members), harmless, level, -equal, self.keys[members[0]]
             found.append((order, members))
         found.sort()
         # Only of the worst: a finding takes some 3 kB, and a set that is in the store twice has as many as images.
         listed, room = [], MOST_COPIES_IN_ALL
-        for (where, harmless, kind, equal, _), members in found[:MOST_FINDINGS]:
+        for (where, harmless, level, equal, _), members in found[:MOST_FINDINGS]:
             shown = self._telling_first(members)[: max(MOST_COPIES, room)]
             room -= len(shown)
             listed.append(
                 Finding(
-                    kind=kind,
+                    kind=KINDS[level],
                     where=where,
                     conflict=not harmless,
                     copies=tuple(self._copy(i, splits, dropped) for i in shown),
@@ -104,6 +110,10 @@ class DuplicateClusters:
                 )
             )
         return listed, len(found)
+
+    def _level(self, members: Sequence[int]) -> int:
+        """The first level at which the members are one cluster."""
+        return next(n for n, numbers in enumerate(self.levels) if len({int(numbers[i]) for i in members}) == 1)
 
     def _telling_first(self, members: Sequence[int]) -> list[int]:
         """The members, those first that show in which splits and under which labels the image is."""
@@ -136,44 +146,48 @@ class DuplicateClusters:
 
     def counts(self, together: np.ndarray | None) -> dict[str, int]:
         """Duplicates beyond the first, by kind and place; an image counts once, at its worst."""
-        counts = Counter(
-            {f"{kind} {where}": 0 for where in ("across splits", "within a split") for kind in ("exact", "near")}
-        )
+        kinds = KINDS[: max(2, len(self.levels))]
+        counts = Counter({f"{kind} {where}": 0 for where in ("across splits", "within a split") for kind in kinds})
         for members in self.like:
-            of_image: dict[int, list[int]] = {}
-            for i in members:
-                of_image.setdefault(int(self.exact[i]), []).append(i)
-            for same in of_image.values():
-                where = _where([self.splits[i] for i in same])
-                counts[f"exact {where}"] += len(same) - 1
-            counts[f"near {_where([self.splits[i] for i in members])}"] += len(of_image) - 1
+            parts = {i: [i] for i in members}
+            for kind, numbers in zip(kinds, self.levels, strict=False):
+                whole: dict[int, list[list[int]]] = {}
+                for part in parts.values():
+                    whole.setdefault(int(numbers[part[0]]), []).append(part)
+                parts = {number: [i for part in inside for i in part] for number, inside in whole.items()}
+                for number, inside in whole.items():
+                    counts[f"{kind} {_where([self.splits[i] for i in parts[number]])}"] += len(inside) - 1
         counts["under different labels"] = sum(len(members) for members in self.conflicts())
         if together is not None:  # duplicates of different groups, which the draw keeps on one side
             groups = ({self.rows[i].group or str(i) for i in members} for members in self.like)
             counts["dealt out together"] = sum(len(names) - 1 for names in groups)
         return dict(counts)
 
-    def elsewhere(self, other: OtherDataset, prints: Fingerprints, near: int) -> list[tuple[int, int, bool]]:
-        """Images of this dataset that the other one holds too: (which, which there, whether pixels are equal)."""
+    def elsewhere(
+        self, other: OtherDataset, prints: Fingerprints, near: int, symmetries: Symmetries
+    ) -> list[tuple[int, int, Kind]]:
+        """Images of this dataset that the other one holds too: (which, which there, how they are alike)."""
         num = len(prints)
-        both = joined([prints, other.prints])
-        exact, alike = clusters_of(both, near)
+        levels = clusters_of(joined([prints, other.prints]), near, symmetries)
         # The first of theirs that is equal, or else like it.
-        equal = {number: j for j, number in reversed(list(enumerate(exact[num:].tolist())))}
-        like = {number: j for j, number in reversed(list(enumerate(alike[num:].tolist())))}
-        ours = zip(exact[:num].tolist(), alike[:num].tolist(), strict=True)
-        return [(i, equal.get(e, like[a]), e in equal) for i, (e, a) in enumerate(ours) if a in like]
+        theirs = [{number: j for j, number in reversed(list(enumerate(each[num:].tolist())))} for each in levels]
+        found: list[tuple[int, int, Kind]] = []
+        for i, numbers in enumerate(zip(*(each[:num].tolist() for each in levels), strict=True)):
+            level = next((n for n, number in enumerate(numbers) if number in theirs[n]), None)
+            if level is not None:
+                found.append((i, theirs[level][numbers[level]], KINDS[level]))
+        return found
 
     def finding_elsewhere(
-        self, i: int, theirs: Copy, equal: bool, *, splits: Sequence[str], dropped: np.ndarray
+        self, i: int, theirs: Copy, kind: Kind, *, splits: Sequence[str], dropped: np.ndarray
     ) -> Finding:
         """Image i of this dataset, and what it is there."""
         return Finding(
-            kind="exact" if equal else "near",
+            kind=kind,
             where="across datasets",
             conflict=False,
             copies=(self._copy(i, splits, dropped), theirs),
-            equal=2 if equal else 0,
+            equal=2 if kind == "exact" else 0,
         )
 
     def refuse(self, clusters: list[list[int]], what: str, why: str, remedy: str) -> None:
@@ -183,7 +197,7 @@ class DuplicateClusters:
             one = members[0]
             here = self.splits[one], self.rows[one].labels
             two = next((i for i in members if (self.splits[i], self.rows[i].labels) != here), members[1])
-            kind = "equal pixels" if self.exact[one] == self.exact[two] else "nearly equal"
+            kind = _LIKENESS[KINDS[self._level((one, two))]]
             named = [f"{self.rows[i].where!r} ({self.splits[i]}, {self._label_text(i)})" for i in (one, two)]
             shown.append(f"{' = '.join(named)}: {kind}")
         if len(clusters) > len(shown):
@@ -197,9 +211,10 @@ class DuplicateClusters:
         return "label " + (", ".join(map(repr, self.label_names(self.rows[i].labels))) or "none")
 
 
-def clusters_of(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the clusters of exact duplicates, and of exact and near ones together: (N,) int64 each."""
-    from data_shards.duplicates.near import clusters, near_clusters  # with numba, which only this needs
+def clusters_of(prints: Fingerprints, near: int, symmetries: Symmetries = "off") -> tuple[np.ndarray, ...]:
+    """Numbers of the clusters, (N,) int64 each: of exact duplicates, of exact and near ones together, and, if they are
+    searched for, of these and turned ones together, and of these and shifted ones (where there are thumbnails)."""
+    from data_shards.duplicates.near import clusters, near_clusters, turned_clusters  # with numba
 
     exact = clusters(prints.pixels)
     lone = np.flatnonzero(prints.state == UNDECODABLE)
@@ -207,7 +222,15 @@ def clusters_of(prints: Fingerprints, near: int) -> tuple[np.ndarray, np.ndarray
     if near == 0:
         return exact, exact
     sharp = np.flatnonzero(prints.state == SHARP)
-    return exact, _united(exact, sharp, near_clusters(prints.bits[sharp], most=near))
+    alike = _united(exact, sharp, near_clusters(prints.bits[sharp], most=near))
+    if symmetries == "off":
+        return exact, alike
+    turned = _united(alike, sharp, turned_clusters(prints.bits[sharp], most=near))
+    if symmetries == "exact" or prints.thumbnails is None:
+        return exact, alike, turned
+    from data_shards.duplicates.shifted import shifted_clusters
+
+    return exact, alike, turned, _united(turned, sharp, shifted_clusters(prints.thumbnails[sharp]))
 
 
 def _united(first: np.ndarray, among: np.ndarray, second: np.ndarray) -> np.ndarray:

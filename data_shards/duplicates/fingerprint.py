@@ -40,17 +40,20 @@ class Fingerprints:
     pixels: np.ndarray  # (N, 2) uint64, digest of shape and pixels; 0 where undecodable
     bits: np.ndarray  # (N, 3) uint64, 168 bits; 0 unless SHARP
     size: np.ndarray  # (N,) int64, bytes of the source, or of its pixels where it gives pixels
+    thumbnails: np.ndarray | None = None  # (N, 32, 32) uint8, gray; None where shifted duplicates are not searched for
 
     def __len__(self) -> int:
         return len(self.state)
 
 
-def fingerprint(reader: Reader, rows: Sequence[Row], *, max_side: int | None = None) -> Fingerprints:
-    """The fingerprints of these rows' images, as a shard would hold them."""
+def fingerprint(
+    reader: Reader, rows: Sequence[Row], *, max_side: int | None = None, thumbnails: bool = False
+) -> Fingerprints:
+    """The fingerprints of these rows' images, as a shard would hold them; with `thumbnails` on request."""
     state = np.zeros(len(rows), np.uint8)
     pixels = np.zeros((len(rows), 2), np.uint64)
     size = np.zeros(len(rows), np.int64)
-    thumbnails = np.zeros((len(rows), _SIDE, _SIDE), np.uint8)
+    small = np.zeros((len(rows), _SIDE, _SIDE), np.uint8)
     for i, row in enumerate(rows):
         try:
             source = reader.read(row)
@@ -58,15 +61,15 @@ def fingerprint(reader: Reader, rows: Sequence[Row], *, max_side: int | None = N
         except UndecodableImage:
             continue  # it is quarantined when its shard is made
         size[i] = len(source) if isinstance(source, bytes) else source.nbytes
-        state[i], pixels[i], thumbnails[i] = SHARP, pixel_digest(image), _thumbnail(image)
-    state[(state == SHARP) & _blank(thumbnails)] = BLANK
-    bits = _bits(thumbnails)
+        state[i], pixels[i], small[i] = SHARP, pixel_digest(image), _thumbnail(image)
+    state[(state == SHARP) & _blank(small)] = BLANK
+    bits = _bits(small)
     bits[state != SHARP] = 0
-    return Fingerprints(state, pixels, bits, size)
+    return Fingerprints(state, pixels, bits, size, small if thumbnails else None)
 
 
 def joined(parts: Iterable[Fingerprints]) -> Fingerprints:
-    """Several runs of rows as one."""
+    """Several runs of rows as one, without thumbnails."""
     found = list(parts)
     columns = ("state", "pixels", "bits", "size")
     return Fingerprints(*(np.concatenate([getattr(part, name) for part in found]) for name in columns))
@@ -97,6 +100,24 @@ def _blank(thumbnails_NHW: np.ndarray) -> np.ndarray:
 def _bits(thumbnails_NHW: np.ndarray) -> np.ndarray:
     frequencies = _COSINES @ thumbnails_NHW.astype(np.float64) @ _COSINES.T
     signs = frequencies.reshape(len(frequencies), -1)[:, 1:] > 0
+    return _packed(signs)
+
+
+def _packed(signs: np.ndarray) -> np.ndarray:
     padded = np.zeros((len(signs), 64 * _WORDS), np.uint8)
     padded[:, :NUM_BITS] = signs
     return np.packbits(padded, axis=1, bitorder="little").view("<u8")
+
+
+def symmetric(bits: np.ndarray) -> np.ndarray:
+    """The fingerprints (N, 3) of the eight turned and mirrored images: (8, N, 3), the images' own first.
+
+    No image is needed: mirrored, an image has the same frequencies with every second sign inverted; transposed, it has
+    them in the other order.
+    """
+    signs = np.unpackbits(np.ascontiguousarray(bits).view(np.uint8), axis=1, bitorder="little")[:, :NUM_BITS]
+    places = np.arange(1, NUM_BITS + 1)
+    down, right = places // _FREQUENCIES, places % _FREQUENCIES
+    transposed = signs[:, right * _FREQUENCIES + down - 1]
+    mirrors = (0 * places, right % 2, down % 2, (right + down) % 2)
+    return np.stack([_packed(each ^ mirror) for each in (signs, transposed) for mirror in mirrors])

@@ -20,7 +20,7 @@ from data_shards.duplicates.clusters import (
     components,
 )
 from data_shards.duplicates.fingerprint import SHARP, UNDECODABLE, Fingerprints
-from data_shards.duplicates.report import Copy, DuplicatesError, DuplicatesReport, lost_text, named_labels
+from data_shards.duplicates.report import Copy, DuplicatesError, DuplicatesReport, Kind, lost_text, named_labels
 from data_shards.source.row import Row
 from data_shards.split import SPLITS
 
@@ -64,7 +64,8 @@ def guard(
         DuplicatesError: an image is in two splits (or in another dataset, or under another label), and the config
             refuses that; or a class would lose all its images of a split to what the config does about duplicates.
     """
-    exact, alike = clusters_of(prints, config.near)
+    levels = clusters_of(prints, config.near, config.symmetries)
+    alike = levels[-1]
     drawn = all(row.split is None for row in rows)
     across = _policy(config, drawn=drawn, official=official)
     together = components(rows, alike) if across == "move" else None
@@ -72,7 +73,7 @@ def guard(
         first = draw(rows if together is None else _in_groups(rows, together))
     else:
         first = _draw_val(rows, alike, draw) if across != "report" else draw(rows)
-    found = DuplicateClusters(rows, keys, exact, alike, first, classes)
+    found = DuplicateClusters(rows, keys, levels, first, classes)
     dropped, splits, elsewhere = np.zeros(len(rows), bool), list(first), []
     report = functools.partial(_report, found, prints, config, across)
     try:
@@ -81,7 +82,7 @@ def guard(
             splits = _moved(first, together, found.torn(~dropped))
         if config.within == "drop":
             dropped[found.spare(splits, ~dropped)] = True
-        elsewhere = [_elsewhere(other, found, prints, config.near) for other in others]
+        elsewhere = [_elsewhere(other, found, prints, config) for other in others]
         if config.datasets == "refuse":
             _refuse_those_elsewhere(found, elsewhere)
         _refuse_lost_classes(found, splits, dropped, config)
@@ -98,17 +99,19 @@ def guard(
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """What another dataset has in common with this one: pairs (row here, duplicate there, whether pixels are equal)."""
+    """What another dataset has in common with this one: pairs (row here, duplicate there, how they are alike)."""
 
     name: str
     rows: list[int]
-    pairs: list[tuple[int, Copy, bool]]
+    pairs: list[tuple[int, Copy, Kind]]
     """The first of them."""
 
 
-def _elsewhere(other: OtherDataset, found: DuplicateClusters, prints: Fingerprints, near: int) -> _Elsewhere:
-    like = found.elsewhere(other, prints, near)
-    pairs = [(i, _copy_there(other, j), equal) for i, j, equal in like[:MOST_FINDINGS]]
+def _elsewhere(
+    other: OtherDataset, found: DuplicateClusters, prints: Fingerprints, config: DuplicatesConfig
+) -> _Elsewhere:
+    like = found.elsewhere(other, prints, config.near, config.symmetries)
+    pairs = [(i, _copy_there(other, j), kind) for i, j, kind in like[:MOST_FINDINGS]]
     return _Elsewhere(other.name, [i for i, _, _ in like], pairs)
 
 
@@ -148,6 +151,7 @@ def _report(
         dropped=tuple(sorted(found.keys[i] for i in np.flatnonzero(dropped).tolist())),
         findings=tuple(findings),
         more=num_findings - len(findings),
+        symmetries=config.symmetries,
     )
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from data_shards.duplicates.fingerprint import NUM_BITS
+from data_shards.duplicates.fingerprint import NUM_BITS, symmetric
 
 
 def clusters(keys: np.ndarray) -> np.ndarray:
@@ -43,6 +45,16 @@ def near_clusters(bits: np.ndarray, *, most: int) -> np.ndarray:
         _join(distinct, values, order, parent, most)
     found: np.ndarray = _roots(parent)[same]
     return found
+
+
+def turned_clusters(bits: np.ndarray, *, most: int) -> np.ndarray:
+    """As `near_clusters`, of fingerprints that differ in at most `most` bits after one of the eight symmetries."""
+    num = len(bits)
+    images: np.ndarray = np.tile(np.arange(num), 8)
+    found = near_clusters(symmetric(bits).reshape(-1, bits.shape[1]), most=most)
+    edges = coo_array((np.ones(8 * num, np.int8), (images, num + found)), shape=(9 * num, 9 * num))
+    numbers: np.ndarray = connected_components(edges, directed=False)[1][:num].astype(np.int64)
+    return numbers
 
 
 def _bands(most: int) -> list[tuple[int, int]]:

@@ -62,7 +62,7 @@ def page(
 <p>{report.images:,} images compared by their decoded pixels (exact) and by fingerprints that differ in at most
 {report.near} of 168 bits (near); {report.blank:,} without structure by their pixels only; {report.undecodable:,} could
 not be decoded. Duplicates in different splits: policy <b>{report.across}</b>. {len(report.dropped):,} images left
-out.</p>
+out. {_e(report.not_searched)}</p>
 <table><tr><th>duplicates beyond the first</th><th>images</th></tr>{rows}</table>
 <p>{num:,} groups of duplicates.</p>
 {"".join(shown) or "<p>No image appears twice.</p>"}{_rest(report, len(shown))}

@@ -13,7 +13,15 @@ from data_shards.manifest import MAKE_AGAIN, MANIFEST, ManifestError
 from data_shards.split import SPLITS, LeakError
 from data_shards.store import Store, StoreKeyError
 
+Kind = Literal["exact", "near", "turned", "shifted"]
+Symmetries = Literal["off", "exact", "all"]
 REPORT = "leakage.json"
+_NOT_SEARCHED = {
+    "off": "Turned, mirrored or shifted duplicates were not searched for: --data.duplicates.symmetries exact or all.",
+    "exact": "Duplicates after small turns or shifts were not searched for: --data.duplicates.symmetries all.",
+    "all": "Small turns and shifts of mirrored images and in other datasets, turns of more than 5 degrees, shifts of "
+    "more than 5 % and strong cuts were not searched for.",
+}
 _MOST_COPIES_ONCE = 50  # that reports without `equal` list of a finding
 
 
@@ -57,8 +65,9 @@ class Copy(_Frozen):
 class Finding(_Frozen):
     """Images that are the same."""
 
-    kind: Literal["exact", "near"]
-    """exact: all of them have equal pixels; near: not all."""
+    kind: Kind
+    """exact: all of them have equal pixels; near: not all, but nearly; turned: some only after a quarter turn or
+    mirrored; shifted: some only after a small turn or shift."""
     where: Literal["across splits", "within a split", "across datasets"]
     conflict: bool
     """Whether equal pixels have different labels."""
@@ -80,7 +89,7 @@ class Finding(_Frozen):
         """Its kind, and of a near one how many images are exact duplicates."""
         if self.equal is None and self.kind == "exact" and self.num_copies > 2:
             return "exact or near"
-        return f"near ({self.equal} with equal pixels)" if self.kind == "near" and self.equal else self.kind
+        return f"{self.kind} ({self.equal} with equal pixels)" if self.kind != "exact" and self.equal else self.kind
 
     def rest(self, shown: int) -> str:
         """How many images are not among the first `shown`, in words; "" where there are none."""
@@ -110,6 +119,13 @@ class DuplicatesReport(_Frozen):
     """The worst first; at most 10,000."""
     more: Count
     """Findings beyond those."""
+    symmetries: Symmetries = "off"
+    """Which turned and shifted duplicates were searched for; none by earlier releases."""
+
+    @property
+    def not_searched(self) -> str:
+        """What the report says nothing about, as a sentence."""
+        return _NOT_SEARCHED[self.symmetries]
 
 
 def read_report(store: Store, key: str = REPORT) -> DuplicatesReport:

@@ -44,8 +44,8 @@ _SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
     "pixels": ((2,), np.dtype(np.uint64)),
     "bits": ((3,), np.dtype(np.uint64)),
     "size": ((), np.dtype(np.int64)),
+    "thumbnails": ((32, 32), np.dtype(np.uint8)),
 }
-_COLUMNS = tuple(_SHAPES)
 _WORTH_KEEPING_S = 2.0  # doing a faster chunk again after a kill costs less than writing it in every conversion
 _ID_BYTES = 16
 # Of one task, and about so many tasks.
@@ -66,11 +66,13 @@ class Scan:
         self.ids = [image_id(settings, image_set.reader.stamp(row), row.frame) for row in image_set.rows]
         self._image_set, self._max_side, self._out = image_set, config.max_side, out
         num = len(self.ids)
+        self._thumbnails = config.duplicates.symmetries == "all"
+        self._columns = tuple(_SHAPES) if self._thumbnails else tuple(_SHAPES)[:-1]
         self.prints = Fingerprints(
-            *(np.zeros((num, *shape), kind) for shape, kind in (_SHAPES[name] for name in _COLUMNS))
+            *(np.zeros((num, *shape), kind) for shape, kind in (_SHAPES[name] for name in self._columns))
         )
         self._found = np.zeros(num, bool)
-        for known in _kept_in_store(out, config.dataset):
+        for known in _kept_in_store(out, config.dataset, self._columns):
             self._take(known)
         self._new = False
 
@@ -88,11 +90,11 @@ class Scan:
     def _task(self, positions: np.ndarray) -> ScanTask:
         among = positions.tolist()
         rows, ids = [self._image_set.rows[i] for i in among], [self.ids[i] for i in among]
-        return ScanTask(self._image_set.reader, rows, positions, ids, self._max_side, self._out)
+        return ScanTask(self._image_set.reader, rows, positions, ids, self._max_side, self._out, self._thumbnails)
 
     def add(self, positions: np.ndarray, prints: Fingerprints) -> None:
         """Fingerprints of the rows at these positions."""
-        for name in _COLUMNS:
+        for name in self._columns:
             getattr(self.prints, name)[positions] = getattr(prints, name)
         self._found[positions] = self._new = True
 
@@ -102,7 +104,7 @@ class Scan:
             return
         before = list(out.list(FOLDER))
         known = np.flatnonzero(self._found)
-        columns = Fingerprints(*(getattr(self.prints, name)[known] for name in _COLUMNS))
+        columns = Fingerprints(*(getattr(self.prints, name)[known] for name in self._columns))
         kept = _keep([self.ids[i] for i in known.tolist()], columns, out)
         for key in before:
             if key.endswith(_ENDING) and key != kept:
@@ -113,7 +115,7 @@ class Scan:
         found = [(i, places[name]) for i, name in enumerate(self.ids) if name in places and not self._found[i]]
         if found:
             here, there = (np.array(column) for column in zip(*found, strict=True))
-            self.add(here, Fingerprints(*(getattr(prints, name)[there] for name in _COLUMNS)))
+            self.add(here, Fingerprints(*(getattr(prints, name)[there] for name in self._columns)))
 
 
 @contextlib.contextmanager
@@ -143,6 +145,7 @@ class ScanTask:
     ids: Sequence[str]
     max_side: int | None
     out: Store
+    thumbnails: bool = False
 
 
 def scan_rows(task: ScanTask) -> tuple[np.ndarray, Fingerprints]:
@@ -151,7 +154,7 @@ def scan_rows(task: ScanTask) -> tuple[np.ndarray, Fingerprints]:
     Where they took long they are kept in the store at once, because the driver may be killed.
     """
     began = time.monotonic()
-    found = fingerprint(task.reader, task.rows, max_side=task.max_side)
+    found = fingerprint(task.reader, task.rows, max_side=task.max_side, thumbnails=task.thumbnails)
     if time.monotonic() - began > _WORTH_KEEPING_S:
         _keep(task.ids, found, task.out)
     return task.positions, found
@@ -163,13 +166,13 @@ def _keep(ids: Sequence[str], prints: Fingerprints, out: Store) -> str:
     names = [name for name, keep in zip(ids, chosen, strict=True) if keep]
     key = f"{FOLDER}{digest_of(names)[:20]}{_ENDING}"
     buffer = io.BytesIO()
-    columns = {name: getattr(prints, name)[chosen] for name in _COLUMNS}
+    columns = {name: values[chosen] for name in _SHAPES if (values := getattr(prints, name)) is not None}
     np.savez(buffer, ids=np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, _ID_BYTES), **columns)
     out.put(key, buffer.getvalue())
     return key
 
 
-def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], Fingerprints]]:
+def _kept_in_store(out: Store, dataset: str, columns: Sequence[str]) -> Iterator[tuple[dict[str, int], Fingerprints]]:
     """What attempts of this conversion, and of the same dataset under another name, left: id -> place, and prints."""
     root, _, rest = out.uri.rpartition(f"/datasets/{dataset}/")
     if root and "/" not in rest:
@@ -178,13 +181,13 @@ def _kept_in_store(out: Store, dataset: str) -> Iterator[tuple[dict[str, int], F
     else:
         keys = list(out.list(FOLDER))
     for key in keys:
-        found = _kept(key, out) if key.endswith(_ENDING) else None
+        found = _kept(key, out, columns) if key.endswith(_ENDING) else None
         if found is not None:
             yield found
 
 
-def _kept(key: str, out: Store) -> tuple[dict[str, int], Fingerprints] | None:
-    """Fingerprints that were kept; None where they are damaged or of another release."""
+def _kept(key: str, out: Store, columns: Sequence[str]) -> tuple[dict[str, int], Fingerprints] | None:
+    """Fingerprints that were kept; None where they are damaged, of another release, or lack one of the columns."""
     try:
         data = out.get(key)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -193,7 +196,7 @@ def _kept(key: str, out: Store) -> tuple[dict[str, int], Fingerprints] | None:
                 return None
             ids = _column(archive, "ids", num, np.dtype(np.uint8), (_ID_BYTES,))
             prints = Fingerprints(
-                *(_column(archive, name, num, kind, shape) for name, (shape, kind) in _SHAPES.items())
+                *(_column(archive, name, num, _SHAPES[name][1], _SHAPES[name][0]) for name in columns)
             )
     except (StoreKeyError, ValueError, KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None

@@ -154,6 +154,7 @@ def check_settings(config: DataConfig) -> None:
         "drop_classes": config.layout == "phantoms" and "image sets of your own",
         "class_map": config.layout == "phantoms" and "image sets of your own",
         "no_finding": (config.layout != "table" or config.task != "multilabel") and "multilabel tables",
+        "metadata_columns": config.layout != "table" and "a set with a table",
         "split_values": config.layout != "folders"
         and any(pair.rpartition("=")[2] == "drop" for pair in config.split_values)
         and "split folders (=drop excludes one)",

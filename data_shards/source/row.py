@@ -19,6 +19,8 @@ class Row:
     group: str | None
     place: Any = field(default=None, compare=False, repr=False)
     """Data with which the set's reader finds the image, such as an offset in an archive; picklable."""
+    metadata: tuple[int | float | str | None, ...] = field(default=(), compare=False, repr=False)
+    """The values of `data.metadata_columns`; None where one is missing."""
 
 
 class Reader(Protocol):

@@ -17,7 +17,9 @@ class TableError(ValueError):
     """These bytes are not a valid table of the schema; the message is a clause."""
 
 
-def read_bounded(data: bytes, schema: pa.Schema, *, least_row_bytes: int, most_labels: int) -> pa.Table:
+def read_bounded(
+    data: bytes, schema: pa.Schema, *, least_row_bytes: int, most_labels: int, longest_text: int = _LONGEST_TEXT
+) -> pa.Table:
     """The table in these bytes, fully validated.
 
     Args:
@@ -25,6 +27,7 @@ def read_bounded(data: bytes, schema: pa.Schema, *, least_row_bytes: int, most_l
         schema: The required columns, including nullability.
         least_row_bytes: Least size of an encoded row: keys and digests are random, so they do not compress.
         most_labels: Most items in a row's list.
+        longest_text: Most bytes of a text.
 
     Raises:
         TableError: the file is damaged, has other columns, or would unpack to more than its rows can need.
@@ -40,7 +43,7 @@ def read_bounded(data: bytes, schema: pa.Schema, *, least_row_bytes: int, most_l
         table = pq.read_table(io.BytesIO(data), read_dictionary=text)
         for name in text:
             longest = max((_longest(chunk.dictionary) for chunk in table[name].chunks), default=0)
-            if longest > _LONGEST_TEXT:
+            if longest > longest_text:
                 raise TableError(f"its column {name} has a text of {longest} bytes")
         table = table.cast(schema)
         table.validate(full=True)

@@ -109,7 +109,9 @@ def _predict(job: EvaluateJob, data: Dataset, out: Store, context: StepContext) 
     found = {}
     for split, logits in _infer(job, totals, context).items():
         scores = _scores(logits, data.manifest.task)
-        table = to_parquet(stored_predictions(data, split, logits, scores, model=job.model[1]))
+        table = to_parquet(
+            stored_predictions(data, split, logits, scores, model=job.model[1], metadata=data.metadata(split))
+        )
         out.put(FILES[split], table)
         # Read back, so that the figures are those of the file.
         found[split] = from_parquet(table)

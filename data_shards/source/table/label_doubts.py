@@ -57,9 +57,12 @@ def _value(number: str) -> float:
     return float(number.replace(",", "."))
 
 
-def says_missing(cell: str) -> bool:
-    """Whether a cell, of a column where it is not a class, says that its value is not known."""
-    return _spelling(cell)[1] in _MISSING | _PERHAPS_MISSING
+def says_missing(cell: str, *, certainly: bool = False) -> bool:
+    """Whether a cell, of a column where it is not a class, says that its value is not known.
+
+    `certainly`: only words that programs write, not words such as `none`, which may be a value.
+    """
+    return _spelling(cell)[1] in (_MISSING if certainly else _MISSING | _PERHAPS_MISSING)
 
 
 def two_codes(cells: Sequence[str], table: Table) -> Iterator[str]:

@@ -19,6 +19,7 @@ from data_shards.source.row import Row
 from data_shards.source.table.image_paths import Places, find_images
 from data_shards.source.table.label_cells import read_labels
 from data_shards.source.table.label_doubts import says_missing
+from data_shards.source.table.metadata_columns import read_metadata
 from data_shards.source.table.text_table import ENDINGS, Table, tables_among
 from data_shards.split import split_of_cell
 
@@ -44,8 +45,9 @@ def list_table(config: DataConfig, *, classes_named: bool = True) -> FileList:
     kept = {i: indices for i, indices in zip(there, labels.indices, strict=True) if indices is not None}
     groups = _groups(table, list(kept), config)
     splits = _splits(table, list(kept), config)
+    metadata = read_metadata(table, list(kept), config)
     rows = [
-        Row(_from_table(table, places.files[i]), 0, indices, splits.get(i), groups.get(i))
+        Row(_from_table(table, places.files[i]), 0, indices, splits.get(i), groups.get(i), metadata=metadata.get(i, ()))
         for i, indices in kept.items()
     ]
     rows = sorted(grouped_by_path(rows, config), key=lambda row: row.where)

@@ -44,13 +44,13 @@ class Table:
                 raise ValueError(f"line {line} of {path} has {len(cells)} cells for {len(self.names)} columns: fix it")
         self._cells = [cells for _, cells in lines[1:]]
 
-    def column(self, name: str, use: str) -> list[str]:
-        """The cells below `name`. `use` is what messages say the column holds, and the setting that names it."""
+    def column(self, name: str, use: str, option: str = "") -> list[str]:
+        """The cells below `name`. `use` is what messages say the column holds; `option` names it, or else the `use`."""
         if self.names.count(name) != 1:
             fault = f"has {self.names.count(name) or 'no'} column{'s' * (name in self.names)} {name!r}"
             raise ValueError(
                 f"{self.path} {fault} (it has {', '.join(self.names)}): name the column with "
-                f"the {use} in --data.{use}-column"
+                f"the {use} in --data.{option or f'{use}-column'}"
             )
         position = self.names.index(name)
         return [cells[position] for cells in self._cells]

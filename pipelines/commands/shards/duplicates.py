@@ -103,6 +103,7 @@ def _as_json(report: DuplicatesReport, out: Store, places: Places | None, finish
                 found = {"path": place.path, "frame": place.frame, "file": place.file} if place else {}
                 copy |= {"path": None, "frame": None, "file": None, **found}
     state: dict[str, Any] = {"finished": finished, "groups": len(report.findings) + report.more}
+    state["not_searched"] = report.not_searched
     if places is not None:
         missing = [key for key in report.dropped if key not in places.of]
         files = {key: places.of[key].file for key in report.dropped if key in places.of}
@@ -139,6 +140,7 @@ def _print(report: DuplicatesReport, out: Store, asked: DuplicatesArguments, pla
         console().print(f"{counted(missing, 'image')} without a file in the source: removed or renamed")
     for note in places.notes:
         console().print(note, soft_wrap=True)
+    console().print(report.not_searched, soft_wrap=True)
     where = asked.page or _page_in(out)
     console().print(
         f"policy {report.across}, {counted(len(report.dropped), 'image')} left out; pictures: {where}", soft_wrap=True

@@ -99,9 +99,13 @@ def test_no_default_that_decides_bytes_has_changed():
         "csv": "", "image_column": "", "label_column": "", "group_column": "", "split_column": "",
         "split_values": [], "split_folders": "keep", "rows_without_file": "refuse",
         "drop_classes": [], "class_map": [], "label_separator": "|", "no_finding": "", "group_pattern": "",
+        "metadata_columns": [],
         "val_fraction": 0.15, "test_fraction": 0.2, "seed": 0, "salt": "", "max_side": None, "max_quarantine": 0.01,
         "samples_per_shard": 10_000, "shard_bytes": 256_000_000,
-        "leaks": {"near": 12, "across": "auto", "within": "report", "labels": "report", "datasets": "report"},
+        "leaks": {
+            "near": 12, "symmetries": "off", "across": "auto", "within": "report", "labels": "report",
+            "datasets": "report",
+        },
         "dicom": {"frames": "each", "window": None, "view": 0, "identifying": "set-aside", "objects": "quarantine"},
         "phantoms": {
             "num_patients": 300, "images_per_patient": 4, "side": 64, "speckle": 0.3, "contrast": [0.5, 0.85],

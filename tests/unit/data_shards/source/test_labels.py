@@ -179,6 +179,7 @@ def test_contradicting_settings_are_refused_before_any_work(fields, message):
         {"layout": "npz", "group_pattern": "(p)"},
         {"layout": "npz", "label_separator": ";"},
         {"layout": "folders", "no_finding": "n"},
+        {"layout": "folders", "metadata_columns": ("age",)},
         {"layout": "table", "label_separator": ";"},
         {"dataset": "phantoms", "layout": "phantoms", "drop_classes": ("cyst",)},
     ],

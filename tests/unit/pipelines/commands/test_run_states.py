@@ -47,6 +47,7 @@ def test_each_step_of_a_run_is_listed_as_finished_with_facts(store):
         "tune": "3 trials, winner trial t1",
         "train": "epoch 3, val AUC 0.9123",
         "evaluate": "test AUC 0.9000 over 120 images",
+        "report": "runs/r/report/report.html",
         "register": "medmamba-phantoms version 7",
         "promote": "yes: there is no champion yet",
     }

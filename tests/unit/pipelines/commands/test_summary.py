@@ -25,7 +25,8 @@ def test_the_auc_interval_and_an_absent_baseline_are_reported(tmp_path, capsys):
     assert "95 % interval" not in printed(store, capsys, intervals={})
 
 
-def test_with_a_study_the_balanced_accuracy_is_printed_once(tmp_path, capsys):
+def test_with_a_study_the_balanced_accuracy_is_printed_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     store, file = open_store(str(tmp_path)), "runs/r/evaluate/evaluation.json"
     before = printed(store, capsys, intervals={"auc": [0.8123, 0.9456]})
     assert "balanced ┃ sens. ┃ spec." in before

@@ -368,12 +368,12 @@ def test_json_on_standard_output_has_old_and_new_fields(store, tmp_path, capsys)
     assert (bad["class"], bad["scores"]) == (None, {})
 
 
-def test_settings_reach_the_model_only_if_its_package_has_them(store, tmp_path):
+def test_a_version_without_calibration_says_so(store, tmp_path):
     tracking = open_tracking(store)
     version = by_alias(tracking, "medmamba-phantoms", "champion")
-    with loaded(tracking, version, calibrated=False, digest="ignored") as classifier:
-        assert "calibrated" not in classifier.settings
-        assert classifier.settings["digest"] == version.tags["medmamba.digest"]
+    for wanted in (True, False):
+        with loaded(tracking, version, calibrated=wanted) as classifier:
+            assert (classifier.is_calibrated, classifier.temperature) == (False, 1.0)
 
 
 def test_torch_does_not_import_its_compiler(store, tmp_path):

@@ -82,7 +82,7 @@ def test_every_link_ends_at_one_element(parsed):
     assert {place[1:] for place in parsed.attributes("href") if place.startswith("#")} <= set(ids)
 
 
-def test_headings_tables_and_figures_can_be_read_without_seeing_them(parsed):
+def test_headings_tables_and_figures_can_be_read_aloud(parsed):
     levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1

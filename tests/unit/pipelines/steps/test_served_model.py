@@ -11,7 +11,7 @@ import pytest
 import registered
 
 from data_shards.store import open_store
-from pipelines.commands.classify import classify
+from pipelines.predict.classify import classify
 from pipelines.tracking import open_tracking
 from pipelines.tracking.registry import IntegrityError, by_alias, loaded
 

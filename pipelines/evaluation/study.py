@@ -74,7 +74,7 @@ def study(
         num_groups=estimates.num_groups,
         manifest=test.manifest,
         model=test.model,
-        sample_size=what_it_can_show(estimates),
+        sample_size=what_it_can_show(estimates, groups="groups"),
         macro=_intervals(estimates.macro),
         averaged=dict(estimates.figures.averaged),
         by_class=[

@@ -72,7 +72,9 @@ def _print_macro(study: Study) -> None:
         (words[name], number(study.macro[name].value), bounds(study.macro[name]), _over(study, name)) for name in names
     ]
     title = f"Means over classes, intervals by group ({counted(study.num_groups, 'group')})"
-    table(title, ("figure", "value", "95 % interval", "note"), rows, numeric=("value", "95 % interval"), width=WIDTH)
+    width = 4 if any(note for *_, note in rows) else 3
+    header = ("figure", "value", "95 % interval", "note")[:width]
+    table(title, header, [row[:width] for row in rows], numeric=("value", "95 % interval"), width=WIDTH)
 
 
 def _over(study: Study, name: str) -> str:

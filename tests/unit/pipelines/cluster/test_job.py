@@ -143,7 +143,7 @@ def test_just_the_three_packages_are_shipped_without_caches():
     with staged_packages() as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["data_shards", "medmamba", "pipelines"]
         files = [path for path in folder.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} <= {".py", ".toml", ".cpp", ".cu", ".md", ".typed"}
+        assert {path.suffix for path in files} <= {".py", ".toml", ".cpp", ".cu", ".md", ".typed", ".html", ".css"}
         assert not any("__pycache__" in path.parts for path in files)
         assert (folder / "pipelines" / "cluster" / "job.py").is_file()
         assert not (folder / "pipelines" / "bench" / "peers").exists()

@@ -52,10 +52,13 @@ def read_run(store: Store, run: str) -> RunRecords:
     """
     folders = {step: store.at("runs", run, step) for step in STEPS}
     records = {step: record for step, out in folders.items() if (record := read_record(out)) is not None}
+    if not any(True for _ in store.list(f"runs/{run}/")):
+        raise ValueError(f"run {run!r} not found in {store.uri}; `medmamba status` lists all runs")
     missing = [step for step in NEEDED if step not in records]
     if missing:
         raise ValueError(
-            f"run {run!r} in {store.uri} has not finished {', '.join(missing)}: `medmamba evaluate --run {run}` does"
+            f"run {run!r} in {store.uri} has not finished {', '.join(missing)}; run "
+            f"`medmamba evaluate --run {run}` first"
         )
     identities = {step: read_identity(folders[step]) for step in records}
     data = store.at(*records["shard"].facts["data"].split("/"))

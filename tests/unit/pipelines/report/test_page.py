@@ -127,7 +127,8 @@ def test_a_run_of_an_earlier_release_has_a_page(tmp_path):
 
 def test_a_run_that_is_not_evaluated_is_refused(tmp_path):
     store = store_run(tmp_path)
-    with pytest.raises(ValueError, match="has not finished shard, train, evaluate"):
+    store.put("runs/other/workflow.json", b"{}")
+    with pytest.raises(ValueError, match="has not finished shard, train, evaluate; run `medmamba evaluate"):
         make_report(store, "other")
 
 
@@ -210,7 +211,7 @@ def test_wrong_use_of_the_command_is_one_line(arguments, told, tmp_path, capsys)
 
 def test_a_run_that_does_not_exist_is_one_line(tmp_path, capsys):
     assert main(["report", "--run", "absent", "--store", str(tmp_path)]) == 1
-    assert "has not finished" in capsys.readouterr().err
+    assert "run 'absent' not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def what_it_can_show(estimates: Estimates, *, images: str = "images", groups: st
     if half_width is None:
         return f"With {size} no AUC can be shown: no class has {images} both with and without it."
     if half_width >= 0.5:
-        return f"With {size} no difference in AUC can be told from chance."
-    return f"With {size}, a difference in AUC below about {_rounded(half_width)} cannot be told from chance."
+        return f"With {size} no difference in AUC can be distinguished from chance."
+    return f"With {size}, a difference in AUC below about {_rounded(half_width)} cannot be distinguished from chance."
 
 
 def _rounded(value: float) -> str:

@@ -111,7 +111,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"- {_text(term)}: {_text(told)}" for term, told in facts)
+    return "\n".join(f"- {_text(term)}: {_text(stated)}" for term, stated in facts)
 
 
 def _text(text: str) -> str:

@@ -100,11 +100,11 @@ def _aucs(runs: Sequence[RunRecords]) -> Figure:
     rows = [
         (name, number(each.value), number(each.low), number(each.high)) for name, each in zip(names, found, strict=True)
     ]
-    told = "; ".join(f"{name} {with_bounds(each)}" for name, each in zip(names, found, strict=True))
+    stated = "; ".join(f"{name} {with_bounds(each)}" for name, each in zip(names, found, strict=True))
     return Figure(
         "AUC by run",
         draw("runs", paint, height=max(1.8, 0.9 + 0.35 * len(names))),
-        f"Macro AUC with interval: {told}.",
+        f"Macro AUC with interval: {stated}.",
         "Lines are 95 % intervals; gray: evaluated on other data than the first run.",
         Table("AUC by run", ["run", "AUC", "low", "high"], rows),
     )
@@ -128,9 +128,9 @@ def _differences(runs: Sequence[RunRecords]) -> Section:
             for at, each in enumerate(first.study.classes)
         ]
         caption = f"{name}, on {found.num_samples:,} images of {found.num_groups:,} groups"
-        tables.append(Table(caption, ["figure", "difference", "95 % interval", "told apart"], rows))
+        tables.append(Table(caption, ["figure", "difference", "95 % interval", "distinguishable"], rows))
     if tables:
-        text.append("Paired by image and clustered by group; told apart: the interval does not include 0.")
+        text.append("Paired by image and clustered by group; distinguishable: the interval does not include 0.")
     return Section("differences", "Paired differences", text, tables=tables)
 
 

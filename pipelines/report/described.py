@@ -29,8 +29,8 @@ def verdict(run: RunRecords) -> str:
         text += f"; the best baseline ({plain(best)}) has {number(others[best])}"
     promoted = run.facts("promote")
     if promoted:
-        told = "promoted" if promoted.get("verdict") == "yes" else "not promoted"
-        text += f". The model was {told}: {plain(promoted.get('reason', ''))}"
+        stated = "promoted" if promoted.get("verdict") == "yes" else "not promoted"
+        text += f". The model was {stated}: {plain(promoted.get('reason', ''))}"
     return f"{text.rstrip('.')}."
 
 
@@ -136,21 +136,21 @@ def versions(run: RunRecords) -> Facts:
 def limits(run: RunRecords) -> list[str]:
     """What the evaluation cannot show."""
     found = run.study
-    told = [found.sample_size, "The test images are of the same dataset as the training images: no external data."]
+    stated = [found.sample_size, "The test images are of the same dataset as the training images: no external data."]
     empty = [plain(each.name) for each in found.by_class if each.support == 0]
     if empty:
-        told.append(f"The test split has no image of {', '.join(empty)}.")
+        stated.append(f"The test split has no image of {', '.join(empty)}.")
     if found.num_groups == found.num_samples:
-        told.append("Patients are not known: each image counts as one of its own, so intervals may be too narrow.")
+        stated.append("Patients are not known: each image counts as a patient, so intervals may be too narrow.")
     unranked = sum(each.unranked is not None for each in found.subgroups)
     if unranked:
-        told.append(f"{counted(unranked, 'subgroup')} too small to be ranked.")
+        stated.append(f"{counted(unranked, 'subgroup')} too small to be ranked.")
     if not found.subgroups:
-        told.append("No column divides the images into subgroups: nothing is known of differences between them.")
+        stated.append("No column divides the images into subgroups: differences between subgroups are unknown.")
     across = sum(n for what, n in run.duplicates.counts.items() if "across" in what) if run.duplicates else 0
     if across:
-        told.append(f"{counted(across, 'duplicate')} across splits was found before planning; see the duplicates.")
-    return [*told, *(f"{plain(part).capitalize()}: {plain(reason)}." for part, reason in found.absent.items())]
+        stated.append(f"{counted(across, 'duplicate')} across splits was found before planning; see the duplicates.")
+    return [*stated, *(f"{plain(part).capitalize()}: {plain(reason)}." for part, reason in found.absent.items())]
 
 
 def answers(run: RunRecords) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Draws a study: how well the classes are told apart, how far the probabilities can be believed, and for whom."""
+"""Draws a study: how well the classes are separated, how far the probabilities can be believed, and for whom."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def confusion(found: Study) -> Figure:
         axes.set_xlabel("" if found.task == "multilabel" else "predicted")
 
     rows = [(name, *(f"{value:.0f}" for value in row)) for name, row in zip(names, counts, strict=True)]
-    told = "; ".join(f"{name}: {share:.0%}" for name, share in zip(names, _hit(shares, found.task), strict=True))
+    stated = "; ".join(f"{name}: {share:.0%}" for name, share in zip(names, _hit(shares, found.task), strict=True))
     return Figure(
         "Confusion matrix",
         draw("confusion", paint),
-        f"Confusion matrix of {_of_classes(found)}. Share of each class that is found: {told}.",
+        f"Confusion matrix of {_of_classes(found)}. Share of each class that is found: {stated}.",
         caption,
         Table("Confusion matrix", ["label", *header], rows),
     )
@@ -116,11 +116,11 @@ def reliability(found: Study) -> Figure:
         axes.set(xlabel="confidence", ylabel="observed share", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axes.legend(loc="upper left")
 
-    told = "; ".join(f"{name} {number(part.error.value)}" for name, part in parts.items())
+    stated = "; ".join(f"{name} {number(part.error.value)}" for name, part in parts.items())
     return Figure(
         "Reliability",
         draw("reliability", paint),
-        f"Observed share by confidence. Expected calibration error: {told}.",
+        f"Observed share by confidence. Expected calibration error: {stated}.",
         "On the dotted diagonal a confidence is the share of answers that are right. Bars are 95 % intervals.",
         Table(
             "Reliability by bin",

@@ -91,7 +91,7 @@ def _images(found: Sequence[Example], reason: str) -> Section:
         return Section("images", "Images", [f"None: {reason}."])
     text = (
         "Grad-CAM maps of the predicted class: yellow where a branch of the network supports it most. A map shows "
-        "where the network looks, not why, and is no proof that it looks at the finding."
+        "where the network looks, not why, and does not prove that it looks at the finding."
     )
     return Section("images", "Images", [text], examples=found)
 

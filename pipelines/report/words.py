@@ -51,8 +51,8 @@ def with_bounds(interval: Interval | None) -> str:
     """The value, with its bounds in parentheses where there are any."""
     if interval is None:
         return "–"
-    told = bounds(interval)
-    return f"{number(interval.value)} ({told})" if told else number(interval.value)
+    stated = bounds(interval)
+    return f"{number(interval.value)} ({stated})" if stated else number(interval.value)
 
 
 def plain(text: object) -> str:

@@ -187,7 +187,8 @@ def test_the_sentence_says_what_the_sample_size_can_show():
     found = estimate(draw(np.random.default_rng(0), 156, 140, 2, strength_of(2, 0.88)))
     half_width = found.macro["auc"].half_width
     assert what_it_can_show(found) == (
-        f"With 156 images of 140 patients, a difference in AUC below about {half_width:.2f} cannot be told from chance."
+        f"With 156 images of 140 patients, a difference in AUC below about {half_width:.2f} cannot be distinguished "
+        "from chance."
     )
     many = estimate(draw(np.random.default_rng(0), 50_000, 50_000, 2, strength_of(2, 0.99)))
     assert what_it_can_show(many).startswith("With 50,000 images, a difference in AUC below about 0.001")

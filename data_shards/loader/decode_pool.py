@@ -1,8 +1,8 @@
 """Processes that decode images into shared memory, independent of this process's GIL and without torch.
 
 They start with a new interpreter and are never forked: this process may have CUDA, Ray and threads. The shared memory
-is an anonymous file, passed as a descriptor, so a killed process leaves nothing in /dev/shm, whose size is no limit
-either. A process ends when the connection to its parent closes, even if the parent was killed.
+is an anonymous file, passed as a descriptor: a killed process leaves nothing behind, and the size of /dev/shm is not a
+limit. A process ends when the connection to its parent closes, even if the parent was killed.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _decoded(reader: Any, coded: Coded, slot: np.ndarray) -> bytes:
         error.add_note("in a decoding process:\n" + traceback.format_exc())
         try:
             return pickle.dumps(pickle.loads(pickle.dumps(error)))
-        except Exception:
+        except Exception:  # an error that cannot be pickled is reported by its text
             return pickle.dumps(DecodeProcessError(f"{type(error).__name__}: {error} (in a decoding process)"))
 
 

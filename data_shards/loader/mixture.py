@@ -77,7 +77,7 @@ def mix(datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> 
     """The datasets as one.
 
     Raises:
-        ValueError: there are no datasets, their tasks differ, or the weights are not one positive number each.
+        ValueError: no datasets are given, their tasks differ, or the weights are not one positive number each.
     """
     tasks = {dataset.manifest.task for dataset in datasets}
     grades = {dataset.manifest.classes for dataset in datasets if dataset.manifest.task == "ordinal"}

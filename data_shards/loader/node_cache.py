@@ -63,7 +63,7 @@ class NodeCache:
     def copy(
         self, entry: ShardEntry, fetch: Callable[[], Iterator[bytes]], *, mine: Collection[str]
     ) -> mmap.mmap | None:
-        """A memory map of a verified copy of a shard, fetched if missing; None if there is no room for it.
+        """A memory map of a verified copy of a shard, fetched if missing; None if it does not fit.
 
         Args:
             entry: The shard; the copy is named by its sha256.

@@ -57,7 +57,7 @@ def checked_predictions(
     """
     scores, truth = checked_arrays(scores_nC, labels_nC, task)
     if not len(scores):
-        raise ValueError("there are no samples: nothing can be measured; check the split")
+        raise ValueError("no samples to measure; check the split")
     if scores.min() < 0 or scores.max() > 1 + _ROUNDING:
         raise ValueError(f"scores are between {scores.min():.3g} and {scores.max():.3g}: they must be probabilities")
     group_n, num_groups = number_groups(groups, len(scores))

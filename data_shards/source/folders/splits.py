@@ -115,7 +115,7 @@ def _check_parts(names: Sequence[str], split: str, config: DataConfig) -> None:
     if len(by_name) < 2 or _are_parts(by_name):
         return
     kept, *others = by_name
-    # Similar names are told apart only if each of them is given exactly.
+    # Similar names are distinguished only if each of them is given exactly.
     same = [kept] if loose(kept) in map(loose, others) else []
     pairs = [*(f"{name}={split}" for name in same), *(f"{name}=drop" for name in others)]
     raise ValueError(

@@ -88,7 +88,7 @@ def _calibration(study: Study) -> str:
     found = study.calibration
     line = f"Calibration error (ECE) {_error(found.raw)}"
     if found.calibrated is None or found.temperature is None:
-        return f"{line}; not calibrated: {study.absent.get('validation', 'there is no validation split')}"
+        return f"{line}; not calibrated: {study.absent.get('validation', 'no validation split')}"
     return f"{line} -> {_error(found.calibrated)} calibrated (temperature {found.temperature:.3g})"
 
 

@@ -29,12 +29,8 @@ CASES = [(name, method) for name in CONFIGS for method in METHODS if name == "me
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """The networks are too small for more, which would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """All tests of this file."""
 
 
 def noise_with_blob(number: int, seed: int, *, corner: int | None = None) -> tuple[np.ndarray, np.ndarray]:

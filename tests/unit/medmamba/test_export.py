@@ -26,12 +26,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """The networks are too small for more, which would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """All tests of this file."""
 
 
 def network(config) -> torch.nn.Module:
